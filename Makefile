@@ -5,8 +5,8 @@ FUZZTIME ?= 3s
 
 # Static and without debug tables: the plugin is executed for every pod, so its size is start-up time.
 # The upstream plugins are built the same way, so that benchmarks compare like with like.
-STATIC  := CGO_ENABLED=0 go build -trimpath -buildvcs=false
-LDFLAGS := -s -w -X main.version=$(VERSION)
+STATIC  := -trimpath -buildvcs=false -ldflags "-s -w"
+RELEASE := -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)"
 
 CNI_PLUGINS := $(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/ptp ipam/host-local meta/tuning)
 
@@ -16,12 +16,12 @@ help: ## list the targets (default)
 
 .PHONY: build
 build: ## the CNI plugin and the agent, into bin/
-	$(STATIC) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build $(RELEASE) -o bin/ ./cmd/...
 
 .PHONY: tools
 tools: ## cnitool and the upstream CNI plugins that tests, demo and bench chain with
-	$(STATIC) -C tools -ldflags "-s -w" -o ../bin/cni/ $(CNI_PLUGINS)
-	$(STATIC) -C tools -ldflags "-s -w" -o ../bin/cnitool github.com/containernetworking/cni/cnitool
+	CGO_ENABLED=0 go build -C tools $(STATIC) -o ../bin/cni/ $(CNI_PLUGINS)
+	CGO_ENABLED=0 go build -C tools $(STATIC) -o ../bin/cnitool github.com/containernetworking/cni/cnitool
 
 .PHONY: demo
 demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (needs root)
@@ -32,7 +32,8 @@ demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (nee
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=bin/race/magic-ip-agent go test -race -count=1 ./... && integration/fuzz $(FUZZTIME)
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 ./...
+	integration/fuzz $(FUZZTIME)
 
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml
