@@ -1,0 +1,51 @@
+# Everything that people and CI run. `make` alone lists the targets.
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+FUZZTIME ?= 3s
+
+# Static and without debug tables: the plugin is executed for every pod, so its size is start-up time.
+# The upstream plugins are built the same way, so that benchmarks compare like with like.
+STATIC  := -trimpath -buildvcs=false -ldflags "-s -w"
+RELEASE := -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)"
+
+CNI_PLUGINS := $(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/ptp ipam/host-local meta/tuning)
+
+.PHONY: help
+help: ## list the targets (default)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## the CNI plugin and the agent, into bin/
+	CGO_ENABLED=0 go build $(RELEASE) -o bin/ ./cmd/...
+
+.PHONY: tools
+tools: ## cnitool and the upstream CNI plugins that tests, demo and bench chain with
+	CGO_ENABLED=0 go build -C tools $(STATIC) -o ../bin/cni/ $(CNI_PLUGINS)
+	CGO_ENABLED=0 go build -C tools $(STATIC) -o ../bin/cnitool github.com/containernetworking/cni/cnitool
+
+.PHONY: demo
+demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (needs root)
+	integration/prerequisites nft iptables conntrack ip nsenter
+	go run ./integration/demo
+
+.PHONY: test
+test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
+	integration/prerequisites nft iptables conntrack ip nsenter gcc
+	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 ./...
+	integration/fuzz $(FUZZTIME)
+
+.PHONY: lint
+lint: ## golangci-lint with .golangci.yml
+	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	bin/golangci-lint run ./...
+
+.PHONY: bench
+bench: build tools ## measure the plugin, the agent and the data path (needs root)
+	integration/prerequisites nft iptables conntrack ip nsenter
+	go run ./integration/bench
+
+.PHONY: generate
+generate: ## tidy both modules and format the code
+	go mod tidy && go -C tools mod tidy
+	gofmt -l -w .

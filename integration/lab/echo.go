@@ -1,0 +1,113 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// Dial makes connections from a network namespace of the node; it fits http.Transport.DialContext.
+// Addresses are literal: a name would be looked up with the machine's resolver.
+func (n *Node) Dial(namespace string) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+		err = n.In(namespace, func() error {
+			var dialer net.Dialer
+			conn, err = dialer.DialContext(ctx, network, address)
+			return err
+		})
+		return conn, err
+	}
+}
+
+// Listen listens in a network namespace of the node.
+func (n *Node) Listen(namespace, network, address string) (listener net.Listener, err error) {
+	err = n.In(namespace, func() error {
+		listener, err = net.Listen(network, address)
+		return err
+	})
+	return listener, err
+}
+
+// ListenPacket listens for datagrams in a network namespace of the node.
+func (n *Node) ListenPacket(namespace, network, address string) (conn net.PacketConn, err error) {
+	err = n.In(namespace, func() error {
+		conn, err = net.ListenPacket(network, address)
+		return err
+	})
+	return conn, err
+}
+
+// Answer is what an Echo answers: who it is and from where it saw the request come.
+type Answer struct {
+	Server string
+	Client netip.AddrPort
+}
+
+func parseAnswer(line string) (Answer, error) {
+	server, client, _ := strings.Cut(line, " ")
+	addr, err := netip.ParseAddrPort(client)
+	if err != nil {
+		return Answer{}, fmt.Errorf("lab: not the answer of an echo server: %q", line)
+	}
+	return Answer{Server: server, Client: addr}, nil
+}
+
+func formatAnswer(server string, client netip.AddrPort) string {
+	return server + " " + netip.AddrPortFrom(client.Addr().Unmap(), client.Port()).String()
+}
+
+// Echo is a server that answers HTTP requests and datagrams with its name and the client's address.
+type Echo struct {
+	http *http.Server
+	udp  net.PacketConn
+}
+
+// StartEcho starts a server on a TCP and UDP port, on all addresses of a network namespace of the node.
+// The name contains no space.
+func (n *Node) StartEcho(namespace, name string, port uint16) (*Echo, error) {
+	address := fmt.Sprintf(":%d", port)
+	tcp, err := n.Listen(namespace, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	udp, err := n.ListenPacket(namespace, "udp", address)
+	if err != nil {
+		return nil, errors.Join(err, tcp.Close())
+	}
+	echo := &Echo{udp: udp, http: &http.Server{
+		ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if client, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+				_, _ = fmt.Fprint(w, formatAnswer(name, client))
+			}
+		}),
+	}}
+	go func() { _ = echo.http.Serve(tcp) }()
+	go echo.serveUDP(name)
+	return echo, nil
+}
+
+// serveUDP answers "<payload>" with "<answer> <payload>".
+func (e *Echo) serveUDP(name string) {
+	buffer := make([]byte, 2048)
+	for {
+		size, from, err := e.udp.ReadFrom(buffer)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue
+		}
+		client := from.(*net.UDPAddr).AddrPort()
+		_, _ = e.udp.WriteTo(fmt.Appendf(nil, "%s %s", formatAnswer(name, client), buffer[:size]), from)
+	}
+}
+
+// Close closes all sockets at once, connections included, as a killed process does: clients are told,
+// unless the interface has gone before (see Node.Del).
+func (e *Echo) Close() error { return errors.Join(e.http.Close(), e.udp.Close()) }

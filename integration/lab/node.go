@@ -1,0 +1,275 @@
+// Package lab makes Linux "nodes" out of namespaces and drives real CNI plugins, agents and traffic in
+// them. Tests, demo and bench share it.
+//
+// A node has its own network, mount and process namespaces: it sees the machine's files, but /run and
+// /var/lib are its own, so that conflists, `ip netns` and the default paths are used as they stand and
+// nothing outside is touched. All of it is gone when the process that made it ends, however it ends.
+//
+// Limits: it needs root, and kernel modules (br_netfilter, nf_tables) are the machine's.
+package lab
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netns"
+)
+
+// Where things are on every node and on the network it is attached to. Host is the node's own network
+// namespace, Uplink the one that plays the network: it holds the far end of the node's eth0.
+const (
+	Host   = ""
+	Uplink = "uplink"
+
+	RuntimeDir = "/run/magic-ip-address"
+
+	NodeIPv4   = "192.0.2.2"
+	NodeIPv6   = "2001:db8::2"
+	UplinkIPv4 = "192.0.2.1"
+	UplinkIPv6 = "2001:db8::1"
+
+	confDir = "/run/cni/net.d"
+)
+
+// holder is what the first process of a node runs. It ends, and with it every process and namespace of
+// the node, when its standard input does. Duplicate address detection is off: nothing waits for it.
+const holder = `set -e
+mount --make-rprivate /
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=755 tmpfs /var/lib
+mkdir -p /run/lock ` + confDir + `
+echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
+echo 1 >/proc/sys/net/ipv4/ip_forward
+echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+ip link set lo up
+ip netns add ` + Uplink + `
+ip link add eth0 type veth peer name eth0 netns ` + Uplink + `
+ip -n uplink link set lo up
+ip -n uplink link set eth0 up
+ip -n uplink address add ` + UplinkIPv4 + `/24 dev eth0
+ip -n uplink address add ` + UplinkIPv6 + `/64 dev eth0 nodad
+ip link set eth0 up
+ip address add ` + NodeIPv4 + `/24 dev eth0
+ip address add ` + NodeIPv6 + `/64 dev eth0 nodad
+ip route add default via ` + UplinkIPv4 + `
+ip route add default via ` + UplinkIPv6 + `
+echo ready
+exec cat >/dev/null`
+
+// NodeOptions are the things that nodes differ in.
+type NodeOptions struct {
+	Name     string // what the agent is told; "node" where empty
+	Binaries Binaries
+}
+
+// Node is one node. Its methods may be called from several goroutines.
+type Node struct {
+	Name     string
+	binaries Binaries
+	pid      int // of the holder, which is process 1 inside
+	close    func() error
+
+	mu     sync.Mutex
+	agents int // started so far
+}
+
+// NewNode makes a node; the caller closes it.
+func NewNode(ctx context.Context, options NodeOptions) (*Node, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("lab: making a node out of namespaces needs root: run this with sudo")
+	}
+	binaries, err := options.Binaries.resolve()
+	if err != nil {
+		return nil, err
+	}
+
+	cmd := exec.Command("sh", "-c", holder)
+	cmd.Env = environment()
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+	}
+	// The kernel closes the writing end when this process ends, even by SIGKILL.
+	lifeline, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("lab: making the namespaces of a node: %w", err)
+	}
+	end := sync.OnceValue(func() error {
+		_ = lifeline.Close()
+		_ = cmd.Process.Kill()
+		if err := cmd.Wait(); err != nil && stderr.Len() > 0 {
+			return fmt.Errorf("lab: node: %w: %s", err, &stderr)
+		}
+		return nil
+	})
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
+	ready, err := bufio.NewReader(stdout).ReadString('\n')
+	if !stop() || err != nil || ready != "ready\n" {
+		return nil, errors.Join(fmt.Errorf("lab: the node did not get ready: said %q", ready), context.Cause(ctx), end())
+	}
+
+	name := options.Name
+	if name == "" {
+		name = "node"
+	}
+	return &Node{Name: name, binaries: binaries, pid: cmd.Process.Pid, close: end}, nil
+}
+
+// Close ends all processes of the node and its namespaces. Sockets that this process holds in one of
+// them keep that one alive until they are closed.
+func (n *Node) Close() error { return n.close() }
+
+// environment is this process's, with the folders of nft and ip, which are not in every user's PATH.
+func environment(more ...string) []string {
+	environ := append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	return append(environ, more...)
+}
+
+// Command prepares a command that runs inside the node, in its root folder. Cancelling ctx kills it.
+func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	enter := []string{"--target", strconv.Itoa(n.pid), "--net", "--mount", "--pid", "--", name}
+	cmd := exec.CommandContext(ctx, "nsenter", append(enter, args...)...)
+	cmd.Env = environment()
+	cmd.Cancel = func() error { return signal(cmd.Process, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	return cmd
+}
+
+// Run runs a command inside the node and returns what it printed; its standard error is in the error.
+func (n *Node) Run(ctx context.Context, name string, args ...string) (string, error) {
+	return output(n.Command(ctx, name, args...))
+}
+
+// output runs cmd. Both streams are in the error: CNI plugins explain themselves on standard output.
+func output(cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("%s: %w: %s%s", cmd, err, &stdout, &stderr)
+	}
+	return stdout.String(), nil
+}
+
+// signal sends sig to the process that nsenter has made: nsenter itself stays outside of the node's
+// process namespace and passes nothing on.
+func signal(nsenter *os.Process, sig syscall.Signal) error {
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", nsenter.Pid))
+	if err != nil || len(bytes.TrimSpace(children)) == 0 {
+		return nsenter.Signal(sig)
+	}
+	pid, err := strconv.Atoi(strings.Fields(string(children))[0])
+	if err != nil {
+		return err
+	}
+	return syscall.Kill(pid, sig)
+}
+
+// In runs f inside a network namespace of the node: Host, Uplink, or one by its name in /run/netns.
+// Sockets that f opens stay there. Only f's own goroutine is inside; f must not start others, and
+// leaves by returning.
+func (n *Node) In(namespace string, f func() error) (err error) {
+	target, err := netns.GetFromPath(n.namespacePath(namespace))
+	if err != nil {
+		return fmt.Errorf("lab: network namespace %q: %w", namespace, err)
+	}
+	defer func() { _ = target.Close() }()
+
+	runtime.LockOSThread()
+	origin, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer func() {
+		// A thread that cannot go back stays locked: it dies with its goroutine.
+		if restore := netns.Set(origin); restore != nil {
+			err = errors.Join(err, fmt.Errorf("lab: leaving network namespace %q: %w", namespace, restore))
+		} else {
+			runtime.UnlockOSThread()
+		}
+		_ = origin.Close()
+	}()
+	if err := netns.Set(target); err != nil {
+		return fmt.Errorf("lab: entering network namespace %q: %w", namespace, err)
+	}
+	return f()
+}
+
+func (n *Node) namespacePath(namespace string) string {
+	if namespace == Host {
+		return fmt.Sprintf("/proc/%d/ns/net", n.pid)
+	}
+	return n.path(netnsPath(namespace))
+}
+
+// netnsPath is the path that a node's own processes know a network namespace by.
+func netnsPath(namespace string) string { return "/run/netns/" + namespace }
+
+// Sysctl sets a net.… sysctl, written with slashes below /proc/sys/net, in a network namespace of the node.
+func (n *Node) Sysctl(namespace, key, value string) error {
+	return n.In(namespace, func() error {
+		// The kernel resolves /proc/sys/net by the namespace of the thread that asks.
+		return os.WriteFile(filepath.Join("/proc/sys/net", key), []byte(value), 0o644)
+	})
+}
+
+// path is where this process finds a file of the node. Symbolic links with absolute targets lead out
+// of it, so callers name /run and not /var/run.
+func (n *Node) path(name string) string {
+	return filepath.Join(fmt.Sprintf("/proc/%d/root", n.pid), name)
+}
+
+// ReadFile reads a file of the node.
+func (n *Node) ReadFile(name string) ([]byte, error) { return os.ReadFile(n.path(name)) }
+
+// WriteFile writes a file of the node and makes its folder. It refuses /proc and /sys, which would
+// not be the node's: see Sysctl.
+func (n *Node) WriteFile(name string, data []byte) error {
+	if strings.HasPrefix(name, "/proc/") || strings.HasPrefix(name, "/sys/") {
+		return fmt.Errorf("lab: writing %s of a node from outside would reach the machine", name)
+	}
+	if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(n.path(name), data, 0o644)
+}
+
+// Eventually calls condition until it returns nil, and returns its last error when ctx ends before
+// that. It is for what neither the kernel nor a process announces.
+func Eventually(ctx context.Context, condition func() error) error {
+	ticker := time.NewTicker(5 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		err := condition()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		case <-ticker.C:
+		}
+	}
+}
