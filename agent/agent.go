@@ -49,11 +49,11 @@ type Source uint32
 
 // The sources that wake the agent.
 const (
-	Records Source = 1 << iota // the plugin's state file
-	Network                    // links, addresses, default routes
-	Others                     // what other agents have published
-	Settings                   // the configuration
-	Poll                       // time for the backstop: everything, and the kernel
+	Records    Source = 1 << iota // the plugin's state file
+	Network                       // links, addresses, default routes
+	Others                        // what other agents have published
+	Settings                      // the configuration
+	Poll                          // time for the backstop: everything, and the kernel
 	allSources = Records | Network | Others | Settings | Poll
 )
 

@@ -188,7 +188,7 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 					continue // a heartbeat
 				}
 				switch folder := filepath.Dir(event.Name); {
-				case folder == runtimeDir && filepath.Base(event.Name) == state.FileName:
+				case event.Name == state.Path(runtimeDir):
 					wake(Records)
 				case folder == published.Dir(runtimeDir) && strings.HasSuffix(event.Name, ".json"):
 					wake(Others)

@@ -38,8 +38,11 @@ func podLinkType(kind string) bool {
 	return slices.Contains([]string{"veth", "bridge", "netkit", "tun", "tuntap"}, kind)
 }
 
+// Kernel reads and changes the network of the calling process.
+type Kernel struct{}
+
 // Read asks the kernel (rtnetlink). It reads the network namespace of the calling thread.
-func Read() (Network, error) {
+func (Kernel) Read() (Network, error) {
 	network := Network{Interfaces: map[string]bool{}}
 	uplinks, err := defaultRouteLinks()
 	if err != nil {
@@ -171,7 +174,7 @@ func bridgeFilters(message []byte) (ip, ip6 bool) {
 
 // EnableHairpin lets the bridge port called name send a frame back where it came from, so that a pod
 // reaches itself through a magic IP. It does nothing where name is no bridge port or hairpin is on.
-func EnableHairpin(name string) (switched bool, err error) {
+func (Kernel) EnableHairpin(name string) (switched bool, err error) {
 	link, err := netlink.LinkByName(name)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return false, nil

@@ -41,8 +41,11 @@ type Frontend struct {
 	Port     uint16
 }
 
+// AddrPort is the address and port of f.
+func (f Frontend) AddrPort() netip.AddrPort { return netip.AddrPortFrom(f.Address, f.Port) }
+
 func (f Frontend) String() string {
-	return fmt.Sprintf("%s/%s", netip.AddrPortFrom(f.Address, f.Port), f.Protocol)
+	return fmt.Sprintf("%s/%s", f.AddrPort(), f.Protocol)
 }
 
 // Compare orders frontends by address, protocol and port.
