@@ -68,6 +68,7 @@ func TestFailsOpen(t *testing.T) {
 			},
 			log: "state.json has version 2",
 			after: func(t *testing.T, dir string) {
+				wantLog(t, dir, "command=DEL containerID=c1 pod=kube-system/apm-x")
 				if got := files(t, dir)["state.json"]; got != newer {
 					t.Errorf("the file is %q, want it untouched", got)
 				}
@@ -113,6 +114,30 @@ func TestFailsOpen(t *testing.T) {
 				test.after(t, dir)
 			}
 		})
+	}
+}
+
+// DEL sets a corrupt file aside as ADD does, so that it is said once.
+func TestDelOfACorruptFile(t *testing.T) {
+	dir := t.TempDir()
+	put(t, filepath.Join(dir, "state.json"), "{")
+	del(conf(dir, nil)).ok(t)
+	wantLog(t, dir, "state.json is corrupt", "command=DEL")
+	wantRecorded(t, dir)
+}
+
+// What cannot be logged to the file goes to standard error, which the runtime keeps.
+func TestLogWithoutDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	put(t, dir, "odd")
+	cmd := add(conf(dir, nil)).cmd(t)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if want := `level=ERROR msg="the pod is not recorded" command=ADD containerID=c1 pod=kube-system/apm-x`; !strings.Contains(stderr.String(), want) {
+		t.Errorf("standard error is %q, want %q", stderr.String(), want)
 	}
 }
 
