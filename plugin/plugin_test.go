@@ -515,6 +515,13 @@ func TestDel(t *testing.T) {
 		del(conf(dir, nil)).ok(t)
 		wantNoDir(t, dir)
 	})
+	t.Run("without a state file", func(t *testing.T) {
+		dir := t.TempDir()
+		del(conf(dir, nil)).ok(t)
+		if diff := cmp.Diff(map[string]string{}, files(t, dir)); diff != "" {
+			t.Errorf("files (-want +got):\n%s", diff)
+		}
+	})
 	t.Run("of a pod never added", func(t *testing.T) {
 		dir := t.TempDir()
 		add(conf(dir, nil)).ok(t)
