@@ -112,7 +112,7 @@ func (c command) cmd(t testing.TB) *exec.Cmd {
 	cmd.Env = []string{
 		asPlugin + "=1", "CNI_COMMAND=" + c.name, "CNI_CONTAINERID=" + c.containerID, "CNI_NETNS=" + c.netns,
 		"CNI_IFNAME=" + c.ifName, "CNI_ARGS=" + c.args, "CNI_PATH=/opt/cni/bin",
-		"GORACE=atexit_sleep_ms=0", // by default, the race detector holds up each process for a second
+		"GORACE=atexit_sleep_ms=0", // by default, the race detector holds up each exit for a second
 	}
 	cmd.Stdin = bytes.NewReader(c.conf.encode(t))
 	return cmd
