@@ -22,8 +22,8 @@ func TestSmoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.Sleep(time.Second)
-	t.Log(n.Add(ctx, "bridge", lab.Pod{Name: "echo", Labels: map[string]string{"app": "echo"}}))
-	t.Log(n.Add(ctx, "bridge", lab.Pod{Name: "client"}))
+	n.Add(ctx, "bridge", lab.Pod{Name: "echo", Labels: map[string]string{"app": "echo"}})
+	n.Add(ctx, "bridge", lab.Pod{Name: "client"})
 	_, err = n.StartEcho("echo", "echo", 8080)
 	t.Log(err)
 	time.Sleep(time.Second)
