@@ -28,7 +28,8 @@ import (
 )
 
 // Where things are on every node and on the network it is attached to. Host is the node's own network
-// namespace, Uplink the one that plays the network: it holds the far end of the node's eth0.
+// namespace, Uplink the one that plays the network: it holds the far end of the node's eth0 and routes
+// everything else to the node, as a hostile neighbour may.
 const (
 	Host   = ""
 	Uplink = "uplink"
@@ -67,6 +68,8 @@ ip address add ` + NodeIPv4 + `/24 dev eth0
 ip address add ` + NodeIPv6 + `/64 dev eth0 nodad
 ip route add default via ` + UplinkIPv4 + `
 ip route add default via ` + UplinkIPv6 + `
+ip -n uplink route add default via ` + NodeIPv4 + `
+ip -n uplink route add default via ` + NodeIPv6 + `
 echo ready
 exec cat >/dev/null`
 

@@ -151,6 +151,9 @@ func (n *Node) addNetNS(ctx context.Context, name string) error {
 	if _, err := n.Run(ctx, "ip", "netns", "add", name); err != nil {
 		return err
 	}
+	if _, err := n.Run(ctx, "ip", "-n", name, "link", "set", "lo", "up"); err != nil {
+		return err
+	}
 	return n.Sysctl(name, "ipv6/conf/default/accept_dad", "0")
 }
 
