@@ -48,9 +48,10 @@ func addPod(t *testing.T, node *Node, name string) (Attached, *Echo) {
 	return attached, echo
 }
 
-func within(t *testing.T, limit time.Duration) context.Context {
+// patience is for what happens soon or never.
+func patience(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -93,13 +94,13 @@ func TestProbeNotesWhatHappens(t *testing.T) {
 			to := netip.AddrPortFrom(server.IPs[0], 8080)
 
 			probe := node.StartProbe(Client{Kind: kind, From: "client", To: to, Timeout: 300 * time.Millisecond}, 10*time.Millisecond)
-			if _, err := probe.Await(within(t, 10*time.Second), AnsweredBy("server")); err != nil {
+			if _, err := probe.Await(patience(t), AnsweredBy("server")); err != nil {
 				t.Fatal(err)
 			}
 			if err := echo.Close(); err != nil {
 				t.Fatal(err)
 			}
-			outcome, err := probe.Await(within(t, 10*time.Second), Unanswered)
+			outcome, err := probe.Await(patience(t), Unanswered)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -110,7 +111,7 @@ func TestProbeNotesWhatHappens(t *testing.T) {
 			if err := node.Del(t.Context(), "plain", Pod{Name: "server"}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := probe.Await(within(t, 10*time.Second), func(o Outcome) bool { return o.Took >= 300*time.Millisecond }); err != nil {
+			if _, err := probe.Await(patience(t), func(o Outcome) bool { return o.Took >= 300*time.Millisecond }); err != nil {
 				t.Fatal(err)
 			}
 			outcomes := probe.Stop()
@@ -193,9 +194,9 @@ func TestNodeEndsWithItsMaker(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = maker.Wait()
-	if err := Eventually(within(t, 10*time.Second), func() error {
+	if err := Eventually(patience(t), func() error {
 		if _, err := os.Stat(holder); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("process %d holds the node: %v", pid, err)
+			return fmt.Errorf("process %d still holds the node", pid)
 		}
 		return nil
 	}); err != nil {
@@ -218,7 +219,7 @@ func TestCancelledCommandDies(t *testing.T) {
 		}
 		return out
 	}
-	if err := Eventually(within(t, 10*time.Second), func() error {
+	if err := Eventually(patience(t), func() error {
 		if out := running(); !strings.Contains(out, "sleep") {
 			return errors.New(out)
 		}
