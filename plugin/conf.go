@@ -1,0 +1,164 @@
+package plugin
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+const defaultRuntimeDir = "/run/magic-ip-address"
+
+// everyNamespace as the namespace of a selector.
+const everyNamespace = "*"
+
+// rawConf is the network configuration as it comes in. What belongs to one key is decoded alone, so that an
+// error can name the key, and what the runtime or other plugins put in need not be understood.
+type rawConf struct {
+	CNIVersion       string          `json:"cniVersion"`
+	Name             string          `json:"name"`
+	RuntimeDir       json.RawMessage `json:"runtimeDir"`
+	Selectors        json.RawMessage `json:"selectors"`
+	RuntimeConfig    json.RawMessage `json:"runtimeConfig"`
+	Args             json.RawMessage `json:"args"`
+	PrevResult       json.RawMessage `json:"prevResult"`
+	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
+}
+
+// conf is a network configuration that can be used.
+type conf struct {
+	cniVersion string
+	network    string
+	runtimeDir string
+	selectors  map[string][]podSelector // by agent name
+
+	// Undecoded: most pods do not need them.
+	runtimeConfig json.RawMessage
+	args          json.RawMessage
+	prevResult    json.RawMessage
+	valid         json.RawMessage
+}
+
+// podSelector is one entry below the name of an agent.
+type podSelector struct {
+	Namespace string `json:"namespace"`
+	Selector  string `json:"selector"`
+}
+
+// parseConf returns *types.Error, code 6 for what has another type than it should and code 7 for a value that
+// is not allowed. The conf has a runtimeDir also when there is an error.
+//
+// A selector that does not parse is no error: it is one agent's, and the pods are everybody's.
+func parseConf(stdin []byte) (*conf, error) {
+	var raw rawConf
+	err := json.Unmarshal(stdin, &raw)
+	c := &conf{
+		cniVersion:    raw.CNIVersion,
+		network:       raw.Name,
+		runtimeDir:    defaultRuntimeDir,
+		runtimeConfig: raw.RuntimeConfig,
+		args:          raw.Args,
+		prevResult:    raw.PrevResult,
+		valid:         raw.ValidAttachments,
+	}
+	if err != nil {
+		return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: %v", err), "")
+	}
+	if !absent(raw.RuntimeDir) {
+		var dir string
+		if err := json.Unmarshal(raw.RuntimeDir, &dir); err != nil {
+			return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("runtimeDir: must be a string: %v", err), "")
+		}
+		if !filepath.IsAbs(dir) {
+			return c, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("runtimeDir: %q is not an absolute path", dir), "")
+		}
+		c.runtimeDir = filepath.Clean(dir)
+	}
+	if absent(raw.Selectors) {
+		return c, nil
+	}
+	if err := json.Unmarshal(raw.Selectors, &c.selectors); err != nil {
+		return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf(
+			`selectors: must be an object {"agent name": [{"namespace": "…", "selector": "…"}]}: %v`, err), "")
+	}
+	for _, agent := range slices.Sorted(maps.Keys(c.selectors)) {
+		for i, selector := range c.selectors[agent] {
+			if selector.Namespace == "" {
+				return c, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(
+					`selectors: %q[%d].namespace is empty: must be a namespace, or %q for every namespace`, agent, i, everyNamespace), "")
+			}
+		}
+	}
+	return c, nil
+}
+
+// absent says that a key is missing or null.
+func absent(value json.RawMessage) bool {
+	return len(value) == 0 || bytes.Equal(value, []byte("null"))
+}
+
+// result is what ADD prints: prevResult. Its very bytes, so that fields survive that this build does not know, unless
+// it has to be converted to the version of the configuration.
+func (c *conf) result() (json.RawMessage, error) {
+	if absent(c.prevResult) {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig,
+			"prevResult is missing: this plugin must be called behind another one that assigns addresses", "")
+	}
+	var head struct {
+		CNIVersion string `json:"cniVersion"`
+	}
+	if err := json.Unmarshal(c.prevResult, &head); err != nil {
+		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("prevResult: must be a CNI result: %v", err), "")
+	}
+	// Results before 1.0.0 may leave their version out; it is the configuration's then, as in libcni.
+	if head.CNIVersion == "" || head.CNIVersion == c.cniVersion {
+		return c.prevResult, nil
+	}
+	converted, err := convert(head.CNIVersion, c.prevResult, c.cniVersion)
+	if err != nil {
+		return nil, types.NewError(types.ErrIncompatibleCNIVersion, fmt.Sprintf("prevResult: %v", err), "")
+	}
+	return converted, nil
+}
+
+func convert(from string, result json.RawMessage, to string) (json.RawMessage, error) {
+	old, err := version.NewResult(from, result)
+	if err != nil {
+		return nil, err
+	}
+	converted, err := old.GetAsVersion(to)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(converted)
+}
+
+// validAttachments are those that GC is to keep. The key must be there (CNI specification 1.1, "GC"): a missing
+// list is not an empty one, which removes everything.
+func (c *conf) validAttachments() (map[state.Key]bool, error) {
+	const key = "cni.dev/valid-attachments"
+	if len(c.valid) == 0 {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, key+": is missing: must be the list of attachments to keep", "")
+	}
+	var list []types.GCAttachment
+	if err := json.Unmarshal(c.valid, &list); err != nil {
+		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf(
+			`%s: must be a list of {"containerID": "…", "ifname": "…"}: %v`, key, err), "")
+	}
+	valid := make(map[state.Key]bool, len(list))
+	for i, attachment := range list {
+		if attachment.ContainerID == "" || attachment.IfName == "" {
+			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(
+				"%s: entry %d: containerID and ifname must not be empty", key, i), "")
+		}
+		valid[state.Key(attachment)] = true
+	}
+	return valid, nil
+}

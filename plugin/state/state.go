@@ -1,0 +1,155 @@
+// Package state is the file in which the plugin records the attachments of pods,
+// <runtime dir>/state.json: which sandbox has which addresses.
+//
+// The plugin is its only writer; agents and people read it. Writers take turns by a lock on state.lock,
+// which is never removed. Every change is a temporary file and a rename, so that a reader, who takes no
+// lock, sees the old list or the new one, and so does everybody after a writer was killed.
+//
+// Limits: the list is read and written whole; it is meant for the pods of one node. Standard library and
+// x/sys only: the plugin must stay small.
+package state
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// Version is the format that this build writes and the newest it reads.
+const Version = 1
+
+const (
+	fileName = "state.json"
+	// Only the holder of the lock writes, so one name is enough, and what a killed writer leaves behind
+	// is overwritten by the next.
+	tempName = fileName + ".tmp"
+	// A corrupt file is kept under this name; the next one replaces it.
+	corruptName = fileName + ".corrupt"
+	lockName    = "state.lock"
+)
+
+// Attachment is one record: the interface of one pod's sandbox and its addresses.
+type Attachment struct {
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+	Network     string `json:"network"` // the name of the CNI network
+	Namespace   string `json:"namespace,omitempty"`
+	Name        string `json:"name,omitempty"`
+	UID         string `json:"uid,omitempty"` // K8S_POD_UID; a static pod's differs from its UID in the API
+	// Labels of the pod when it was added. Nil (absent in the file) is: not known; a pod known to have no
+	// labels has an empty map.
+	Labels map[string]string `json:"labels,omitzero"`
+	IPs    []netip.Addr      `json:"ips"`
+	// HostInterface is the link on the node that leads to the sandbox, where the CNI result names it.
+	HostInterface string    `json:"hostInterface,omitempty"`
+	Netns         string    `json:"netns,omitempty"` // a path
+	AddedAt       time.Time `json:"addedAt"`
+}
+
+// Key identifies an attachment. Never the address: addresses are reused while the DEL of their former
+// owner is still to come.
+type Key struct {
+	ContainerID string
+	IfName      string
+}
+
+// Key returns what identifies a.
+func (a Attachment) Key() Key { return Key{ContainerID: a.ContainerID, IfName: a.IfName} }
+
+// NewerVersionError says that the file was written by a newer build, which alone understands it.
+type NewerVersionError struct {
+	Path    string
+	Version int
+}
+
+func (e *NewerVersionError) Error() string {
+	return fmt.Sprintf("%s has version %d, this build reads up to %d: upgrade it", e.Path, e.Version, Version)
+}
+
+// CorruptError says that the file is not what a writer of this format leaves.
+type CorruptError struct {
+	Path string
+	Err  error
+}
+
+func (e *CorruptError) Error() string { return fmt.Sprintf("%s is corrupt: %v", e.Path, e.Err) }
+
+func (e *CorruptError) Unwrap() error { return e.Err }
+
+// file is the content of state.json.
+type file struct {
+	Version     int          `json:"version"`
+	Attachments []Attachment `json:"attachments"`
+}
+
+// Read returns the attachments recorded in the runtime directory dir, in the order of their ADD. Errors are
+// fs.ErrNotExist where nothing was ever recorded, *NewerVersionError, *CorruptError, or the operating
+// system's. It changes nothing.
+func Read(dir string) ([]Attachment, error) {
+	path := filepath.Join(dir, fileName)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	version, attachments, err := parse(data)
+	if err != nil {
+		return nil, &CorruptError{Path: path, Err: err}
+	}
+	if version > Version {
+		return nil, &NewerVersionError{Path: path, Version: version}
+	}
+	return attachments, nil
+}
+
+// parse returns the version alone where it is newer than this build's.
+func parse(data []byte) (version int, attachments []Attachment, err error) {
+	// The version comes first and alone: a newer file need not have the shape that this build knows.
+	var head struct{ Version int }
+	if err := json.Unmarshal(data, &head); err != nil {
+		return 0, nil, err
+	}
+	if head.Version > Version {
+		return head.Version, nil, nil
+	}
+	if head.Version < 1 {
+		return 0, nil, fmt.Errorf("version %d", head.Version)
+	}
+	var content file
+	if err := json.Unmarshal(data, &content); err != nil {
+		return 0, nil, err
+	}
+	for i, attachment := range content.Attachments {
+		if err := attachment.validate(); err != nil {
+			return 0, nil, fmt.Errorf("attachment %d: %w", i, err)
+		}
+	}
+	return content.Version, content.Attachments, nil
+}
+
+func (a Attachment) validate() error {
+	if a.ContainerID == "" || a.IfName == "" {
+		return errors.New("no containerID or no ifName")
+	}
+	for _, addr := range a.IPs {
+		if !addr.IsValid() {
+			return errors.New("an empty address") // which netip.Addr accepts as JSON
+		}
+	}
+	return nil
+}
+
+// encode writes for people too: one field a line.
+func encode(attachments []Attachment) ([]byte, error) {
+	if attachments == nil {
+		attachments = []Attachment{}
+	}
+	data, err := json.MarshalIndent(file{Version: Version, Attachments: attachments}, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return append(data, '\n'), nil
+}

@@ -1,0 +1,228 @@
+package state_test
+
+import (
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+const generous = 30 * time.Second
+
+// options compare addresses by value.
+func options() cmp.Option { return cmpopts.EquateComparable(netip.Addr{}) }
+
+func attachment(containerID string) state.Attachment {
+	return state.Attachment{
+		ContainerID: containerID,
+		IfName:      "eth0",
+		Network:     "pods",
+		IPs:         []netip.Addr{netip.MustParseAddr("10.244.1.7")},
+		AddedAt:     time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC),
+	}
+}
+
+// add returns a change that appends attachments.
+func add(attachments ...state.Attachment) func([]state.Attachment) []state.Attachment {
+	return func(list []state.Attachment) []state.Attachment { return append(list, attachments...) }
+}
+
+func update(t *testing.T, dir string, change func([]state.Attachment) []state.Attachment) {
+	t.Helper()
+	warning, err := state.Update(dir, generous, change)
+	if warning != nil || err != nil {
+		t.Fatalf("Update: warning %v, error %v", warning, err)
+	}
+}
+
+func read(t *testing.T, dir string) []state.Attachment {
+	t.Helper()
+	attachments, err := state.Read(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return attachments
+}
+
+func put(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func names(t *testing.T, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, entry := range entries {
+		names = append(names, entry.Name())
+	}
+	return names
+}
+
+func TestFileIsForPeople(t *testing.T) {
+	dir := t.TempDir()
+	full := attachment("c1")
+	full.Namespace, full.Name, full.UID = "kube-system", "apm-x", "u1"
+	full.Labels = map[string]string{"app": "apm-server"}
+	full.IPs = append(full.IPs, netip.MustParseAddr("fd00::7"))
+	full.HostInterface, full.Netns = "veth1", "/run/netns/1"
+	unlabelled := attachment("c2")
+	unlabelled.Labels = map[string]string{}
+	update(t, dir, add(full, unlabelled, attachment("c3")))
+
+	got, err := os.ReadFile(filepath.Join(dir, "state.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{
+  "version": 1,
+  "attachments": [
+    {
+      "containerID": "c1",
+      "ifName": "eth0",
+      "network": "pods",
+      "namespace": "kube-system",
+      "name": "apm-x",
+      "uid": "u1",
+      "labels": {
+        "app": "apm-server"
+      },
+      "ips": [
+        "10.244.1.7",
+        "fd00::7"
+      ],
+      "hostInterface": "veth1",
+      "netns": "/run/netns/1",
+      "addedAt": "2026-01-02T03:04:05.000000006Z"
+    },
+    {
+      "containerID": "c2",
+      "ifName": "eth0",
+      "network": "pods",
+      "labels": {},
+      "ips": [
+        "10.244.1.7"
+      ],
+      "addedAt": "2026-01-02T03:04:05.000000006Z"
+    },
+    {
+      "containerID": "c3",
+      "ifName": "eth0",
+      "network": "pods",
+      "ips": [
+        "10.244.1.7"
+      ],
+      "addedAt": "2026-01-02T03:04:05.000000006Z"
+    }
+  ]
+}
+`
+	if diff := cmp.Diff(want, string(got)); diff != "" {
+		t.Errorf("state.json (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]state.Attachment{full, unlabelled, attachment("c3")}, read(t, dir), options()); diff != "" {
+		t.Errorf("Read (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"state.json", "state.lock"}, names(t, dir)); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}
+
+func TestRead(t *testing.T) {
+	const valid = `{"containerID": "c1", "ifName": "eth0", "network": "pods", "ips": ["10.244.1.7"], "addedAt": "2026-01-02T03:04:05Z"}`
+	tests := []struct {
+		name    string
+		content string
+		want    string // "" is: it can be read
+	}{
+		{"valid", `{"version": 1, "attachments": [` + valid + `]}`, ""},
+		{"a field of a later build of this version", `{"version": 1, "since": 5, "attachments": [` + valid + `]}`, ""},
+		{"newer, of another shape", `{"version": 2, "attachments": {"c1": {}}}`, "newer"},
+		{"empty after a power loss", ``, "corrupt"},
+		{"cut off", `{"version": 1, "attachments": [` + valid, "corrupt"},
+		{"no version", `{"attachments": []}`, "corrupt"},
+		{"version zero", `{"version": 0}`, "corrupt"},
+		{"not an object", `[1]`, "corrupt"},
+		{"no list", `{"version": 1, "attachments": 7}`, "corrupt"},
+		{"garbage behind it", `{"version": 1} x`, "corrupt"},
+		{"no container", `{"version": 1, "attachments": [` + strings.Replace(valid, "c1", "", 1) + `]}`, "corrupt"},
+		{"no interface", `{"version": 1, "attachments": [` + strings.Replace(valid, "eth0", "", 1) + `]}`, "corrupt"},
+		{"empty address", `{"version": 1, "attachments": [` + strings.Replace(valid, "10.244.1.7", "", 1) + `]}`, "corrupt"},
+		{"no address", `{"version": 1, "attachments": [` + strings.Replace(valid, "10.244.1.7", "10.244.1", 1) + `]}`, "corrupt"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "state.json")
+			put(t, path, test.content)
+			attachments, err := state.Read(dir)
+			var newer *state.NewerVersionError
+			var corrupt *state.CorruptError
+			got := ""
+			switch {
+			case errors.As(err, &newer):
+				got = "newer"
+			case errors.As(err, &corrupt):
+				got = "corrupt"
+			case err != nil:
+				got = err.Error()
+			case len(attachments) != 1 || attachments[0].ContainerID != "c1":
+				got = "other content"
+			}
+			if got != test.want {
+				t.Errorf("Read is %q (%v), want %q", got, err, test.want)
+			}
+			if err != nil && !strings.Contains(err.Error(), path) {
+				t.Errorf("%q does not name %s", err, path)
+			}
+			if diff := cmp.Diff([]string{"state.json"}, names(t, dir)); diff != "" {
+				t.Errorf("a reader changes nothing (-want +got):\n%s", diff)
+			}
+		})
+	}
+	t.Run("missing", func(t *testing.T) {
+		if _, err := state.Read(t.TempDir()); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("Read is %v, want fs.ErrNotExist", err)
+		}
+	})
+}
+
+func FuzzState(f *testing.F) {
+	f.Add([]byte(`{"version":1,"attachments":[]}`))
+	f.Add([]byte(`{"version":1,"attachments":[{"containerID":"c","ifName":"eth0","network":"n","labels":{},"ips":["fe80::1%eth0"],"addedAt":"2026-01-02T03:04:05+01:30"}]}`))
+	f.Add([]byte(`{"version":1,"attachments":[{"containerID":"\ud800","ifName":"<","labels":null,"ips":null}]}`))
+	f.Add([]byte(`{"version":9}`))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, data []byte) {
+		path := filepath.Join(dir, "state.json")
+		put(t, path, string(data))
+		attachments, err := state.Read(dir)
+		if err != nil {
+			var newer *state.NewerVersionError
+			var corrupt *state.CorruptError
+			if !errors.As(err, &newer) && !errors.As(err, &corrupt) {
+				t.Fatalf("Read: %v", err)
+			}
+			return
+		}
+		// What can be read can be written and is read back the same.
+		update(t, dir, add(attachment("c1")))
+		if diff := cmp.Diff(append(attachments, attachment("c1")), read(t, dir), options()); diff != "" {
+			t.Errorf("read back (-want +got):\n%s", diff)
+		}
+	})
+}

@@ -1,0 +1,310 @@
+package state_test
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// TestMain lets the test binary be the other processes of a node.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "as" {
+		os.Exit(as(os.Args[2], os.Args[3]))
+	}
+	os.Exit(m.Run())
+}
+
+// as is a process that does what role says in the runtime directory dir.
+func as(role, dir string) int {
+	var err error
+	switch role {
+	case "writer": // adds 0, 1, 2, … and says so, until it is killed
+		for err == nil {
+			var added int
+			_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
+				added = len(list)
+				return append(list, attachment(strconv.Itoa(added)))
+			})
+			fmt.Println(added)
+		}
+	case "holder": // takes the lock, says so, and keeps it until standard input ends
+		_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
+			fmt.Println("held")
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			return list
+		})
+	default: // "+ID" or "-ID": one ADD or one DEL
+		key := state.Key{ContainerID: role[1:], IfName: "eth0"}
+		_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
+			if role[0] == '+' {
+				return append(list, attachment(key.ContainerID))
+			}
+			return slices.DeleteFunc(list, func(a state.Attachment) bool { return a.Key() == key })
+		})
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func process(t *testing.T, role, dir string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "as", role, dir)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// hold starts a process that holds the lock of dir; release ends it.
+func hold(t *testing.T, dir string) (cmd *exec.Cmd, release func()) {
+	t.Helper()
+	cmd = process(t, "holder", dir)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		t.Fatalf("the holder did not start: %v", err)
+	}
+	return cmd, func() {
+		_ = stdin.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestUpdateNeverCreatesTheDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "missing")
+	if _, err := state.Update(dir, generous, add(attachment("c1"))); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Update is %v, want fs.ErrNotExist", err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory: %v, want fs.ErrNotExist", err)
+	}
+}
+
+func TestUpdateWithoutChangeWritesNothing(t *testing.T) {
+	unchanged := func(list []state.Attachment) []state.Attachment {
+		return slices.DeleteFunc(list, func(state.Attachment) bool { return false })
+	}
+	dir := t.TempDir()
+	update(t, dir, unchanged)
+	if diff := cmp.Diff([]string{"state.lock"}, names(t, dir)); diff != "" {
+		t.Errorf("files of an empty directory (-want +got):\n%s", diff)
+	}
+
+	update(t, dir, add(attachment("c1")))
+	path := filepath.Join(dir, "state.json")
+	before, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	update(t, dir, unchanged)
+	after, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !os.SameFile(before, after) {
+		t.Error("the file was replaced by an equal one")
+	}
+}
+
+func TestUpdateSetsACorruptFileAside(t *testing.T) {
+	dir := t.TempDir()
+	for _, corrupt := range []string{"first", "second"} {
+		put(t, filepath.Join(dir, "state.json"), corrupt)
+		warning, err := state.Update(dir, generous, add(attachment(corrupt)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want *state.CorruptError
+		if !errors.As(warning, &want) {
+			t.Errorf("warning is %v, want a CorruptError", warning)
+		}
+		if diff := cmp.Diff([]state.Attachment{attachment(corrupt)}, read(t, dir), options()); diff != "" {
+			t.Errorf("records after %q (-want +got):\n%s", corrupt, diff)
+		}
+		kept, err := os.ReadFile(filepath.Join(dir, "state.json.corrupt"))
+		if err != nil || string(kept) != corrupt {
+			t.Errorf("kept is %q (%v), want %q", kept, err, corrupt)
+		}
+	}
+	if diff := cmp.Diff([]string{"state.json", "state.json.corrupt", "state.lock"}, names(t, dir)); diff != "" {
+		t.Errorf("one corrupt file is kept, no more (-want +got):\n%s", diff)
+	}
+}
+
+func TestUpdateLeavesANewerFileUntouched(t *testing.T) {
+	dir := t.TempDir()
+	const newer = `{"version": 2, "pods": []}`
+	put(t, filepath.Join(dir, "state.json"), newer)
+	_, err := state.Update(dir, generous, add(attachment("c1")))
+	var want *state.NewerVersionError
+	if !errors.As(err, &want) {
+		t.Errorf("Update is %v, want a NewerVersionError", err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "state.json")); err != nil || string(got) != newer {
+		t.Errorf("the file is %q (%v), want it untouched", got, err)
+	}
+	if diff := cmp.Diff([]string{"state.json", "state.lock"}, names(t, dir)); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}
+
+// A full disk, seen from here: the temporary file cannot be written.
+func TestUpdateThatCannotWriteKeepsTheOldFile(t *testing.T) {
+	dir := t.TempDir()
+	update(t, dir, add(attachment("c1")))
+	if err := os.Symlink("/dev/full", filepath.Join(dir, "state.json.tmp")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := state.Update(dir, generous, add(attachment("c2"))); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Update is %v, want ENOSPC", err)
+	}
+	if diff := cmp.Diff([]state.Attachment{attachment("c1")}, read(t, dir), options()); diff != "" {
+		t.Errorf("records (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"state.json", "state.lock"}, names(t, dir)); diff != "" {
+		t.Errorf("nothing of the attempt is left (-want +got):\n%s", diff)
+	}
+}
+
+func TestUpdateWaitsForItsTurnOnlySoLong(t *testing.T) {
+	dir := t.TempDir()
+	holder, release := hold(t, dir)
+	// A stopped process is the worst holder: it lives, and it will not let go.
+	if err := holder.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	if _, err := state.Update(dir, 50*time.Millisecond, add(attachment("c1"))); !errors.Is(err, state.ErrBusy) {
+		t.Errorf("Update is %v, want ErrBusy", err)
+	}
+	if waited := time.Since(begun); waited < 50*time.Millisecond || waited > 10*time.Second {
+		t.Errorf("waited %s, want about 50ms", waited)
+	}
+
+	if err := holder.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	release()
+	// The waiter that was given up stands in the queue before this one; it must not keep the lock.
+	update(t, dir, add(attachment("c2")))
+	if diff := cmp.Diff([]state.Attachment{attachment("c2")}, read(t, dir), options()); diff != "" {
+		t.Errorf("what was given up is not done later (-want +got):\n%s", diff)
+	}
+}
+
+// kill -9 at any time leaves the old file or the new one, and nothing that was acknowledged is lost.
+func TestKilledWriter(t *testing.T) {
+	dir := t.TempDir()
+	wanted := 0 // this many were acknowledged
+	for range 40 {
+		cmd := process(t, "writer", dir)
+		stdout, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(stdout)
+		killed := false
+		for lines.Scan() {
+			added, err := strconv.Atoi(lines.Text())
+			if err != nil {
+				t.Fatal(err)
+			}
+			wanted = added + 1
+			if !killed {
+				killed = true
+				time.AfterFunc(rand.N(8*time.Millisecond), func() { _ = cmd.Process.Kill() })
+			}
+		}
+		_ = cmd.Wait() // it was killed
+
+		attachments := read(t, dir)
+		// One may have reached the file without its writer living to say so.
+		if len(attachments) != wanted && len(attachments) != wanted+1 {
+			t.Fatalf("%d records after %d were acknowledged", len(attachments), wanted)
+		}
+		for i, attachment := range attachments {
+			if attachment.ContainerID != strconv.Itoa(i) {
+				t.Fatalf("record %d is %q", i, attachment.ContainerID)
+			}
+		}
+		for _, name := range names(t, dir) {
+			if !slices.Contains([]string{"state.json", "state.json.tmp", "state.lock"}, name) {
+				t.Fatalf("%s is left over", name)
+			}
+		}
+	}
+	t.Logf("%d records written", wanted)
+}
+
+// Two hundred processes at once lose nothing and invent nothing.
+func TestParallelWriters(t *testing.T) {
+	dir := t.TempDir()
+	var before, wanted []string
+	var roles []string
+	for i := range 100 {
+		old, added := fmt.Sprintf("old%03d", i), fmt.Sprintf("new%03d", i)
+		before = append(before, old)
+		wanted = append(wanted, added)
+		roles = append(roles, "-"+old, "+"+added)
+	}
+	for _, id := range before {
+		update(t, dir, add(attachment(id)))
+	}
+
+	// They queue up behind a holder, so that they really compete.
+	_, release := hold(t, dir)
+	var all sync.WaitGroup
+	for _, role := range roles {
+		cmd := process(t, role, dir)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		all.Go(func() {
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("%s: %v", role, err)
+			}
+		})
+	}
+	release()
+	all.Wait()
+
+	var got []string
+	for _, attachment := range read(t, dir) {
+		got = append(got, attachment.ContainerID)
+	}
+	slices.Sort(got)
+	if diff := cmp.Diff(wanted, got); diff != "" {
+		t.Errorf("records (-want +got):\n%s", diff)
+	}
+}
