@@ -3,9 +3,7 @@
 package integration
 
 import (
-	"context"
 	"testing"
-	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -59,32 +57,4 @@ func del(t *testing.T, node *lab.Node, network string, pod lab.Pod) {
 	if err := node.Del(t.Context(), network, pod); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// startAgent starts an agent, stops it with the test, and prints its log where the test fails.
-func startAgent(t *testing.T, node *lab.Node, config string, flags ...string) *lab.Agent {
-	t.Helper()
-	agent, err := node.StartAgent([]byte(config), flags...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		if err := agent.Stop(ctx); err != nil {
-			t.Error(err)
-		}
-		if t.Failed() {
-			t.Logf("log of the agent:\n%s", agent.Log())
-		}
-	})
-	return agent
-}
-
-// patience is for what happens soon or never.
-func patience(t *testing.T) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	t.Cleanup(cancel)
-	return ctx
 }
