@@ -3,6 +3,7 @@ package plugin
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -128,16 +129,22 @@ func (c *conf) result() (json.RawMessage, error) {
 	return converted, nil
 }
 
-func convert(from string, result json.RawMessage, to string) (json.RawMessage, error) {
+func convert(from string, result json.RawMessage, to string) (converted json.RawMessage, err error) {
+	// The library (1.3.1) does not expect null among the interfaces, addresses and routes that it converts.
+	defer func() {
+		if recover() != nil {
+			err = errors.New("cannot be converted: has it an entry that is null?")
+		}
+	}()
 	old, err := version.NewResult(from, result)
 	if err != nil {
 		return nil, err
 	}
-	converted, err := old.GetAsVersion(to)
+	wanted, err := old.GetAsVersion(to)
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(converted)
+	return json.Marshal(wanted)
 }
 
 // validAttachments are those that GC is to keep. The key must be there (CNI specification 1.1, "GC"): a missing

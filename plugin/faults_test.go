@@ -1,0 +1,217 @@
+package plugin_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// Whatever the state of the runtime directory, pods start and stop.
+func TestFailsOpen(t *testing.T) {
+	const newer = `{"version": 2, "pods": []}`
+	for _, test := range []struct {
+		name  string
+		prior func(t *testing.T, dir string)
+		log   string // "" is: the log cannot be written either
+		after func(t *testing.T, dir string)
+	}{
+		{
+			name: "a file in place of the directory",
+			prior: func(t *testing.T, dir string) {
+				if err := os.Remove(dir); err != nil {
+					t.Fatal(err)
+				}
+				put(t, dir, "odd")
+			},
+			after: func(t *testing.T, dir string) {
+				if got, err := os.ReadFile(dir); err != nil || string(got) != "odd" {
+					t.Errorf("the file is %q (%v), want it untouched", got, err)
+				}
+			},
+		},
+		{
+			name: "a directory in place of the file",
+			prior: func(t *testing.T, dir string) {
+				if err := os.Mkdir(filepath.Join(dir, "state.json"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			},
+			log: "state.json: is a directory",
+		},
+		{
+			name: "full disk",
+			prior: func(t *testing.T, dir string) {
+				add(conf(dir, nil)).of("c0").ok(t)
+				if err := os.Symlink("/dev/full", filepath.Join(dir, "state.json.tmp")); err != nil {
+					t.Fatal(err)
+				}
+			},
+			log:   "no space left on device",
+			after: func(t *testing.T, dir string) { wantRecorded(t, dir, "c0 10.244.1.7") },
+		},
+		{
+			name: "newer",
+			prior: func(t *testing.T, dir string) {
+				put(t, filepath.Join(dir, "state.json"), newer)
+			},
+			log: "state.json has version 2",
+			after: func(t *testing.T, dir string) {
+				wantLog(t, dir, "command=DEL containerID=c1 pod=kube-system/apm-x")
+				if got := files(t, dir)["state.json"]; got != newer {
+					t.Errorf("the file is %q, want it untouched", got)
+				}
+			},
+		},
+		{
+			name: "corrupt",
+			prior: func(t *testing.T, dir string) {
+				put(t, filepath.Join(dir, "state.json"), "{")
+			},
+			log: "state.json is corrupt",
+			after: func(t *testing.T, dir string) {
+				wantRecorded(t, dir) // added and deleted
+				if got := files(t, dir)["state.json.corrupt"]; got != "{" {
+					t.Errorf("kept is %q", got)
+				}
+			},
+		},
+		{
+			name: "corrupt file of an agent",
+			prior: func(t *testing.T, dir string) {
+				agent(t, dir, true, published.Agent{Name: "kube-system.magic"})
+				put(t, filepath.Join(dir, "agents", "kube-system.magic.json"), "{")
+			},
+			log:   "kube-system.magic.json is corrupt",
+			after: func(t *testing.T, dir string) { wantRecorded(t, dir) },
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "run")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			test.prior(t, dir)
+			if diff := cmp.Diff(bridgeResult, add(conf(dir, nil)).ok(t)); diff != "" {
+				t.Errorf("result (-want +got):\n%s", diff)
+			}
+			if test.log != "" {
+				wantLog(t, dir, test.log, "command=ADD containerID=c1 pod=kube-system/apm-x")
+			}
+			del(conf(dir, nil)).ok(t)
+			if test.after != nil {
+				test.after(t, dir)
+			}
+		})
+	}
+}
+
+// DEL sets a corrupt file aside as ADD does, so that it is said once.
+func TestDelOfACorruptFile(t *testing.T) {
+	dir := t.TempDir()
+	put(t, filepath.Join(dir, "state.json"), "{")
+	del(conf(dir, nil)).ok(t)
+	wantLog(t, dir, "state.json is corrupt", "command=DEL")
+	wantRecorded(t, dir)
+}
+
+// What cannot be logged to the file goes to standard error, which the runtime keeps.
+func TestLogWithoutDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	put(t, dir, "odd")
+	cmd := add(conf(dir, nil)).cmd(t)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if want := `level=ERROR msg="the pod is not recorded" command=ADD containerID=c1 pod=kube-system/apm-x`; !strings.Contains(stderr.String(), want) {
+		t.Errorf("standard error is %q, want %q", stderr.String(), want)
+	}
+}
+
+// A process that holds the lock and will not let go delays a pod, and no more.
+func TestLockHeldForGood(t *testing.T) {
+	dir := t.TempDir()
+	c := conf(dir, values{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []values{}})
+	add(c).of("c0").ok(t)
+	lock, err := os.Open(filepath.Join(dir, "state.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	add(c).ok(t)
+	del(c).of("c0").ok(t)
+	if _, err := (command{name: "GC", conf: c}).run(t); err == nil || err.Code != types.ErrTryAgainLater {
+		t.Errorf("GC: %v, want code 11", err)
+	}
+	if waited := time.Since(begun); waited > 20*time.Second {
+		t.Errorf("ADD, DEL and GC waited %s, want about 1s each", waited)
+	}
+	wantLog(t, dir, "command=ADD", "command=DEL", state.ErrBusy.Error())
+	wantRecorded(t, dir, "c0 10.244.1.7")
+}
+
+func TestLogIsBounded(t *testing.T) {
+	dir := t.TempDir()
+	c := conf(dir, values{"selectors": selectors("a in (")}) // logs one line
+	const limit = 256 << 10
+	put(t, filepath.Join(dir, "plugin.log"), strings.Repeat("x", limit-1))
+	put(t, filepath.Join(dir, "plugin.log.1"), "old")
+
+	add(c).ok(t)
+	if got := files(t, dir); got["plugin.log.1"] != "old" || len(got["plugin.log"]) <= limit {
+		t.Fatalf("rotated before it was full: %d bytes", len(got["plugin.log"]))
+	}
+	add(c).ok(t)
+	got := files(t, dir)
+	if len(got["plugin.log.1"]) <= limit {
+		t.Errorf("plugin.log.1 has %d bytes, want the full log", len(got["plugin.log.1"]))
+	}
+	if strings.Count(got["plugin.log"], "\n") != 1 || !strings.Contains(got["plugin.log"], "level=WARN") {
+		t.Errorf("plugin.log is %q, want one line", got["plugin.log"])
+	}
+}
+
+// Processes at once, as a node with many starting pods has them.
+func TestParallelAddAndDel(t *testing.T) {
+	dir := t.TempDir()
+	var commands []command
+	var want []string
+	for i := range 10 {
+		old, added := fmt.Sprintf("old%d", i), fmt.Sprintf("new%d", i)
+		add(conf(dir, nil)).of(old).ok(t)
+		commands = append(commands, add(conf(dir, nil)).of(added), del(conf(dir, nil)).of(old))
+		want = append(want, added+" 10.244.1.7")
+	}
+	var all sync.WaitGroup
+	for _, command := range commands {
+		cmd := command.cmd(t)
+		all.Go(func() {
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s %s: %v: %s", command.name, command.containerID, err, out)
+			}
+		})
+	}
+	all.Wait()
+	got := recorded(t, dir)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("records (-want +got):\n%s", diff)
+	}
+}
