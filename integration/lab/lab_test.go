@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -231,6 +232,55 @@ func TestCancelledCommandDies(t *testing.T) {
 	_ = cmd.Wait()
 	if out := running(); strings.Contains(out, "sleep") {
 		t.Errorf("still running in the node:\n%s", out)
+	}
+}
+
+// The agent's part is played by a script: what is tested is that signals find the process.
+func TestAgentProcess(t *testing.T) {
+	t.Parallel()
+	script := filepath.Join(t.TempDir(), "agent")
+	content := "#!/bin/sh\ntrap 'echo stopping; exit 0' TERM\necho \"$@\"\ngrep -q fail $4 && exit 3\nwhile :; do sleep 0.01; done\n"
+	if err := os.WriteFile(script, []byte(content), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	node, err := NewNode(t.Context(), NodeOptions{Name: "n1", Binaries: Binaries{Agent: script}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = node.Close() }()
+	start := func(config string) *Agent {
+		t.Helper()
+		agent, err := node.StartAgent([]byte(config), "--log-level", "debug")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Eventually(patience(t), func() error {
+			if !strings.Contains(agent.Log(), "--node-name n1 --runtime-dir /run/magic-ip-address --log-level debug\n") {
+				return fmt.Errorf("log: %q", agent.Log())
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return agent
+	}
+
+	agent := start("serve")
+	if err := agent.Stop(patience(t)); err != nil || !strings.Contains(agent.Log(), "stopping") {
+		t.Errorf("Stop: %v, log %q", err, agent.Log())
+	}
+	agent = start("serve")
+	agent.Kill()
+	if err := agent.Stop(patience(t)); err != nil || strings.Contains(agent.Log(), "stopping") {
+		t.Errorf("Stop after Kill: %v, log %q", err, agent.Log())
+	}
+	agent = start("fail")
+	<-agent.Exited()
+	if err := agent.Stop(patience(t)); err == nil {
+		t.Error("Stop is silent about an agent that has failed")
+	}
+	if out, err := node.Run(t.Context(), "sh", "-c", "cat /proc/[0-9]*/cmdline"); err != nil || strings.Contains(out, script) {
+		t.Errorf("left in the node (%v): %q", err, out)
 	}
 }
 
