@@ -54,12 +54,7 @@ func (n *Node) open(c Client) (asker, func()) {
 		client := &udpClient{dial: n.Dial(c.From), to: c.To.String()}
 		ask, closeClient = client.ask, client.close
 	} else {
-		transport := &http.Transport{DialContext: n.Dial(c.From)}
-		if c.Kind == KeepAlive {
-			transport.MaxConnsPerHost = 1
-		} else {
-			transport.DisableKeepAlives = true
-		}
+		transport := &http.Transport{DialContext: n.Dial(c.From), DisableKeepAlives: c.Kind == NewConnection}
 		ask = func(ctx context.Context) (Answer, error) { return askHTTP(ctx, transport, "http://"+c.To.String()) }
 		closeClient = transport.CloseIdleConnections
 	}
