@@ -67,6 +67,8 @@ type Endpoint struct {
 	Address netip.AddrPort `json:"address"`
 	Pod     string         `json:"pod,omitempty"` // namespace/name
 	UID     string         `json:"uid,omitempty"`
+	// Recorded: the CNI plugin has recorded the pod's sandbox.
+	Recorded bool `json:"recorded,omitempty"`
 }
 
 // Attachment identifies a record of the state file.

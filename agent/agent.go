@@ -1,0 +1,327 @@
+// Package agent keeps the node's rules in step with the pods that the magic IPs are for.
+//
+// Its sources are the CNI plugin's state file, its configuration, what other agents on the node have
+// published and the node's network. Whenever one of them changes, the agent computes the whole desired
+// state with the pure functions of packages endpoint and plan, brings the kernel to it, and publishes
+// what it did.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"reflect"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// Backend brings rules into the kernel.
+type Backend interface {
+	Name() string
+	// Sync makes the kernel's rules those of the plan.
+	Sync(ctx context.Context, p *plan.Plan) error
+	// Verify says what somebody else has changed since; the next Sync mends it.
+	Verify(ctx context.Context) (differs []string, err error)
+}
+
+// Flows deletes conntrack entries that a plan has made stale.
+type Flows interface {
+	Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (deleted int, err error)
+}
+
+// Node is the network of the node.
+type Node interface {
+	Read() (node.Network, error)
+	EnableHairpin(hostInterface string) (switched bool, err error)
+}
+
+// Source is what may have changed.
+type Source uint32
+
+// The sources that wake the agent.
+const (
+	Records    Source = 1 << iota // the plugin's state file
+	Network                       // links, addresses, default routes
+	Others                        // what other agents have published
+	Settings                      // the configuration
+	Poll                          // time for the backstop: everything, and the kernel
+	allSources = Records | Network | Others | Settings | Poll
+)
+
+// Watcher calls wake when a source may have changed, until ctx ends.
+type Watcher func(ctx context.Context, wake func(Source)) error
+
+// Options are the parts that an agent is made of.
+type Options struct {
+	RuntimeDir string
+	// Load reads and validates the configuration.
+	Load     func() (Config, error)
+	Backend  Backend
+	Flows    Flows
+	Node     Node
+	Watchers []Watcher
+	Log      *slog.Logger
+}
+
+// Agent is one running agent. Its methods but wake are called by one goroutine only.
+type Agent struct {
+	Options
+	pending atomic.Uint32 // the sources that have changed since they were last read
+	woken   chan struct{}
+
+	config    Config
+	startedAt time.Time
+	records   records
+	network   node.Network
+	others    []*published.Agent
+	// restored is what this agent had published before it was restarted.
+	restored *published.Agent
+	services map[plan.Frontend]*service
+
+	applied *plan.Plan // nil before the first sync
+	// again is swept a second time with the next poll: a packet that was on its way through the old rules
+	// while the table was dumped makes its entry after the dump.
+	again     plan.Change
+	published *published.Agent
+	errs      map[string]string // by what failed, what is wrong now
+}
+
+// service is what the agent remembers of a frontend.
+type service struct {
+	claimedAt time.Time
+	lostAt    time.Time // when the last endpoint went; zero while there is one
+	refused   string
+	endpoints []endpoint.Chosen
+}
+
+// ErrStandby is not an error to report: the context ended while another process held the agent's name.
+var ErrStandby = errors.New("ended while standing by")
+
+// Run serves until ctx ends, and then leaves the rules in place. It first waits for its name to be free.
+func Run(ctx context.Context, options Options) error {
+	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}}
+	var err error
+	if a.config, err = a.Load(); err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	lock, err := a.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	watching := make(chan struct{})
+	running := atomic.Int32{}
+	running.Store(int32(len(a.Watchers)))
+	for _, watch := range a.Watchers {
+		go func() {
+			if err := watch(ctx, a.wake); err != nil {
+				stop(err)
+			}
+			if running.Add(-1) == 0 {
+				close(watching)
+			}
+		}()
+	}
+	a.restore()
+	a.serve(ctx)
+	stop(nil)
+	if len(a.Watchers) > 0 {
+		<-watching
+	}
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	a.Log.Info("stopped; the rules stay in place")
+	return nil
+}
+
+// lock waits until no other process runs under this agent's name.
+func (a *Agent) lock(ctx context.Context) (interface{ Close() error }, error) {
+	const retry = 200 * time.Millisecond
+	for first := true; ; first = false {
+		lock, err := published.Lock(a.RuntimeDir, a.config.Name)
+		if err == nil {
+			return lock, nil
+		}
+		if !errors.Is(err, published.ErrLocked) {
+			return nil, fmt.Errorf("agent %s: %w", a.config.Name, err)
+		}
+		if first {
+			a.Log.Info("standing by: another process runs under this name", "name", a.config.Name)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ErrStandby
+		case <-time.After(retry):
+		}
+	}
+}
+
+// wake notes that sources have changed. Any goroutine may call it; it never blocks.
+func (a *Agent) wake(sources Source) {
+	a.pending.Or(uint32(sources))
+	select {
+	case a.woken <- struct{}{}:
+	default:
+	}
+}
+
+// serve is the loop: changes that come while a sync is under way are taken together in the next one.
+func (a *Agent) serve(ctx context.Context) {
+	a.startedAt = time.Now()
+	poll := time.NewTicker(a.config.PollInterval)
+	defer poll.Stop()
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	backoff := minBackoff
+	a.wake(allSources)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-poll.C:
+			a.wake(Poll)
+			continue
+		case <-retry.C:
+		case <-a.woken:
+		}
+		interval := a.config.PollInterval
+		next, ok := a.sync(ctx, Source(a.pending.Swap(0)))
+		if !ok {
+			next = backoff
+			backoff = min(2*backoff, a.config.PollInterval)
+		} else {
+			backoff = minBackoff
+		}
+		if next > 0 {
+			retry.Reset(next)
+		}
+		if a.config.PollInterval != interval {
+			poll.Reset(a.config.PollInterval)
+		}
+	}
+}
+
+const minBackoff = 100 * time.Millisecond
+
+// sync reads what has changed and brings kernel and published file to the state that follows. next is
+// when to look again although nothing happens (0: never); ok is false where something is to be retried.
+func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
+	now := time.Now()
+	a.read(changed, now)
+	if ctx.Err() != nil {
+		return 0, true
+	}
+	if a.published == nil {
+		// Claims are made known before they are acted on: of two agents that start at once the younger
+		// sees the older in time.
+		a.decide(now)
+		a.publish(now, false)
+		a.read(Others, now)
+	}
+	next = a.decide(now)
+	p := a.plan()
+	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
+	if changed&Poll != 0 {
+		differs, err := a.Backend.Verify(ctx)
+		a.note(a.Backend.Name()+" verify", err)
+		if len(differs) > 0 {
+			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
+			fresh = true
+		}
+	}
+	ok = true
+	if fresh || a.errs[a.Backend.Name()] != "" {
+		started := time.Now()
+		err := a.Backend.Sync(ctx, &p)
+		a.note(a.Backend.Name(), err)
+		if err != nil {
+			ok = false
+		} else {
+			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
+			a.sweep(ctx, &p)
+			a.applied = &p
+		}
+	}
+	if changed&Poll != 0 && !a.again.Empty() && ok {
+		again := a.again
+		a.again = plan.Change{}
+		_, err := a.Flows.Sweep(ctx, a.applied, again)
+		a.note("conntrack", err)
+	}
+	a.hairpin()
+	a.publish(now, changed&Poll != 0)
+	return next, ok
+}
+
+// sweep deletes the flows that the plan now in the kernel has made stale.
+func (a *Agent) sweep(ctx context.Context, p *plan.Plan) {
+	change := p.Since(a.applied)
+	deleted, err := a.Flows.Sweep(ctx, p, change)
+	a.note("conntrack", err)
+	if deleted > 0 {
+		a.Log.Info("flows ended whose endpoint is gone", "flows", deleted)
+	}
+	a.again.Frontends = append(a.again.Frontends, change.Frontends...)
+	a.again.Removed = append(a.again.Removed, change.Removed...)
+	a.again.Gone = append(a.again.Gone, change.Gone...)
+}
+
+// hairpin lets endpoints behind a bridge port talk to themselves through their magic IP.
+func (a *Agent) hairpin() {
+	for _, port := range a.config.Ports {
+		s := a.services[port.Frontend]
+		if s == nil || port.ExcludeTarget {
+			continue
+		}
+		for _, chosen := range s.endpoints {
+			i := slices.IndexFunc(a.records.list, func(r state.Attachment) bool { return slices.Contains(r.IPs, chosen.Address.Addr()) })
+			if i < 0 || a.records.list[i].HostInterface == "" {
+				continue
+			}
+			switched, err := a.Node.EnableHairpin(a.records.list[i].HostInterface)
+			a.note("hairpin of "+a.records.list[i].HostInterface, err)
+			if switched {
+				a.Log.Info("hairpin switched on, so that the pod reaches itself", "interface", a.records.list[i].HostInterface, "pod", podName(chosen))
+			}
+		}
+	}
+}
+
+// note remembers and logs an error, once for as long as it stays the same.
+func (a *Agent) note(what string, err error) {
+	switch {
+	case err == nil:
+		if a.errs[what] != "" {
+			a.Log.Info("mended", "what", what)
+		}
+		delete(a.errs, what)
+	case a.errs[what] != err.Error():
+		a.Log.Error(err.Error(), "what", what)
+		a.errs[what] = err.Error()
+	}
+}
+
+// lastError is what is wrong now, in one line; empty where nothing is.
+func (a *Agent) lastError() string {
+	var all []string
+	for what, err := range a.errs {
+		all = append(all, what+": "+err)
+	}
+	slices.Sort(all)
+	return strings.Join(all, "; ")
+}
+
+func podName(c endpoint.Chosen) string { return c.Namespace + "/" + c.Name }

@@ -1,0 +1,386 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Config is a validated configuration.
+type Config struct {
+	// Name owns rules and files on a node.
+	Name         string
+	PollInterval time.Duration
+	// Ports are the magic IPs, one element for each port, in the order of the file.
+	Ports []Port
+	// Verbose is what the original tool's VERBOSE asks for: debug logs.
+	Verbose bool
+}
+
+// Port is one port of a magic IP: what clients connect to, which pods it is for, and the policy.
+type Port struct {
+	plan.Frontend
+	endpoint.Selection
+	// SelectorText is the selector as it was written.
+	SelectorText  string
+	HostInterface []string // empty is auto
+	NoEndpoint    plan.Action
+	HoldFor       time.Duration
+	HostClients   bool
+	ExcludeTarget bool
+	// Refused is the reason why this port cannot be served; the others are all the same.
+	Refused string
+}
+
+// The configuration file as it is written, before validation: see README, "Configuration".
+type rawConfig struct {
+	Name         string       `yaml:"name"`
+	PollInterval string       `yaml:"pollInterval"`
+	MagicIPs     []rawMagicIP `yaml:"magicIPs"`
+}
+
+type rawMagicIP struct {
+	IPAddress     string    `yaml:"ipAddress"`
+	Namespace     string    `yaml:"namespace"`
+	Selector      *string   `yaml:"selector"`
+	Owner         string    `yaml:"owner"`
+	HostInterface string    `yaml:"hostInterface"`
+	Ports         []rawPort `yaml:"ports"`
+	Readiness     string    `yaml:"readiness"`
+	Distribution  string    `yaml:"distribution"`
+	NoEndpoint    string    `yaml:"noEndpoint"`
+	HoldFor       string    `yaml:"holdFor"`
+	HostClients   *bool     `yaml:"hostClients"`
+	ExcludeTarget bool      `yaml:"excludeTarget"`
+	AllowReserved bool      `yaml:"allowReserved"`
+}
+
+type rawPort struct {
+	Port       int        `yaml:"port"`
+	TargetPort targetPort `yaml:"targetPort"`
+	Protocol   string     `yaml:"protocol"`
+}
+
+// targetPort is a number or a container port name.
+type targetPort string
+
+func (t *targetPort) UnmarshalYAML(node *yaml.Node) error {
+	if node.Kind != yaml.ScalarNode || node.Tag != "!!int" && node.Tag != "!!str" {
+		return fmt.Errorf("line %d: targetPort is a number from 1 to 65535 or the name of a container port", node.Line)
+	}
+	*t = targetPort(node.Value)
+	return nil
+}
+
+// Parse reads a configuration file (YAML). Unknown keys, wrong types and values that are not allowed are
+// errors that name the line and the key; all of them are reported at once. noAPI is set where the
+// Kubernetes API will not be asked: what only the API can tell is then an error too.
+func Parse(r io.Reader, noAPI bool) (Config, error) {
+	data, err := io.ReadAll(r)
+	if err != nil {
+		return Config{}, err
+	}
+	var raw rawConfig
+	decoder := yaml.NewDecoder(bytes.NewReader(data))
+	decoder.KnownFields(true)
+	if err := decoder.Decode(&raw); err != nil {
+		if errors.Is(err, io.EOF) {
+			return Config{}, errors.New("the file is empty; name and magicIPs are needed")
+		}
+		return Config{}, tidyYAML(err)
+	}
+	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		return Config{}, errors.New("the file holds more than one YAML document; one is allowed")
+	}
+	var document yaml.Node
+	if err := yaml.Unmarshal(data, &document); err != nil {
+		return Config{}, tidyYAML(err)
+	}
+	v := validator{document: &document, noAPI: noAPI}
+	config := v.config(raw)
+	return config, errors.Join(v.errs...)
+}
+
+// tidyYAML rewords the decoder's errors: the Go type that it was decoding into means nothing to an operator.
+func tidyYAML(err error) error {
+	text := strings.TrimPrefix(err.Error(), "yaml: ")
+	text = strings.TrimPrefix(text, "unmarshal errors:\n")
+	text = regexp.MustCompile(`field (\S+) not found in type \S+`).ReplaceAllString(text, `unknown key "$1"`)
+	text = regexp.MustCompile(`into \*?agent\.raw\w+`).ReplaceAllString(text, "into a mapping")
+	return errors.New(strings.ReplaceAll(strings.TrimSpace(text), "\n  ", "\n"))
+}
+
+// FromEnv makes a configuration of the variables that the original bash tool took. getenv is os.Getenv.
+func FromEnv(getenv func(string) string, noAPI bool) (Config, error) {
+	or := func(value, otherwise string) string {
+		if value == "" {
+			return otherwise
+		}
+		return value
+	}
+	port := func(name string) (int, error) {
+		value := or(getenv(name), getenv("PORT"))
+		number, err := strconv.Atoi(value)
+		if err != nil || number < 1 || number > 65535 {
+			return 0, fmt.Errorf("environment variable %s (or PORT) is %q; allowed: 1 to 65535", name, value)
+		}
+		return number, nil
+	}
+	magicPort, portErr := port("MAGIC_PORT")
+	seconds, pollErr := strconv.Atoi(or(getenv("POLL_INTERVAL"), "5"))
+	if pollErr != nil || seconds < 1 {
+		pollErr = fmt.Errorf("environment variable POLL_INTERVAL is %q; allowed: whole seconds, at least 1", getenv("POLL_INTERVAL"))
+	}
+	if err := errors.Join(portErr, pollErr); err != nil {
+		return Config{}, err
+	}
+	namespace := or(getenv("NAMESPACE"), "default")
+	address := or(getenv("MAGIC_IP"), "169.254.210.210")
+	selector := getenv("SELECTOR")
+	raw := rawConfig{
+		Name:         strings.ToLower(namespace + "." + strings.NewReplacer(".", "-", ":", "-").Replace(address)),
+		PollInterval: (time.Duration(seconds) * time.Second).String(),
+		MagicIPs: []rawMagicIP{{
+			IPAddress: address, Namespace: namespace, Selector: &selector, HostInterface: getenv("HOST_INTERFACE"),
+			Ports: []rawPort{{Port: magicPort, TargetPort: targetPort(or(getenv("TARGET_PORT"), getenv("PORT"))), Protocol: getenv("PROTOCOL")}},
+		}},
+	}
+	v := validator{noAPI: noAPI}
+	config := v.config(raw)
+	config.Verbose = getenv("VERBOSE") != "" && getenv("VERBOSE") != "false" && getenv("VERBOSE") != "0"
+	if err := errors.Join(v.errs...); err != nil {
+		return Config{}, fmt.Errorf("from the environment (MAGIC_IP, SELECTOR, NAMESPACE, …): %w", err)
+	}
+	return config, nil
+}
+
+// validator turns the raw configuration into the validated one, and collects what is wrong with it.
+type validator struct {
+	document *yaml.Node // nil where there is no file
+	noAPI    bool
+	errs     []error
+}
+
+// bad notes an error at a key: a path of mapping keys (string) and list positions (int).
+func (v *validator) bad(path []any, format string, args ...any) {
+	var text strings.Builder
+	for _, step := range path {
+		switch s := step.(type) {
+		case int:
+			fmt.Fprintf(&text, "[%d]", s)
+		default:
+			if text.Len() > 0 {
+				text.WriteByte('.')
+			}
+			fmt.Fprint(&text, s)
+		}
+	}
+	location := ""
+	if line := lineOf(v.document, path); line > 0 {
+		location = fmt.Sprintf("line %d: ", line)
+	}
+	v.errs = append(v.errs, fmt.Errorf("%s%s: %s", location, text.String(), fmt.Sprintf(format, args...)))
+}
+
+// lineOf finds the line of a key, or of the nearest one above it that is there; 0 without a document.
+func lineOf(node *yaml.Node, path []any) int {
+	if node == nil || len(node.Content) == 0 {
+		return 0
+	}
+	node = node.Content[0]
+	line := node.Line
+	for _, step := range path {
+		var next *yaml.Node
+		switch s := step.(type) {
+		case int:
+			if node.Kind == yaml.SequenceNode && s < len(node.Content) {
+				next = node.Content[s]
+				line = next.Line
+			}
+		case string:
+			for i := 0; node.Kind == yaml.MappingNode && i+1 < len(node.Content); i += 2 {
+				if node.Content[i].Value == s {
+					line, next = node.Content[i].Line, node.Content[i+1]
+				}
+			}
+		}
+		if next == nil {
+			return line
+		}
+		node = next
+	}
+	return line
+}
+
+// oneOf checks an enumeration; empty is the first of allowed.
+func oneOf[T ~string](v *validator, value string, path []any, allowed ...T) T {
+	if value == "" {
+		return allowed[0]
+	}
+	if !slices.Contains(allowed, T(value)) {
+		words := make([]string, len(allowed))
+		for i, word := range allowed {
+			words[i] = string(word)
+		}
+		v.bad(path, "%q is not allowed; allowed: %s", value, strings.Join(words, ", "))
+	}
+	return T(value)
+}
+
+const maxNameLength = 117 // as a Helm release of 53 characters in a namespace of 63
+
+func (v *validator) config(raw rawConfig) Config {
+	config := Config{Name: raw.Name, PollInterval: 5 * time.Second}
+	if !regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`).MatchString(raw.Name) || len(raw.Name) > maxNameLength {
+		v.bad([]any{"name"}, "%q is not allowed; allowed: 1 to %d of a-z, 0-9, - and ., the first and last a letter or digit", raw.Name, maxNameLength)
+	}
+	if raw.PollInterval != "" {
+		d, err := time.ParseDuration(raw.PollInterval)
+		if err != nil || d < time.Second || d > time.Hour {
+			v.bad([]any{"pollInterval"}, "%q is not allowed; allowed: a duration from 1s to 1h, such as 5s", raw.PollInterval)
+		}
+		config.PollInterval = d
+	}
+	if len(raw.MagicIPs) == 0 {
+		v.bad([]any{"magicIPs"}, "is empty; at least one is needed")
+	}
+	claimed := map[plan.Frontend]string{}
+	for i, magicIP := range raw.MagicIPs {
+		for _, port := range v.magicIP(magicIP, []any{"magicIPs", i}) {
+			if first, twice := claimed[port.Frontend]; twice && port.Refused == "" {
+				port.Refused = fmt.Sprintf("%s is claimed twice in this configuration: %s has it", port.Frontend, first)
+			} else if !twice {
+				claimed[port.Frontend] = fmt.Sprintf("magicIPs[%d] (%s, %s)", i, magicIP.Namespace, port.SelectorText)
+			}
+			config.Ports = append(config.Ports, port)
+		}
+	}
+	return config
+}
+
+func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
+	at := func(keys ...any) []any { return append(slices.Clone(path), keys...) }
+	port := Port{HostClients: true, ExcludeTarget: raw.ExcludeTarget}
+
+	address, err := netip.ParseAddr(raw.IPAddress)
+	if err != nil || address.Zone() != "" {
+		v.bad(at("ipAddress"), "%q is not allowed; allowed: an IPv4 or IPv6 address such as 169.254.210.210 or fd00:a9fe:d2d2::1", raw.IPAddress)
+	}
+	port.Address = address.Unmap()
+	port.IPv6 = port.Address.Is6()
+	if port.Address.IsValid() {
+		port.Refused = unusable(port.Address, raw.AllowReserved)
+	}
+
+	port.Namespace = raw.Namespace
+	if !regexp.MustCompile(`^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?|\*)$`).MatchString(raw.Namespace) {
+		v.bad(at("namespace"), "%q is not allowed; allowed: the name of a namespace, or \"*\" for all", raw.Namespace)
+	}
+	switch {
+	case raw.Selector == nil:
+		v.bad(at("selector"), "is missing; allowed: a Kubernetes label selector such as app=apm-server")
+	default:
+		port.SelectorText = *raw.Selector
+		if port.Selector, err = labels.Parse(*raw.Selector); err != nil {
+			v.bad(at("selector"), "%q is not a Kubernetes label selector: %v", *raw.Selector, err)
+		} else if port.Selector.Empty() {
+			v.bad(at("selector"), "selects every pod; allowed: a Kubernetes label selector such as app=apm-server")
+		}
+	}
+	port.Owner = raw.Owner
+	if raw.Owner != "" {
+		if !regexp.MustCompile(`^[A-Z][A-Za-z]+/[a-z0-9][-.a-z0-9]*$`).MatchString(raw.Owner) {
+			v.bad(at("owner"), "%q is not allowed; allowed: Kind/name such as DaemonSet/apm-server", raw.Owner)
+		}
+		if v.noAPI {
+			v.bad(at("owner"), "needs the Kubernetes API, which --no-api rules out")
+		}
+	}
+	port.HostInterface = v.hostInterface(raw.HostInterface, at("hostInterface"))
+	port.Readiness = oneOf(v, raw.Readiness, at("readiness"), endpoint.Prefer, endpoint.Require, endpoint.Ignore)
+	if v.noAPI && port.Readiness == endpoint.Require {
+		v.bad(at("readiness"), "require needs the Kubernetes API, which --no-api rules out")
+	}
+	port.Spread = oneOf(v, raw.Distribution, at("distribution"), "single", "random") == "random"
+	port.NoEndpoint = oneOf(v, raw.NoEndpoint, at("noEndpoint"), plan.Action("reject"), plan.Hold, plan.Pass)
+	if port.NoEndpoint == "reject" {
+		port.NoEndpoint = plan.Refuse
+	}
+	port.HoldFor = 10 * time.Second
+	if raw.HoldFor != "" {
+		d, err := time.ParseDuration(raw.HoldFor)
+		if err != nil || d < time.Second || d%time.Second != 0 || d > time.Hour {
+			v.bad(at("holdFor"), "%q is not allowed; allowed: whole seconds from 1s to 1h", raw.HoldFor)
+		}
+		port.HoldFor = d
+	}
+	if raw.HostClients != nil {
+		port.HostClients = *raw.HostClients
+	}
+	if len(raw.Ports) == 0 {
+		v.bad(at("ports"), "is empty; at least one port is needed")
+	}
+	var ports []Port
+	for i, rawPort := range raw.Ports {
+		p := port
+		p.TargetPort, p.TargetPortName = 0, ""
+		v.port(&p, rawPort, at("ports", i))
+		ports = append(ports, p)
+	}
+	return ports
+}
+
+func (v *validator) port(p *Port, raw rawPort, path []any) {
+	at := func(key string) []any { return append(slices.Clone(path), key) }
+	if raw.Port < 1 || raw.Port > 65535 {
+		v.bad(at("port"), "%d is not allowed; allowed: 1 to 65535", raw.Port)
+	}
+	p.Port = uint16(raw.Port)
+	p.Protocol = oneOf(v, strings.ToLower(raw.Protocol), at("protocol"), plan.TCP, plan.UDP, plan.SCTP)
+	if raw.TargetPort == "" {
+		p.TargetPort = uint16(raw.Port)
+		return
+	}
+	number, err := strconv.Atoi(string(raw.TargetPort))
+	switch {
+	case err == nil && number >= 1 && number <= 65535:
+		p.TargetPort = uint16(number)
+	case err == nil || !regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?$`).MatchString(string(raw.TargetPort)):
+		v.bad(at("targetPort"), "%q is not allowed; allowed: 1 to 65535, or the name of a container port", raw.TargetPort)
+	case v.noAPI:
+		v.bad(at("targetPort"), "the name %q needs the Kubernetes API, which --no-api rules out; allowed: 1 to 65535", raw.TargetPort)
+	default:
+		p.TargetPortName = string(raw.TargetPort)
+	}
+}
+
+// hostInterface parses auto, or a comma list of interface names; a trailing + matches any rest, as in iptables.
+func (v *validator) hostInterface(value string, path []any) []string {
+	if value == "" || value == "auto" {
+		return nil
+	}
+	names := strings.Split(value, ",")
+	for i, name := range names {
+		names[i] = strings.TrimSpace(name)
+		// IFNAMSIZ is 16 with the closing zero (linux/if.h).
+		if !regexp.MustCompile(`^[^\s/:+*"]{1,15}\+?$`).MatchString(names[i]) || len(strings.TrimSuffix(names[i], "+")) > 15 {
+			v.bad(path, "%q is not allowed; allowed: auto, or interface names of at most 15 characters, a trailing + for a prefix, separated by commas", value)
+			return nil
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}

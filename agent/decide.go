@@ -1,0 +1,161 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+)
+
+// decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
+// returns when a decision changes by time alone (0: never).
+func (a *Agent) decide(now time.Time) (next time.Duration) {
+	targets := endpoint.Targets(endpoint.Sources{Records: a.records.list, Interfaces: a.network.Interfaces, Now: now})
+	services := map[plan.Frontend]*service{}
+	for _, port := range a.config.Ports {
+		if _, twice := services[port.Frontend]; twice {
+			continue // refused when it was parsed
+		}
+		s := a.services[port.Frontend]
+		if s == nil {
+			s = &service{claimedAt: now}
+		}
+		services[port.Frontend] = s
+		before, refusedBefore := s.endpoints, s.refused
+		s.refused = a.refusal(port, s.claimedAt)
+		s.endpoints = nil
+		if s.refused == "" {
+			s.endpoints = endpoint.Choose(port.Selection, targets)
+			a.keepRestored(port, s)
+		}
+		if len(s.endpoints) > 0 {
+			s.lostAt = time.Time{}
+		} else if len(before) > 0 || s.lostAt.IsZero() && a.hadEndpoint(port) {
+			s.lostAt = now
+		}
+		if wait := s.lostAt.Add(port.HoldFor).Sub(now); port.NoEndpoint == plan.Hold && !s.lostAt.IsZero() && wait > 0 && (next == 0 || wait < next) {
+			next = wait
+		}
+		a.report(port, s, before, refusedBefore)
+	}
+	a.services = services
+	return next
+}
+
+// keepRestored prefers the endpoints from before a restart for as long as not every source has spoken.
+func (a *Agent) keepRestored(port Port, s *service) {
+	kept := a.restoredEndpoints(port)
+	if len(kept) == 0 {
+		return
+	}
+	if !port.Spread {
+		s.endpoints = nil
+	}
+	for _, e := range kept {
+		if slices.ContainsFunc(s.endpoints, func(c endpoint.Chosen) bool { return c.Address == e.Address }) {
+			continue
+		}
+		namespace, name := splitPod(e.Pod)
+		s.endpoints = append(s.endpoints, endpoint.Chosen{
+			Target:  endpoint.Target{Namespace: namespace, Name: name, UID: e.UID, Recorded: e.Recorded},
+			Address: e.Address,
+		})
+	}
+}
+
+// hadEndpoint says whether the frontend had an endpoint when this agent was restarted.
+func (a *Agent) hadEndpoint(port Port) bool {
+	return a.restored != nil && slices.ContainsFunc(a.restored.MagicIPs, func(m published.MagicIP) bool {
+		return frontendOf(m) == port.Frontend && len(m.Endpoints) > 0
+	})
+}
+
+// refusal says why this agent may not serve a frontend; empty where it may.
+func (a *Agent) refusal(port Port, claimedAt time.Time) string {
+	if port.Refused != "" {
+		return port.Refused
+	}
+	if slices.Contains(a.network.Addresses, port.Address) {
+		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
+	}
+	for _, other := range a.others {
+		for _, m := range other.MagicIPs {
+			older := m.ClaimedAt.Before(claimedAt) || m.ClaimedAt.Equal(claimedAt) && other.Name < a.config.Name
+			if frontendOf(m) == port.Frontend && m.Refused == "" && older {
+				return port.String() + " is claimed by agent " + other.Name + " since " + m.ClaimedAt.Format(time.RFC3339)
+			}
+		}
+	}
+	return ""
+}
+
+// plan is what follows from the decisions.
+func (a *Agent) plan() plan.Plan {
+	in := plan.Input{
+		PodInterfaces: slices.Clone(a.network.PodInterfaces),
+		Bridges:       a.network.Bridges,
+		HostAddresses: a.network.Addresses,
+		Settled:       a.settled(),
+	}
+	added := map[plan.Frontend]bool{}
+	for _, port := range a.config.Ports {
+		s := a.services[port.Frontend]
+		if s.refused != "" || added[port.Frontend] {
+			continue
+		}
+		added[port.Frontend] = true
+		service := plan.Service{
+			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
+			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: port.NoEndpoint,
+		}
+		if port.NoEndpoint == plan.Hold && (s.lostAt.IsZero() || !time.Now().Before(s.lostAt.Add(port.HoldFor))) {
+			service.WithoutEndpoint = plan.Refuse
+		}
+		for _, chosen := range s.endpoints {
+			service.Endpoints = append(service.Endpoints, chosen.Address)
+			in.Sandboxes = append(in.Sandboxes, chosen.Address.Addr())
+		}
+		in.Services = append(in.Services, service)
+	}
+	for _, record := range a.records.list {
+		in.Sandboxes = append(in.Sandboxes, record.IPs...)
+		// The interfaces in the records are served whatever they are, if they are there.
+		if a.network.Interfaces[record.HostInterface] {
+			in.PodInterfaces = append(in.PodInterfaces, record.HostInterface)
+		}
+	}
+	for _, other := range a.others {
+		for _, m := range other.MagicIPs {
+			if m.Refused == "" {
+				in.Foreign = append(in.Foreign, frontendOf(m))
+			}
+		}
+	}
+	return plan.Build(in)
+}
+
+// report logs what a decision has changed.
+func (a *Agent) report(port Port, s *service, before []endpoint.Chosen, refusedBefore string) {
+	log := a.Log.With("magicIP", port.Frontend.String())
+	if s.refused != refusedBefore && s.refused != "" {
+		log.Error("not served: " + s.refused)
+	}
+	addresses := func(chosen []endpoint.Chosen) (all []netip.AddrPort, pods []string) {
+		for _, c := range chosen {
+			all, pods = append(all, c.Address), append(pods, podName(c))
+		}
+		return all, pods
+	}
+	had, _ := addresses(before)
+	has, pods := addresses(s.endpoints)
+	switch {
+	case slices.Equal(had, has):
+	case len(has) == 0:
+		log.Info("no endpoint", "noEndpoint", port.NoEndpoint, "was", had)
+	default:
+		log.Info("endpoint", "addr", has, "pod", pods, "was", had)
+	}
+}

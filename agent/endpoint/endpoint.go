@@ -1,0 +1,265 @@
+// Package endpoint joins what the CNI plugin recorded with what the Kubernetes API says of the node's
+// pods, and chooses where the traffic of a magic IP goes.
+//
+// It is pure. Either source may be absent: without the API a record is all that is known of a pod.
+package endpoint
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// Pod is what the Kubernetes API tells of a pod on this node.
+type Pod struct {
+	Namespace, Name, UID string
+	// ConfigHash is the annotation kubernetes.io/config.hash: the UID by which CNI knows a static pod.
+	ConfigHash string
+	Labels     map[string]string
+	// Owner is the controller as Kind/name, empty without one.
+	Owner string
+	// IPs are status.podIPs.
+	IPs       []netip.Addr
+	CreatedAt time.Time
+	// Running, Ready (condition), Terminating (has a deletionTimestamp), Finished (Succeeded or Failed).
+	Running, Ready, Terminating, Finished bool
+	// Ports are the named container ports.
+	Ports map[string]uint16
+}
+
+// Sources is all that is known of the node's pods at one moment.
+type Sources struct {
+	Records []state.Attachment
+	// Pods is what the API said last; HasAPI says that it has been asked at all and has answered.
+	Pods   []Pod
+	HasAPI bool
+	// APIReachable: what the API does not list is not there (as opposed to: not known).
+	APIReachable bool
+	// Withdrawn are addresses that DEL has taken from a pod, by pod UID: its podIP counts no more
+	// until the API reports another one.
+	Withdrawn map[string][]netip.Addr
+	// Interfaces are the names of the node's links: a record whose pod the API does not know counts
+	// for as long as its host interface stands.
+	Interfaces map[string]bool
+	Now        time.Time
+}
+
+// UnknownPodGrace is how long after its ADD a record counts whose pod the API does not know: the API
+// learns of a pod's sandbox late.
+const UnknownPodGrace = 60 * time.Second
+
+// Target is a pod with an address on this node.
+type Target struct {
+	Namespace, Name, UID string
+	// Labels are nil where nobody has told them yet.
+	Labels map[string]string
+	Owner  string
+	IPs    []netip.Addr
+	// CreatedAt is the pod's creationTimestamp, or else the time of its ADD, which is AddedAt.
+	CreatedAt, AddedAt time.Time
+	Running            bool
+	Ready              bool
+	Terminating        bool
+	Finished           bool
+	// Recorded: the CNI plugin has recorded its sandbox, which still stands.
+	Recorded bool
+	Ports    map[string]uint16
+}
+
+// Targets joins records and pods. Records and pods are joined by UID, for static pods by config hash.
+// A record's addresses beat podIP, since a sandbox may be replaced under one UID, and a podIP that
+// stands in another pod's record is stale. Of two records with one address the later ADD has it.
+func Targets(s Sources) []Target {
+	holder := map[netip.Addr]int{}
+	records := slices.Clone(s.Records)
+	slices.SortStableFunc(records, func(a, b state.Attachment) int { return a.AddedAt.Compare(b.AddedAt) })
+	for i, record := range records {
+		for _, ip := range record.IPs {
+			holder[ip] = i
+		}
+	}
+	pods := map[string]int{}
+	for i, pod := range s.Pods {
+		pods[pod.UID] = i
+		if pod.ConfigHash != "" {
+			pods[pod.ConfigHash] = i
+		}
+	}
+
+	// A sandbox may be replaced under one UID before DEL has come for the first.
+	type attached struct{ uid, ifName string }
+	latest := map[attached]int{}
+	for i, record := range records {
+		latest[attached{record.UID, record.IfName}] = i
+	}
+
+	recorded := make([]bool, len(s.Pods))
+	var targets []Target
+	for i, record := range records {
+		if record.UID != "" && latest[attached{record.UID, record.IfName}] != i {
+			continue
+		}
+		target := Target{
+			Namespace: record.Namespace, Name: record.Name, UID: record.UID, Labels: record.Labels,
+			CreatedAt: record.AddedAt, AddedAt: record.AddedAt, Recorded: true,
+		}
+		for _, ip := range record.IPs {
+			if holder[ip] == i {
+				target.IPs = append(target.IPs, ip)
+			}
+		}
+		if j, known := pods[record.UID]; known && record.UID != "" {
+			recorded[j] = true
+			target.tell(s.Pods[j])
+		} else if s.HasAPI && s.APIReachable && !s.counts(record) {
+			continue
+		}
+		targets = append(targets, target)
+	}
+	for i, pod := range s.Pods {
+		if recorded[i] {
+			continue
+		}
+		target := Target{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
+		target.tell(pod)
+		for _, ip := range pod.IPs {
+			if _, taken := holder[ip]; !taken && !slices.Contains(s.Withdrawn[pod.UID], ip) {
+				target.IPs = append(target.IPs, ip)
+			}
+		}
+		targets = append(targets, target)
+	}
+	return targets
+}
+
+// counts says whether a record counts whose pod the API does not know.
+func (s Sources) counts(record state.Attachment) bool {
+	return s.Now.Sub(record.AddedAt) < UnknownPodGrace || s.Interfaces[record.HostInterface]
+}
+
+// tell adds what the API knows; labels may change on a running pod, so the API's are the truth.
+func (t *Target) tell(pod Pod) {
+	t.Labels, t.Owner, t.CreatedAt, t.Ports = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports
+	if t.Labels == nil {
+		t.Labels = map[string]string{}
+	}
+	t.Running, t.Ready, t.Terminating, t.Finished = pod.Running, pod.Ready, pod.Terminating, pod.Finished
+}
+
+// Readiness says how a pod's Ready condition counts.
+type Readiness string
+
+// The readiness modes.
+const (
+	// Prefer: ready pods first, others where there is none.
+	Prefer Readiness = "prefer"
+	// Require: only ready pods.
+	Require Readiness = "require"
+	// Ignore: a pod that is not terminating counts as ready.
+	Ignore Readiness = "ignore"
+)
+
+// AllNamespaces as Selection.Namespace selects pods of every namespace.
+const AllNamespaces = "*"
+
+// Selection is which targets a magic IP is for, and how the endpoint is chosen among them.
+type Selection struct {
+	Namespace string // AllNamespaces for every one
+	Selector  labels.Selector
+	Owner     string // Kind/name; empty for any
+	Readiness Readiness
+	Spread    bool // all targets of the best rank instead of the newest
+	IPv6      bool // the family of the magic IP
+	// TargetPort is a number; TargetPortName, where set, is looked up in the pod's containers instead.
+	TargetPort     uint16
+	TargetPortName string
+}
+
+// Chosen is an endpoint: a target and the address of the family and the port that were asked for.
+type Chosen struct {
+	Target
+	Address netip.AddrPort
+}
+
+// Choose returns the endpoints: the newest target of the best rank, or with Spread all of that rank.
+func Choose(selection Selection, targets []Target) []Chosen {
+	best := never
+	var chosen []Chosen
+	for _, target := range targets {
+		rank := selection.rank(target)
+		address, ok := selection.address(target)
+		if rank > best || rank == never || !ok {
+			continue
+		}
+		if rank < best {
+			best, chosen = rank, nil
+		}
+		chosen = append(chosen, Chosen{Target: target, Address: address})
+	}
+	slices.SortStableFunc(chosen, func(a, b Chosen) int {
+		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), b.AddedAt.Compare(a.AddedAt), strings.Compare(b.UID, a.UID))
+	})
+	if !selection.Spread && len(chosen) > 1 {
+		chosen = chosen[:1]
+	}
+	return chosen
+}
+
+func (s Selection) address(t Target) (netip.AddrPort, bool) {
+	port := s.TargetPort
+	if s.TargetPortName != "" {
+		port = t.Ports[s.TargetPortName]
+	}
+	if port == 0 {
+		return netip.AddrPort{}, false
+	}
+	for _, ip := range t.IPs {
+		if ip.Is6() == s.IPv6 {
+			return netip.AddrPortFrom(ip, port), true
+		}
+	}
+	return netip.AddrPort{}, false
+}
+
+// matches says whether the target is one of this selection. Labels that nobody has told yet match only
+// a selector that asks for none.
+func (s Selection) matches(t Target) bool {
+	if s.Namespace != AllNamespaces && s.Namespace != t.Namespace {
+		return false
+	}
+	if s.Owner != "" && s.Owner != t.Owner {
+		return false
+	}
+	return s.Selector.Empty() || t.Labels != nil && s.Selector.Matches(labels.Set(t.Labels))
+}
+
+const never = 5
+
+// rank is the row of the table in README, "Which pod is the endpoint", from 1; never where it is none.
+func (s Selection) rank(t Target) int {
+	rank := never
+	switch {
+	case !s.matches(t) || t.Finished:
+	case t.Ready && !t.Terminating:
+		rank = 1
+	case t.Ready:
+		rank = 2
+	case t.Terminating:
+		rank = 4
+	case t.Recorded || t.Running:
+		rank = 3
+	}
+	switch {
+	case s.Readiness == Require && rank > 2:
+		rank = never
+	case s.Readiness == Ignore && rank == 3:
+		rank = 1
+	}
+	return rank
+}

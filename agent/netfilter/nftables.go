@@ -1,0 +1,242 @@
+// Package netfilter brings a plan into the kernel: nftables rules, and the conntrack entries that
+// outlive a change of rules.
+package netfilter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// NFTables keeps the tables magic-ip-<agent name>, one per address family, and nothing else.
+type NFTables struct {
+	tables []*table
+}
+
+// NewNFTables checks by a trial load that nft and the kernel can do what the rules need.
+func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
+	n := &NFTables{}
+	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+		name := "magic-ip-" + agentName
+		nft, err := knftables.New(family, name)
+		if err != nil {
+			return nil, err
+		}
+		n.tables = append(n.tables, &table{
+			family: family, name: name, nft: nft, generation: generation,
+			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
+		})
+	}
+	trial := plan.Build(plan.Input{Services: []plan.Service{{WithoutEndpoint: plan.Refuse}}})
+	tx := n.tables[0].nft.NewTransaction()
+	rules := render(&trial, knftables.IPv4Family)
+	rules.write(tx, comment)
+	if err := n.tables[0].nft.Check(ctx, tx); err != nil {
+		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
+	}
+	return n, nil
+}
+
+// Name is the backend's name as in --backend.
+func (n *NFTables) Name() string { return "nftables" }
+
+// Sync brings the kernel to the plan: one transaction per family where the plan differs from what was
+// loaded before, none where it does not.
+func (n *NFTables) Sync(ctx context.Context, p *plan.Plan) error {
+	var err error
+	for _, t := range n.tables {
+		err = errors.Join(err, t.sync(ctx, p))
+	}
+	return err
+}
+
+// Verify says what somebody else has changed in our tables since they were loaded. The next Sync then
+// loads them anew. It costs one small netlink message where nobody has changed any rule on the node.
+func (n *NFTables) Verify(ctx context.Context) ([]string, error) {
+	var differs []string
+	var err error
+	for _, t := range n.tables {
+		found, verifyErr := t.verify(ctx)
+		differs, err = append(differs, found...), errors.Join(err, verifyErr)
+	}
+	return differs, err
+}
+
+// Remove takes our tables out.
+func (n *NFTables) Remove(ctx context.Context) error {
+	var err error
+	for _, t := range n.tables {
+		err = errors.Join(err, t.remove(ctx))
+	}
+	return err
+}
+
+const comment = "rules of magic-ip-agent: changes made by hand are mended"
+
+// table is one family's table and what we believe is in it.
+type table struct {
+	family     knftables.Family
+	name       string
+	nft        knftables.Interface
+	generation func() (uint32, error)
+	list       func(context.Context) (*listing, error)
+
+	known bool // false until the first sync, and after a failed one
+	rules *ruleset
+	// structure is how nft lists our chains and sets; seen, the generation at which the table was
+	// last known to be as wanted.
+	structure string
+	seen      uint32
+}
+
+func (t *table) sync(ctx context.Context, p *plan.Plan) error {
+	var wanted *ruleset
+	if slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == t.family }) {
+		rules := render(p, t.family)
+		wanted = &rules
+	}
+	if err := t.apply(ctx, wanted); err != nil {
+		t.known = false
+		return fmt.Errorf("nftables table %s %s: %w", t.family, t.name, err)
+	}
+	return nil
+}
+
+// apply loads wanted; nil is no table at all.
+func (t *table) apply(ctx context.Context, wanted *ruleset) error {
+	switch {
+	case wanted == nil:
+		if t.known && t.rules == nil {
+			return nil
+		}
+		if err := t.remove(ctx); err != nil {
+			return err
+		}
+	case t.known && t.rules != nil && wanted.sameStructure(t.rules):
+		tx := t.nft.NewTransaction()
+		wanted.update(tx, t.rules)
+		if tx.NumOperations() > 0 {
+			before, err := t.generation()
+			if err != nil {
+				return err
+			}
+			if err := t.nft.Run(ctx, tx); err != nil {
+				// Somebody has changed the table since we looked: put all of it in place.
+				t.known = false
+				return t.apply(ctx, wanted)
+			}
+			// Only our own change has moved the generation on; where it has not, look again next time.
+			if t.seen == before {
+				t.seen++
+			}
+		}
+	default:
+		tx := t.nft.NewTransaction()
+		wanted.write(tx, comment)
+		if err := t.nft.Run(ctx, tx); err != nil {
+			return err
+		}
+		if err := t.remember(ctx, wanted); err != nil {
+			return err
+		}
+	}
+	t.known, t.rules = true, wanted
+	return nil
+}
+
+// remember takes down how nft lists the structure that was just loaded, to compare with later.
+func (t *table) remember(ctx context.Context, loaded *ruleset) error {
+	for range 5 {
+		before, err := t.generation()
+		if err != nil {
+			return err
+		}
+		listed, err := t.list(ctx)
+		if err != nil {
+			return err
+		}
+		after, err := t.generation()
+		if err != nil {
+			return err
+		}
+		if before == after {
+			if missing := listed.compare(loaded, listed.structure); len(missing) > 0 {
+				return fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
+			}
+			t.structure, t.seen = listed.structure, after
+			return nil
+		}
+	}
+	// Rules change all the time here; the next sync loads ours anew.
+	t.structure, t.seen = "", 0
+	return nil
+}
+
+// verify looks at the table where anybody has changed any rule since it was last seen as wanted, and
+// says what differs.
+func (t *table) verify(ctx context.Context) ([]string, error) {
+	if !t.known {
+		return nil, nil
+	}
+	now, err := t.generation()
+	if err != nil || now == t.seen {
+		return nil, err
+	}
+	listed, err := t.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var differs []string
+	switch {
+	case t.rules == nil && !listed.exists:
+	case t.rules == nil:
+		differs = []string{"a table that is not wanted any more"}
+	case !listed.exists:
+		differs = []string{"the whole table"}
+	default:
+		differs = listed.compare(t.rules, t.structure)
+	}
+	if len(differs) == 0 {
+		t.seen = now
+		return nil, nil
+	}
+	t.known = false
+	for i := range differs {
+		differs[i] = fmt.Sprintf("table %s %s: %s", t.family, t.name, differs[i])
+	}
+	return differs, nil
+}
+
+func (t *table) remove(ctx context.Context) error {
+	tx := t.nft.NewTransaction()
+	tx.Add(&knftables.Table{})
+	tx.Delete(&knftables.Table{})
+	if err := t.nft.Run(ctx, tx); err != nil {
+		return err
+	}
+	t.known, t.rules, t.seen = true, nil, 0
+	return nil
+}
+
+// listTable asks nft for one table.
+func listTable(ctx context.Context, family knftables.Family, name string) (*listing, error) {
+	command := exec.CommandContext(ctx, "nft", "--json", "list", "table", string(family), name)
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	out, err := command.Output()
+	if err != nil {
+		if strings.Contains(stderr.String(), "No such file or directory") {
+			return &listing{}, nil
+		}
+		return nil, fmt.Errorf("%s: %w: %s", command, err, strings.TrimSpace(stderr.String()))
+	}
+	return parseListing(out)
+}

@@ -1,0 +1,321 @@
+package netfilter
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// ruleset is the content of one table: chains that hardly ever change, and sets and maps that hold the
+// data. A packet to any other address costs one set lookup in each hook, however many magic IPs there are.
+type ruleset struct {
+	chains []chain
+	sets   []set
+}
+
+// chain is a base chain where hook is set.
+type chain struct {
+	name     string
+	comment  string
+	kind     knftables.BaseChainType
+	hook     knftables.BaseChainHook
+	priority knftables.BaseChainPriority
+	rules    []string
+}
+
+// set is a map where value is set.
+type set struct {
+	name     string
+	comment  string
+	key      string
+	value    string
+	elements map[string]string // key to value, as nft lists them
+}
+
+// The priorities of our chains: nft's dstnat is -100 and srcnat 100 (the names are not allowed in the
+// output hook). Ours come before those of others, and refusals before any translation.
+const (
+	beforeDNAT knftables.BaseChainPriority = "-110"
+	ownDNAT    knftables.BaseChainPriority = "-105"
+	ownSNAT    knftables.BaseChainPriority = "95"
+)
+
+// concat joins the parts of a key or a value as nft writes them.
+func concat(parts ...string) string { return strings.Join(parts, " . ") }
+
+// render writes the rules of p for one family ("ip" or "ip6").
+//
+// Why these hooks. The filter chains run before any destination NAT of ours or of others (priority
+// dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be refused, and
+// so that what is not for this client never reaches routing. Reject in prerouting needs Linux 5.9. They
+// see every packet of a flow with the magic IP still as its destination, translated flows included:
+// hence the exemption in chain refuse. The nat chains see the first packet of a flow only.
+func render(p *plan.Plan, family knftables.Family) ruleset {
+	ip := string(family)
+	rs := ruleset{chains: []chain{
+		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
+			rules: []string{ip + " daddr @addresses goto from-network"}},
+		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,
+			rules: []string{ip + " daddr @host-addresses goto from-host"}},
+		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: ownDNAT,
+			rules: []string{ip + " daddr @addresses goto translate"}},
+		{name: "nat-output", kind: knftables.NATType, hook: knftables.OutputHook, priority: ownDNAT,
+			rules: []string{ip + " daddr @host-addresses goto translate-host"}},
+		{name: "nat-postrouting", kind: knftables.NATType, hook: knftables.PostroutingHook, priority: ownSNAT,
+			rules: []string{"ct status & dnat == dnat ct original " + ip + " daddr @addresses goto masquerade-replies"}},
+
+		{name: "from-network", comment: "what to do with a packet that comes in by an interface", rules: []string{
+			frontendKey(ip) + " vmap @services",
+			"iifname @pod-interfaces goto refuse",
+			"drop",
+		}},
+		{name: "from-host", comment: "what to do with a packet of a process of this node", rules: []string{
+			frontendKey(ip) + " vmap @host-services",
+			"goto refuse",
+		}},
+		{name: "refuse", comment: "a flow that began with an endpoint ends when its sandbox does", rules: []string{
+			"ct status & dnat == dnat accept",
+			"meta l4proto tcp reject with tcp reset",
+			"reject",
+		}},
+		{name: "hold", comment: "wait for the next endpoint", rules: []string{
+			"ct status & dnat == dnat accept",
+			"tcp flags & (fin | syn | rst | ack) == syn drop",
+			"meta l4proto { udp, sctp } drop",
+			"goto refuse",
+		}},
+		{name: "translate", rules: []string{
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"dnat " + ip + " addr . port to " + frontendKey(ip) + " map @endpoints",
+			frontendKey(ip) + " vmap @spread",
+		}},
+		{name: "translate-host", rules: []string{
+			frontendKey(ip) + " @host-excluded accept",
+			"goto translate",
+		}},
+		{name: "masquerade-replies", comment: "replies that would not find their way back", rules: []string{
+			ip + " saddr . " + ip + " daddr @hairpins masquerade",
+			"iifname . oifname @unfiltered-bridges masquerade",
+		}},
+	}}
+	for i, clients := range p.Clients {
+		rs.chains = append(rs.chains, clientChains(i, clients)...)
+	}
+	rs.sets = elements(p, family)
+	for _, rule := range p.Rules {
+		if rule.Address.Is6() == (family == knftables.IPv6Family) && len(rule.Endpoints) > 1 {
+			rs.chains = append(rs.chains, spreadChain(rule, ip))
+		}
+	}
+	return rs
+}
+
+// frontendKey is the key of a packet's frontend; th dport is the destination port of any transport.
+func frontendKey(ip string) string { return ip + " daddr . meta l4proto . th dport" }
+
+// clientChains decide by the interface that a packet came in by: one chain for each action.
+// Only interfaces of this node's pods are ever answered; for anybody else a magic IP does not exist.
+func clientChains(index int, clients plan.Clients) []chain {
+	var chains []chain
+	for _, action := range []plan.Action{plan.Serve, plan.Refuse, plan.Hold, plan.Pass} {
+		verdict := map[plan.Action]string{plan.Serve: "accept", plan.Pass: "accept", plan.Refuse: "goto refuse", plan.Hold: "goto hold"}[action]
+		c := chain{name: clientChain(action, index)}
+		if len(clients.Interfaces) == 0 {
+			c.rules = append(c.rules, "iifname @pod-interfaces "+verdict)
+		}
+		for _, name := range clients.Interfaces {
+			if prefix, wild := strings.CutSuffix(name, "+"); wild {
+				name = prefix + "*"
+			}
+			c.rules = append(c.rules, fmt.Sprintf("iifname %q %s", name, verdict))
+		}
+		if len(clients.Interfaces) > 0 {
+			c.rules = append(c.rules, "iifname @pod-interfaces goto refuse")
+		}
+		c.rules = append(c.rules, "drop")
+		chains = append(chains, c)
+	}
+	return chains
+}
+
+func clientChain(action plan.Action, index int) string { return fmt.Sprintf("%s-%d", action, index) }
+
+// spreadChain sends new flows of a frontend to its endpoints, each with the same chance.
+func spreadChain(rule plan.Rule, ip string) chain {
+	var endpoints []string
+	for i, endpoint := range rule.Endpoints {
+		endpoints = append(endpoints, fmt.Sprintf("%d : %s . %d", i, endpoint.Addr(), endpoint.Port()))
+	}
+	return chain{name: spreadName(rule.Frontend), rules: []string{fmt.Sprintf(
+		"meta l4proto %s dnat %s addr . port to numgen random mod %d map { %s }",
+		rule.Protocol, ip, len(endpoints), strings.Join(endpoints, ", "))}}
+}
+
+func spreadName(f plan.Frontend) string {
+	return fmt.Sprintf("spread-%s-%s-%d", strings.ReplaceAll(f.Address.String(), ":", "-"), f.Protocol, f.Port)
+}
+
+// elements is the data of the plan.
+func elements(p *plan.Plan, family knftables.Family) []set {
+	address := "ipv4_addr"
+	if family == knftables.IPv6Family {
+		address = "ipv6_addr"
+	}
+	frontend := concat(address, "inet_proto", "inet_service")
+	newSet := func(name, key, value, comment string) set {
+		return set{name: name, key: key, value: value, comment: comment, elements: map[string]string{}}
+	}
+	addresses := newSet("addresses", address, "", "the magic IPs")
+	hostAddresses := newSet("host-addresses", address, "", "the magic IPs that processes of this node may use")
+	interfaces := newSet("pod-interfaces", "ifname", "", "where this node's pods are")
+	services := newSet("services", frontend, "verdict", "what becomes of a pod's packet")
+	hostServices := newSet("host-services", frontend, "verdict", "what becomes of a packet of a process of this node")
+	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "where new flows go")
+	spread := newSet("spread", frontend, "verdict", "frontends with several endpoints")
+	excluded := newSet("excluded", concat(address, frontend), "", "sources that are left alone")
+	hostExcluded := newSet("host-excluded", frontend, "", "frontends that processes of this node do not use")
+	hairpins := newSet("hairpins", concat(address, address), "", "endpoints that talk to themselves")
+	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
+
+	for _, rule := range p.Rules {
+		if rule.Address.Is6() != (family == knftables.IPv6Family) {
+			continue
+		}
+		key := concat(rule.Address.String(), string(rule.Protocol), strconv.Itoa(int(rule.Port)))
+		if rule.Foreign() {
+			services.elements[key], hostServices.elements[key] = "accept", "accept"
+			continue
+		}
+		addresses.elements[rule.Address.String()] = ""
+		services.elements[key] = "goto " + clientChain(rule.Action, rule.Clients)
+		switch {
+		case !rule.HostClients:
+			hostServices.elements[key] = "accept"
+			hostExcluded.elements[key] = ""
+		case rule.Action == plan.Refuse || rule.Action == plan.Hold:
+			hostServices.elements[key] = "goto " + string(rule.Action)
+		default:
+			hostServices.elements[key] = "accept"
+		}
+		if rule.HostClients {
+			hostAddresses.elements[rule.Address.String()] = ""
+		}
+		for _, source := range rule.Excluded {
+			excluded.elements[concat(source.String(), key)] = ""
+		}
+		for _, endpoint := range rule.Endpoints {
+			hairpins.elements[concat(endpoint.Addr().String(), endpoint.Addr().String())] = ""
+		}
+		switch len(rule.Endpoints) {
+		case 0:
+		case 1:
+			endpoints.elements[key] = concat(rule.Endpoints[0].Addr().String(), strconv.Itoa(int(rule.Endpoints[0].Port())))
+		default:
+			spread.elements[key] = "goto " + spreadName(rule.Frontend)
+		}
+	}
+	for _, name := range p.PodInterfaces {
+		interfaces.elements[name] = ""
+	}
+	for _, bridge := range p.Bridges {
+		if family == knftables.IPv4Family && bridge.Unfiltered4 || family == knftables.IPv6Family && bridge.Unfiltered6 {
+			bridges.elements[concat(bridge.Name, bridge.Name)] = ""
+		}
+	}
+	// Frontends of other agents count only on addresses that are ours in this family.
+	return []set{addresses, hostAddresses, interfaces, services, hostServices, endpoints, spread, excluded, hostExcluded, hairpins, bridges}
+}
+
+// sameStructure says whether only elements differ.
+func (rs *ruleset) sameStructure(other *ruleset) bool {
+	return slices.EqualFunc(rs.chains, other.chains, func(a, b chain) bool {
+		return a.name == b.name && slices.Equal(a.rules, b.rules)
+	})
+}
+
+// write is the transaction that puts the whole table in place of whatever is there, in one step.
+func (rs *ruleset) write(tx *knftables.Transaction, comment string) {
+	table := &knftables.Table{Comment: knftables.PtrTo(comment)}
+	tx.Add(&knftables.Table{})
+	tx.Delete(&knftables.Table{})
+	tx.Add(table)
+	for _, c := range rs.chains {
+		tx.Add(c.object())
+	}
+	for _, s := range rs.sets {
+		tx.Add(s.object())
+		for _, key := range slices.Sorted(maps.Keys(s.elements)) {
+			tx.Add(s.element(key))
+		}
+	}
+	for _, c := range rs.chains {
+		for _, rule := range c.rules {
+			tx.Add(&knftables.Rule{Chain: c.name, Rule: rule})
+		}
+	}
+}
+
+// update is the transaction from before to rs, which has the same structure.
+func (rs *ruleset) update(tx *knftables.Transaction, before *ruleset) {
+	for i, s := range rs.sets {
+		old := before.sets[i]
+		for _, key := range slices.Sorted(maps.Keys(old.elements)) {
+			if value, stays := s.elements[key]; !stays || value != old.elements[key] {
+				tx.Delete(old.element(key))
+			}
+		}
+		for _, key := range slices.Sorted(maps.Keys(s.elements)) {
+			if value, there := old.elements[key]; !there || value != s.elements[key] {
+				tx.Add(s.element(key))
+			}
+		}
+	}
+}
+
+func (c chain) object() *knftables.Chain {
+	object := &knftables.Chain{Name: c.name}
+	if c.comment != "" {
+		object.Comment = knftables.PtrTo(c.comment)
+	}
+	if c.hook != "" {
+		object.Type, object.Hook, object.Priority = &c.kind, &c.hook, &c.priority
+	}
+	return object
+}
+
+func (s set) object() knftables.Object {
+	if s.value != "" {
+		return &knftables.Map{Name: s.name, Type: s.key + " : " + s.value, Comment: &s.comment}
+	}
+	return &knftables.Set{Name: s.name, Type: s.key, Comment: &s.comment}
+}
+
+func (s set) element(key string) *knftables.Element {
+	element := &knftables.Element{Key: strings.Split(key, " . ")}
+	if strings.Contains(s.key, "ifname") { // nft wants them in quotes, and lists them without
+		for i := range element.Key {
+			element.Key[i] = strconv.Quote(element.Key[i])
+		}
+	}
+	if s.value == "" {
+		element.Set = s.name
+		return element
+	}
+	element.Map, element.Value = s.name, strings.Split(s.elements[key], " . ")
+	return element
+}
+
+// familyOf is the nft family of an address.
+func familyOf(address netip.Addr) knftables.Family {
+	if address.Is6() {
+		return knftables.IPv6Family
+	}
+	return knftables.IPv4Family
+}

@@ -1,0 +1,267 @@
+// Package node knows the network of the node that the agent runs on: behind which interfaces its pods
+// are, its own addresses, and what its bridges keep from netfilter.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Network is what the node's network looks like at one moment.
+type Network struct {
+	// PodInterfaces are the interfaces that pods can be behind: veth, bridge, netkit and tap links that
+	// carry no default route in any table.
+	PodInterfaces []string
+	// Interfaces are the names of all links.
+	Interfaces map[string]bool
+	// Addresses are the node's own.
+	Addresses []netip.Addr
+	// Bridges are the node's Linux bridges.
+	Bridges []plan.Bridge
+}
+
+// podLinkTypes are link kinds (rtnetlink IFLA_INFO_KIND) that container runtimes put pods behind. A tap
+// link is of kind tun; VM-based runtimes use it.
+func podLinkType(kind string) bool {
+	return slices.Contains([]string{"veth", "bridge", "netkit", "tun", "tuntap"}, kind)
+}
+
+// Kernel reads and changes the network of the calling process.
+type Kernel struct{}
+
+// Read asks the kernel (rtnetlink). It reads the network namespace of the calling thread.
+func (Kernel) Read() (Network, error) {
+	network := Network{Interfaces: map[string]bool{}}
+	uplinks, err := defaultRouteLinks()
+	if err != nil {
+		return network, fmt.Errorf("routes of the node: %w", err)
+	}
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	messages, err := dump(request)
+	if err != nil {
+		return network, fmt.Errorf("links of the node: %w", err)
+	}
+	filtered4, filtered6 := bridgeSysctl("iptables"), bridgeSysctl("ip6tables")
+	for _, message := range messages {
+		link, err := netlink.LinkDeserialize(nil, message)
+		if err != nil {
+			return network, fmt.Errorf("links of the node: %w", err)
+		}
+		name := link.Attrs().Name
+		network.Interfaces[name] = true
+		if podLinkType(link.Type()) && !uplinks[link.Attrs().Index] {
+			network.PodInterfaces = append(network.PodInterfaces, name)
+		}
+		if link.Type() == "bridge" {
+			own4, own6 := bridgeFilters(message)
+			network.Bridges = append(network.Bridges, plan.Bridge{
+				Name:        name,
+				Unfiltered4: !(filtered4.on || filtered4.loaded && own4),
+				Unfiltered6: !(filtered6.on || filtered6.loaded && own6),
+			})
+		}
+	}
+	addresses, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return network, fmt.Errorf("addresses of the node: %w", err)
+	}
+	for _, address := range addresses {
+		if ip, ok := netip.AddrFromSlice(address.IP); ok {
+			network.Addresses = append(network.Addresses, ip.Unmap())
+		}
+	}
+	return network, nil
+}
+
+// dump repeats a dump that the kernel says was torn by a change.
+func dump(request *nl.NetlinkRequest) ([][]byte, error) {
+	for range 5 {
+		messages, err := request.Execute(unix.NETLINK_ROUTE, 0)
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return messages, err
+		}
+	}
+	return nil, netlink.ErrDumpInterrupted
+}
+
+// defaultRouteLinks are the indexes of links that a default route of any table leads to.
+func defaultRouteLinks() (map[int]bool, error) {
+	uplinks := map[int]bool{}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		err := netlink.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE,
+			func(route netlink.Route) bool {
+				for _, index := range defaultLinks(route) {
+					uplinks[index] = true
+				}
+				return true
+			})
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil, err
+		}
+	}
+	return uplinks, nil
+}
+
+// defaultLinks are the links of a default route; none where the route is another one.
+func defaultLinks(route netlink.Route) []int {
+	if route.Dst != nil {
+		if ones, _ := route.Dst.Mask.Size(); ones > 0 || !route.Dst.IP.IsUnspecified() {
+			return nil
+		}
+	}
+	links := []int{}
+	if route.LinkIndex > 0 {
+		links = append(links, route.LinkIndex)
+	}
+	for _, hop := range route.MultiPath {
+		links = append(links, hop.LinkIndex)
+	}
+	return links
+}
+
+type sysctl struct{ loaded, on bool }
+
+// bridgeSysctl reads net.bridge.bridge-nf-call-<tables>, which is per network namespace. It is missing
+// where br_netfilter is not loaded: then no bridge's frames pass netfilter, whatever its own flag says.
+func bridgeSysctl(tables string) sysctl {
+	value, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-" + tables)
+	return sysctl{loaded: err == nil, on: err == nil && strings.TrimSpace(string(value)) != "0"}
+}
+
+// Attributes of IFLA_INFO_DATA of a bridge (linux/if_link.h) that the netlink library does not name.
+const (
+	iflaBrNfCallIptables  = 36
+	iflaBrNfCallIP6tables = 37
+)
+
+// bridgeFilters are the bridge's own flags nf_call_iptables and nf_call_ip6tables.
+func bridgeFilters(message []byte) (ip, ip6 bool) {
+	attribute := func(b []byte, kinds ...uint16) []byte {
+		for _, kind := range kinds {
+			attributes, err := nl.ParseRouteAttr(b)
+			b = nil
+			if err != nil {
+				return nil
+			}
+			for _, a := range attributes {
+				if a.Attr.Type&nl.NLA_TYPE_MASK == kind {
+					b = a.Value
+				}
+			}
+		}
+		return b
+	}
+	if len(message) < unix.SizeofIfInfomsg {
+		return false, false
+	}
+	data := attribute(message[unix.SizeofIfInfomsg:], unix.IFLA_LINKINFO, nl.IFLA_INFO_DATA)
+	on := func(b []byte) bool { return len(b) > 0 && b[0] != 0 }
+	return on(attribute(data, iflaBrNfCallIptables)), on(attribute(data, iflaBrNfCallIP6tables))
+}
+
+// EnableHairpin lets the bridge port called name send a frame back where it came from, so that a pod
+// reaches itself through a magic IP. It does nothing where name is no bridge port or hairpin is on.
+func (Kernel) EnableHairpin(name string) (switched bool, err error) {
+	link, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("link %s: %w", name, err)
+	}
+	if link.Attrs().MasterIndex == 0 {
+		return false, nil
+	}
+	port, err := netlink.LinkGetProtinfo(link)
+	if err != nil || port.Hairpin {
+		return false, nil // not a port of a Linux bridge, or on already
+	}
+	if err := netlink.LinkSetHairpin(link, true); err != nil {
+		return false, fmt.Errorf("link %s: hairpin: %w", name, err)
+	}
+	return true, nil
+}
+
+// Watch calls changed after each event that may change what Read returns, until ctx ends. It calls it
+// once at the start, since what changed before the subscription would go unseen, and after a lost event.
+func Watch(ctx context.Context, changed func()) error {
+	for {
+		err := watch(ctx, changed)
+		if ctx.Err() != nil {
+			return nil
+		}
+		// The kernel drops a subscriber that is too slow (ENOBUFS): subscribe and look again.
+		if err != nil && !errors.Is(err, unix.ENOBUFS) {
+			return fmt.Errorf("rtnetlink subscription: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func watch(ctx context.Context, changed func()) error {
+	done := make(chan struct{})
+	defer close(done)
+	failed := make(chan error, 3)
+	fail := func(err error) {
+		select {
+		case failed <- err:
+		default:
+		}
+	}
+	links := make(chan netlink.LinkUpdate, 64)
+	if err := netlink.LinkSubscribeWithOptions(links, done, netlink.LinkSubscribeOptions{ErrorCallback: fail}); err != nil {
+		return err
+	}
+	routes := make(chan netlink.RouteUpdate, 64)
+	if err := netlink.RouteSubscribeWithOptions(routes, done, netlink.RouteSubscribeOptions{ErrorCallback: fail}); err != nil {
+		return err
+	}
+	addresses := make(chan netlink.AddrUpdate, 64)
+	if err := netlink.AddrSubscribeWithOptions(addresses, done, netlink.AddrSubscribeOptions{ErrorCallback: fail}); err != nil {
+		return err
+	}
+	changed()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			return err
+		case _, open := <-links:
+			if !open {
+				return unix.ENOBUFS
+			}
+			changed()
+		case route, open := <-routes:
+			if !open {
+				return unix.ENOBUFS
+			}
+			// A node may learn routes by the thousand; only default ones tell an uplink.
+			if len(defaultLinks(route.Route)) > 0 {
+				changed()
+			}
+		case _, open := <-addresses:
+			if !open {
+				return unix.ENOBUFS
+			}
+			changed()
+		}
+	}
+}

@@ -1,0 +1,206 @@
+// Package plan turns magic IPs and their endpoints into what the node's kernel shall do with packets.
+//
+// It is pure: no clock, no I/O, no logger. A Plan is the whole desired state; the backends of package
+// netfilter translate it, and the same packets must meet the same fate behind each of them.
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Protocol is a transport protocol, written as nft and iptables write it.
+type Protocol string
+
+// The protocols that a magic IP can serve.
+const (
+	TCP  Protocol = "tcp"
+	UDP  Protocol = "udp"
+	SCTP Protocol = "sctp"
+)
+
+// Number is the protocol number of the IP header (IANA).
+func (p Protocol) Number() uint8 {
+	switch p {
+	case UDP:
+		return 17
+	case SCTP:
+		return 132
+	default:
+		return 6
+	}
+}
+
+// Frontend is what clients connect to, and the key of everything.
+type Frontend struct {
+	Address  netip.Addr
+	Protocol Protocol
+	Port     uint16
+}
+
+// AddrPort is the address and port of f.
+func (f Frontend) AddrPort() netip.AddrPort { return netip.AddrPortFrom(f.Address, f.Port) }
+
+func (f Frontend) String() string {
+	return fmt.Sprintf("%s/%s", f.AddrPort(), f.Protocol)
+}
+
+// Compare orders frontends by address, protocol and port.
+func (f Frontend) Compare(g Frontend) int {
+	return cmp.Or(f.Address.Compare(g.Address), cmp.Compare(f.Protocol, g.Protocol), cmp.Compare(f.Port, g.Port))
+}
+
+// Action is what becomes of a new packet of a served client.
+type Action string
+
+// The actions.
+const (
+	// Serve: DNAT to an endpoint.
+	Serve Action = "serve"
+	// Refuse: TCP reset, ICMP port unreachable for the rest.
+	Refuse Action = "refuse"
+	// Hold: SYNs and datagrams are dropped silently so that a connect waits; all else is refused.
+	Hold Action = "hold"
+	// Pass: left alone, because noEndpoint says so or another agent on this node claims the frontend.
+	Pass Action = "pass"
+)
+
+// Service is one frontend with its policy and its endpoints: the input of Build.
+type Service struct {
+	Frontend
+	// HostInterface is empty for auto, else interface names; a trailing + matches any rest.
+	HostInterface []string
+	HostClients   bool
+	ExcludeTarget bool
+	// WithoutEndpoint is Refuse, Hold or Pass.
+	WithoutEndpoint Action
+	// Endpoints all have the family of the frontend. More than one: new flows spread over them evenly.
+	Endpoints []netip.AddrPort
+}
+
+// Bridge is a Linux bridge whose frames do not all pass netfilter.
+type Bridge struct {
+	Name string
+	// Unfiltered4 and Unfiltered6 say whether its IPv4 and IPv6 frames go from port to port unseen.
+	Unfiltered4, Unfiltered6 bool
+}
+
+// Input is all that a plan depends on.
+type Input struct {
+	Services []Service
+	// Foreign are frontends that other agents on this node claim.
+	Foreign []Frontend
+	// PodInterfaces are the interfaces that auto serves.
+	PodInterfaces []string
+	Bridges       []Bridge
+	// HostAddresses are the node's own; Sandboxes those of all sandboxes known to stand.
+	HostAddresses, Sandboxes []netip.Addr
+	// Settled: every source has spoken, so that a sandbox that is not among Sandboxes does not stand.
+	Settled bool
+}
+
+// Clients is a distinct hostInterface setting.
+type Clients struct {
+	// Interfaces is empty for auto: the plan's PodInterfaces.
+	Interfaces []string
+}
+
+// Rule is the fate of the packets to one frontend.
+type Rule struct {
+	Frontend
+	Action Action
+	// Clients is an index into Plan.Clients; -1 where another agent claims the frontend.
+	Clients   int
+	Endpoints []netip.AddrPort
+	// HostClients says whether processes of this node are treated like pods or left alone.
+	HostClients bool
+	// Excluded are sources (the targets themselves) that are left alone.
+	Excluded []netip.Addr
+}
+
+// Plan is the whole desired state of one agent. Two plans from equal input are equal.
+type Plan struct {
+	Rules         []Rule    // by Frontend, in order
+	Clients       []Clients // in order
+	PodInterfaces []string  // in order
+	Bridges       []Bridge  // those with unfiltered frames, in order
+	// HostAddresses, Sandboxes (both in order) and Settled decide which flows are stale; see Stale.
+	HostAddresses, Sandboxes []netip.Addr
+	Settled                  bool
+}
+
+// Build makes the plan. Services must be distinct in their frontends.
+func Build(in Input) Plan {
+	p := Plan{
+		PodInterfaces: sortedSet(in.PodInterfaces, strings.Compare),
+		HostAddresses: sortedSet(in.HostAddresses, netip.Addr.Compare),
+		Sandboxes:     sortedSet(in.Sandboxes, netip.Addr.Compare),
+		Settled:       in.Settled,
+	}
+	for _, bridge := range in.Bridges {
+		if bridge.Unfiltered4 || bridge.Unfiltered6 {
+			p.Bridges = append(p.Bridges, bridge)
+		}
+	}
+	slices.SortFunc(p.Bridges, func(a, b Bridge) int { return strings.Compare(a.Name, b.Name) })
+	for _, service := range in.Services {
+		c := Clients{Interfaces: sortedSet(service.HostInterface, strings.Compare)}
+		if !slices.ContainsFunc(p.Clients, func(d Clients) bool { return slices.Equal(c.Interfaces, d.Interfaces) }) {
+			p.Clients = append(p.Clients, c)
+		}
+	}
+	slices.SortFunc(p.Clients, func(a, b Clients) int { return slices.Compare(a.Interfaces, b.Interfaces) })
+
+	claimed := map[Frontend]bool{}
+	addresses := map[netip.Addr]bool{}
+	for _, service := range in.Services {
+		claimed[service.Frontend], addresses[service.Address] = true, true
+		interfaces := sortedSet(service.HostInterface, strings.Compare)
+		rule := Rule{
+			Frontend:    service.Frontend,
+			Action:      Serve,
+			Clients:     slices.IndexFunc(p.Clients, func(c Clients) bool { return slices.Equal(c.Interfaces, interfaces) }),
+			Endpoints:   sortedSet(service.Endpoints, netip.AddrPort.Compare),
+			HostClients: service.HostClients,
+		}
+		if len(rule.Endpoints) == 0 {
+			rule.Action = service.WithoutEndpoint
+		}
+		if service.ExcludeTarget {
+			for _, endpoint := range rule.Endpoints {
+				rule.Excluded = append(rule.Excluded, endpoint.Addr())
+			}
+			rule.Excluded = slices.Compact(rule.Excluded)
+		}
+		p.Rules = append(p.Rules, rule)
+	}
+	// A port that another agent serves on one of our addresses is not ours to refuse.
+	for _, frontend := range sortedSet(in.Foreign, Frontend.Compare) {
+		if addresses[frontend.Address] && !claimed[frontend] {
+			p.Rules = append(p.Rules, Rule{Frontend: frontend, Action: Pass, Clients: -1})
+		}
+	}
+	slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
+	return p
+}
+
+// Foreign says whether another agent claims the frontend of r.
+func (r Rule) Foreign() bool { return r.Clients < 0 }
+
+// Find returns the rule of a frontend.
+func (p *Plan) Find(f Frontend) (Rule, bool) {
+	i, found := slices.BinarySearchFunc(p.Rules, f, func(r Rule, f Frontend) int { return r.Compare(f) })
+	if !found {
+		return Rule{}, false
+	}
+	return p.Rules[i], true
+}
+
+func sortedSet[E any](in []E, compare func(E, E) int) []E {
+	out := slices.Clone(in)
+	slices.SortFunc(out, compare)
+	return slices.CompactFunc(out, func(a, b E) bool { return compare(a, b) == 0 })
+}

@@ -1,0 +1,86 @@
+package agent
+
+import (
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+)
+
+func frontendOf(m published.MagicIP) plan.Frontend {
+	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
+}
+
+func splitPod(pod string) (namespace, name string) {
+	namespace, name, _ = strings.Cut(pod, "/")
+	return namespace, name
+}
+
+// publish writes what the agent does where it differs from what was written last. With heartbeat, the
+// file's time stamp is renewed all the same.
+func (a *Agent) publish(now time.Time, heartbeat bool) {
+	view := &published.Agent{
+		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastError: a.lastError(),
+		Backend: a.Backend.Name(), PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+	}
+	for _, port := range a.config.Ports {
+		m := published.MagicIP{
+			Address: port.Address, Port: port.Port, Protocol: string(port.Protocol),
+			Namespace: port.Namespace, Selector: port.SelectorText, Refused: port.Refused, Endpoints: []published.Endpoint{},
+		}
+		if s := a.services[port.Frontend]; s != nil && port.Refused == "" {
+			m.ClaimedAt, m.LostAt, m.Refused = s.claimedAt, s.lostAt, s.refused
+			for _, c := range s.endpoints {
+				m.Endpoints = append(m.Endpoints, published.Endpoint{Address: c.Address, Pod: podName(c), UID: c.UID, Recorded: c.Recorded})
+			}
+		}
+		view.MagicIPs = append(view.MagicIPs, m)
+	}
+	if a.published != nil {
+		view.LastSync = a.published.LastSync
+		if reflect.DeepEqual(view, a.published) {
+			if heartbeat {
+				a.note("published file", a.renew(now))
+			}
+			return
+		}
+	}
+	if a.applied != nil {
+		view.LastSync = now
+	}
+	err := published.Write(a.RuntimeDir, view)
+	a.note("published file", err)
+	if err == nil {
+		a.published = view
+	}
+}
+
+func (a *Agent) renew(now time.Time) error {
+	if err := published.Renew(a.RuntimeDir, a.config.Name, now); err != nil {
+		// Somebody has taken the file away: write it again.
+		return published.Write(a.RuntimeDir, a.published)
+	}
+	return nil
+}
+
+// notes are the conditions that an operator should know of.
+func (a *Agent) notes() []string {
+	var notes []string
+	if a.applied == nil {
+		return nil
+	}
+	for _, bridge := range a.applied.Bridges {
+		var sysctls []string
+		if bridge.Unfiltered4 {
+			sysctls = append(sysctls, "net.bridge.bridge-nf-call-iptables")
+		}
+		if bridge.Unfiltered6 {
+			sysctls = append(sysctls, "net.bridge.bridge-nf-call-ip6tables")
+		}
+		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
+			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
+	}
+	return notes
+}

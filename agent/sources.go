@@ -1,0 +1,201 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// records is what the plugin's state file said last.
+type records struct {
+	list []state.Attachment
+	// known: the file has spoken since this agent started. A missing or unreadable file is a source that
+	// is silent, and what it said before counts on.
+	known bool
+}
+
+// read takes in the sources that have changed. What cannot be read leaves what was known of it.
+func (a *Agent) read(changed Source, now time.Time) {
+	if changed&(Settings|Poll) != 0 {
+		a.readSettings()
+	}
+	if changed&(Records|Poll) != 0 {
+		list, err := state.Read(a.RuntimeDir)
+		switch {
+		case err == nil:
+			a.records = records{list: list, known: true}
+		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
+			err = nil // no pod has been added yet
+		}
+		a.note("state file", err)
+	}
+	if changed&(Network|Poll) != 0 {
+		network, err := a.Node.Read()
+		a.note("network of the node", err)
+		if err == nil {
+			a.network = network
+		}
+	}
+	if changed&(Others|Poll) != 0 {
+		a.readOthers()
+	}
+	_ = now
+}
+
+func (a *Agent) readSettings() {
+	config, err := a.Load()
+	if err == nil && config.Name != a.config.Name {
+		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + config.Name + "; restart it")
+	}
+	a.note("configuration", err)
+	if err == nil {
+		a.config = config
+	}
+}
+
+// readOthers reads what the other agents on this node have published.
+func (a *Agent) readOthers() {
+	names, err := published.Names(a.RuntimeDir)
+	a.note("agents of the node", err)
+	if err != nil {
+		return
+	}
+	var others []*published.Agent
+	for _, name := range names {
+		if name == a.config.Name {
+			continue
+		}
+		other, err := published.Read(a.RuntimeDir, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil // gone since it was listed
+		} else if err != nil {
+			// What it said before counts on.
+			for _, known := range a.others {
+				if known.Name == name {
+					others = append(others, known)
+				}
+			}
+		}
+		a.note("agent "+name, err)
+		if other != nil {
+			others = append(others, other)
+		}
+	}
+	a.others = others
+}
+
+// restore begins with what this agent published before it was restarted.
+func (a *Agent) restore() {
+	restored, err := published.Read(a.RuntimeDir, a.config.Name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return
+	case err != nil:
+		path := published.Path(a.RuntimeDir, a.config.Name)
+		a.Log.Warn("what this agent published before cannot be used; starting without it", "err", err, "keptAs", path+".corrupt")
+		if err := os.Rename(path, path+".corrupt"); err != nil {
+			a.Log.Warn("the file stays where it is", "err", err)
+		}
+		return
+	}
+	a.restored = restored
+	for _, m := range restored.MagicIPs {
+		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
+	}
+}
+
+// restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or
+// the source that told of them has not spoken yet.
+func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
+	if a.restored == nil || a.settled() {
+		return nil
+	}
+	var endpoints []published.Endpoint
+	for _, m := range a.restored.MagicIPs {
+		if frontendOf(m) != port.Frontend || m.Namespace != port.Namespace || m.Selector != port.SelectorText {
+			continue
+		}
+		for _, e := range m.Endpoints {
+			if e.Address.Port() == port.TargetPort && (!a.records.known || !e.Recorded || a.recorded(e.Address.Addr())) {
+				endpoints = append(endpoints, e)
+			}
+		}
+	}
+	return endpoints
+}
+
+func (a *Agent) recorded(address netip.Addr) bool {
+	for _, record := range a.records.list {
+		for _, ip := range record.IPs {
+			if ip == address {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// settled says whether every source has spoken.
+func (a *Agent) settled() bool { return a.records.known }
+
+// WatchFiles watches the plugin's state file, the agents' files and the configuration file (none where
+// empty). It watches their folders, since all of them are replaced by rename.
+func WatchFiles(runtimeDir, configFile string) Watcher {
+	return func(ctx context.Context, wake func(Source)) error {
+		watcher, err := fsnotify.NewWatcher()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = watcher.Close() }()
+		folders := []string{runtimeDir, published.Dir(runtimeDir)}
+		if configFile != "" {
+			folders = append(folders, filepath.Dir(configFile))
+		}
+		// A folder that was replaced is watched again within a poll. What happened before it was watched
+		// is read by then too: the poll reads everything.
+		arm := func() (missing error) {
+			for _, folder := range folders {
+				missing = errors.Join(missing, watcher.Add(folder))
+			}
+			return missing
+		}
+		if err := arm(); err != nil {
+			return err
+		}
+		wake(Records | Others | Settings)
+		rearm := time.NewTicker(time.Second)
+		defer rearm.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-rearm.C:
+				_ = arm()
+			case <-watcher.Errors: // an overflow of the queue, or a folder that is gone
+				wake(Records | Others | Settings)
+			case event := <-watcher.Events:
+				if event.Op == fsnotify.Chmod {
+					continue // a heartbeat
+				}
+				switch folder := filepath.Dir(event.Name); {
+				case event.Name == state.Path(runtimeDir):
+					wake(Records)
+				case folder == published.Dir(runtimeDir) && strings.HasSuffix(event.Name, ".json"):
+					wake(Others)
+				case configFile != "" && folder == filepath.Dir(configFile):
+					wake(Settings)
+				}
+			}
+		}
+	}
+}

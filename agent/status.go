@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+)
+
+// Status is what a node's agents have published, and whether they live.
+type Status struct {
+	Agents []AgentStatus `json:"agents"`
+}
+
+// AgentStatus is one agent's.
+type AgentStatus struct {
+	published.Agent
+	// Live: its lock is held. Heartbeat is when it last polled.
+	Live      bool      `json:"live"`
+	Heartbeat time.Time `json:"heartbeat"`
+	// Unreadable is why its file cannot be read; empty where it can.
+	Unreadable string `json:"unreadable,omitempty"`
+}
+
+// ReadStatus reads the status of all agents of a node, or of the one called name.
+func ReadStatus(runtimeDir, name string) (Status, error) {
+	names := []string{name}
+	if name == "" {
+		var err error
+		if names, err = published.Names(runtimeDir); err != nil {
+			return Status{}, err
+		}
+	}
+	status := Status{Agents: []AgentStatus{}}
+	for _, name := range names {
+		s := AgentStatus{Agent: published.Agent{Name: name}, Live: published.Live(runtimeDir, name)}
+		agent, err := published.Read(runtimeDir, name)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return Status{}, fmt.Errorf("no agent called %s has published anything in %s", name, runtimeDir)
+		case err != nil:
+			s.Unreadable = err.Error()
+		default:
+			s.Agent = *agent
+		}
+		if info, err := os.Stat(published.Path(runtimeDir, name)); err == nil {
+			s.Heartbeat = info.ModTime()
+		}
+		status.Agents = append(status.Agents, s)
+	}
+	return status, nil
+}
+
+// Unhealthy says why an agent is not doing its work: it does not run, or has not polled for three poll
+// intervals. Empty where it is.
+func (s AgentStatus) Unhealthy(now time.Time) string {
+	interval, err := time.ParseDuration(s.PollInterval)
+	if err != nil {
+		interval = 5 * time.Second
+	}
+	switch age := now.Sub(s.Heartbeat); {
+	case s.Unreadable != "":
+		return s.Unreadable
+	case !s.Live:
+		return "not running; its rules stay as they were at " + s.Heartbeat.Format(time.RFC3339)
+	case age > 3*interval:
+		return fmt.Sprintf("has not polled for %s, although it does so every %s", age.Round(time.Second), interval)
+	}
+	return ""
+}
+
+// Write prints the status as a table for people.
+func (s Status) Write(w io.Writer, now time.Time) error {
+	if len(s.Agents) == 0 {
+		_, err := fmt.Fprintln(w, "no agent has published anything")
+		return err
+	}
+	for i, agent := range s.Agents {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		health := agent.Unhealthy(now)
+		if health == "" {
+			health = fmt.Sprintf("running since %s, backend %s", agent.StartedAt.Format(time.RFC3339), agent.Backend)
+		}
+		fmt.Fprintf(w, "agent %s: %s\n", agent.Name, health)
+		if agent.LastError != "" {
+			fmt.Fprintf(w, "error: %s\n", agent.LastError)
+		}
+		for _, note := range agent.Notes {
+			fmt.Fprintf(w, "note: %s\n", note)
+		}
+		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(table, "MAGIC IP\tPROTOCOL\tSELECTOR\tENDPOINT\tPOD")
+		for _, m := range agent.MagicIPs {
+			selector := m.Namespace + " " + m.Selector
+			var addresses, pods []string
+			for _, e := range m.Endpoints {
+				addresses, pods = append(addresses, e.Address.String()), append(pods, e.Pod)
+			}
+			endpoint := strings.Join(addresses, ",")
+			switch {
+			case m.Refused != "":
+				endpoint = "not served: " + m.Refused
+			case len(addresses) == 0:
+				endpoint = "none: refused"
+			}
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", addrPort(m), m.Protocol, selector, endpoint, strings.Join(pods, ","))
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func addrPort(m published.MagicIP) string { return frontendOf(m).AddrPort().String() }

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+)
+
+const defaultRuntimeDir = "/run/magic-ip-address"
+
+type runFlags struct {
+	config, runtimeDir, nodeName, backend, logLevel string
+	noAPI                                           bool
+}
+
+func runCommand() *cobra.Command {
+	var flags runFlags
+	command := &cobra.Command{
+		Use:   "run",
+		Short: "Keep the rules of this node in step with its pods, until SIGTERM",
+		Long: `Keep the rules of this node in step with its pods, until SIGTERM; the rules then stay in place.
+
+Without --config the configuration comes from the environment: MAGIC_IP, SELECTOR, NAMESPACE,
+HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds) and VERBOSE.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
+	}
+	f := command.Flags()
+	f.StringVar(&flags.config, "config", "", "configuration `FILE` (YAML)")
+	f.StringVar(&flags.runtimeDir, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
+	f.StringVar(&flags.nodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node in the Kubernetes API")
+	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
+	f.StringVar(&flags.backend, "backend", "auto", "`auto` or nftables")
+	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
+	return command
+}
+
+func (f *runFlags) run(ctx context.Context) error {
+	if !f.noAPI {
+		return errors.New("--no-api is needed: this version does without the Kubernetes API")
+	}
+	if f.backend != "auto" && f.backend != "nftables" {
+		return fmt.Errorf("--backend %q is not allowed; allowed: auto, nftables", f.backend)
+	}
+	config, err := f.load()
+	if err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(f.logLevel)); err != nil {
+		return fmt.Errorf("--log-level %q is not allowed; allowed: debug, info, warn, error", f.logLevel)
+	}
+	if config.Verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	backend, err := netfilter.NewNFTables(ctx, config.Name)
+	if err != nil {
+		return fmt.Errorf("backend nftables: %w", err)
+	}
+	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "runtimeDir", f.runtimeDir)
+	err = agent.Run(ctx, agent.Options{
+		RuntimeDir: f.runtimeDir,
+		Load:       f.load,
+		Backend:    backend,
+		Flows:      netfilter.Conntrack{},
+		Node:       node.Kernel{},
+		Watchers: []agent.Watcher{
+			agent.WatchFiles(f.runtimeDir, f.config),
+			func(ctx context.Context, wake func(agent.Source)) error {
+				return node.Watch(ctx, func() { wake(agent.Network) })
+			},
+		},
+		Log: log,
+	})
+	if errors.Is(err, agent.ErrStandby) {
+		return nil
+	}
+	return err
+}
+
+func (f *runFlags) load() (agent.Config, error) {
+	if f.config == "" {
+		return agent.FromEnv(os.Getenv, f.noAPI)
+	}
+	file, err := os.Open(f.config)
+	if err != nil {
+		return agent.Config{}, err
+	}
+	defer func() { _ = file.Close() }()
+	config, err := agent.Parse(file, f.noAPI)
+	if err != nil {
+		return agent.Config{}, fmt.Errorf("%s:\n%w", f.config, err)
+	}
+	return config, nil
+}
