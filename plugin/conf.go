@@ -147,12 +147,12 @@ func convert(from string, result json.RawMessage, to string) (converted json.Raw
 	return json.Marshal(wanted)
 }
 
-// validAttachments are those that GC is to keep. The key must be there (CNI specification 1.1, "GC"): a missing
-// list is not an empty one, which removes everything.
+// validAttachments are those that GC is to keep; nil where there is no list, which is not an empty one: that
+// removes everything. cnitool calls GC without a list, after libcni has sent a DEL for all it remembers.
 func (c *conf) validAttachments() (map[state.Key]bool, error) {
 	const key = "cni.dev/valid-attachments"
 	if len(c.valid) == 0 {
-		return nil, types.NewError(types.ErrInvalidNetworkConfig, key+": is missing: must be the list of attachments to keep", "")
+		return nil, nil
 	}
 	var list []types.GCAttachment
 	if err := json.Unmarshal(c.valid, &list); err != nil {

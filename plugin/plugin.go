@@ -187,7 +187,7 @@ func (p Plugin) gc(args *skel.CmdArgs) error {
 		return err
 	}
 	valid, err := conf.validAttachments()
-	if err != nil {
+	if err != nil || valid == nil {
 		return err
 	}
 	log := p.logger(conf.runtimeDir, "GC")

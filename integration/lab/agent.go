@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -13,6 +14,7 @@ import (
 type Agent struct {
 	cmd    *exec.Cmd
 	log    logBuffer
+	killed atomic.Bool
 	exited chan struct{}
 	err    error // of the process, once exited is closed
 }
@@ -63,8 +65,9 @@ func (a *Agent) Stop(ctx context.Context) error {
 	}
 }
 
-// Kill ends the process at once, as a crash would.
+// Kill ends the process at once, as a crash would. A later Stop finds nothing wrong with that.
 func (a *Agent) Kill() {
+	a.killed.Store(true)
 	_ = signal(a.cmd.Process, syscall.SIGKILL)
 	<-a.exited
 }
@@ -76,7 +79,7 @@ func (a *Agent) Exited() <-chan struct{} { return a.exited }
 func (a *Agent) Log() string { return a.log.String() }
 
 func (a *Agent) exitError() error {
-	if a.err != nil {
+	if a.err != nil && !a.killed.Load() {
 		return fmt.Errorf("lab: agent: %w\n%s", a.err, a.Log())
 	}
 	return nil

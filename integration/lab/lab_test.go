@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -48,9 +49,10 @@ func addPod(t *testing.T, node *Node, name string) (Attached, *Echo) {
 	return attached, echo
 }
 
-func within(t *testing.T, limit time.Duration) context.Context {
+// patience is for what happens soon or never.
+func patience(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -93,13 +95,13 @@ func TestProbeNotesWhatHappens(t *testing.T) {
 			to := netip.AddrPortFrom(server.IPs[0], 8080)
 
 			probe := node.StartProbe(Client{Kind: kind, From: "client", To: to, Timeout: 300 * time.Millisecond}, 10*time.Millisecond)
-			if _, err := probe.Await(within(t, 10*time.Second), AnsweredBy("server")); err != nil {
+			if _, err := probe.Await(patience(t), AnsweredBy("server")); err != nil {
 				t.Fatal(err)
 			}
 			if err := echo.Close(); err != nil {
 				t.Fatal(err)
 			}
-			outcome, err := probe.Await(within(t, 10*time.Second), Unanswered)
+			outcome, err := probe.Await(patience(t), Unanswered)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -110,7 +112,7 @@ func TestProbeNotesWhatHappens(t *testing.T) {
 			if err := node.Del(t.Context(), "plain", Pod{Name: "server"}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := probe.Await(within(t, 10*time.Second), func(o Outcome) bool { return o.Took >= 300*time.Millisecond }); err != nil {
+			if _, err := probe.Await(patience(t), func(o Outcome) bool { return o.Took >= 300*time.Millisecond }); err != nil {
 				t.Fatal(err)
 			}
 			outcomes := probe.Stop()
@@ -148,7 +150,7 @@ func TestNodeLeavesTheMachineAlone(t *testing.T) {
 // machine is what a node could disturb by mistake.
 func machine(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", `ip -brief link; ip route; ip netns; ls /run /etc /var/lib
+	out, err := exec.Command("sh", "-c", `ip route; ip netns; ls -d /sys/class/net/cni0 /run/cni /var/lib/cni 2>/dev/null
 		cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/ip_default_ttl`).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -193,9 +195,9 @@ func TestNodeEndsWithItsMaker(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = maker.Wait()
-	if err := Eventually(within(t, 10*time.Second), func() error {
+	if err := Eventually(patience(t), func() error {
 		if _, err := os.Stat(holder); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("process %d holds the node: %v", pid, err)
+			return fmt.Errorf("process %d still holds the node", pid)
 		}
 		return nil
 	}); err != nil {
@@ -218,7 +220,7 @@ func TestCancelledCommandDies(t *testing.T) {
 		}
 		return out
 	}
-	if err := Eventually(within(t, 10*time.Second), func() error {
+	if err := Eventually(patience(t), func() error {
 		if out := running(); !strings.Contains(out, "sleep") {
 			return errors.New(out)
 		}
@@ -230,6 +232,55 @@ func TestCancelledCommandDies(t *testing.T) {
 	_ = cmd.Wait()
 	if out := running(); strings.Contains(out, "sleep") {
 		t.Errorf("still running in the node:\n%s", out)
+	}
+}
+
+// The agent's part is played by a script: what is tested is that signals find the process.
+func TestAgentProcess(t *testing.T) {
+	t.Parallel()
+	script := filepath.Join(t.TempDir(), "agent")
+	content := "#!/bin/sh\ntrap 'echo stopping; exit 0' TERM\necho \"$@\"\ngrep -q fail $4 && exit 3\nwhile :; do sleep 0.01; done\n"
+	if err := os.WriteFile(script, []byte(content), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	node, err := NewNode(t.Context(), NodeOptions{Name: "n1", Binaries: Binaries{Agent: script}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = node.Close() }()
+	start := func(config string) *Agent {
+		t.Helper()
+		agent, err := node.StartAgent([]byte(config), "--log-level", "debug")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Eventually(patience(t), func() error {
+			if !strings.Contains(agent.Log(), "--node-name n1 --runtime-dir /run/magic-ip-address --log-level debug\n") {
+				return fmt.Errorf("log: %q", agent.Log())
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return agent
+	}
+
+	agent := start("serve")
+	if err := agent.Stop(patience(t)); err != nil || !strings.Contains(agent.Log(), "stopping") {
+		t.Errorf("Stop: %v, log %q", err, agent.Log())
+	}
+	agent = start("serve")
+	agent.Kill()
+	if err := agent.Stop(patience(t)); err != nil || strings.Contains(agent.Log(), "stopping") {
+		t.Errorf("Stop after Kill: %v, log %q", err, agent.Log())
+	}
+	agent = start("fail")
+	<-agent.Exited()
+	if err := agent.Stop(patience(t)); err == nil {
+		t.Error("Stop is silent about an agent that has failed")
+	}
+	if out, err := node.Run(t.Context(), "sh", "-c", "cat /proc/[0-9]*/cmdline"); err != nil || strings.Contains(out, script) {
+		t.Errorf("left in the node (%v): %q", err, out)
 	}
 }
 

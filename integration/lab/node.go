@@ -28,7 +28,8 @@ import (
 )
 
 // Where things are on every node and on the network it is attached to. Host is the node's own network
-// namespace, Uplink the one that plays the network: it holds the far end of the node's eth0.
+// namespace, Uplink the one that plays the network: it holds the far end of the node's eth0 and routes
+// everything else to the node, as a hostile neighbour may.
 const (
 	Host   = ""
 	Uplink = "uplink"
@@ -67,6 +68,8 @@ ip address add ` + NodeIPv4 + `/24 dev eth0
 ip address add ` + NodeIPv6 + `/64 dev eth0 nodad
 ip route add default via ` + UplinkIPv4 + `
 ip route add default via ` + UplinkIPv6 + `
+ip -n uplink route add default via ` + NodeIPv4 + `
+ip -n uplink route add default via ` + NodeIPv6 + `
 echo ready
 exec cat >/dev/null`
 
@@ -221,7 +224,7 @@ func (n *Node) namespacePath(namespace string) string {
 	if namespace == Host {
 		return fmt.Sprintf("/proc/%d/ns/net", n.pid)
 	}
-	return n.path(netnsPath(namespace))
+	return n.Path(netnsPath(namespace))
 }
 
 // netnsPath is the path that a node's own processes know a network namespace by.
@@ -235,14 +238,14 @@ func (n *Node) Sysctl(namespace, key, value string) error {
 	})
 }
 
-// path is where this process finds a file of the node. Symbolic links with absolute targets lead out
+// Path is where this process finds a file of the node. Symbolic links with absolute targets lead out
 // of it, so callers name /run and not /var/run.
-func (n *Node) path(name string) string {
+func (n *Node) Path(name string) string {
 	return filepath.Join(fmt.Sprintf("/proc/%d/root", n.pid), name)
 }
 
 // ReadFile reads a file of the node.
-func (n *Node) ReadFile(name string) ([]byte, error) { return os.ReadFile(n.path(name)) }
+func (n *Node) ReadFile(name string) ([]byte, error) { return os.ReadFile(n.Path(name)) }
 
 // WriteFile writes a file of the node and makes its folder. It refuses /proc and /sys, which would
 // not be the node's: see Sysctl.
@@ -250,10 +253,10 @@ func (n *Node) WriteFile(name string, data []byte) error {
 	if strings.HasPrefix(name, "/proc/") || strings.HasPrefix(name, "/sys/") {
 		return fmt.Errorf("lab: writing %s of a node from outside would reach the machine", name)
 	}
-	if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(n.Path(name)), 0o755); err != nil {
 		return err
 	}
-	return os.WriteFile(n.path(name), data, 0o644)
+	return os.WriteFile(n.Path(name), data, 0o644)
 }
 
 // Eventually calls condition until it returns nil, and returns its last error when ctx ends before

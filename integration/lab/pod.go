@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha512"
 	"encoding/json"
@@ -9,9 +10,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 )
 
 // Pod is what a runtime tells CNI about a pod. A pod without a name has no identity: CNI_ARGS is not set.
@@ -151,6 +150,9 @@ func (n *Node) addNetNS(ctx context.Context, name string) error {
 	if _, err := n.Run(ctx, "ip", "netns", "add", name); err != nil {
 		return err
 	}
+	if _, err := n.Run(ctx, "ip", "-n", name, "link", "set", "lo", "up"); err != nil {
+		return err
+	}
 	return n.Sysctl(name, "ipv6/conf/default/accept_dad", "0")
 }
 
@@ -169,14 +171,14 @@ func (n *Node) cnitool(ctx context.Context, command, network string, pod Pod) (s
 
 func (n *Node) cniPath() string { return n.binaries.CNIDir + ":" + filepath.Dir(n.binaries.Plugin) }
 
-// PluginCommand prepares a call of the plugin itself, for what cnitool cannot say: a DEL without
-// prevResult or network namespace, for example. env is in the form "CNI_COMMAND=DEL".
-func (n *Node) PluginCommand(ctx context.Context, config []byte, env ...string) (*exec.Cmd, error) {
+// ExecPlugin calls the plugin itself, for what cnitool cannot say: a DEL without prevResult or network
+// namespace, for example. env is in the form "CNI_COMMAND=DEL". It returns what the plugin printed.
+func (n *Node) ExecPlugin(ctx context.Context, config []byte, env ...string) (string, error) {
 	if err := present(n.binaries.Plugin); err != nil {
-		return nil, err
+		return "", err
 	}
 	cmd := n.Command(ctx, n.binaries.Plugin)
-	cmd.Stdin = strings.NewReader(string(config))
+	cmd.Stdin = bytes.NewReader(config)
 	cmd.Env = append(cmd.Env, append(env, "CNI_PATH="+n.cniPath())...)
-	return cmd, nil
+	return output(cmd)
 }

@@ -44,20 +44,17 @@ type asker func(context.Context) (Answer, error)
 
 // open returns a client's way to ask, which is not for parallel use unless each request has its own
 // connection.
-func (n *Node) open(c Client) (ask asker, closeClient func()) {
+func (n *Node) open(c Client) (asker, func()) {
 	if c.Timeout == 0 {
 		c.Timeout = 5 * time.Second
 	}
+	var ask asker
+	var closeClient func()
 	if c.Kind == UDP {
 		client := &udpClient{dial: n.Dial(c.From), to: c.To.String()}
 		ask, closeClient = client.ask, client.close
 	} else {
-		transport := &http.Transport{DialContext: n.Dial(c.From)}
-		if c.Kind == KeepAlive {
-			transport.MaxConnsPerHost = 1
-		} else {
-			transport.DisableKeepAlives = true
-		}
+		transport := &http.Transport{DialContext: n.Dial(c.From), DisableKeepAlives: c.Kind == NewConnection}
 		ask = func(ctx context.Context) (Answer, error) { return askHTTP(ctx, transport, "http://"+c.To.String()) }
 		closeClient = transport.CloseIdleConnections
 	}
