@@ -346,6 +346,9 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 				found = append(found, fmt.Sprintf("%d rules of others before ours in %s", behind, j.hook))
 			}
 		}
+		if len(found) == 0 && len(there.leadingTo(f.prefix)) != len(t.jumps) {
+			found = []string{"foreign rules that lead to our chains"}
+		}
 		for _, difference := range found {
 			differs = append(differs, fmt.Sprintf("%s table %s: %s", f.command, t.name, difference))
 		}

@@ -173,13 +173,13 @@ func TestXTableWriteMendsJumps(t *testing.T) {
 		there, want string
 		stay        bool
 	}{
-		"none":                        {there: "", want: insert},
-		"right":                       {there: ours + "-A PREROUTING -j OTHER\n", want: ""},
-		"twice":                       {there: ours + ours, want: del + del + insert},
-		"behind another":              {there: "-A PREROUTING -j OTHER\n" + ours, want: del + insert},
-		"behind another, moved today": {there: "-A PREROUTING -j OTHER\n" + ours, want: "", stay: true},
-		"behind another agent":        {there: "-A PREROUTING -j MIP-2-dnat\n" + ours, want: ""},
-		"conditional":                 {there: "-A PREROUTING -p tcp -j MIP-1-dnat\n", want: "-D PREROUTING -p tcp -j MIP-1-dnat\n" + insert},
+		"none":                                  {there: "", want: insert},
+		"right":                                 {there: ours + "-A PREROUTING -j OTHER\n", want: ""},
+		"twice":                                 {there: ours + ours, want: del + del + insert},
+		"behind another":                        {there: "-A PREROUTING -j OTHER\n" + ours, want: del + insert},
+		"behind another, moved today":           {there: "-A PREROUTING -j OTHER\n" + ours, want: "", stay: true},
+		"behind another agent":                  {there: "-A PREROUTING -j MIP-2-dnat\n" + ours, want: ""},
+		"conditional":                           {there: "-A PREROUTING -p tcp -j MIP-1-dnat\n", want: "-D PREROUTING -p tcp -j MIP-1-dnat\n" + insert},
 		"another agent whose name begins alike": {there: ours + "-A PREROUTING -j MIP-12-dnat\n", want: ""},
 	} {
 		t.Run(name, func(t *testing.T) {
