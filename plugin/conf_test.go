@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -64,9 +63,6 @@ func FuzzConf(f *testing.F) {
 		case stdout.Len() > 0:
 			t.Errorf("ADD fails and prints %q", &stdout)
 		}
-		if stderr.Len() > 0 && strings.Contains(stderr.String(), dir) {
-			t.Errorf("the log cannot be written: %s", &stderr)
-		}
 		if conf.runtimeDir != dir {
 			return
 		}
@@ -76,6 +72,9 @@ func FuzzConf(f *testing.F) {
 		attachments, err := state.Read(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) || len(attachments) > 0 {
 			t.Errorf("after DEL there is %v (%v)", attachments, err)
+		}
+		if stderr.Len() > 0 {
+			t.Errorf("not in the log: %s", &stderr)
 		}
 		_ = os.Remove(filepath.Join(dir, "plugin.log"))
 	})

@@ -162,7 +162,8 @@ func check(args *skel.CmdArgs) error {
 	}
 	attachments, err := state.Read(conf.runtimeDir)
 	if err != nil {
-		return nil //nolint:nilerr // Fails open: without records there is nothing to compare, and the next ADD says so.
+		// Fails open: without records there is nothing to compare, and the next ADD says what is wrong.
+		return nil
 	}
 	key := state.Key{ContainerID: args.ContainerID, IfName: args.IfName}
 	i := slices.IndexFunc(attachments, func(a state.Attachment) bool { return a.Key() == key })

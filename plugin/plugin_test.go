@@ -112,7 +112,7 @@ func (c command) cmd(t testing.TB) *exec.Cmd {
 	cmd.Env = []string{
 		asPlugin + "=1", "CNI_COMMAND=" + c.name, "CNI_CONTAINERID=" + c.containerID, "CNI_NETNS=" + c.netns,
 		"CNI_IFNAME=" + c.ifName, "CNI_ARGS=" + c.args, "CNI_PATH=/opt/cni/bin",
-		"GORACE=atexit_sleep_ms=0", // by default, the race detector holds up each process for a second
+		"GORACE=atexit_sleep_ms=0", // by default, the race detector holds up each exit for a second
 	}
 	cmd.Stdin = bytes.NewReader(c.conf.encode(t))
 	return cmd
@@ -514,6 +514,13 @@ func TestDel(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "run")
 		del(conf(dir, nil)).ok(t)
 		wantNoDir(t, dir)
+	})
+	t.Run("without a state file", func(t *testing.T) {
+		dir := t.TempDir()
+		del(conf(dir, nil)).ok(t)
+		if diff := cmp.Diff(map[string]string{}, files(t, dir)); diff != "" {
+			t.Errorf("files (-want +got):\n%s", diff)
+		}
 	})
 	t.Run("of a pod never added", func(t *testing.T) {
 		dir := t.TempDir()

@@ -64,8 +64,7 @@ func (r *interfaces) host(driver func(string) string) string {
 			continue
 		}
 		switch driver(link.Name) {
-		case "bridge", // bridge names its bridge first, but flannel and others delegate
-			"ifb": // bandwidth appends the one that it shapes with
+		case "bridge", "ifb": // ifb: the plugin bandwidth appends the link that it shapes with
 			continue
 		}
 		return link.Name

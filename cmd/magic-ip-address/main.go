@@ -9,7 +9,10 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin"
 )
 
+// version is set by the linker.
+var version = "devel" //nolint:gochecknoglobals // -X needs a variable
+
 func main() {
 	p := plugin.Plugin{Stdout: os.Stdout, Stderr: os.Stderr}
-	skel.PluginMainFuncs(p.Funcs(), plugin.Versions(), "CNI plugin magic-ip-address")
+	skel.PluginMainFuncs(p.Funcs(), plugin.Versions(), "CNI plugin magic-ip-address "+version)
 }

@@ -74,10 +74,7 @@ func acquire(path string, wait time.Duration) (*os.File, error) {
 		return file, nil
 	case <-timeout.C:
 		// The waiter cannot be called back. Should its turn come while this process still runs, it lets go at once.
-		go func() {
-			<-acquired //nolint:errcheck // it lets go whether it got the lock or not
-			_ = file.Close()
-		}()
+		go func() { _ = errors.Join(<-acquired, file.Close()) }()
 		return nil, fmt.Errorf("%s: %w for more than %s", path, ErrBusy, wait)
 	}
 }

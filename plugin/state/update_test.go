@@ -69,6 +69,7 @@ func process(t *testing.T, role, dir string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "as", role, dir)
 	cmd.Stderr = os.Stderr
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // by default, the race detector holds up each exit for a second
 	return cmd
 }
 
