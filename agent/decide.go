@@ -123,7 +123,7 @@ func (a *Agent) plan() plan.Plan {
 	for _, record := range a.records.list {
 		in.Sandboxes = append(in.Sandboxes, record.IPs...)
 		// The interfaces in the records are served whatever they are, if they are there.
-		if a.network.Interfaces[record.HostInterface] {
+		if a.network.Interfaces[record.HostInterface] && !a.network.BridgePorts[record.HostInterface] {
 			in.PodInterfaces = append(in.PodInterfaces, record.HostInterface)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"slices"
 	"strings"
@@ -35,7 +36,9 @@ func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
 			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
 		})
 	}
-	trial := plan.Build(plan.Input{Services: []plan.Service{{WithoutEndpoint: plan.Refuse}}})
+	trial := plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
+	}}})
 	tx := n.tables[0].nft.NewTransaction()
 	rules := render(&trial, knftables.IPv4Family)
 	rules.write(tx, comment)

@@ -22,8 +22,10 @@ import (
 // Network is what the node's network looks like at one moment.
 type Network struct {
 	// PodInterfaces are the interfaces that pods can be behind: veth, bridge, netkit and tap links that
-	// carry no default route in any table.
+	// carry no default route in any table. A bridge stands for its ports: to IP, their packets come in by it.
 	PodInterfaces []string
+	// BridgePorts are the links that are ports of a bridge.
+	BridgePorts map[string]bool
 	// Interfaces are the names of all links.
 	Interfaces map[string]bool
 	// Addresses are the node's own.
@@ -43,7 +45,7 @@ type Kernel struct{}
 
 // Read asks the kernel (rtnetlink). It reads the network namespace of the calling thread.
 func (Kernel) Read() (Network, error) {
-	network := Network{Interfaces: map[string]bool{}}
+	network := Network{Interfaces: map[string]bool{}, BridgePorts: map[string]bool{}}
 	uplinks, err := defaultRouteLinks()
 	if err != nil {
 		return network, fmt.Errorf("routes of the node: %w", err)
@@ -55,23 +57,31 @@ func (Kernel) Read() (Network, error) {
 		return network, fmt.Errorf("links of the node: %w", err)
 	}
 	filtered4, filtered6 := bridgeSysctl("iptables"), bridgeSysctl("ip6tables")
+	var links []netlink.Link
+	bridges := map[int]bool{}
 	for _, message := range messages {
 		link, err := netlink.LinkDeserialize(nil, message)
 		if err != nil {
 			return network, fmt.Errorf("links of the node: %w", err)
 		}
-		name := link.Attrs().Name
-		network.Interfaces[name] = true
-		if podLinkType(link.Type()) && !uplinks[link.Attrs().Index] {
-			network.PodInterfaces = append(network.PodInterfaces, name)
-		}
+		links = append(links, link)
+		network.Interfaces[link.Attrs().Name] = true
 		if link.Type() == "bridge" {
+			bridges[link.Attrs().Index] = true
 			own4, own6 := bridgeFilters(message)
 			network.Bridges = append(network.Bridges, plan.Bridge{
-				Name:        name,
+				Name:        link.Attrs().Name,
 				Unfiltered4: !(filtered4.on || filtered4.loaded && own4),
 				Unfiltered6: !(filtered6.on || filtered6.loaded && own6),
 			})
+		}
+	}
+	for _, link := range links {
+		switch attributes := link.Attrs(); {
+		case bridges[attributes.MasterIndex]:
+			network.BridgePorts[attributes.Name] = true
+		case podLinkType(link.Type()) && !uplinks[attributes.Index]:
+			network.PodInterfaces = append(network.PodInterfaces, attributes.Name)
 		}
 	}
 	addresses, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
