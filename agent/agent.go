@@ -242,6 +242,11 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
 			fresh = true
 		}
+		if !a.again.Empty() {
+			_, err := a.Flows.Sweep(ctx, a.applied, a.again)
+			a.note("conntrack", err)
+			a.again = plan.Change{}
+		}
 	}
 	ok = true
 	if fresh || a.errs[a.Backend.Name()] != "" {
@@ -255,12 +260,6 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			a.sweep(ctx, &p)
 			a.applied, a.syncedAt = &p, now
 		}
-	}
-	if changed&Poll != 0 && !a.again.Empty() && ok {
-		again := a.again
-		a.again = plan.Change{}
-		_, err := a.Flows.Sweep(ctx, a.applied, again)
-		a.note("conntrack", err)
 	}
 	a.hairpin()
 	a.publish(now, changed&Poll != 0)
