@@ -78,6 +78,7 @@ type sweep struct {
 	plan    *plan.Plan
 	change  plan.Change
 	sockets map[int]*nl.SocketHandle
+	seen    int // entries that the kernel sent
 	deleted int
 }
 
@@ -91,6 +92,7 @@ func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) er
 	var stale []entry
 	var parseErr error
 	err := request.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(message []byte) bool {
+		s.seen++
 		e, err := parseEntry(message)
 		if err != nil {
 			parseErr = err
