@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -48,7 +49,7 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	defer socket.Close()
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
-	frontends := append(change.Frontends, change.Removed...)
+	frontends := slices.Concat(change.Frontends, change.Removed)
 	if len(frontends)+len(change.Gone) > mostFilteredDumps {
 		families := map[uint8]bool{}
 		for _, f := range frontends {

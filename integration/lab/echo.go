@@ -83,7 +83,7 @@ func (n *Node) StartEcho(namespace, name string, port uint16) (*Echo, error) {
 		ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if client, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-				_, _ = fmt.Fprint(w, formatAnswer(name, client))
+				fmt.Fprint(w, formatAnswer(name, client))
 			}
 		}),
 	}}
