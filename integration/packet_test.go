@@ -36,7 +36,7 @@ type network struct {
 	edit       func(string) string
 }
 
-func networks() []network {
+func podNetworks() []network {
 	return []network{
 		{name: "bridge", file: "30-dual-stack.conflist"},
 		{name: "ptp", file: "20-ptp.conflist", edit: func(conf string) string {
@@ -217,7 +217,7 @@ func TestPackets(t *testing.T) {
 		{lab.Uplink, port + 1, "silence", "silence"},
 	}
 	for _, backend := range backends() {
-		for _, on := range networks() {
+		for _, on := range podNetworks() {
 			t.Run(backend+"/"+on.name, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, backend, on, config(""))
@@ -297,7 +297,7 @@ func TestNothingLeaks(t *testing.T) {
 			if _, err := w.Run(t.Context(), "ip", "-n", "uplink", "addr", "add", magic4+"/32", "dev", "lo"); err != nil {
 				t.Fatal(err)
 			}
-			impostor, err := w.StartEcho(lab.Uplink, "impostor", port)
+			impostor, err := w.StartEchoAt(lab.Uplink, "impostor", magic(false).String())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -308,7 +308,11 @@ func TestNothingLeaks(t *testing.T) {
 				t.Helper()
 				for _, from := range clients {
 					for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
-						if got := w.fate(from, kind, magic(false), nil); !strings.HasPrefix(got, prefix) {
+						got := w.fate(from, kind, magic(false), nil)
+						if kind == lab.UDP && prefix == "refused" && got == "silence" {
+							continue // the probe below has used up what the kernel allows of ICMP (icmp_ratelimit)
+						}
+						if !strings.HasPrefix(got, prefix) {
 							t.Errorf("%s: %q by %s: got %q, want %q", when, from, kind, got, prefix)
 						}
 					}
@@ -351,7 +355,7 @@ func TestNothingLeaks(t *testing.T) {
 // a new one comes, its process listens a moment later.
 func TestReplacement(t *testing.T) {
 	for _, backend := range backends() {
-		for _, on := range networks() {
+		for _, on := range podNetworks() {
 			t.Run(backend+"/"+on.name, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, backend, on, config(""))
@@ -361,7 +365,7 @@ func TestReplacement(t *testing.T) {
 				var probes []*lab.Probe
 				for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
 					for _, six := range []bool{false, true} {
-						probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(six), Timeout: 2 * time.Second}, 5*time.Millisecond)
+						probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(six), Timeout: 100*time.Millisecond}, 5*time.Millisecond)
 						if _, err := probe.Await(patience(t), lab.AnsweredBy("old")); err != nil {
 							t.Fatal(err)
 						}
@@ -378,6 +382,7 @@ func TestReplacement(t *testing.T) {
 				for i, probe := range probes {
 					if _, err := probe.Await(patience(t), lab.AnsweredBy("new")); err != nil {
 						t.Errorf("probe %d never reached the new target: %v", i, err)
+						t.Log(w.Run(t.Context(), "conntrack", "-L", "-f", "ipv6"))
 					}
 				}
 				settled := time.Now()
@@ -404,7 +409,7 @@ func TestAgentRestart(t *testing.T) {
 	for _, backend := range backends() {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, backend, networks()[0], config(""))
+			w := newWorld(t, backend, podNetworks()[0], config(""))
 			w.addClient("client")
 			w.addTarget("echo")
 			w.echo("echo")
@@ -437,7 +442,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 	for _, backend := range backends() {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, backend, networks()[0], config(""))
+			w := newWorld(t, backend, podNetworks()[0], config(""))
 			w.addClient("client")
 			w.addTarget("old")
 			w.echo("old")
@@ -477,12 +482,12 @@ func TestDrift(t *testing.T) {
 	damages := []struct{ name, command, wantLog string }{
 		{"table gone", "nft delete table ip magic-ip-" + agentName, "the whole table"},
 		{"map emptied", "nft flush map ip magic-ip-" + agentName + " endpoints", "missing from endpoints"},
-		{"chain flushed", "nft flush chain ip magic-ip-" + agentName + " translate", "missing rule"},
-		{"rule added", "nft insert rule ip magic-ip-" + agentName + " from-network drop", "foreign rule"},
+		{"chain flushed", "nft flush chain ip magic-ip-" + agentName + " translate", "missing rule in chain translate"},
+		{"rule added", "nft insert rule ip magic-ip-" + agentName + " from-network drop", "foreign or changed rule in chain from-network"},
 		{"element added", "nft add element ip magic-ip-" + agentName + " endpoints { 169.254.210.210 . tcp . 99 : 10.244.3.99 . 99 }", "foreign in endpoints"},
 		{"ruleset flushed", "nft flush ruleset", "the whole table"},
 	}
-	w := newWorld(t, "nftables", networks()[0], config(""))
+	w := newWorld(t, "nftables", podNetworks()[0], config(""))
 	w.addClient("client")
 	w.addTarget("echo")
 	w.echo("echo")
@@ -550,7 +555,7 @@ func sorted(ruleset string) []string {
 
 // TestConfigurationChange: a changed file counts without a restart, a broken one is reported and changes nothing.
 func TestConfigurationChange(t *testing.T) {
-	w := newWorld(t, "nftables", networks()[0], config(""))
+	w := newWorld(t, "nftables", podNetworks()[0], config(""))
 	w.addClient("client")
 	w.addTarget("echo")
 	w.echo("echo")
@@ -593,7 +598,7 @@ func TestUnusableAddresses(t *testing.T) {
 	for _, address := range []string{"169.254.169.254", "192.0.2.2", "127.0.0.5", "fe80::1", "224.0.0.1", magic4, magic4} {
 		conf += fmt.Sprintf("- {ipAddress: %q, namespace: default, selector: app=echo, ports: [{port: %d}]}\n", address, port)
 	}
-	w := newWorld(t, "nftables", networks()[0], []byte(conf))
+	w := newWorld(t, "nftables", podNetworks()[0], []byte(conf))
 	agent := w.await("to run", func(a *published.Agent) bool { return len(a.MagicIPs) == 7 })
 	for i, want := range []string{"instance metadata", "address of this node", "loopback", "link-local", "multicast", "", "claimed twice"} {
 		if got := agent.MagicIPs[i].Refused; want == "" && got != "" || !strings.Contains(got, want) {
@@ -612,7 +617,7 @@ func TestUnusableAddresses(t *testing.T) {
 // TestTwoAgents: the older of two claims stands, a port of the other agent on the same address is left to
 // it, and when the older agent's file goes the younger takes over. A second process with the same name waits.
 func TestTwoAgents(t *testing.T) {
-	w := newWorld(t, "nftables", networks()[0], config(""))
+	w := newWorld(t, "nftables", podNetworks()[0], config(""))
 	w.addClient("client")
 	w.addTarget("echo")
 	w.echo("echo")
