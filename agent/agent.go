@@ -89,7 +89,8 @@ type Agent struct {
 	restored *published.Agent
 	services map[plan.Frontend]*service
 
-	applied *plan.Plan // nil before the first sync
+	applied  *plan.Plan // nil before the first sync; the last one was at syncedAt
+	syncedAt time.Time
 	// again is swept a second time with the next poll: a packet that was on its way through the old rules
 	// while the table was dumped makes its entry after the dump.
 	again     plan.Change
@@ -243,6 +244,11 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
 			fresh = true
 		}
+		if !a.again.Empty() {
+			_, err := a.Flows.Sweep(ctx, a.applied, a.again)
+			a.note("conntrack", err)
+			a.again = plan.Change{}
+		}
 	}
 	ok = true
 	if fresh || a.errs[a.Backend.Name()] != "" {
@@ -254,14 +260,8 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		} else {
 			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
 			a.sweep(ctx, &p)
-			a.applied = &p
+			a.applied, a.syncedAt = &p, now
 		}
-	}
-	if changed&Poll != 0 && !a.again.Empty() && ok {
-		again := a.again
-		a.again = plan.Change{}
-		_, err := a.Flows.Sweep(ctx, a.applied, again)
-		a.note("conntrack", err)
 	}
 	a.hairpin()
 	a.publish(now, changed&Poll != 0)

@@ -289,10 +289,9 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	if !regexp.MustCompile(`^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?|\*)$`).MatchString(raw.Namespace) {
 		v.bad(at("namespace"), "%q is not allowed; allowed: the name of a namespace, or \"*\" for all", raw.Namespace)
 	}
-	switch {
-	case raw.Selector == nil:
+	if raw.Selector == nil {
 		v.bad(at("selector"), "is missing; allowed: a Kubernetes label selector such as app=apm-server")
-	default:
+	} else {
 		port.SelectorText = *raw.Selector
 		if port.Selector, err = labels.Parse(*raw.Selector); err != nil {
 			v.bad(at("selector"), "%q is not a Kubernetes label selector: %v", *raw.Selector, err)

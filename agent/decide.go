@@ -139,7 +139,7 @@ func (a *Agent) plan() plan.Plan {
 
 // report logs what a decision has changed.
 func (a *Agent) report(port Port, s *service, before []endpoint.Chosen, refusedBefore string) {
-	log := a.Log.With("magicIP", port.Frontend.String())
+	log := a.Log.With("magicIP", port.String())
 	if s.refused != refusedBefore && s.refused != "" {
 		log.Error("not served: " + s.refused)
 	}

@@ -22,7 +22,7 @@ func splitPod(pod string) (namespace, name string) {
 // file's time stamp is renewed all the same.
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
-		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastError: a.lastError(),
+		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
 		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
 	}
 	for _, port := range a.config.Ports {
@@ -39,16 +39,12 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 		view.MagicIPs = append(view.MagicIPs, m)
 	}
 	if a.published != nil {
-		view.LastSync = a.published.LastSync
 		if reflect.DeepEqual(view, a.published) {
 			if heartbeat {
 				a.note("published file", a.renew(now))
 			}
 			return
 		}
-	}
-	if a.applied != nil {
-		view.LastSync = now
 	}
 	err := published.Write(a.RuntimeDir, view)
 	a.note("published file", err)

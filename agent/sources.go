@@ -181,7 +181,10 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 				return nil
 			case <-rearm.C:
 				_ = arm()
-			case <-watcher.Errors: // an overflow of the queue, or a folder that is gone
+			case _, open := <-watcher.Errors: // an overflow of the queue, or a folder that is gone
+				if !open {
+					return nil
+				}
 				wake(Records | Others | Settings)
 			case event := <-watcher.Events:
 				if event.Op == fsnotify.Chmod {

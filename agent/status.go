@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -15,11 +16,11 @@ import (
 
 // Status is what a node's agents have published, and whether they live.
 type Status struct {
-	Agents []AgentStatus `json:"agents"`
+	Agents []NodeAgent `json:"agents"`
 }
 
-// AgentStatus is one agent's.
-type AgentStatus struct {
+// NodeAgent is one agent of the node.
+type NodeAgent struct {
 	published.Agent
 	// Live: its lock is held. Heartbeat is when it last polled.
 	Live      bool      `json:"live"`
@@ -37,9 +38,9 @@ func ReadStatus(runtimeDir, name string) (Status, error) {
 			return Status{}, err
 		}
 	}
-	status := Status{Agents: []AgentStatus{}}
+	status := Status{Agents: []NodeAgent{}}
 	for _, name := range names {
-		s := AgentStatus{Agent: published.Agent{Name: name}, Live: published.Live(runtimeDir, name)}
+		s := NodeAgent{Agent: published.Agent{Name: name}, Live: published.Live(runtimeDir, name)}
 		agent, err := published.Read(runtimeDir, name)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -59,7 +60,7 @@ func ReadStatus(runtimeDir, name string) (Status, error) {
 
 // Unhealthy says why an agent is not doing its work: it does not run, or has not polled for three poll
 // intervals. Empty where it is.
-func (s AgentStatus) Unhealthy(now time.Time) string {
+func (s NodeAgent) Unhealthy(now time.Time) string {
 	interval, err := time.ParseDuration(s.PollInterval)
 	if err != nil {
 		interval = 5 * time.Second
@@ -77,29 +78,29 @@ func (s AgentStatus) Unhealthy(now time.Time) string {
 
 // Write prints the status as a table for people.
 func (s Status) Write(w io.Writer, now time.Time) error {
+	var out bytes.Buffer
 	if len(s.Agents) == 0 {
-		_, err := fmt.Fprintln(w, "no agent has published anything")
-		return err
+		out.WriteString("no agent has published anything\n")
 	}
 	for i, agent := range s.Agents {
 		if i > 0 {
-			fmt.Fprintln(w)
+			out.WriteByte('\n')
 		}
 		health := agent.Unhealthy(now)
 		if health == "" {
 			health = fmt.Sprintf("running since %s, backend %s", agent.StartedAt.Format(time.RFC3339), agent.Backend)
 		}
-		fmt.Fprintf(w, "agent %s: %s\n", agent.Name, health)
+		fmt.Fprintf(&out, "agent %s: %s\n", agent.Name, health)
 		if agent.LastError != "" {
-			fmt.Fprintf(w, "error: %s\n", agent.LastError)
+			fmt.Fprintf(&out, "error: %s\n", agent.LastError)
 		}
 		for _, note := range agent.Notes {
-			fmt.Fprintf(w, "note: %s\n", note)
+			fmt.Fprintf(&out, "note: %s\n", note)
 		}
-		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "MAGIC IP\tPROTOCOL\tSELECTOR\tENDPOINT\tPOD")
+		table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+		row := func(cells ...string) { _, _ = io.WriteString(table, strings.Join(cells, "\t")+"\n") }
+		row("MAGIC IP", "PROTOCOL", "NAMESPACE", "SELECTOR", "ENDPOINT", "POD")
 		for _, m := range agent.MagicIPs {
-			selector := m.Namespace + " " + m.Selector
 			var addresses, pods []string
 			for _, e := range m.Endpoints {
 				addresses, pods = append(addresses, e.Address.String()), append(pods, e.Pod)
@@ -109,15 +110,14 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 			case m.Refused != "":
 				endpoint = "not served: " + m.Refused
 			case len(addresses) == 0:
-				endpoint = "none: refused"
+				endpoint = "none"
 			}
-			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", addrPort(m), m.Protocol, selector, endpoint, strings.Join(pods, ","))
+			row(frontendOf(m).AddrPort().String(), m.Protocol, m.Namespace, m.Selector, endpoint, strings.Join(pods, ","))
 		}
 		if err := table.Flush(); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err := out.WriteTo(w)
+	return err
 }
-
-func addrPort(m published.MagicIP) string { return frontendOf(m).AddrPort().String() }

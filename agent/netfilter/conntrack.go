@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -24,6 +25,8 @@ const (
 	ctaFilter           = 25
 	ctaFilterOrigFlags  = 1
 	ctaFilterReplyFlags = 2
+	ctaStatusMask       = 26
+	ipsDstNAT           = 1 << 5 // IPS_DST_NAT
 
 	filterIPSource      = 1 << 0
 	filterIPDestination = 1 << 1
@@ -48,7 +51,7 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	defer socket.Close()
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
-	frontends := append(change.Frontends, change.Removed...)
+	frontends := slices.Concat(change.Frontends, change.Removed)
 	if len(frontends)+len(change.Gone) > mostFilteredDumps {
 		families := map[uint8]bool{}
 		for _, f := range frontends {
@@ -75,6 +78,7 @@ type sweep struct {
 	plan    *plan.Plan
 	change  plan.Change
 	sockets map[int]*nl.SocketHandle
+	seen    int // entries that the kernel sent
 	deleted int
 }
 
@@ -88,6 +92,7 @@ func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) er
 	var stale []entry
 	var parseErr error
 	err := request.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(message []byte) bool {
+		s.seen++
 		e, err := parseEntry(message)
 		if err != nil {
 			parseErr = err
@@ -133,38 +138,42 @@ func family(address netip.Addr) uint8 {
 	return unix.AF_INET
 }
 
-// frontendFilter lets flows through whose client sent to f.
+// frontendFilter lets flows through whose client sent to f; for IPv6, to the port of f on any address,
+// since kernels compare IPv6 addresses the wrong way round here: they send all flows but those asked for
+// (ctnetlink_filter_match_tuple; seen on Linux 6.18).
 func frontendFilter(f plan.Frontend) []*nl.RtAttr {
 	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
 	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
-	if f.Address.Is6() {
-		ip.AddRtAttr(nl.CTA_IP_V6_DST, f.Address.AsSlice())
-	} else {
+	flags := uint32(filterProtocol | filterPort)
+	if f.Address.Is4() {
 		ip.AddRtAttr(nl.CTA_IP_V4_DST, f.Address.AsSlice())
+		flags |= filterIPDestination
 	}
 	transport := tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
 	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(f.Protocol.Number()))
 	transport.AddRtAttr(nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, f.Port))
-
-	filter := nl.NewRtAttr(ctaFilter|unix.NLA_F_NESTED, nil)
-	filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(filterIPDestination|filterProtocol|filterPort))
-	filter.AddRtAttr(ctaFilterReplyFlags, nl.Uint32Attr(0))
-	return []*nl.RtAttr{tuple, filter}
+	return []*nl.RtAttr{tuple, tupleFilter(flags, 0)}
 }
 
-// serverFilter lets flows through that are answered from address.
+// serverFilter lets flows through that are answered from address; for IPv6, see above, all that are
+// translated (CTA_STATUS_MASK since Linux 5.12).
 func serverFilter(address netip.Addr) []*nl.RtAttr {
+	if address.Is6() {
+		destinationNAT := binary.BigEndian.AppendUint32(nil, ipsDstNAT)
+		return []*nl.RtAttr{nl.NewRtAttr(nl.CTA_STATUS, destinationNAT), nl.NewRtAttr(ctaStatusMask, destinationNAT)}
+	}
 	tuple := nl.NewRtAttr(nl.CTA_TUPLE_REPLY|unix.NLA_F_NESTED, nil)
 	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
-	if address.Is6() {
-		ip.AddRtAttr(nl.CTA_IP_V6_SRC, address.AsSlice())
-	} else {
-		ip.AddRtAttr(nl.CTA_IP_V4_SRC, address.AsSlice())
-	}
+	ip.AddRtAttr(nl.CTA_IP_V4_SRC, address.AsSlice())
+	return []*nl.RtAttr{tuple, tupleFilter(0, filterIPSource)}
+}
+
+// tupleFilter says which parts of the tuples that go with it count.
+func tupleFilter(original, reply uint32) *nl.RtAttr {
 	filter := nl.NewRtAttr(ctaFilter|unix.NLA_F_NESTED, nil)
-	filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(0))
-	filter.AddRtAttr(ctaFilterReplyFlags, nl.Uint32Attr(filterIPSource))
-	return []*nl.RtAttr{tuple, filter}
+	filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(original))
+	filter.AddRtAttr(ctaFilterReplyFlags, nl.Uint32Attr(reply))
+	return filter
 }
 
 // entry is a conntrack entry and the attributes by which the kernel finds it again: the tuple, the zone

@@ -94,7 +94,7 @@ func variants() []variant {
 			found = append(found, v)
 		}
 	}
-	if out, err := run(exec.Command("iptables", "--version")); err == nil {
+	if out, err := output(exec.Command("iptables", "--version")); err == nil {
 		found = append(found, variant{legacy: !strings.Contains(out, "(nf_tables)")})
 	}
 	return found
@@ -386,7 +386,7 @@ func (f *xfamily) list(ctx context.Context, table string) (*xlisting, error) {
 	if f.variant.legacy && !legacyTable(f.family, table) {
 		return parseXListing("", f.prefix)
 	}
-	out, err := run(exec.CommandContext(ctx, f.command+"-save", "-t", table))
+	out, err := output(exec.CommandContext(ctx, f.command+"-save", "-t", table))
 	if err != nil {
 		return nil, err
 	}
@@ -400,12 +400,12 @@ const lockPatience = 10
 func (f *xfamily) restore(ctx context.Context, input string, flags ...string) error {
 	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(lockPatience)}, flags...)...)
 	command.Stdin = strings.NewReader(input)
-	_, err := run(command)
+	_, err := output(command)
 	return err
 }
 
-// run runs a command and puts what it says for an error into the error.
-func run(command *exec.Cmd) (stdout string, err error) {
+// output runs a command and puts what it says for an error into the error.
+func output(command *exec.Cmd) (stdout string, err error) {
 	var out, stderr bytes.Buffer
 	command.Stdout, command.Stderr = &out, &stderr
 	if err := command.Run(); err != nil {

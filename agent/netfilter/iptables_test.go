@@ -1,38 +1,22 @@
 package netfilter
 
 import (
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// inNetworkNamespace runs the rest of the test in a network namespace of its own, with the commands that it starts.
-func inNetworkNamespace(t *testing.T) {
+// inIPTablesNamespace is inNamespace, without the machine's xtables lock.
+func inIPTablesNamespace(t *testing.T) {
 	t.Helper()
-	// The thread is never unlocked: it ends with the test's goroutine, and the namespace with it.
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatalf("a network namespace needs root: %v", err)
-	}
+	inNamespace(t)
 	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
-}
-
-func mustRun(t *testing.T, command string, args ...string) string {
-	t.Helper()
-	out, err := run(exec.Command(command, args...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
 }
 
 // forEachVariant runs test in a namespace where kubelet has left its hint for that variant.
@@ -40,8 +24,8 @@ func forEachVariant(t *testing.T, test func(t *testing.T, suffix string)) {
 	t.Helper()
 	for _, suffix := range []string{"-nft", "-legacy"} {
 		t.Run("iptables"+suffix, func(t *testing.T) {
-			inNetworkNamespace(t)
-			mustRun(t, "iptables"+suffix, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+			inIPTablesNamespace(t)
+			run(t, "iptables"+suffix, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 			test(t, suffix)
 		})
 	}
@@ -75,13 +59,13 @@ func wantIntact(t *testing.T, backend *IPTables) {
 	}
 }
 
-// ruleset is all that is in the kernel, without time stamps and counters, chains in order.
+// savedRules is all that is in the kernel, without time stamps and counters, chains in order.
 func savedRules(t *testing.T, suffix string) string {
 	t.Helper()
 	var all []string
 	for _, command := range []string{"iptables", "ip6tables"} {
 		for _, table := range []string{"mangle", "filter", "nat"} {
-			lines := strings.Split(mustRun(t, command+suffix+"-save", "-t", table), "\n")
+			lines := strings.Split(run(t, command+suffix+"-save", "-t", table), "\n")
 			lines = slices.DeleteFunc(lines, func(line string) bool { return strings.HasPrefix(line, "#") || line == "" })
 			for i, line := range lines {
 				if strings.HasPrefix(line, ":") {
@@ -191,7 +175,7 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 				wantIntact(t, backend)
 				want := savedRules(t, suffix)
 				for _, command := range c.commands {
-					mustRun(t, "iptables"+suffix, strings.Fields(command)...)
+					run(t, "iptables"+suffix, strings.Fields(command)...)
 				}
 				differs, err := backend.Verify(t.Context())
 				if err != nil || len(differs) == 0 {
@@ -215,12 +199,12 @@ func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 		backend := newTestIPTables(t, suffix, testAgent)
 		mustSync(t, backend, &p)
 		other := []string{"-t", "nat", "-I", "PREROUTING", "-p", "tcp"}
-		mustRun(t, "iptables"+suffix, other...)
+		run(t, "iptables"+suffix, other...)
 		if differs, err := backend.Verify(t.Context()); err != nil || len(differs) != 1 {
 			t.Fatalf("verify: %q, error %v; want one difference", differs, err)
 		}
 		mustSync(t, backend, &p)
-		mustRun(t, "iptables"+suffix, other...)
+		run(t, "iptables"+suffix, other...)
 		wantIntact(t, backend)
 		for hook := range backend.families[0].moved {
 			backend.families[0].moved[hook] = time.Now().Add(-2 * moveAgainAfter)
@@ -235,7 +219,7 @@ func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
 		p := plan.Build(xtablesCases()["every-policy"])
-		mustRun(t, "iptables"+suffix, "-t", "nat", "-A", "PREROUTING", "-p", "udp")
+		run(t, "iptables"+suffix, "-t", "nat", "-A", "PREROUTING", "-p", "udp")
 		a, b := newTestIPTables(t, suffix, "a"), newTestIPTables(t, suffix, "b")
 		mustSync(t, a, &p)
 		alone := savedRules(t, suffix)
@@ -253,7 +237,7 @@ func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 }
 
 func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
-	inNetworkNamespace(t)
+	inIPTablesNamespace(t)
 	p := plan.Build(xtablesCases()["every-policy"])
 	there := func() (found []string) {
 		for _, suffix := range []string{"-nft", "-legacy"} {
@@ -261,7 +245,7 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 				found = append(found, "iptables"+suffix)
 			}
 		}
-		if strings.Contains(mustRun(t, "nft", "list", "tables"), "magic-ip-") {
+		if strings.Contains(run(t, "nft", "list", "tables"), "magic-ip-") {
 			found = append(found, "nftables")
 		}
 		return found
@@ -279,7 +263,7 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 		{BackendNFTables, "", "nftables"},
 	} {
 		if step.hint != "" {
-			mustRun(t, step.hint, "-t", "mangle", "-N", hint)
+			run(t, step.hint, "-t", "mangle", "-N", hint)
 		}
 		backend, err := Select(t.Context(), step.backend, testAgent)
 		if err != nil {
@@ -292,13 +276,13 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 			t.Fatalf("%s %s: rules in (-want +got):\n%s", step.backend, step.hint, diff)
 		}
 		if step.hint != "" {
-			mustRun(t, step.hint, "-t", "mangle", "-X", hint)
+			run(t, step.hint, "-t", "mangle", "-X", hint)
 		}
 	}
 }
 
 func TestSelectSaysWhyNot(t *testing.T) {
-	inNetworkNamespace(t)
+	inIPTablesNamespace(t)
 	if _, err := Select(t.Context(), "ipvs", testAgent); err == nil || !strings.Contains(err.Error(), "auto, nftables, iptables") {
 		t.Errorf("unknown backend: %v", err)
 	}

@@ -49,7 +49,13 @@ func parseListing(out []byte) (*listing, error) {
 			if err != nil {
 				return nil, err
 			}
-			lines = append(lines, kind+" "+string(line))
+			object := kind
+			if name, ok := fields["name"].(string); ok {
+				object += " " + name
+			} else if chain, ok := fields["chain"].(string); ok {
+				object += " in chain " + chain
+			}
+			lines = append(lines, object+": "+string(line))
 		}
 	}
 	l.structure = strings.Join(lines, "\n")
@@ -118,18 +124,27 @@ func (l *listing) compare(rules *ruleset, structure string) []string {
 	return differs
 }
 
+// structureDiff words the difference of two listings by object, "rule in chain translate" for example.
 func structureDiff(wanted, there []string) []string {
-	var differs []string
+	count := map[string]int{}
 	for _, line := range wanted {
-		if !slices.Contains(there, line) {
-			differs = append(differs, "missing "+line)
-		}
+		count[line]++
 	}
 	for _, line := range there {
-		if !slices.Contains(wanted, line) {
-			differs = append(differs, "foreign "+line)
+		count[line]--
+	}
+	var differs []string
+	for line, surplus := range count {
+		object, _, _ := strings.Cut(line, ": ")
+		switch {
+		case surplus > 0:
+			differs = append(differs, "missing "+object)
+		case surplus < 0:
+			differs = append(differs, "foreign or changed "+object)
 		}
 	}
+	slices.Sort(differs)
+	differs = slices.Compact(differs)
 	if len(differs) == 0 {
 		differs = []string{"rules in another order"}
 	}

@@ -16,11 +16,6 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-func frontend(address string, protocol plan.Protocol) plan.Frontend {
-	ap := netip.MustParseAddrPort(address)
-	return plan.Frontend{Address: ap.Addr(), Protocol: protocol, Port: ap.Port()}
-}
-
 func addrPorts(texts ...string) []netip.AddrPort {
 	var all []netip.AddrPort
 	for _, text := range texts {
@@ -42,24 +37,24 @@ func xtablesCases() map[string]plan.Input {
 	return map[string]plan.Input{
 		"one": {
 			Services: []plan.Service{{
-				Frontend: frontend("169.254.210.210:9200", plan.TCP), HostClients: true,
+				Frontend: frontend("169.254.210.210", plan.TCP, 9200), HostClients: true,
 				Endpoints: addrPorts("10.244.1.7:8200"),
 			}},
 			PodInterfaces: []string{"cni0", "veth1"},
 		},
 		"every-policy": {
 			Services: []plan.Service{
-				{Frontend: frontend("169.254.210.1:1", plan.TCP), HostClients: true, WithoutEndpoint: plan.Refuse},
-				{Frontend: frontend("169.254.210.1:2", plan.UDP), HostClients: true, WithoutEndpoint: plan.Hold},
-				{Frontend: frontend("169.254.210.1:3", plan.SCTP), HostClients: true, WithoutEndpoint: plan.Pass},
-				{Frontend: frontend("169.254.210.2:1", plan.TCP), ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
-				{Frontend: frontend("169.254.210.3:1", plan.TCP), HostClients: true, HostInterface: []string{"cali+", "cni0"},
+				{Frontend: frontend("169.254.210.1", plan.TCP, 1), HostClients: true, WithoutEndpoint: plan.Refuse},
+				{Frontend: frontend("169.254.210.1", plan.UDP, 2), HostClients: true, WithoutEndpoint: plan.Hold},
+				{Frontend: frontend("169.254.210.1", plan.SCTP, 3), HostClients: true, WithoutEndpoint: plan.Pass},
+				{Frontend: frontend("169.254.210.2", plan.TCP, 1), ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
+				{Frontend: frontend("169.254.210.3", plan.TCP, 1), HostClients: true, HostInterface: []string{"cali+", "cni0"},
 					ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
-				{Frontend: frontend("169.254.210.3:2", plan.UDP), HostClients: true, HostInterface: []string{"cali+", "cni0"}, WithoutEndpoint: plan.Hold},
-				{Frontend: frontend("169.254.210.4:1", plan.TCP), HostClients: true, Endpoints: addrPorts("10.244.1.7:1", "10.244.1.8:1", "10.244.1.9:2")},
-				{Frontend: frontend("[fd00:a91c::1]:1", plan.TCP), HostClients: true, Endpoints: addrPorts("[fd00:10:244::7]:2")},
+				{Frontend: frontend("169.254.210.3", plan.UDP, 2), HostClients: true, HostInterface: []string{"cali+", "cni0"}, WithoutEndpoint: plan.Hold},
+				{Frontend: frontend("169.254.210.4", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("10.244.1.7:1", "10.244.1.8:1", "10.244.1.9:2")},
+				{Frontend: frontend("fd00:a91c::1", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("[fd00:10:244::7]:2")},
 			},
-			Foreign:       []plan.Frontend{frontend("169.254.210.1:4", plan.TCP), frontend("169.254.210.200:4", plan.TCP)},
+			Foreign:       []plan.Frontend{frontend("169.254.210.1", plan.TCP, 4), frontend("169.254.210.200", plan.TCP, 4)},
 			PodInterfaces: []string{"cni0", "veth1"},
 			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}, {Name: "docker0", Unfiltered4: true}},
 		},

@@ -71,8 +71,8 @@ func (Kernel) Read() (Network, error) {
 			own4, own6 := bridgeFilters(message)
 			network.Bridges = append(network.Bridges, plan.Bridge{
 				Name:        link.Attrs().Name,
-				Unfiltered4: !(filtered4.on || filtered4.loaded && own4),
-				Unfiltered6: !(filtered6.on || filtered6.loaded && own6),
+				Unfiltered4: !filtered4.passes(own4),
+				Unfiltered6: !filtered6.passes(own6),
 			})
 		}
 	}
@@ -143,6 +143,9 @@ func defaultLinks(route netlink.Route) []int {
 }
 
 type sysctl struct{ loaded, on bool }
+
+// passes says whether the frames of a bridge with this flag of its own pass netfilter.
+func (s sysctl) passes(own bool) bool { return s.on || s.loaded && own }
 
 // bridgeSysctl reads net.bridge.bridge-nf-call-<tables>, which is per network namespace. It is missing
 // where br_netfilter is not loaded: then no bridge's frames pass netfilter, whatever its own flag says.

@@ -28,7 +28,7 @@ type Agent struct {
 	Version int    `json:"version"`
 	Name    string `json:"name"`
 	// StartedAt is when this agent process began to serve (RFC 3339), LastSync when the kernel was
-	// last brought to, or seen in, the wanted state. The file's modification time is the heartbeat:
+	// last brought to another state. The file's modification time is the heartbeat:
 	// the agent renews it every PollInterval.
 	StartedAt    time.Time `json:"startedAt"`
 	LastSync     time.Time `json:"lastSync,omitzero"`

@@ -3,7 +3,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -35,9 +34,6 @@ func run() int {
 		},
 	})
 	if err := root.ExecuteContext(ctx); err != nil {
-		if errors.Is(err, errUnhealthy) {
-			return 1
-		}
 		fmt.Fprintln(os.Stderr, "magic-ip-agent:", err)
 		return 1
 	}

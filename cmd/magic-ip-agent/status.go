@@ -4,16 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
 )
-
-// errUnhealthy ends --probe with status 1; the reason has been printed.
-var errUnhealthy = errors.New("unhealthy")
 
 func statusCommand() *cobra.Command {
 	var runtimeDir, name, output string
@@ -33,7 +29,7 @@ func statusCommand() *cobra.Command {
 				}
 				switch {
 				case probe:
-					return probeStatus(cmd.OutOrStdout(), status)
+					return probeStatus(status)
 				case output == "json":
 					encoder := json.NewEncoder(cmd.OutOrStdout())
 					encoder.SetIndent("", "  ")
@@ -61,15 +57,14 @@ func statusCommand() *cobra.Command {
 	return command
 }
 
-func probeStatus(w io.Writer, status agent.Status) error {
+// probeStatus is an error, and so exit status 1, where an agent does not do its work.
+func probeStatus(status agent.Status) error {
 	if len(status.Agents) == 0 {
-		fmt.Fprintln(w, "no agent has published anything")
-		return errUnhealthy
+		return errors.New("no agent has published anything")
 	}
 	for _, a := range status.Agents {
 		if reason := a.Unhealthy(time.Now()); reason != "" {
-			fmt.Fprintf(w, "agent %s: %s\n", a.Name, reason)
-			return errUnhealthy
+			return fmt.Errorf("agent %s: %s", a.Name, reason)
 		}
 	}
 	return nil

@@ -70,7 +70,11 @@ type Echo struct {
 // StartEcho starts a server on a TCP and UDP port, on all addresses of a network namespace of the node.
 // The name contains no space.
 func (n *Node) StartEcho(namespace, name string, port uint16) (*Echo, error) {
-	address := fmt.Sprintf(":%d", port)
+	return n.StartEchoAt(namespace, name, fmt.Sprintf(":%d", port))
+}
+
+// StartEchoAt is StartEcho on one address (host:port), from which it then answers datagrams too.
+func (n *Node) StartEchoAt(namespace, name, address string) (*Echo, error) {
 	tcp, err := n.Listen(namespace, "tcp", address)
 	if err != nil {
 		return nil, err
@@ -83,7 +87,7 @@ func (n *Node) StartEcho(namespace, name string, port uint16) (*Echo, error) {
 		ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if client, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-				_, _ = fmt.Fprint(w, formatAnswer(name, client))
+				fmt.Fprint(w, formatAnswer(name, client))
 			}
 		}),
 	}}

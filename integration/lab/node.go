@@ -145,9 +145,8 @@ func NewNode(ctx context.Context, options NodeOptions) (*Node, error) {
 func (n *Node) Close() error { return n.close() }
 
 // environment is this process's, with the folders of nft and ip, which are not in every user's PATH.
-func environment(more ...string) []string {
-	environ := append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
-	return append(environ, more...)
+func environment() []string {
+	return append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
 }
 
 // Command prepares a command that runs inside the node, in its root folder. Cancelling ctx kills it.
@@ -190,8 +189,7 @@ func signal(nsenter *os.Process, sig syscall.Signal) error {
 }
 
 // In runs f inside a network namespace of the node: Host, Uplink, or one by its name in /run/netns.
-// Sockets that f opens stay there. Only f's own goroutine is inside; f must not start others, and
-// leaves by returning.
+// Sockets that f opens stay there. Only f's own goroutine is inside: others that f starts are not.
 func (n *Node) In(namespace string, f func() error) (err error) {
 	target, err := netns.GetFromPath(n.namespacePath(namespace))
 	if err != nil {
@@ -238,19 +236,16 @@ func (n *Node) Sysctl(namespace, key, value string) error {
 	})
 }
 
-// Path is where this process finds a file of the node. Symbolic links with absolute targets lead out
+// Path is where this process finds a file of the node, to read it. Symbolic links with absolute targets lead out
 // of it, so callers name /run and not /var/run.
 func (n *Node) Path(name string) string {
 	return filepath.Join(fmt.Sprintf("/proc/%d/root", n.pid), name)
 }
 
-// ReadFile reads a file of the node.
-func (n *Node) ReadFile(name string) ([]byte, error) { return os.ReadFile(n.Path(name)) }
-
-// WriteFile writes a file of the node and makes its folder. It refuses /proc and /sys, which would
-// not be the node's: see Sysctl.
+// WriteFile writes a file of the node and makes its folder. It refuses /proc, because sysctls would be
+// the machine's: see Sysctl.
 func (n *Node) WriteFile(name string, data []byte) error {
-	if strings.HasPrefix(name, "/proc/") || strings.HasPrefix(name, "/sys/") {
+	if strings.HasPrefix(name, "/proc/") {
 		return fmt.Errorf("lab: writing %s of a node from outside would reach the machine", name)
 	}
 	if err := os.MkdirAll(filepath.Dir(n.Path(name)), 0o755); err != nil {

@@ -1,0 +1,147 @@
+package agent
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+const validConfig = `name: default.magic-ip
+magicIPs:
+- ipAddress: 169.254.210.210
+  namespace: default
+  selector: app=echo
+  ports: [{port: 9200, targetPort: 8080}]
+`
+
+func TestParse(t *testing.T) {
+	config, err := Parse(strings.NewReader(validConfig), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config.Name != "default.magic-ip" || config.PollInterval != 5*time.Second || len(config.Ports) != 1 {
+		t.Errorf("got %+v", config)
+	}
+	port := config.Ports[0]
+	if port.String() != "169.254.210.210:9200/tcp" || port.TargetPort != 8080 || !port.HostClients || port.ExcludeTarget ||
+		port.NoEndpoint != plan.Refuse || port.HoldFor != 10*time.Second || port.Spread || port.HostInterface != nil || port.Readiness != "prefer" {
+		t.Errorf("defaults: got %+v", port)
+	}
+}
+
+// TestParseErrors changes one thing in a valid file. Every message names the line, the key and what is allowed.
+func TestParseErrors(t *testing.T) {
+	long := strings.Repeat("a", 118)
+	for _, tt := range []struct{ name, old, new, want string }{
+		{"empty", validConfig, "", "the file is empty"},
+		{"no YAML", validConfig, "{", "line 1"},
+		{"two documents", "name:", "name: x\n---\nname:", "more than one YAML document"},
+		{"unknown key", "magicIPs:", "magicIps:", `line 2: unknown key "magicIps"`},
+		{"unknown key of a port", "targetPort", "target", `line 6: unknown key "target"`},
+		{"wrong type", "port: 9200", "port: x", "line 6: cannot unmarshal"},
+		{"name", "default.magic-ip", "Default_", `line 1: name: "Default_" is not allowed; allowed: 1 to 117 of a-z`},
+		{"long name", "default.magic-ip", long, "line 1: name:"},
+		{"poll interval", "magicIPs:", "pollInterval: 5\nmagicIPs:", `line 2: pollInterval: "5" is not allowed; allowed: a duration from 1s to 1h`},
+		{"no magic IPs", validConfig, "name: a\nmagicIPs: []\n", "line 2: magicIPs: is empty"},
+		{"address", "169.254.210.210", "169.254.210", "line 3: magicIPs[0].ipAddress: \"169.254.210\" is not allowed"},
+		{"zone", "169.254.210.210", "fe80::1%eth0", "line 3: magicIPs[0].ipAddress"},
+		{"namespace", "namespace: default", "namespace: a/b", `line 4: magicIPs[0].namespace: "a/b" is not allowed; allowed: the name of a namespace, or "*"`},
+		{"no selector", "  selector: app=echo\n", "", "line 3: magicIPs[0].selector: is missing"},
+		{"selector", "app=echo", "'app in'", "line 5: magicIPs[0].selector: \"app in\" is not a Kubernetes label selector"},
+		{"empty selector", "app=echo", "''", "line 5: magicIPs[0].selector: selects every pod"},
+		{"owner", "  ports:", "  owner: x\n  ports:", "line 6: magicIPs[0].owner"},
+		{"owner without the API", "  ports:", "  owner: DaemonSet/x\n  ports:", "line 6: magicIPs[0].owner: needs the Kubernetes API, which --no-api rules out"},
+		{"interface", "  ports:", "  hostInterface: a b\n  ports:", "line 6: magicIPs[0].hostInterface"},
+		{"readiness", "  ports:", "  readiness: maybe\n  ports:", `line 6: magicIPs[0].readiness: "maybe" is not allowed; allowed: prefer, require, ignore`},
+		{"readiness without the API", "  ports:", "  readiness: require\n  ports:", "line 6: magicIPs[0].readiness: require needs the Kubernetes API"},
+		{"distribution", "  ports:", "  distribution: all\n  ports:", "allowed: single, random"},
+		{"noEndpoint", "  ports:", "  noEndpoint: drop\n  ports:", "allowed: reject, hold, pass"},
+		{"holdFor", "  ports:", "  holdFor: 1500ms\n  ports:", "allowed: whole seconds from 1s to 1h"},
+		{"no ports", "[{port: 9200, targetPort: 8080}]", "[]", "line 6: magicIPs[0].ports: is empty"},
+		{"port", "port: 9200", "port: 65536", "line 6: magicIPs[0].ports[0].port: 65536 is not allowed; allowed: 1 to 65535"},
+		{"negative port", "port: 9200", "port: -1", "ports[0].port: -1"},
+		{"protocol", "port: 9200", "port: 9200, protocol: icmp", `ports[0].protocol: "icmp" is not allowed; allowed: tcp, udp, sctp`},
+		{"target port", "8080", "0", `ports[0].targetPort: "0" is not allowed`},
+		{"target port name", "8080", "Http", `ports[0].targetPort: "Http" is not allowed`},
+		{"target port name without the API", "8080", "http", `the name "http" needs the Kubernetes API`},
+		{"target port of another kind", "8080", "[1]", "line 6: targetPort is a number"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			text := strings.Replace(validConfig, tt.old, tt.new, 1)
+			if text == validConfig {
+				t.Fatal("nothing changed")
+			}
+			_, err := Parse(strings.NewReader(text), true)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got error %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestParseWithAPI(t *testing.T) {
+	text := strings.Replace(validConfig, "8080", "http", 1) + "  owner: DaemonSet/echo\n  readiness: require\n"
+	config, err := Parse(strings.NewReader(text), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if port := config.Ports[0]; port.TargetPortName != "http" || port.TargetPort != 0 || port.Owner != "DaemonSet/echo" {
+		t.Errorf("got %+v", port)
+	}
+}
+
+func TestFromEnv(t *testing.T) {
+	env := map[string]string{
+		"MAGIC_IP": "169.254.210.211", "SELECTOR": "app=apm-server", "NAMESPACE": "kube-system", "HOST_INTERFACE": "cni0",
+		"PORT": "9200", "TARGET_PORT": "8200", "PROTOCOL": "TCP", "POLL_INTERVAL": "7", "VERBOSE": "1",
+	}
+	config, err := FromEnv(func(name string) string { return env[name] }, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := config.Ports[0]
+	if config.Name != "kube-system.169-254-210-211" || config.PollInterval != 7*time.Second || !config.Verbose ||
+		port.String() != "169.254.210.211:9200/tcp" || port.TargetPort != 8200 || port.Namespace != "kube-system" ||
+		port.SelectorText != "app=apm-server" || len(port.HostInterface) != 1 || port.HostInterface[0] != "cni0" {
+		t.Errorf("got %+v", config)
+	}
+	for name, broken := range map[string]string{"PORT": "http", "POLL_INTERVAL": "0", "SELECTOR": "app in", "MAGIC_IP": "x", "PROTOCOL": "icmp"} {
+		_, err := FromEnv(func(asked string) string {
+			if asked == name {
+				return broken
+			}
+			return env[asked]
+		}, true)
+		if err == nil {
+			t.Errorf("%s=%s: no error", name, broken)
+		}
+	}
+}
+
+// FuzzParse: no input crashes the parser, and what it accepts is whole.
+func FuzzParse(f *testing.F) {
+	f.Add(validConfig, true)
+	f.Add(validConfig+"  hostInterface: cali+,eth0\n  noEndpoint: hold\n", false)
+	f.Add("name: a\nmagicIPs: [{ipAddress: 'fd00::1', namespace: '*', selector: '!a', ports: [{port: 1}, {port: 1}]}]", true)
+	f.Add("a: &a [*a]", true)
+	f.Fuzz(func(t *testing.T, text string, noAPI bool) {
+		config, err := Parse(strings.NewReader(text), noAPI)
+		if err != nil {
+			if err.Error() == "" {
+				t.Error("an error without words")
+			}
+			return
+		}
+		if config.Name == "" || config.PollInterval < time.Second || len(config.Ports) == 0 {
+			t.Errorf("accepted %+v", config)
+		}
+		for _, port := range config.Ports {
+			if !port.Address.IsValid() || port.Port == 0 || port.Selector == nil || port.Namespace == "" ||
+				port.TargetPort == 0 && port.TargetPortName == "" || noAPI && port.TargetPortName != "" {
+				t.Errorf("accepted %+v", port)
+			}
+		}
+	})
+}

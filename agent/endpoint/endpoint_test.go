@@ -1,0 +1,131 @@
+package endpoint_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+// pod makes a pod known to the API, older by age; its address is 10.0.0.<n>.
+func pod(name string, n byte, age time.Duration, conditions string) endpoint.Pod {
+	has := func(c string) bool { return slices.Contains(strings.Fields(conditions), c) }
+	return endpoint.Pod{
+		Namespace: "default", Name: name, UID: "uid-" + name, Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
+		IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, n})}, CreatedAt: now.Add(-age),
+		Running: !has("pending"), Ready: has("ready"), Terminating: has("terminating"), Finished: has("finished"),
+		Ports: map[string]uint16{"http": 8000 + uint16(n)},
+	}
+}
+
+func record(name string, n byte, age time.Duration) state.Attachment {
+	return state.Attachment{
+		ContainerID: "c-" + name, IfName: "eth0", Namespace: "default", Name: name, UID: "uid-" + name,
+		Labels: map[string]string{"app": "echo"}, HostInterface: "veth-" + name,
+		IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, n})}, AddedAt: now.Add(-age),
+	}
+}
+
+func TestChoose(t *testing.T) {
+	old, fresh := time.Hour, time.Minute
+	type sources = endpoint.Sources
+	api := func(s sources) sources {
+		s.HasAPI, s.APIReachable = true, true
+		return s
+	}
+	for _, tt := range []struct {
+		name    string
+		sources sources
+		edit    func(*endpoint.Selection)
+		want    string
+	}{
+		{"ready beats newer and not ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
+		{"ready beats ready and terminating", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready terminating")}}), nil, "10.0.0.1:80"},
+		{"serving while it terminates beats not ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready terminating"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
+		{"not ready beats terminating", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, ""), pod("b", 2, fresh, "terminating")}}), nil, "10.0.0.1:80"},
+		{"terminating is better than nothing", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "terminating")}}), nil, "10.0.0.1:80"},
+		{"finished is never chosen", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready finished")}}), nil, ""},
+		{"pending without a record is not there yet", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "pending")}}), nil, ""},
+		{"pending with a record counts", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "pending")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
+		{"of equals the newest", api(sources{Pods: []endpoint.Pod{pod("b", 2, fresh, "ready"), pod("a", 1, old, "ready")}}), nil, "10.0.0.2:80"},
+		{"of twins the greater UID", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, old, "ready")}}), nil, "10.0.0.2:80"},
+		{"require: not ready does not count", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, ""), pod("b", 2, old, "terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, ""},
+		{"require: serving while it terminates counts", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, "10.0.0.1:80"},
+		{"ignore: newer and not ready beats ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Ignore }, "10.0.0.2:80"},
+		{"spread: all of the best rank", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready"), pod("c", 3, fresh, "")}}), func(s *endpoint.Selection) { s.Spread = true }, "10.0.0.2:80 10.0.0.1:80"},
+		{"owner", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.Owner = "DaemonSet/other" }, ""},
+		{"named port", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "http" }, "10.0.0.1:8001"},
+		{"a port name that the pod lacks", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "grpc" }, ""},
+		{"a port name without the API", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.TargetPortName = "http" }, ""},
+		{"the other family", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.IPv6 = true }, ""},
+		{"all namespaces", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.Namespace = endpoint.AllNamespaces }, "10.0.0.1:80"},
+		{"another namespace", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.Namespace = "other" }, ""},
+
+		{"a record alone counts", sources{Records: []state.Attachment{record("a", 1, old)}}, nil, "10.0.0.1:80"},
+		{"the later of two records", sources{Records: []state.Attachment{record("a", 1, fresh), record("b", 2, old)}}, nil, "10.0.0.1:80"},
+		{"a record beats podIP", api(sources{Pods: []endpoint.Pod{pod("a", 9, old, "ready")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
+		{"a podIP in another pod's record is stale", api(sources{Pods: []endpoint.Pod{pod("a", 2, old, "ready"), func() endpoint.Pod {
+			p := pod("b", 2, fresh, "ready")
+			p.Labels = nil
+			return p
+		}()}, Records: []state.Attachment{record("b", 2, fresh)}}), nil, ""},
+		{"a withdrawn podIP counts no more", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, ""},
+		{"another podIP after that does", api(sources{Pods: []endpoint.Pod{pod("a", 2, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, "10.0.0.2:80"},
+		{"labels of the API are the truth", api(sources{Pods: []endpoint.Pod{func() endpoint.Pod {
+			p := pod("a", 1, old, "ready")
+			p.Labels = map[string]string{"app": "other"}
+			return p
+		}()}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, ""},
+		{"a static pod is joined by its config hash", api(sources{Pods: []endpoint.Pod{func() endpoint.Pod {
+			p := pod("a", 9, old, "ready")
+			p.ConfigHash = "hash"
+			return p
+		}()}, Records: []state.Attachment{func() state.Attachment {
+			r := record("a", 1, fresh)
+			r.UID, r.Labels = "hash", nil
+			return r
+		}()}}), nil, "10.0.0.1:80"},
+
+		{"a record that the API does not know yet", api(sources{Records: []state.Attachment{record("a", 1, 59*time.Second)}}), nil, "10.0.0.1:80"},
+		{"the same after a minute", api(sources{Records: []state.Attachment{record("a", 1, time.Minute)}}), nil, ""},
+		{"the same while its host interface stands", api(sources{Records: []state.Attachment{record("a", 1, time.Hour)}, Interfaces: map[string]bool{"veth-a": true}}), nil, "10.0.0.1:80"},
+		{"the same while the API is unreachable", sources{HasAPI: true, Records: []state.Attachment{record("a", 1, time.Hour)}}, nil, "10.0.0.1:80"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			selector, err := labels.Parse("app=echo")
+			if err != nil {
+				t.Fatal(err)
+			}
+			selection := endpoint.Selection{Namespace: "default", Selector: selector, Readiness: endpoint.Prefer, TargetPort: 80}
+			if tt.edit != nil {
+				tt.edit(&selection)
+			}
+			tt.sources.Now = now
+			choose := func() string {
+				var got []string
+				for _, c := range endpoint.Choose(selection, endpoint.Targets(tt.sources)) {
+					got = append(got, c.Address.String())
+				}
+				return strings.Join(got, " ")
+			}
+			got := choose()
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("endpoints (-want +got):\n%s", diff)
+			}
+			slices.Reverse(tt.sources.Pods)
+			slices.Reverse(tt.sources.Records)
+			if again := choose(); again != got {
+				t.Errorf("with the sources in another order: %q, before %q", again, got)
+			}
+		})
+	}
+}

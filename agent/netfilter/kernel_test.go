@@ -1,0 +1,272 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// inNamespace puts the test, and the commands it runs, into a network namespace of its own. The thread
+// is never unlocked, so it ends with the test, and the namespace with it.
+func inNamespace(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatalf("a network namespace (needs root): %v", err)
+	}
+	run(t, "ip", "link", "set", "lo", "up")
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).Output()
+	if err != nil {
+		exit := &exec.ExitError{}
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, exit.Stderr)
+		}
+		t.Fatalf("%s %s: %v", name, strings.Join(args, " "), err)
+	}
+	return string(out)
+}
+
+func frontend(address string, protocol plan.Protocol, port uint16) plan.Frontend {
+	return plan.Frontend{Address: netip.MustParseAddr(address), Protocol: protocol, Port: port}
+}
+
+// addFlows makes conntrack entries, as if clients had been at work for a while.
+func addFlows(t *testing.T) {
+	t.Helper()
+	for _, flow := range []struct{ protocol, source, destination, server string }{
+		// To the frontends of the test: the client ports tell them apart.
+		{"udp", "10.0.0.9:1001", "169.254.210.210:80", "10.0.0.2:8080"}, // the endpoint
+		{"udp", "10.0.0.9:1002", "169.254.210.210:80", "10.0.0.3:8080"}, // stale
+		{"udp", "10.0.0.9:1003", "169.254.210.210:80", ""},              // stale: from before the rule
+		{"udp", "10.0.0.9:1004", "169.254.210.210:81", "10.0.0.3:8080"}, // another port
+		{"udp", "10.0.0.9:1005", "169.254.210.211:80", "10.0.0.3:8080"}, // another address
+		{"udp", "10.0.0.9:1006", "10.0.0.3:80", ""},                     // straight to the pod
+		{"tcp", "10.0.0.9:1007", "169.254.210.210:80", "10.0.0.4:8080"}, // stale: the sandbox is gone
+		{"tcp", "10.0.0.9:1008", "169.254.210.210:80", "10.0.0.3:8080"}, // the sandbox stands
+		{"tcp", "10.0.0.9:1009", "10.96.0.1:443", "10.0.0.4:8080"},      // another service on the gone sandbox
+		{"udp", "[fd00::9]:2001", "[fd00:a::1]:80", "[fd00::2]:8080"},   // the endpoint
+		{"udp", "[fd00::9]:2002", "[fd00:a::1]:80", "[fd00::3]:8080"},   // stale
+		{"udp", "[fd00::9]:2003", "[fd00:a::1]:80", ""},                 // stale: from before the rule
+		{"udp", "[fd00::9]:2004", "[fd00:a::2]:80", "[fd00::3]:8080"},   // another address
+		{"tcp", "[fd00::9]:2005", "[fd00:a::1]:80", "[fd00::4]:8080"},   // stale: the sandbox is gone
+		{"tcp", "[fd00::9]:2006", "[fd00:b::1]:443", "[fd00::4]:8080"},  // another service on the gone sandbox
+		{"tcp", "[fd00::9]:2007", "[fd00:a::1]:80", "[fd00::3]:8080"},   // the sandbox stands
+	} {
+		source, destination := netip.MustParseAddrPort(flow.source), netip.MustParseAddrPort(flow.destination)
+		args := []string{"-I", "-t", "1000", "-p", flow.protocol, "-s", source.Addr().String(), "-d", destination.Addr().String(),
+			"--sport", fmt.Sprint(source.Port()), "--dport", fmt.Sprint(destination.Port())}
+		if flow.protocol == "tcp" {
+			args = append(args, "--state", "ESTABLISHED", "-u", "SEEN_REPLY,ASSURED")
+		}
+		if flow.server != "" {
+			args = append(args, "--dst-nat", flow.server)
+		}
+		run(t, "conntrack", args...)
+	}
+}
+
+// flowPorts are the client ports of all flows.
+func flowPorts(t *testing.T) []string {
+	t.Helper()
+	var ports []string
+	for _, family := range []string{"ipv4", "ipv6"} {
+		for line := range strings.Lines(run(t, "conntrack", "-L", "-f", family)) {
+			if _, rest, found := strings.Cut(line, "sport="); found {
+				ports = append(ports, strings.Fields(rest)[0])
+			}
+		}
+	}
+	slices.Sort(ports)
+	return ports
+}
+
+func TestSweep(t *testing.T) {
+	addr := netip.MustParseAddr
+	p := plan.Build(plan.Input{
+		Services: []plan.Service{
+			{Frontend: frontend("169.254.210.210", plan.UDP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:8080")}},
+			{Frontend: frontend("169.254.210.210", plan.TCP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:8080")}},
+			{Frontend: frontend("fd00:a::1", plan.UDP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:8080")}},
+			{Frontend: frontend("fd00:a::1", plan.TCP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:8080")}},
+		},
+		Sandboxes: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("fd00::2"), addr("fd00::3")},
+		Settled:   true,
+	})
+	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "2001", "2002", "2003", "2004", "2005", "2006", "2007"}
+	without := func(gone ...string) []string {
+		return slices.DeleteFunc(slices.Clone(all), func(port string) bool { return slices.Contains(gone, port) })
+	}
+	// More changes than are worth a filtered dump each.
+	many := plan.Change{Gone: []netip.Addr{addr("10.0.0.4"), addr("fd00::4")}}
+	for i := range mostFilteredDumps {
+		many.Removed = append(many.Removed, frontend("192.0.2.9", plan.UDP, uint16(1+i)))
+	}
+	for _, tt := range []struct {
+		name   string
+		change plan.Change
+		want   []string
+	}{
+		{"nothing changed", plan.Change{}, all},
+		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003")},
+		{"TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.TCP, 80)}}, without("1007")},
+		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007")},
+		{"removed frontend", plan.Change{Removed: []plan.Frontend{frontend("169.254.210.211", plan.UDP, 80)}}, without("1005")},
+		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003")},
+		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005")},
+		{"many", many, without("1002", "1003", "1007", "2002", "2003", "2005")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inNamespace(t)
+			addFlows(t)
+			if diff := cmp.Diff(all, flowPorts(t)); diff != "" {
+				t.Fatalf("flows at the start (-want +got):\n%s", diff)
+			}
+			deleted, err := Conntrack{}.Sweep(t.Context(), &p, tt.change)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := flowPorts(t)
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("flows (-want +got):\n%s", diff)
+			}
+			if deleted != len(all)-len(got) {
+				t.Errorf("said that %d flows were deleted, %d are", deleted, len(all)-len(got))
+			}
+		})
+	}
+}
+
+// TestKernelFilters: the kernel sends what was asked for, and not the whole table.
+func TestKernelFilters(t *testing.T) {
+	inNamespace(t)
+	addFlows(t)
+	for _, tt := range []struct {
+		name   string
+		dump   func(*sweep) error
+		atMost int
+	}{
+		{"frontend", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET, frontendFilter(frontend("169.254.210.210", plan.UDP, 80))...)
+		}, 3},
+		{"server", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)
+		}, 2},
+		{"IPv6 frontend", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET6, frontendFilter(frontend("fd00:a::1", plan.UDP, 80))...)
+		}, 4},
+		{"IPv6 server", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET6, serverFilter(netip.MustParseAddr("fd00::4"))...)
+		}, 6},
+	} {
+		s := &sweep{plan: &plan.Plan{}}
+		if err := tt.dump(s); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if s.seen > tt.atMost || s.seen == 0 {
+			t.Errorf("%s: the kernel sent %d flows, want 1 to %d", tt.name, s.seen, tt.atMost)
+		}
+	}
+}
+
+// TestNFTablesInKernel loads what the scenarios check as text, twice, and sees every kind of damage.
+func TestNFTablesInKernel(t *testing.T) {
+	inNamespace(t)
+	backend, err := NewNFTables(t.Context(), "kube-system.a-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	input := plan.Input{
+		Services: []plan.Service{
+			{Frontend: frontend("169.254.210.210", plan.TCP, 80), HostClients: true, ExcludeTarget: true,
+				Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:8080")}},
+			{Frontend: frontend("169.254.210.210", plan.UDP, 80), WithoutEndpoint: plan.Hold, HostInterface: []string{"cali+", "eth0"}},
+			{Frontend: frontend("169.254.210.210", plan.SCTP, 80), WithoutEndpoint: plan.Pass},
+			{Frontend: frontend("fd00:a::1", plan.TCP, 80), WithoutEndpoint: plan.Refuse,
+				Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:80"), netip.MustParseAddrPort("[fd00::3]:80")}},
+		},
+		Foreign:       []plan.Frontend{frontend("169.254.210.210", plan.UDP, 53)},
+		PodInterfaces: []string{"cni0", "veth0"},
+		Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}},
+	}
+	sync := func(in plan.Input) (changed bool) {
+		t.Helper()
+		before, err := generation()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := plan.Build(in)
+		if err := backend.Sync(t.Context(), &p); err != nil {
+			t.Fatal(err)
+		}
+		after, err := generation()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return after != before
+	}
+	verify := func() []string {
+		t.Helper()
+		differs, err := backend.Verify(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return differs
+	}
+	if !sync(input) || sync(input) {
+		t.Error("want a change by the first sync and none by the second")
+	}
+	if differs := verify(); len(differs) > 0 {
+		t.Errorf("just loaded, and differs: %v", differs)
+	}
+	input.Services[0].Endpoints = []netip.AddrPort{netip.MustParseAddrPort("10.0.0.3:8080")}
+	if !sync(input) || sync(input) {
+		t.Error("another endpoint: want a change by the first sync and none by the second")
+	}
+	const table = "ip magic-ip-kube-system.a-1"
+	for _, damage := range []struct{ command, want string }{
+		{"add table ip unrelated", ""},
+		{"delete table " + table, "the whole table"},
+		{"delete element " + table + " endpoints { 169.254.210.210 . tcp . 80 }", "missing from endpoints: 169.254.210.210 . tcp . 80"},
+		{"add element " + table + " pod-interfaces { eth1 }", "foreign in pod-interfaces: eth1"},
+		{"flush chain " + table + " refuse", "missing rule in chain refuse"},
+		{"add chain " + table + " theirs", "foreign or changed chain theirs"},
+		{"delete table ip6 magic-ip-kube-system.a-1", "table ip6 magic-ip-kube-system.a-1: the whole table"},
+	} {
+		run(t, "nft", damage.command)
+		got := strings.Join(verify(), "; ")
+		if damage.want == "" && got != "" || !strings.Contains(got, damage.want) {
+			t.Errorf("after %q: verify says %q, want %q", damage.command, got, damage.want)
+		}
+		sync(input)
+		if differs := verify(); len(differs) > 0 {
+			t.Errorf("after %q and a sync: %v", damage.command, differs)
+		}
+	}
+	if !sync(plan.Input{}) || sync(plan.Input{}) {
+		t.Error("no magic IP left: want a change by the first sync and none by the second")
+	}
+	if got := run(t, "nft", "list", "tables"); strings.Contains(got, "magic-ip") {
+		t.Errorf("tables left without a magic IP: %s", got)
+	}
+	sync(input)
+	if err := backend.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := run(t, "nft", "list", "tables"); got != "table ip unrelated\n" {
+		t.Errorf("tables left after Remove: %s", got)
+	}
+}

@@ -1,0 +1,120 @@
+package plan_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// The addresses: .210 is served by 10.0.0.2, .211 has no endpoint, .212 passes what it cannot serve, the
+// node is 192.0.2.2, the client 10.0.0.9, and 10.0.0.3 is a sandbox that stands and is no endpoint.
+func example(settled bool) plan.Plan {
+	service := func(address string, protocol plan.Protocol, without plan.Action, endpoints ...string) plan.Service {
+		s := plan.Service{Frontend: frontend(address, protocol), WithoutEndpoint: without, HostClients: true}
+		for _, e := range endpoints {
+			s.Endpoints = append(s.Endpoints, netip.MustParseAddrPort(e))
+		}
+		return s
+	}
+	quiet := service("169.254.210.213", plan.TCP, plan.Refuse, "10.0.0.2:8080")
+	quiet.HostClients, quiet.ExcludeTarget = false, true
+	return plan.Build(plan.Input{
+		Services: []plan.Service{
+			service("169.254.210.210", plan.TCP, plan.Refuse, "10.0.0.2:8080"),
+			service("169.254.210.210", plan.UDP, plan.Refuse, "10.0.0.2:8080"),
+			service("169.254.210.211", plan.TCP, plan.Refuse),
+			service("169.254.210.211", plan.UDP, plan.Refuse),
+			service("169.254.210.212", plan.UDP, plan.Pass),
+			quiet,
+		},
+		HostAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.2")},
+		Sandboxes:     []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")},
+		Settled:       settled,
+	})
+}
+
+func frontend(address string, protocol plan.Protocol) plan.Frontend {
+	return plan.Frontend{Address: netip.MustParseAddr(address), Protocol: protocol, Port: 80}
+}
+
+func TestStale(t *testing.T) {
+	removed := plan.Change{Removed: []plan.Frontend{frontend("169.254.210.219", plan.UDP)}}
+	for _, tt := range []struct {
+		name        string
+		protocol    plan.Protocol
+		source      string
+		destination string
+		server      string
+		synSent     bool
+		unsettled   bool
+		want        bool
+	}{
+		{name: "UDP to the endpoint", protocol: plan.UDP, destination: "169.254.210.210:80", server: "10.0.0.2:8080"},
+		{name: "UDP to another port of the endpoint", protocol: plan.UDP, destination: "169.254.210.210:80", server: "10.0.0.2:8081", want: true},
+		{name: "UDP to a former endpoint that stands", protocol: plan.UDP, destination: "169.254.210.210:80", server: "10.0.0.3:8080", want: true},
+		{name: "UDP that was not translated", protocol: plan.UDP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
+		{name: "UDP without an endpoint", protocol: plan.UDP, destination: "169.254.210.211:80", server: "10.0.0.3:8080", want: true},
+		{name: "UDP that passes", protocol: plan.UDP, destination: "169.254.210.212:80", server: "169.254.210.212:80"},
+		{name: "UDP to nobody's port", protocol: plan.UDP, destination: "169.254.210.210:81", server: "10.0.0.3:8080"},
+		{name: "UDP to the endpoint's own address", protocol: plan.UDP, destination: "10.0.0.3:8080", server: "10.0.0.3:8080"},
+		{name: "half-open TCP to a former endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.3:8080", synSent: true, want: true},
+		{name: "half-open TCP to the endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.2:8080", synSent: true},
+		{name: "established TCP, the sandbox stands", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.3:8080"},
+		{name: "established TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", want: true},
+		{name: "the same without an endpoint", protocol: plan.TCP, destination: "169.254.210.211:80", server: "10.0.0.4:8080", want: true},
+		{name: "the same, but not every source has spoken", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", unsettled: true},
+		{name: "TCP that was not translated", protocol: plan.TCP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
+		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
+		{name: "the target's own, left alone", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
+		{name: "a client's, not translated there", protocol: plan.TCP, destination: "169.254.210.213:80", server: "169.254.210.213:80", want: true},
+		{name: "removed frontend, translated", protocol: plan.UDP, destination: "169.254.210.219:80", server: "10.0.0.2:8080", want: true},
+		{name: "removed frontend, not translated", protocol: plan.UDP, destination: "169.254.210.219:80", server: "169.254.210.219:80"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := example(!tt.unsettled)
+			if tt.source == "" {
+				tt.source = "10.0.0.9:999"
+			}
+			flow := plan.Flow{
+				Protocol: tt.protocol, SynSent: tt.synSent, Source: netip.MustParseAddrPort(tt.source),
+				Destination: netip.MustParseAddrPort(tt.destination), Server: netip.MustParseAddrPort(tt.server),
+			}
+			if got := p.Stale(flow, removed); got != tt.want {
+				t.Errorf("Stale(%+v) = %v, want %v", flow, got, tt.want)
+			}
+		})
+	}
+}
+
+func TestSince(t *testing.T) {
+	settled, unsettled := example(true), example(false)
+	all := []plan.Frontend{
+		frontend("169.254.210.210", plan.TCP), frontend("169.254.210.210", plan.UDP), frontend("169.254.210.211", plan.TCP),
+		frontend("169.254.210.211", plan.UDP), frontend("169.254.210.212", plan.UDP), frontend("169.254.210.213", plan.TCP),
+	}
+	nothing := plan.Build(plan.Input{Settled: true})
+	for _, tt := range []struct {
+		name        string
+		now, before *plan.Plan
+		want        plan.Change
+	}{
+		{"the first plan", &settled, nil, plan.Change{Frontends: all}},
+		{"no change", &settled, &settled, plan.Change{}},
+		{"every source has spoken now", &settled, &unsettled, plan.Change{Frontends: all}},
+		{"everything removed", &nothing, &settled, plan.Change{Removed: all, Gone: settled.Sandboxes}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got := tt.now.Since(tt.before)
+			if diff := cmp.Diff(tt.want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+				t.Errorf("Since (-want +got):\n%s", diff)
+			}
+			if got.Empty() != (tt.name == "no change") {
+				t.Errorf("Empty() = %v of %+v", got.Empty(), got)
+			}
+		})
+	}
+}
