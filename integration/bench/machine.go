@@ -1,0 +1,44 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// describeMachine is one line: without it the figures mean nothing.
+func describeMachine(ctx context.Context) (string, error) {
+	var uname unix.Utsname
+	if err := unix.Uname(&uname); err != nil {
+		return "", fmt.Errorf("uname: %w", err)
+	}
+	nft, err := exec.CommandContext(ctx, "nft", "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("nft --version: %w", err)
+	}
+	load, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s: %s, %d cores, Linux %s, %s, nft %s, load at the start %s",
+		time.Now().UTC().Format(time.DateOnly), processor(), runtime.NumCPU(), unix.ByteSliceToString(uname.Release[:]),
+		runtime.Version(), strings.Fields(string(nft))[1], strings.Fields(string(load))[0]), nil
+}
+
+func processor() string {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err == nil {
+		for line := range strings.Lines(string(info)) {
+			if key, value, _ := strings.Cut(line, ":"); strings.TrimSpace(key) == "model name" {
+				return strings.TrimSpace(value)
+			}
+		}
+	}
+	return runtime.GOARCH // not every architecture names its model
+}
