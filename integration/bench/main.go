@@ -22,17 +22,17 @@ import (
 
 func main() { os.Exit(run()) }
 
-// part is one of the things that are measured. It returns a table with what one must know to read it.
+// part is one of the things that are measured. It returns tables with what one must know to read it.
 type part struct {
 	name    string
-	measure func(context.Context, rounds) (table, error)
+	measure func(context.Context, rounds) ([]table, error)
 }
 
 // rounds says how often things are repeated.
 type rounds struct {
 	plugin int // turns of all plugins, ADD and DEL
 	rules  int // cycles of four changes
-	path   int // pairs of blocks per kind of traffic
+	path   int // of one block for each way, per kind of traffic
 }
 
 func run() int {
@@ -75,10 +75,12 @@ func report(ctx context.Context, w io.Writer, parts []part, count rounds) error 
 		if err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
-		if err := measured.print(w); err != nil {
-			return err
+		for _, t := range measured {
+			if err := t.print(w); err != nil {
+				return err
+			}
+			missed += t.missed()
 		}
-		missed += measured.missed()
 	}
 	_, err = fmt.Fprintf(w, "\nMeasured in %s; %d targets missed.\n", time.Since(started).Round(time.Second), missed)
 	return err

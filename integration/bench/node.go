@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -20,7 +21,8 @@ const (
 	magicIP    = "169.254.210.210"
 	serverPort = 9200
 
-	// otherRecords are in the state file besides those that a measurement is about: a full node.
+	// otherRecords are in the state file besides those that a measurement is about: a full node, of which
+	// all pods are in selected namespaces.
 	otherRecords = 100
 
 	agentConfig = `
@@ -88,8 +90,8 @@ func hostInterface(attached lab.Attached) (string, error) {
 }
 
 // neighbours are records of pods that no magic IP of the bench is for.
-func neighbours() []state.Attachment {
-	records := make([]state.Attachment, otherRecords)
+func neighbours(count int) []state.Attachment {
+	records := make([]state.Attachment, count)
 	for i := range records {
 		name := fmt.Sprintf("neighbour-%d", i)
 		records[i] = state.Attachment{
@@ -104,15 +106,11 @@ func neighbours() []state.Attachment {
 
 func uid(i int) string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", i) }
 
-// setRecords makes the node's state file say this.
-func setRecords(node *lab.Node, records []state.Attachment) error {
-	dir := node.Path(lab.RuntimeDir)
+// setRecords makes the state file in dir say this.
+func setRecords(dir string, records []state.Attachment) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
 	warning, err := state.Update(dir, time.Second, func([]state.Attachment) []state.Attachment { return records })
-	if err == nil {
-		err = warning
-	}
-	return err
+	return errors.Join(warning, err)
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,7 @@ type call struct {
 	what      string
 	path      string
 	namespace string // of the pod
+	others    int    // records of other pods in the state file
 	config    []byte
 	env       []string
 	add, del  sample // ms
@@ -31,36 +33,39 @@ type call struct {
 }
 
 // measurePlugins calls all plugins in turn, for a pod that is really there: tuning enters its sandbox.
-func measurePlugins(ctx context.Context, count rounds) (measured table, err error) {
+func measurePlugins(ctx context.Context, count rounds) (measured []table, err error) {
 	node, err := newNode(ctx)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
 	pod := lab.Pod{Name: "client", Namespace: "other"} // not recorded by this ADD
 	attached, err := node.Add(ctx, "bridge", pod)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
-	lock, err := playAgent(node)
-	if err != nil {
-		return table{}, err
+	for _, others := range []int{fewRecords, otherRecords} {
+		lock, err := playAgent(node, others)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = lock.Close() }()
 	}
-	defer func() { _ = lock.Close() }()
 	calls, err := pluginCalls(attached)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	if err := insideNode(node, func() error { return takeTurns(ctx, calls, count.plugin) }); err != nil {
-		return table{}, err
+		return nil, err
 	}
 
-	measured = table{title: "plugin, whole process", unit: "ms", base: "tuning", notes: []string{
-		fmt.Sprintf("Each round executes all four in a new random order, first ADD, then DEL, with environment and standard input as a "+
-			"runtime does; a ratio is within a round. State file with %d other records, a live agent's file with the labels of as many pods.", otherRecords),
+	t := table{title: "plugin, whole process", unit: "ms", base: "tuning", notes: []string{
+		fmt.Sprintf("%d rounds; each executes all five in a new random order, first ADD, then DEL, with environment and standard input as a "+
+			"runtime does. A ratio is within a round.", count.plugin),
 		"tuning: upstream v1 plugin with no setting to make, built with the same flags; it enters the pod's network namespace. " +
 			"echo: a program of the standard library that decodes its input and prints prevResult (integration/bench/echo).",
-		"\"recorded\": a pod in a namespace of a selector whose labels nobody knows, so that it goes into the state file.",
+		fmt.Sprintf("not selected: no selector names the namespace of the pod; %d other pods are recorded. recorded: one does, and nobody knows the "+
+			"labels of the pod. Beside the state file there is a live agent's, with the labels of as many pods as are recorded.", otherRecords),
 	}}
 	for _, command := range []string{"ADD", "DEL"} {
 		for i, c := range calls {
@@ -75,41 +80,50 @@ func measurePlugins(ctx context.Context, count rounds) (measured table, err erro
 			if c.limit > 0 {
 				r.target = target{ratioMedian, c.limit}
 			}
-			measured.rows = append(measured.rows, r)
+			t.rows = append(t.rows, r)
 		}
 	}
-	return measured, nil
+	return []table{t}, nil
 }
+
+// runtimeDir is where so many other pods are recorded.
+func runtimeDir(others int) string { return fmt.Sprintf("%s-%d", lab.RuntimeDir, others) }
 
 // playAgent leaves what a live agent leaves for the plugin to read. An agent itself would react to each
 // record, beside whichever plugin is measured next.
-func playAgent(node *lab.Node) (lock *os.File, err error) {
-	if err := setRecords(node, neighbours()); err != nil {
+func playAgent(node *lab.Node, others int) (lock *os.File, err error) {
+	dir := node.Path(runtimeDir(others))
+	records := neighbours(others)
+	if err := setRecords(dir, records); err != nil {
 		return nil, err
 	}
-	dir := node.Path(lab.RuntimeDir)
 	if lock, err = published.Lock(dir, agentName); err != nil {
 		return nil, err
 	}
 	agent := published.Agent{Name: agentName, PollInterval: "5s", Labels: map[string]map[string]string{}}
-	for _, record := range neighbours() {
+	for _, record := range records {
 		agent.Labels[record.UID] = record.Labels
 	}
 	return lock, published.Write(dir, &agent)
 }
 
+// fewRecords is for a node whose selected namespaces have few pods.
+const fewRecords = 10
+
 // pluginCalls begins with the one that the others are compared to.
 func pluginCalls(attached lab.Attached) ([]*call, error) {
+	const ours = "magic-ip-address"
 	calls := []*call{
 		{what: "tuning", path: "cni/tuning", namespace: "other"},
 		{what: "echo", path: "echo", namespace: "other"},
-		{what: "magic-ip-address, pod not selected", path: "magic-ip-address", namespace: "other", limit: 1.0},
-		{what: "magic-ip-address, pod recorded", path: "magic-ip-address", namespace: "default", limit: 1.3},
+		{what: ours + ", not selected", path: ours, namespace: "other", others: otherRecords, limit: 1.0},
+		{what: fmt.Sprintf("%s, recorded beside %d", ours, fewRecords), path: ours, namespace: "default", others: fewRecords, limit: 1.3},
+		{what: fmt.Sprintf("%s, recorded beside %d", ours, otherRecords), path: ours, namespace: "default", others: otherRecords, limit: 1.3},
 	}
 	for i, c := range calls {
 		config := map[string]any{"cniVersion": "1.1.0", "name": "bridge", "type": c.path, "prevResult": json.RawMessage(attached.Result)}
-		if c.path == "magic-ip-address" {
-			config["runtimeDir"] = lab.RuntimeDir
+		if c.path == ours {
+			config["runtimeDir"] = runtimeDir(c.others)
 			config["capabilities"] = map[string]bool{"labels": true}
 			config["selectors"] = map[string]any{agentName: []any{map[string]string{"namespace": "default", "selector": "app=echo"}}}
 		}
@@ -160,7 +174,7 @@ func takeTurns(ctx context.Context, calls []*call, rounds int) error {
 func (c *call) execute(ctx context.Context, command string) (time.Duration, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, c.path)
-	cmd.Env = append(c.env[:len(c.env):len(c.env)], "CNI_COMMAND="+command)
+	cmd.Env = slices.Concat(c.env, []string{"CNI_COMMAND=" + command})
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(c.config), &stdout, &stderr
 	started := time.Now()
 	err := cmd.Run()
@@ -174,14 +188,17 @@ func (c *call) execute(ctx context.Context, command string) (time.Duration, erro
 	return took, nil
 }
 
-// recordedIs checks that one pod is recorded, or none, besides the neighbours.
+// recordedIs checks that one more pod is recorded in each place, or none.
 func recordedIs(wanted bool) error {
-	records, err := state.Read(lab.RuntimeDir)
-	if err != nil {
-		return err
-	}
-	if (len(records) == otherRecords+1) != wanted || len(records) > otherRecords+1 {
-		return fmt.Errorf("%d records in the state file besides %d: the plugin does not do what is measured", len(records)-otherRecords, otherRecords)
+	for _, others := range []int{fewRecords, otherRecords} {
+		records, err := state.Read(runtimeDir(others))
+		if err != nil {
+			return err
+		}
+		if more := len(records) - others; more != 0 && !wanted || more != 1 && wanted {
+			return fmt.Errorf("%d pods in %s besides the %d that were there: the plugin does not do what is measured",
+				more, state.Path(runtimeDir(others)), others)
+		}
 	}
 	return nil
 }

@@ -26,24 +26,24 @@ type change struct {
 
 // measureRules takes the endpoint through its life again and again: it comes, a newer one takes over, it
 // comes back, it goes.
-func measureRules(ctx context.Context, count rounds) (measured table, err error) {
+func measureRules(ctx context.Context, count rounds) (measured []table, err error) {
 	node, err := newNode(ctx)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
 	changes, err := lifeOfAnEndpoint(ctx, node)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	agent, notifications, err := startAgent(ctx, node)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	defer notifications.close()
 	settled, err := watchPublished(node)
 	if err != nil {
-		return table{}, err
+		return nil, err
 	}
 	defer func() { _ = settled.watcher.Close() }()
 
@@ -54,12 +54,12 @@ func measureRules(ctx context.Context, count rounds) (measured table, err error)
 				c.took = nil
 			}
 			if err := c.measure(ctx, node, notifications, settled); err != nil {
-				return table{}, fmt.Errorf("%s: %w\nthe agent's log:\n%s", c.what, err, agent.Log())
+				return nil, fmt.Errorf("%s: %w\nthe agent's log:\n%s", c.what, err, agent.Log())
 			}
 		}
 	}
 
-	measured = table{title: "from the record to the rule in the kernel", unit: "ms", notes: []string{
+	t := table{title: "from the record to the rule in the kernel", unit: "ms", notes: []string{
 		"Begins before the new state file is written to its temporary name, so a little before the rename; ends when the kernel's own " +
 			"notification (NFNLGRP_NFTABLES, sent after the commit) of the element with the endpoint's address arrives. Nothing is polled.",
 		fmt.Sprintf("The static agent with --no-api on a bridge, %d other records, bridge-nf-call-iptables=1. "+
@@ -69,11 +69,11 @@ func measureRules(ctx context.Context, count rounds) (measured table, err error)
 	for _, c := range changes {
 		all.values = append(all.values, c.took...)
 	}
-	measured.rows = []row{all}
+	t.rows = []row{all}
 	for _, c := range changes {
-		measured.rows = append(measured.rows, row{what: c.what, values: c.took})
+		t.rows = append(t.rows, row{what: c.what, values: c.took})
 	}
-	return measured, nil
+	return []table{t}, nil
 }
 
 // lifeOfAnEndpoint attaches two pods, of which the second is newer, and returns the changes in which a node
@@ -96,7 +96,7 @@ func lifeOfAnEndpoint(ctx context.Context, node *lab.Node) ([]*change, error) {
 			AddedAt: time.Now().UTC().Add(time.Duration(i) * time.Second),
 		})
 	}
-	none := neighbours()
+	none := neighbours(otherRecords)
 	a, both := append(slices.Clone(none), pods[0]), append(slices.Clone(none), pods...)
 	ipA, ipB := pods[0].IPs[0], pods[1].IPs[0]
 	return []*change{
@@ -104,7 +104,7 @@ func lifeOfAnEndpoint(ctx context.Context, node *lab.Node) ([]*change, error) {
 		{what: "ADD of a newer one, which takes over", records: both, endpoint: ipB, element: element{added: true, address: ipB}},
 		{what: "DEL of the newer one", records: a, endpoint: ipA, element: element{added: true, address: ipA}},
 		{what: "DEL of the last one", records: none, element: element{added: false, address: ipA}},
-	}, setRecords(node, none)
+	}, setRecords(node.Path(lab.RuntimeDir), none)
 }
 
 func (c *change) measure(ctx context.Context, node *lab.Node, notifications *notifications, settled *settled) error {

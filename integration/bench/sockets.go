@@ -122,7 +122,7 @@ type servers struct {
 	running  sync.WaitGroup
 }
 
-func startServers(node *lab.Node, namespace string) (*servers, error) {
+func startServers(node *lab.Node, namespace string, processor int) (*servers, error) {
 	s := &servers{}
 	err := node.In(namespace, func() (err error) {
 		if s.tcp, err = listen(unix.SOCK_STREAM); err != nil {
@@ -136,9 +136,17 @@ func startServers(node *lab.Node, namespace string) (*servers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening in %s: %w", namespace, err)
 	}
-	s.running.Go(func() { runtime.LockOSThread(); serveTCP(s.tcp) })
-	s.running.Go(func() { runtime.LockOSThread(); serveUDP(s.udp) })
+	s.start(processor, func() { serveTCP(s.tcp) })
+	s.start(processor, func() { serveUDP(s.udp) })
 	return s, nil
+}
+
+func (s *servers) start(processor int, serve func()) {
+	s.running.Go(func() {
+		runtime.LockOSThread() // for good: the thread ends with the server
+		// The processor is one of those that this process may use.
+		_ = onProcessor(processor, func() error { serve(); return nil })
+	})
 }
 
 func listen(kind int) (fd int, err error) {
