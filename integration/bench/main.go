@@ -61,11 +61,11 @@ func report(ctx context.Context, w io.Writer, parts []part, count rounds) error 
 	if len(parts) == 0 {
 		return errors.New("-only: there are the parts plugin, rules and path")
 	}
-	machine, err := describeMachine(ctx)
+	header, err := describe(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintln(w, machine); err != nil {
+	if _, err := fmt.Fprintln(w, header); err != nil {
 		return err
 	}
 	started := time.Now()

@@ -124,8 +124,10 @@ func (t table) print(w io.Writer) error {
 		}
 		text.WriteString("|\n")
 	}
-	text.WriteByte('\n')
-	for _, note := range t.notes {
+	for i, note := range t.notes {
+		if i == 0 {
+			text.WriteByte('\n')
+		}
 		text.WriteString("- " + note + "\n")
 	}
 	_, err := io.WriteString(w, text.String())
