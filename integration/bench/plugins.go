@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -61,14 +60,14 @@ func measurePlugins(ctx context.Context, count rounds) (measured []table, err er
 		return nil, err
 	}
 
-	upstream, err := upstreamVersion(calls[0].path)
+	upstream, err := buildinfo.ReadFile(calls[0].path)
 	if err != nil {
 		return nil, err
 	}
 	t := table{title: "plugin, whole process", unit: "ms", base: "tuning", notes: []string{
 		fmt.Sprintf("%d rounds; each executes all five in a new random order, first ADD, then DEL, with environment and standard input as a "+
 			"runtime does. A ratio is within a round.", count.plugin),
-		"tuning: the plugin of " + upstream + " with no setting to make, built with the same flags; it enters the pod's network namespace. " +
+		"tuning: the plugin of " + upstream.Main.Path + " " + upstream.Main.Version + " with no setting to make, built with the same flags; it enters the pod's network namespace. " +
 			"echo: a program of the standard library that decodes its input and prints prevResult (integration/bench/echo).",
 		fmt.Sprintf("not selected: no selector names the namespace of the pod; %d other pods are recorded. recorded: one does, and nobody knows the "+
 			"labels of the pod. Beside the state file there is a live agent's, with the labels of as many pods as are recorded.", otherRecords),
@@ -145,20 +144,6 @@ func pluginCalls(attached lab.Attached) ([]*call, error) {
 			"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+c.namespace+";K8S_POD_NAME=pod;K8S_POD_INFRA_CONTAINER_ID="+id+";K8S_POD_UID="+uid(1000+i))
 	}
 	return calls, nil
-}
-
-// upstreamVersion is the module and version that an upstream plugin was built from.
-func upstreamVersion(path string) (string, error) {
-	info, err := buildinfo.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	for _, module := range info.Deps {
-		if strings.HasPrefix(info.Path, module.Path+"/") {
-			return module.Path + " " + module.Version, nil
-		}
-	}
-	return "", fmt.Errorf("%s does not say from which module it was built", path)
 }
 
 // takeTurns measures. The first round is not counted: it is there to see that the plugins do what they are
