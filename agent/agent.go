@@ -64,12 +64,14 @@ type Watcher func(ctx context.Context, wake func(Source)) error
 type Options struct {
 	RuntimeDir string
 	// Load reads and validates the configuration.
-	Load     func() (Config, error)
-	Backend  Backend
-	Flows    Flows
-	Node     Node
-	Watchers []Watcher
-	Log      *slog.Logger
+	Load    func() (Config, error)
+	Backend Backend
+	// BackendNote is published: why it is this backend.
+	BackendNote string
+	Flows       Flows
+	Node        Node
+	Watchers    []Watcher
+	Log         *slog.Logger
 }
 
 // Agent is one running agent. Its methods but wake are called by one goroutine only.

@@ -23,7 +23,7 @@ func splitPod(pod string) (namespace, name string) {
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
 	}
 	for _, port := range a.config.Ports {
 		m := published.MagicIP{

@@ -24,6 +24,23 @@ type NFTables struct {
 
 // NewNFTables checks by a trial load that nft and the kernel can do what the rules need.
 func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
+	n, err := newNFTables(agentName)
+	if err != nil {
+		return nil, err
+	}
+	trial := plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
+	}}})
+	tx := n.tables[0].nft.NewTransaction()
+	rules := render(&trial, knftables.IPv4Family)
+	rules.write(tx, comment)
+	if err := n.tables[0].nft.Check(ctx, tx); err != nil {
+		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
+	}
+	return n, nil
+}
+
+func newNFTables(agentName string) (*NFTables, error) {
 	n := &NFTables{}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
 		name := "magic-ip-" + agentName
@@ -35,15 +52,6 @@ func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
 			family: family, name: name, nft: nft, generation: generation,
 			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
 		})
-	}
-	trial := plan.Build(plan.Input{Services: []plan.Service{{
-		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
-	}}})
-	tx := n.tables[0].nft.NewTransaction()
-	rules := render(&trial, knftables.IPv4Family)
-	rules.write(tx, comment)
-	if err := n.tables[0].nft.Check(ctx, tx); err != nil {
-		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
 	}
 	return n, nil
 }

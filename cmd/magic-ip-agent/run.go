@@ -38,7 +38,7 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.StringVar(&flags.runtimeDir, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
 	f.StringVar(&flags.nodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node in the Kubernetes API")
 	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
-	f.StringVar(&flags.backend, "backend", "auto", "`auto` or nftables")
+	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	return command
 }
@@ -46,9 +46,6 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 func (f *runFlags) run(ctx context.Context) error {
 	if !f.noAPI {
 		return errors.New("--no-api is needed: this version does without the Kubernetes API")
-	}
-	if f.backend != "auto" && f.backend != "nftables" {
-		return fmt.Errorf("--backend %q is not allowed; allowed: auto, nftables", f.backend)
 	}
 	config, err := f.load()
 	if err != nil {
@@ -62,17 +59,18 @@ func (f *runFlags) run(ctx context.Context) error {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-	backend, err := netfilter.NewNFTables(ctx, config.Name)
+	backend, err := netfilter.Select(ctx, f.backend, config.Name)
 	if err != nil {
-		return fmt.Errorf("backend nftables: %w", err)
+		return err
 	}
-	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "runtimeDir", f.runtimeDir)
+	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
 	err = agent.Run(ctx, agent.Options{
-		RuntimeDir: f.runtimeDir,
-		Load:       f.load,
-		Backend:    backend,
-		Flows:      netfilter.Conntrack{},
-		Node:       node.Kernel{},
+		RuntimeDir:  f.runtimeDir,
+		Load:        f.load,
+		Backend:     backend,
+		BackendNote: backend.Reason,
+		Flows:       netfilter.Conntrack{},
+		Node:        node.Kernel{},
 		Watchers: []agent.Watcher{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {

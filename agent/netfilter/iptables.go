@@ -1,0 +1,415 @@
+package netfilter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-iptables/iptables"
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// IPTables keeps chains of its own in the tables mangle, filter and nat, one jump to them from each
+// built-in chain that it needs, and nothing else. See renderXTables.
+type IPTables struct {
+	variant  variant
+	version  string
+	families []*xfamily
+}
+
+// NewIPTables finds the iptables to use and checks by a trial load that it knows what the rules need.
+func NewIPTables(ctx context.Context, agentName string) (*IPTables, error) {
+	v, err := kubeletVariant()
+	if err != nil {
+		return nil, err
+	}
+	i := newIPTables(agentName, v)
+	tool, err := iptables.New(iptables.Path("iptables" + v.suffix))
+	if err != nil {
+		return nil, err
+	}
+	// --random-fully came with iptables 1.6.2, and with it what we need: iptables-restore --wait.
+	v1, v2, v3 := tool.GetIptablesVersion()
+	i.version = fmt.Sprintf("iptables%s %d.%d.%d", v.suffix, v1, v2, v3)
+	if !tool.HasRandomFully() {
+		return nil, fmt.Errorf("%s is too old: 1.6.2 is the least", i.version)
+	}
+	trial := plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1},
+		Endpoints: []netip.AddrPort{
+			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 2}), 1),
+			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 3}), 1),
+		},
+	}}, Bridges: []plan.Bridge{{Name: "bridge", Unfiltered4: true}}})
+	for _, t := range renderXTables(&trial, knftables.IPv4Family, agentName) {
+		if err := i.families[0].restore(ctx, t.write(&xlisting{}, i.families[0].prefix, nil), "--test"); err != nil {
+			return nil, fmt.Errorf("%s cannot load the rules: %w", i.version, err)
+		}
+	}
+	return i, nil
+}
+
+func newIPTables(agentName string, v variant) *IPTables {
+	i := &IPTables{variant: v}
+	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+		i.families = append(i.families, &xfamily{
+			family: family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
+			moved: map[string]time.Time{},
+		})
+	}
+	return i
+}
+
+// variant is one of the two kinds of rules that iptables commands edit.
+type variant struct {
+	// suffix of the commands' names. Without one they are those that the distribution, or the image, has
+	// chosen.
+	suffix string
+	legacy bool
+	// reason for the choice.
+	reason string
+}
+
+func (v variant) command(family knftables.Family) string {
+	if family == knftables.IPv6Family {
+		return "ip6tables" + v.suffix
+	}
+	return "iptables" + v.suffix
+}
+
+// variants are those whose commands are there, the default one last.
+func variants() []variant {
+	var found []variant
+	for _, v := range []variant{{suffix: "-nft"}, {suffix: "-legacy", legacy: true}} {
+		if present("iptables" + v.suffix) {
+			found = append(found, v)
+		}
+	}
+	if out, err := output(exec.Command("iptables", "--version")); err == nil {
+		found = append(found, variant{legacy: !strings.Contains(out, "(nf_tables)")})
+	}
+	return found
+}
+
+// kubeletVariant is the variant that kubelet uses on this node: rules in the other one would come before
+// or after kube-proxy's whatever the order of the jumps. kubelet makes a chain for others to tell it by
+// (KUBE-IPTABLES-HINT, KEP-3178); older ones have a canary. A node without either uses the default.
+func kubeletVariant() (variant, error) {
+	found := variants()
+	for _, v := range found {
+		for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+			command := v.command(family)
+			if !present(command) || v.legacy && !legacyTable(family, "mangle") {
+				continue
+			}
+			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockPatience))
+			if err != nil {
+				return v, fmt.Errorf("%s: %w", command, err)
+			}
+			for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
+				if exists, err := tool.ChainExists("mangle", chain); err == nil && exists {
+					v.reason = "kubelet uses it: chain " + chain + " is there"
+					return v, nil
+				}
+			}
+		}
+	}
+	if len(found) == 0 {
+		return variant{}, errors.New("no iptables command is there")
+	}
+	v := found[len(found)-1]
+	v.reason = "kubelet has left no hint"
+	return v, nil
+}
+
+func present(command string) bool {
+	_, err := exec.LookPath(command)
+	return err == nil
+}
+
+// legacyTable says whether a legacy table is in use. To ask iptables-legacy would bring it into use.
+func legacyTable(family knftables.Family, table string) bool {
+	file := "/proc/thread-self/net/ip_tables_names"
+	if family == knftables.IPv6Family {
+		file = "/proc/thread-self/net/ip6_tables_names"
+	}
+	names, _ := os.ReadFile(file)
+	return slices.Contains(strings.Fields(string(names)), table)
+}
+
+// Name is the backend's name as in --backend.
+func (i *IPTables) Name() string { return "iptables" }
+
+// Sync brings the kernel to the plan: one transaction per family and table where what is wanted differs
+// from what was loaded before, none where it does not.
+func (i *IPTables) Sync(ctx context.Context, p *plan.Plan) error {
+	var err error
+	for _, f := range i.families {
+		err = errors.Join(err, f.sync(ctx, p))
+	}
+	return err
+}
+
+// Verify says what somebody else has changed in our chains and jumps since they were loaded. The next
+// Sync then mends it. With iptables-nft it costs one small netlink message where nobody has changed any
+// rule on the node; else iptables-save is run for each table that we are in.
+func (i *IPTables) Verify(ctx context.Context) ([]string, error) {
+	var differs []string
+	var err error
+	for _, f := range i.families {
+		found, verifyErr := f.verify(ctx)
+		differs, err = append(differs, found...), errors.Join(err, verifyErr)
+	}
+	return differs, err
+}
+
+// Remove takes our jumps and chains out.
+func (i *IPTables) Remove(ctx context.Context) error {
+	var err error
+	for _, f := range i.families {
+		err = errors.Join(err, f.remove(ctx))
+	}
+	return err
+}
+
+// xfamily is one address family's chains and what we believe is in them.
+type xfamily struct {
+	family  knftables.Family
+	variant variant
+	command string // iptables-nft, say
+	agent   string
+	prefix  string
+
+	known  bool // false until the first sync, and after a failed one
+	tables []xtable
+	// listed is how iptables-save shows our chains, for each of tables; seen, the generation of the
+	// kernel's nftables rules at which all was last known to be as wanted, 0 where that is not known.
+	listed [][]xchain
+	seen   uint32
+	// moved is when a jump was last put before those of others, by table and hook.
+	moved map[string]time.Time
+}
+
+func (f *xfamily) sync(ctx context.Context, p *plan.Plan) error {
+	var wanted []xtable
+	if slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == f.family }) {
+		wanted = renderXTables(p, f.family, f.agent)
+	}
+	if err := f.apply(ctx, wanted); err != nil {
+		f.known = false
+		return fmt.Errorf("%s: %w", f.command, err)
+	}
+	return nil
+}
+
+// apply loads wanted; nil is nothing at all.
+func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
+	switch {
+	case wanted == nil:
+		if f.known && f.tables == nil {
+			return nil
+		}
+		return f.remove(ctx)
+	case f.known && f.tables != nil:
+		var changed []int
+		for i := range wanted {
+			update := wanted[i].update(f.tables[i])
+			if update == "" {
+				continue
+			}
+			if err := f.restore(ctx, update); err != nil {
+				// Somebody has changed our chains since we looked: put all in place.
+				f.known = false
+				return f.apply(ctx, wanted)
+			}
+			changed = append(changed, i)
+		}
+		f.tables = wanted
+		return f.remember(ctx, changed)
+	default:
+		f.listed = make([][]xchain, len(wanted))
+		var all []int
+		for i, t := range wanted {
+			if err := f.load(ctx, t); err != nil {
+				return err
+			}
+			all = append(all, i)
+		}
+		f.tables = wanted
+		if err := f.remember(ctx, all); err != nil {
+			return err
+		}
+		f.known = true
+		return nil
+	}
+}
+
+// load puts a table in place of whatever is there. Where others change it meanwhile, it looks again.
+func (f *xfamily) load(ctx context.Context, t xtable) error {
+	var err error
+	for range 3 {
+		var there *xlisting
+		if there, err = f.list(ctx, t.name); err != nil {
+			return err
+		}
+		err = f.restore(ctx, t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) }))
+		if err != nil {
+			continue
+		}
+		for _, j := range t.jumps {
+			if count, behind := there.jump(j); count > 0 && behind > 0 && f.mayMove(t.name, j.hook) {
+				f.moved[t.name+" "+j.hook] = time.Now()
+			}
+		}
+		return nil
+	}
+	return err
+}
+
+// remember takes down how iptables-save shows the chains that were just loaded, to compare with later.
+func (f *xfamily) remember(ctx context.Context, changed []int) error {
+	if len(changed) > 0 {
+		f.seen = 0
+	}
+	for _, i := range changed {
+		t := f.tables[i]
+		there, err := f.list(ctx, t.name)
+		if err != nil {
+			return err
+		}
+		if missing := t.missing(there); len(missing) > 0 {
+			// Most of all: never add a jump again and again because the listing does not show it.
+			return errors.Join(fmt.Errorf("table %s is not as loaded: %s", t.name, strings.Join(missing, "; ")), f.unjump(ctx, t, there))
+		}
+		f.listed[i] = there.chains
+	}
+	return nil
+}
+
+// unjump takes back the jumps that the listing does not show although they have been added.
+func (f *xfamily) unjump(ctx context.Context, t xtable, there *xlisting) error {
+	var err error
+	for _, j := range t.jumps {
+		if count, _ := there.jump(j); count > 0 {
+			continue
+		}
+		err = errors.Join(err, f.restore(ctx, fmt.Sprintf("*%s\n-D %s\nCOMMIT\n", t.name, j)))
+	}
+	return err
+}
+
+// moveAgainAfter bounds a quarrel with others who want to be first as well.
+const moveAgainAfter = time.Minute
+
+// mayMove says whether a jump may be put first again.
+func (f *xfamily) mayMove(table, hook string) bool {
+	moved, ever := f.moved[table+" "+hook]
+	return !ever || time.Since(moved) > moveAgainAfter
+}
+
+// verify looks at our chains and jumps, and says what differs from when they were loaded.
+func (f *xfamily) verify(ctx context.Context) ([]string, error) {
+	if !f.known || f.tables == nil {
+		return nil, nil
+	}
+	now := uint32(0)
+	if !f.variant.legacy {
+		var err error
+		if now, err = generation(); err != nil {
+			return nil, err
+		}
+		if now == f.seen {
+			return nil, nil
+		}
+	}
+	var differs []string
+	for i, t := range f.tables {
+		there, err := f.list(ctx, t.name)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.command, err)
+		}
+		found := there.compareChains(f.listed[i])
+		for _, j := range t.jumps {
+			switch count, behind := there.jump(j); {
+			case count != 1:
+				found = append(found, fmt.Sprintf("%d jumps from %s", count, j.hook))
+			case behind > 0 && f.mayMove(t.name, j.hook):
+				found = append(found, fmt.Sprintf("%d rules of others before ours in %s", behind, j.hook))
+			}
+		}
+		if len(found) == 0 && len(there.leadingTo(f.prefix)) != len(t.jumps) {
+			found = []string{"foreign rules that lead to our chains"}
+		}
+		for _, difference := range found {
+			differs = append(differs, fmt.Sprintf("%s table %s: %s", f.command, t.name, difference))
+		}
+	}
+	if len(differs) > 0 {
+		f.known = false
+		return differs, nil
+	}
+	f.seen = now
+	return nil, nil
+}
+
+// remove takes jumps and chains out: nat first, so that nothing is refused that might still be answered.
+func (f *xfamily) remove(ctx context.Context) error {
+	if present(f.command) {
+		for _, name := range []string{"nat", "filter", "mangle"} {
+			there, err := f.list(ctx, name)
+			if err != nil {
+				return err
+			}
+			if there.empty(f.prefix) {
+				continue
+			}
+			if err := f.restore(ctx, xtable{name: name}.write(there, f.prefix, nil)); err != nil {
+				return err
+			}
+		}
+	}
+	f.known, f.tables, f.listed, f.seen = true, nil, nil, 0
+	return nil
+}
+
+// list asks iptables-save for one table.
+func (f *xfamily) list(ctx context.Context, table string) (*xlisting, error) {
+	if f.variant.legacy && !legacyTable(f.family, table) {
+		return parseXListing("", f.prefix)
+	}
+	out, err := output(exec.CommandContext(ctx, f.command+"-save", "-t", table))
+	if err != nil {
+		return nil, err
+	}
+	return parseXListing(out, f.prefix)
+}
+
+// lockPatience is for how many seconds to wait for others to let go of the xtables lock.
+const lockPatience = 10
+
+// restore runs iptables-restore for one transaction.
+func (f *xfamily) restore(ctx context.Context, input string, flags ...string) error {
+	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(lockPatience)}, flags...)...)
+	command.Stdin = strings.NewReader(input)
+	_, err := output(command)
+	return err
+}
+
+// output runs a command and puts what it says for an error into the error.
+func output(command *exec.Cmd) (stdout string, err error) {
+	var out, stderr bytes.Buffer
+	command.Stdout, command.Stderr = &out, &stderr
+	if err := command.Run(); err != nil {
+		return "", fmt.Errorf("%s: %w: %s", strings.Join(command.Args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return out.String(), nil
+}

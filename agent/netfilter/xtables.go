@@ -1,0 +1,430 @@
+package netfilter
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// xtable is what we have in one iptables table: chains of our own, and one jump to one of them from each
+// built-in chain that we need.
+type xtable struct {
+	name   string
+	jumps  []xjump
+	chains []xchain
+}
+
+// xjump leads from a built-in chain to one of ours.
+type xjump struct{ hook, chain, comment string }
+
+func (j xjump) String() string {
+	return fmt.Sprintf("%s -m comment --comment %q -j %s", j.hook, j.comment, j.chain)
+}
+
+// xchain is a chain and its rules in the words of iptables, without "-A <chain>".
+type xchain struct {
+	name  string
+	rules []string
+}
+
+// The roles of our chains: what each of them is in the tables that have it.
+const (
+	fromNetwork   = "pre"    // mangle PREROUTING: who may use a magic IP at all
+	fromPods      = "pods"   // mangle: the interfaces of this node's pods
+	forwarded     = "fwd"    // filter FORWARD: what was not translated is refused
+	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
+	refused       = "refuse" // filter
+	held          = "hold"   // filter
+	sameBridge    = "bridge" // filter, nat: replies that would not find their way back
+	translated    = "dnat"   // nat PREROUTING
+	translatedOut = "local"  // nat OUTPUT
+	masqueraded   = "snat"   // nat POSTROUTING
+)
+
+// agentsPrefix begins the name of every chain of every agent of this kind.
+const agentsPrefix = "MIP-"
+
+// chainPrefix begins the names of one agent's chains. A name holds 28 characters (XT_EXTENSION_MAXNAMELEN),
+// an agent's name up to 117: hence a hash.
+func chainPrefix(agentName string) string { return agentsPrefix + shortHash(agentName, 8) + "-" }
+
+func shortHash(text string, digits int) string {
+	return fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:digits]
+}
+
+// bridgeMark is the one bit of the packet mark that we use. POSTROUTING does not know where a packet came
+// in by, and FORWARD cannot masquerade, so the bit carries one fact from there to here: this is the first
+// packet of a flow through a magic IP that goes out by the bridge it came in by, whose frames do not pass
+// netfilter. It is set on no other packet, and only where there is such a bridge; POSTROUTING takes it off.
+// Neighbours known to use marks have other bits: kube-proxy 0xc000, portmap 0x2000, Calico 0xffff0000,
+// Cilium 0x0f00, AWS VPC CNI 0x00c0.
+const bridgeMark = "0x1000/0x1000"
+
+// mostInChain is how many addresses share a chain before it is split; a packet to any other address
+// meets at most sixteen rules for each four bits that the addresses differ in.
+const mostInChain = 8
+
+// renderXTables writes the rules of p for one family, in the order in which the tables are to be loaded.
+//
+// Why these hooks. REJECT works in the filter table alone, after destination NAT, so refusing takes three
+// steps. Each table is one transaction, but the three are not:
+//
+//   - mangle PREROUTING runs before any NAT and before routing: what does not come from a pod is dropped.
+//   - nat PREROUTING and OUTPUT translate what has an endpoint. ACCEPT, for the rest, ends the walk through
+//     the nat table: a leftover DNAT rule of another tool behind our jump does not get to see the packet.
+//   - filter FORWARD and OUTPUT: a packet that is still addressed to a magic IP was not translated, so it
+//     is refused. Translated flows, established ones included, carry their endpoint's address here, which
+//     is why no rule has to exempt them.
+//
+// A served frontend is held in the filter table: not translated are only packets of flows from before its
+// rule, which are about to be deleted, and those on their way between two of the three transactions. Hence
+// the order: with filter before nat, a frontend that gains or loses its endpoint never lets a packet out,
+// and never refuses one that the rules before or after would have answered or held.
+//
+// A packet that the node has no route for does not get as far as FORWARD or OUTPUT: its sender is told
+// that the network is unreachable.
+func renderXTables(p *plan.Plan, family knftables.Family, agentName string) []xtable {
+	b := &xtablesBuilder{plan: p, family: family, agent: agentName, prefix: chainPrefix(agentName)}
+	for _, rule := range p.Rules {
+		if familyOf(rule.Address) != family {
+			continue
+		}
+		if n := len(b.addresses); n == 0 || b.addresses[n-1].address != rule.Address {
+			b.addresses = append(b.addresses, addressRules{address: rule.Address})
+		}
+		last := &b.addresses[len(b.addresses)-1]
+		last.rules = append(last.rules, rule)
+		last.hostClients = last.hostClients || !rule.Foreign() && rule.HostClients
+	}
+	return []xtable{b.mangle(), b.filter(), b.nat()}
+}
+
+type xtablesBuilder struct {
+	plan      *plan.Plan
+	family    knftables.Family
+	agent     string
+	prefix    string
+	addresses []addressRules // in order
+	table     xtable         // under construction
+	index     map[string]int // of its chains, by name
+}
+
+// addressRules are the rules of the frontends of one magic IP.
+type addressRules struct {
+	address     netip.Addr
+	rules       []plan.Rule
+	hostClients bool // of any of them
+}
+
+func (b *xtablesBuilder) begin(name string) {
+	b.table, b.index = xtable{name: name}, map[string]int{}
+}
+
+// hook begins a chain that a built-in chain jumps to.
+func (b *xtablesBuilder) hook(hook, role string) string {
+	chain := b.chain(role)
+	b.table.jumps = append(b.table.jumps, xjump{hook, chain, "magic IPs of " + b.agent})
+	return chain
+}
+
+// chain begins a chain and returns its name.
+func (b *xtablesBuilder) chain(role string) string {
+	name := b.prefix + role
+	b.index[name] = len(b.table.chains)
+	b.table.chains = append(b.table.chains, xchain{name: name})
+	return name
+}
+
+// add appends a rule to a chain; empty words are left out.
+func (b *xtablesBuilder) add(chain string, words ...string) {
+	i := b.index[chain]
+	words = slices.DeleteFunc(slices.Clone(words), func(word string) bool { return word == "" })
+	b.table.chains[i].rules = append(b.table.chains[i].rules, strings.Join(words, " "))
+}
+
+// note is a rule's comment: which magic IP it serves, and who put it there.
+func (b *xtablesBuilder) note(what string) string {
+	return fmt.Sprintf("-m comment --comment %q", b.agent+": "+what)
+}
+
+// one is the prefix of a single address, as iptables-save words it.
+func one(address netip.Addr) string {
+	return netip.PrefixFrom(address, address.BitLen()).String()
+}
+
+func (b *xtablesBuilder) mangle() xtable {
+	b.begin("mangle")
+	entry := b.hook("PREROUTING", fromNetwork)
+	pods := b.chain(fromPods)
+	for _, name := range b.plan.PodInterfaces {
+		b.add(pods, "-i", name, "-j RETURN")
+	}
+	b.add(pods, b.note("not for the network"), "-j DROP")
+	clients := make([]string, len(b.plan.Clients))
+	for i, c := range b.plan.Clients {
+		clients[i] = pods
+		if len(c.Interfaces) == 0 {
+			continue
+		}
+		clients[i] = b.chain(fmt.Sprintf("%s-%d", fromPods, i))
+		for _, name := range c.Interfaces {
+			b.add(clients[i], "-i", name, "-j RETURN")
+		}
+		b.add(clients[i], "-g", pods)
+	}
+	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			switch {
+			case rule.Foreign():
+				b.add(chain, match(rule), b.note(rule.String()+" of another agent"), "-j RETURN")
+			case clients[rule.Clients] != pods:
+				b.add(chain, match(rule), b.note(rule.String()), "-g", clients[rule.Clients])
+			}
+		}
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", pods)
+	})
+	return b.table
+}
+
+func (b *xtablesBuilder) filter() xtable {
+	b.begin("filter")
+	entry := b.hook("FORWARD", forwarded)
+	out := b.hook("OUTPUT", fromHost)
+	refuse := b.chain(refused)
+	unreachable := "icmp-port-unreachable"
+	if b.family == knftables.IPv6Family {
+		unreachable = "icmp6-port-unreachable"
+	}
+	b.add(refuse, "-p tcp -j REJECT --reject-with tcp-reset")
+	b.add(refuse, "-j REJECT --reject-with", unreachable)
+	hold := b.chain(held)
+	b.add(hold, "-p tcp --tcp-flags FIN,SYN,RST,ACK SYN -j DROP")
+	b.add(hold, "-p udp -j DROP")
+	b.add(hold, "-p sctp -j DROP")
+	b.add(hold, "-g", refuse)
+
+	if bridges := b.bridges(); len(bridges) > 0 {
+		mark := b.chain(sameBridge)
+		for _, name := range bridges {
+			b.add(entry, "-i", name, "-o", name, "-m conntrack --ctstate NEW", "-g", mark)
+		}
+		dispatch(b, mark, "-m conntrack --ctorigdst %s", b.addresses, byAddress, func(chain string, a addressRules) {
+			b.add(chain, "-m conntrack --ctstate DNAT --ctorigdst", a.address.String(), b.note(a.address.String()), "-j MARK --set-xmark", bridgeMark)
+		})
+	}
+	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if rule.Foreign() {
+				b.add(chain, match(rule), b.note(rule.String()+" of another agent"), "-j RETURN")
+				continue
+			}
+			for _, in := range incoming(b.plan.Clients[rule.Clients]) {
+				b.untranslated(chain, in, rule)
+			}
+		}
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", refuse)
+	})
+	dispatch(b, out, "-d %s", b.forHost(), byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if rule.Foreign() || !rule.HostClients {
+				b.add(chain, match(rule), b.note(rule.String()+" is not for processes of this node"), "-j RETURN")
+				continue
+			}
+			b.untranslated(chain, "", rule)
+		}
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", refuse)
+	})
+	return b.table
+}
+
+// untranslated adds what becomes of a served client's packet that no nat rule has taken. What these
+// rules do not match is refused.
+func (b *xtablesBuilder) untranslated(chain, in string, rule plan.Rule) {
+	note := b.note(rule.String())
+	for _, source := range rule.Excluded {
+		b.add(chain, "-s", one(source), match(rule), in, note, "-j RETURN")
+	}
+	switch rule.Action {
+	case plan.Pass:
+		b.add(chain, match(rule), in, note, "-j RETURN")
+	case plan.Hold:
+		b.add(chain, match(rule), in, note, "-g", b.prefix+held)
+	case plan.Serve:
+		// conntrack does not translate a segment that it finds invalid. A reset would end a live flow.
+		b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j DROP")
+		b.add(chain, match(rule), in, note, "-g", b.prefix+held)
+	}
+}
+
+func (b *xtablesBuilder) nat() xtable {
+	b.begin("nat")
+	entry := b.hook("PREROUTING", translated)
+	local := b.hook("OUTPUT", translatedOut)
+	replies := b.hook("POSTROUTING", masqueraded)
+
+	endpoints := map[netip.Addr]bool{}
+	for _, a := range b.addresses {
+		for _, rule := range a.rules {
+			for _, endpoint := range rule.Endpoints {
+				endpoints[endpoint.Addr()] = true
+			}
+			if len(rule.Endpoints) > 1 {
+				b.spread(rule)
+			}
+		}
+	}
+	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if rule.Foreign() {
+				b.add(chain, match(rule), b.note(rule.String()+" of another agent"), "-j RETURN")
+				continue
+			}
+			for _, in := range incoming(b.plan.Clients[rule.Clients]) {
+				b.translate(chain, in, rule)
+			}
+		}
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-j ACCEPT")
+	})
+	dispatch(b, local, "-d %s", b.forHost(), byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if rule.Foreign() || !rule.HostClients {
+				b.add(chain, match(rule), b.note(rule.String()+" is not for processes of this node"), "-j RETURN")
+				continue
+			}
+			b.translate(chain, "", rule)
+		}
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-j ACCEPT")
+	})
+
+	if len(b.bridges()) > 0 {
+		same := b.chain(sameBridge)
+		b.add(replies, "-m mark --mark", bridgeMark, "-g", same)
+		b.add(same, "-j MARK --set-xmark 0x0/"+strings.Split(bridgeMark, "/")[1])
+		b.add(same, b.note("replies that would not find their way back"), "-j MASQUERADE")
+	}
+	// Whoever translated it: a pod cannot take a packet that bears its own address as its source.
+	var hairpins []netip.Addr
+	for address := range endpoints {
+		hairpins = append(hairpins, address)
+	}
+	slices.SortFunc(hairpins, netip.Addr.Compare)
+	dispatch(b, replies, "-d %s", hairpins, func(a netip.Addr) netip.Addr { return a }, func(chain string, a netip.Addr) {
+		b.add(chain, "-s", one(a), "-d", one(a), "-m conntrack --ctstate DNAT", b.note(a.String()+" talks to itself"), "-j MASQUERADE")
+	})
+	return b.table
+}
+
+// translate adds the way of a served client's new flow to its endpoint.
+func (b *xtablesBuilder) translate(chain, in string, rule plan.Rule) {
+	note := b.note(rule.String())
+	for _, source := range rule.Excluded {
+		b.add(chain, "-s", one(source), match(rule), in, note, "-j RETURN")
+	}
+	switch {
+	case len(rule.Endpoints) == 1:
+		b.add(chain, match(rule), in, note, "-j DNAT --to-destination", rule.Endpoints[0].String())
+	case len(rule.Endpoints) > 1:
+		b.add(chain, match(rule), in, note, "-g", b.prefix+spreadRole(rule.Frontend))
+	case rule.Action == plan.Pass:
+		b.add(chain, match(rule), in, note, "-j RETURN")
+	}
+}
+
+// spread adds a chain that sends new flows to the endpoints of rule, each with the same chance.
+func (b *xtablesBuilder) spread(rule plan.Rule) {
+	chain := b.chain(spreadRole(rule.Frontend))
+	for i, endpoint := range rule.Endpoints {
+		chance := ""
+		if left := len(rule.Endpoints) - i; left > 1 {
+			chance = fmt.Sprintf("-m statistic --mode random --probability %.10f", 1/float64(left))
+		}
+		b.add(chain, "-p", string(rule.Protocol), chance, b.note(rule.String()), "-j DNAT --to-destination", endpoint.String())
+	}
+}
+
+func spreadRole(f plan.Frontend) string { return "to-" + shortHash(f.String(), 10) }
+
+// match is the key of everything.
+func match(rule plan.Rule) string {
+	return fmt.Sprintf("-d %s -p %s --dport %d", one(rule.Address), rule.Protocol, rule.Port)
+}
+
+// incoming are the matches for the interfaces that a rule's clients are behind. For auto, mangle has let
+// nobody else through.
+func incoming(clients plan.Clients) []string {
+	if len(clients.Interfaces) == 0 {
+		return []string{""}
+	}
+	var matches []string
+	for _, name := range clients.Interfaces {
+		matches = append(matches, "-i "+name)
+	}
+	return matches
+}
+
+// forHost are the magic IPs that processes of this node may use.
+func (b *xtablesBuilder) forHost() []addressRules {
+	var all []addressRules
+	for _, a := range b.addresses {
+		if a.hostClients {
+			all = append(all, a)
+		}
+	}
+	return all
+}
+
+// bridges are the bridges whose frames of this family do not pass netfilter.
+func (b *xtablesBuilder) bridges() []string {
+	var names []string
+	for _, bridge := range b.plan.Bridges {
+		if b.family == knftables.IPv4Family && bridge.Unfiltered4 || b.family == knftables.IPv6Family && bridge.Unfiltered6 {
+			names = append(names, bridge.Name)
+		}
+	}
+	return names
+}
+
+func byAddress(a addressRules) netip.Addr { return a.address }
+
+// dispatch adds to chain what leads to the rules of each item, which leaf adds. Items are in the order of
+// their addresses. Many are spread over a tree of chains, as in a routing table.
+func dispatch[T any](b *xtablesBuilder, chain, matchPrefix string, items []T, address func(T) netip.Addr, leaf func(chain string, item T)) {
+	if len(items) <= mostInChain {
+		for _, item := range items {
+			leaf(chain, item)
+		}
+		return
+	}
+	const bits = 4
+	length := min(commonBits(address(items[0]), address(items[len(items)-1]))+bits, address(items[0]).BitLen())
+	for len(items) > 0 {
+		prefix, _ := address(items[0]).Prefix(length)
+		group := items
+		if end := slices.IndexFunc(items, func(item T) bool { return !prefix.Contains(address(item)) }); end >= 0 {
+			group = items[:end]
+		}
+		items = items[len(group):]
+		role := strings.Split(strings.TrimPrefix(chain, b.prefix), ".")[0]
+		next := b.chain(role + "." + shortHash(prefix.String(), 8))
+		b.add(chain, fmt.Sprintf(matchPrefix, prefix), "-g", next)
+		dispatch(b, next, matchPrefix, group, address, leaf)
+	}
+}
+
+// commonBits is how many leading bits two addresses of one family share.
+func commonBits(a, b netip.Addr) int {
+	length := 0
+	for length < a.BitLen() {
+		if prefix, _ := a.Prefix(length + 1); !prefix.Contains(b) {
+			break
+		}
+		length++
+	}
+	return length
+}

@@ -1,0 +1,234 @@
+package netfilter
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// xlisting is what iptables-save shows of one table, as far as it concerns one agent.
+type xlisting struct {
+	// chains are the agent's, in the order listed, with their rules as listed. They are compared with an
+	// earlier listing by the same iptables, never with what we wrote: it words rules in its own way.
+	chains []xchain
+	// others are all rules of all other chains, by chain: "-A PREROUTING …".
+	others map[string][]string
+}
+
+// parseXListing reads the output of iptables-save for one table.
+func parseXListing(out, prefix string) (*xlisting, error) {
+	l := &xlisting{others: map[string][]string{}}
+	index := map[string]int{}
+	for line := range strings.Lines(out) {
+		line = strings.TrimRight(line, "\n")
+		switch {
+		case strings.Contains(line, "is incompatible, use 'nft' tool"):
+			return nil, fmt.Errorf("iptables does not understand its table any more, because somebody has edited it with nft: %s",
+				strings.TrimLeft(line, "# "))
+		case strings.HasPrefix(line, ":"+prefix):
+			name, _, _ := strings.Cut(line[1:], " ")
+			index[name] = len(l.chains)
+			l.chains = append(l.chains, xchain{name: name})
+		case strings.HasPrefix(line, "-A "):
+			chain, rule, _ := strings.Cut(line[3:], " ")
+			if i, ours := index[chain]; ours {
+				l.chains[i].rules = append(l.chains[i].rules, rule)
+			} else {
+				l.others[chain] = append(l.others[chain], line)
+			}
+		}
+	}
+	return l, nil
+}
+
+// target is the chain or the extension that a listed rule leads to.
+func target(rule string) string {
+	words := strings.Fields(rule)
+	for i := len(words) - 2; i >= 0; i-- {
+		if words[i] == "-j" || words[i] == "-g" {
+			return words[i+1]
+		}
+	}
+	return ""
+}
+
+// unconditional is a listed jump without any match but its comment.
+var unconditional = regexp.MustCompile(`^-A \S+ (-m comment --comment ("[^"]*"|\S+) )?-j \S+$`)
+
+// jump says how often a jump is there, and behind how many rules that are not of an agent of this kind.
+func (l *xlisting) jump(j xjump) (count, behind int) {
+	foreign := 0
+	for _, rule := range l.others[j.hook] {
+		switch {
+		case target(rule) == j.chain && unconditional.MatchString(rule):
+			if count == 0 {
+				behind = foreign
+			}
+			count++
+		case !strings.HasPrefix(target(rule), agentsPrefix):
+			foreign++
+		}
+	}
+	return count, behind
+}
+
+// empty says that nothing is there of the agent whose chains begin with prefix.
+func (l *xlisting) empty(prefix string) bool {
+	return len(l.chains) == 0 && len(l.leadingTo(prefix)) == 0
+}
+
+// leadingTo are the rules of others, and our own jumps, that lead to chains that begin with prefix.
+func (l *xlisting) leadingTo(prefix string) []string {
+	var rules []string
+	for _, chain := range l.others {
+		for _, rule := range chain {
+			if strings.HasPrefix(target(rule), prefix) {
+				rules = append(rules, rule)
+			}
+		}
+	}
+	slices.Sort(rules)
+	return rules
+}
+
+// write is the input of iptables-restore --noflush that puts t in place of what the listing shows: one
+// transaction. Nothing is said of built-in chains, so that nobody else's rules are touched. A jump that is
+// right stays as it is; move says of which hooks a jump behind foreign rules is to come first again.
+func (t xtable) write(there *xlisting, prefix string, move func(hook string) bool) string {
+	var w strings.Builder
+	fmt.Fprintf(&w, "*%s\n", t.name)
+	wanted := map[string]bool{}
+	for _, c := range t.chains {
+		wanted[c.name] = true
+		fmt.Fprintf(&w, ":%s - [0:0]\n", c.name) // makes it, or empties it
+	}
+	for _, c := range there.chains {
+		if !wanted[c.name] {
+			fmt.Fprintf(&w, ":%s - [0:0]\n", c.name)
+		}
+	}
+	kept := map[xjump]bool{}
+	for _, j := range t.jumps {
+		count, behind := there.jump(j)
+		kept[j] = count == 1 && (behind == 0 || !move(j.hook))
+	}
+	for _, rule := range there.leadingTo(prefix) {
+		isKept := func(j xjump) bool {
+			return kept[j] && strings.HasPrefix(rule, "-A "+j.hook+" ") && target(rule) == j.chain && unconditional.MatchString(rule)
+		}
+		if !slices.ContainsFunc(t.jumps, isKept) {
+			fmt.Fprintln(&w, "-D "+strings.TrimPrefix(rule, "-A "))
+		}
+	}
+	for _, j := range t.jumps {
+		if !kept[j] {
+			fmt.Fprintf(&w, "-I %s\n", j)
+		}
+	}
+	for _, c := range t.chains {
+		c.write(&w)
+	}
+	for _, c := range there.chains {
+		if !wanted[c.name] {
+			fmt.Fprintf(&w, "-X %s\n", c.name)
+		}
+	}
+	w.WriteString("COMMIT\n")
+	return w.String()
+}
+
+func (c xchain) write(w *strings.Builder) {
+	for _, rule := range c.rules {
+		fmt.Fprintf(w, "-A %s %s\n", c.name, rule)
+	}
+}
+
+// update is the input of iptables-restore --noflush that leads from before to t, chain by chain: one
+// transaction. It is empty where nothing differs. Jumps and chains that stay as they are go unmentioned.
+func (t xtable) update(before xtable) string {
+	var declared, rules, deleted strings.Builder
+	old := map[string]xchain{}
+	for _, c := range before.chains {
+		old[c.name] = c
+	}
+	for _, c := range t.chains {
+		if o, there := old[c.name]; !there || !slices.Equal(o.rules, c.rules) {
+			fmt.Fprintf(&declared, ":%s - [0:0]\n", c.name)
+			c.write(&rules)
+		}
+		delete(old, c.name)
+	}
+	for _, c := range before.chains {
+		if _, gone := old[c.name]; gone {
+			fmt.Fprintf(&declared, ":%s - [0:0]\n", c.name)
+			fmt.Fprintf(&deleted, "-X %s\n", c.name)
+		}
+	}
+	if declared.Len() == 0 {
+		return ""
+	}
+	return fmt.Sprintf("*%s\n%s%s%sCOMMIT\n", t.name, declared.String(), rules.String(), deleted.String())
+}
+
+// missing says which chains, rules and jumps of t the listing does not show, by count.
+func (t xtable) missing(there *xlisting) []string {
+	var differs []string
+	listed := map[string]int{}
+	for _, c := range there.chains {
+		listed[c.name] = len(c.rules)
+	}
+	for _, c := range t.chains {
+		if count, shown := listed[c.name]; !shown || count != len(c.rules) {
+			differs = append(differs, fmt.Sprintf("chain %s has %d rules instead of %d", c.name, count, len(c.rules)))
+		}
+	}
+	for _, j := range t.jumps {
+		if count, _ := there.jump(j); count != 1 {
+			differs = append(differs, fmt.Sprintf("%d jumps from %s to %s", count, j.hook, j.chain))
+		}
+	}
+	return differs
+}
+
+// compareChains says in which respects the chains of l differ from those listed when they were loaded.
+func (l *xlisting) compareChains(loaded []xchain) []string {
+	lines := func(chains []xchain) (all []string) {
+		for _, c := range chains {
+			all = append(all, "chain "+c.name)
+			for _, rule := range c.rules {
+				all = append(all, "-A "+c.name+" "+rule)
+			}
+		}
+		slices.Sort(all)
+		return all
+	}
+	same := func(a, b xchain) bool { return a.name == b.name && slices.Equal(a.rules, b.rules) }
+	if slices.EqualFunc(l.chains, loaded, same) {
+		return nil
+	}
+	wanted, there := lines(loaded), lines(l.chains)
+	var differs []string
+	differs = append(differs, summary("missing", without(wanted, there))...)
+	differs = append(differs, summary("foreign", without(there, wanted))...)
+	if len(differs) == 0 {
+		// The order of chains means nothing, that of rules does.
+		byName := func(a, b xchain) int { return strings.Compare(a.name, b.name) }
+		if slices.EqualFunc(slices.SortedFunc(slices.Values(l.chains), byName), slices.SortedFunc(slices.Values(loaded), byName), same) {
+			return nil
+		}
+		differs = []string{"the same rules in another order or number"}
+	}
+	return differs
+}
+
+// without are the elements of a that are not in b; both are in order.
+func without(a, b []string) []string {
+	var rest []string
+	for _, element := range a {
+		if _, found := slices.BinarySearch(b, element); !found {
+			rest = append(rest, element)
+		}
+	}
+	return rest
+}

@@ -1,0 +1,197 @@
+package netfilter
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func addrPorts(texts ...string) []netip.AddrPort {
+	var all []netip.AddrPort
+	for _, text := range texts {
+		all = append(all, netip.MustParseAddrPort(text))
+	}
+	return all
+}
+
+// xtablesCases are plans that between them use every rule there is. Magic IPs are in 169.254.210.0/24 and
+// fd00:a91c::/64, pods in 10.244.1.0/24 and fd00:10:244::/64.
+func xtablesCases() map[string]plan.Input {
+	many := plan.Input{PodInterfaces: []string{"cni0"}}
+	for i := range 20 {
+		many.Services = append(many.Services, plan.Service{
+			Frontend:  plan.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, 210, byte(10 * i)}), Protocol: plan.UDP, Port: 8125},
+			Endpoints: addrPorts("10.244.1.7:8125"), HostClients: i%2 == 0,
+		})
+	}
+	return map[string]plan.Input{
+		"one": {
+			Services: []plan.Service{{
+				Frontend: frontend("169.254.210.210", plan.TCP, 9200), HostClients: true,
+				Endpoints: addrPorts("10.244.1.7:8200"),
+			}},
+			PodInterfaces: []string{"cni0", "veth1"},
+		},
+		"every-policy": {
+			Services: []plan.Service{
+				{Frontend: frontend("169.254.210.1", plan.TCP, 1), HostClients: true, WithoutEndpoint: plan.Refuse},
+				{Frontend: frontend("169.254.210.1", plan.UDP, 2), HostClients: true, WithoutEndpoint: plan.Hold},
+				{Frontend: frontend("169.254.210.1", plan.SCTP, 3), HostClients: true, WithoutEndpoint: plan.Pass},
+				{Frontend: frontend("169.254.210.2", plan.TCP, 1), ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
+				{Frontend: frontend("169.254.210.3", plan.TCP, 1), HostClients: true, HostInterface: []string{"cali+", "cni0"},
+					ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
+				{Frontend: frontend("169.254.210.3", plan.UDP, 2), HostClients: true, HostInterface: []string{"cali+", "cni0"}, WithoutEndpoint: plan.Hold},
+				{Frontend: frontend("169.254.210.4", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("10.244.1.7:1", "10.244.1.8:1", "10.244.1.9:2")},
+				{Frontend: frontend("fd00:a91c::1", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("[fd00:10:244::7]:2")},
+			},
+			Foreign:       []plan.Frontend{frontend("169.254.210.1", plan.TCP, 4), frontend("169.254.210.200", plan.TCP, 4)},
+			PodInterfaces: []string{"cni0", "veth1"},
+			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}, {Name: "docker0", Unfiltered4: true}},
+		},
+		"many": many,
+	}
+}
+
+// everything is the input of iptables-restore for an empty table.
+func everything(p *plan.Plan, family knftables.Family, agentName string) string {
+	var all strings.Builder
+	for _, t := range renderXTables(p, family, agentName) {
+		all.WriteString(t.write(&xlisting{}, chainPrefix(agentName), nil))
+	}
+	return all.String()
+}
+
+func TestRenderXTables(t *testing.T) {
+	for name, input := range xtablesCases() {
+		t.Run(name, func(t *testing.T) {
+			p := plan.Build(input)
+			got := everything(&p, knftables.IPv4Family, "kube-system.apm")
+			if name == "every-policy" {
+				got += everything(&p, knftables.IPv6Family, "kube-system.apm")
+			}
+			golden := filepath.Join("testdata", "iptables", name+".rules")
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("rules (-want +got):\n%s", diff)
+			}
+			for _, table := range renderXTables(&p, knftables.IPv4Family, strings.Repeat("a", 117)) {
+				for _, c := range table.chains {
+					if len(c.name) > 28 {
+						t.Errorf("chain %s has %d characters, allowed: 28", c.name, len(c.name))
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestDispatchFindsEveryAddress walks the tree of chains as the kernel does.
+func TestDispatchFindsEveryAddress(t *testing.T) {
+	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+		var addresses []netip.Addr
+		for i := range 3000 {
+			if family == knftables.IPv4Family {
+				addresses = append(addresses, netip.AddrFrom4([4]byte{10, byte(i % 7), byte(i / 256), byte(i)}))
+			} else {
+				addresses = append(addresses, netip.AddrFrom16([16]byte{0: 0xfd, 7: byte(i % 7), 14: byte(i / 256), 15: byte(i)}))
+			}
+		}
+		var in plan.Input
+		for _, address := range addresses {
+			in.Services = append(in.Services, plan.Service{Frontend: plan.Frontend{Address: address, Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse})
+		}
+		p := plan.Build(in)
+		table := renderXTables(&p, family, "a")[2]
+		chains := map[string][]string{}
+		for _, c := range table.chains {
+			if _, twice := chains[c.name]; twice {
+				t.Fatalf("two chains called %s", c.name)
+			}
+			chains[c.name] = c.rules
+		}
+		most := 0
+		for _, address := range addresses {
+			met, found := 0, false
+			for chain := table.jumps[0].chain; chain != "" && !found; {
+				rules := chains[chain]
+				chain = ""
+				for _, rule := range rules {
+					met++
+					words := strings.Fields(rule)
+					if !netip.MustParsePrefix(words[1]).Contains(address) {
+						continue
+					}
+					if next := target(rule); next == "ACCEPT" {
+						found = true
+					} else {
+						chain = next
+					}
+					break
+				}
+			}
+			if !found {
+				t.Fatalf("%s leads nowhere", address)
+			}
+			most = max(most, met)
+		}
+		if most > 64 {
+			t.Errorf("up to %d rules for a packet, want few", most)
+		}
+	}
+}
+
+// TestXTableWriteMendsJumps: whatever is in the built-in chains, afterwards there is one jump.
+func TestXTableWriteMendsJumps(t *testing.T) {
+	table := xtable{name: "nat", jumps: []xjump{{"PREROUTING", "MIP-1-dnat", "magic IPs of a"}}, chains: []xchain{{"MIP-1-dnat", []string{"-j ACCEPT"}}}}
+	const ours = "-A PREROUTING -m comment --comment \"magic IPs of a\" -j MIP-1-dnat\n"
+	const insert = "-I PREROUTING -m comment --comment \"magic IPs of a\" -j MIP-1-dnat\n"
+	del := strings.Replace(ours, "-A", "-D", 1)
+	for name, c := range map[string]struct {
+		there, want string
+		stay        bool
+	}{
+		"none":                                  {there: "", want: insert},
+		"right":                                 {there: ours + "-A PREROUTING -j OTHER\n", want: ""},
+		"twice":                                 {there: ours + ours, want: del + del + insert},
+		"behind another":                        {there: "-A PREROUTING -j OTHER\n" + ours, want: del + insert},
+		"behind another, moved today":           {there: "-A PREROUTING -j OTHER\n" + ours, want: "", stay: true},
+		"behind another agent":                  {there: "-A PREROUTING -j MIP-2-dnat\n" + ours, want: ""},
+		"conditional":                           {there: "-A PREROUTING -p tcp -j MIP-1-dnat\n", want: "-D PREROUTING -p tcp -j MIP-1-dnat\n" + insert},
+		"another agent whose name begins alike": {there: ours + "-A PREROUTING -j MIP-12-dnat\n", want: ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			there, err := parseXListing("*nat\n:PREROUTING ACCEPT [0:0]\n"+c.there+"COMMIT\n", "MIP-1-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := "*nat\n:MIP-1-dnat - [0:0]\n" + c.want + "-A MIP-1-dnat -j ACCEPT\nCOMMIT\n"
+			if diff := cmp.Diff(want, table.write(there, "MIP-1-", func(string) bool { return !c.stay })); diff != "" {
+				t.Errorf("restore (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestXListingRefusesTableEditedWithNft(t *testing.T) {
+	if _, err := parseXListing("# Table `nat' is incompatible, use 'nft' tool.\n", "MIP-1-"); err == nil {
+		t.Error("no error")
+	}
+}
