@@ -41,8 +41,9 @@ lint: ## golangci-lint with .golangci.yml
 	bin/golangci-lint run ./...
 
 .PHONY: bench
-bench: build tools ## measure the plugin, the agent and the data path (needs root)
-	integration/prerequisites nft iptables conntrack ip nsenter
+bench: build tools ## measure the plugin, the agent and the data path (needs root; 2 minutes)
+	integration/prerequisites nft ip nsenter
+	CGO_ENABLED=0 go build $(STATIC) -o bin/echo ./integration/bench/echo
 	go run ./integration/bench
 
 .PHONY: generate

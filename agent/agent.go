@@ -223,7 +223,7 @@ const minBackoff = 100 * time.Millisecond
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
 func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	a.read(changed, now)
+	a.read(changed)
 	if ctx.Err() != nil {
 		return 0, true
 	}
@@ -232,10 +232,10 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		// sees the older in time.
 		a.decide(now)
 		a.publish(now, false)
-		a.read(Others, now)
+		a.read(Others)
 	}
 	next = a.decide(now)
-	p := a.plan()
+	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
 	if changed&Poll != 0 {
 		differs, err := a.Backend.Verify(ctx)
@@ -323,7 +323,7 @@ func (a *Agent) lastError() string {
 		all = append(all, what+": "+err)
 	}
 	slices.Sort(all)
-	return strings.Join(all, "; ")
+	return strings.ReplaceAll(strings.Join(all, "; "), "\n", "; ")
 }
 
 func podName(c endpoint.Chosen) string { return c.Namespace + "/" + c.Name }

@@ -85,15 +85,31 @@ func (a *Agent) refusal(port Port, claimedAt time.Time) string {
 		for _, m := range other.MagicIPs {
 			older := m.ClaimedAt.Before(claimedAt) || m.ClaimedAt.Equal(claimedAt) && other.Name < a.config.Name
 			if frontendOf(m) == port.Frontend && m.Refused == "" && older {
-				return port.String() + " is claimed by agent " + other.Name + " since " + m.ClaimedAt.Format(time.RFC3339)
+				reason := port.String() + " is claimed by agent " + other.Name + " since " + m.ClaimedAt.Format(time.RFC3339)
+				if !published.Live(a.RuntimeDir, other.Name) {
+					reason += ", which does not run but whose rules may be there; where it is gone for good, take them out and remove " +
+						published.Path(a.RuntimeDir, other.Name)
+				}
+				return reason
 			}
 		}
 	}
 	return ""
 }
 
+// action is what becomes of new packets to a frontend that this agent may serve.
+func (a *Agent) action(port Port, s *service, now time.Time) plan.Action {
+	switch {
+	case len(s.endpoints) > 0:
+		return plan.Serve
+	case port.NoEndpoint == plan.Hold && (s.lostAt.IsZero() || !now.Before(s.lostAt.Add(port.HoldFor))):
+		return plan.Refuse
+	}
+	return port.NoEndpoint
+}
+
 // plan is what follows from the decisions.
-func (a *Agent) plan() plan.Plan {
+func (a *Agent) plan(now time.Time) plan.Plan {
 	in := plan.Input{
 		PodInterfaces: slices.Clone(a.network.PodInterfaces),
 		Bridges:       a.network.Bridges,
@@ -109,10 +125,7 @@ func (a *Agent) plan() plan.Plan {
 		added[port.Frontend] = true
 		service := plan.Service{
 			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
-			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: port.NoEndpoint,
-		}
-		if port.NoEndpoint == plan.Hold && (s.lostAt.IsZero() || !time.Now().Before(s.lostAt.Add(port.HoldFor))) {
-			service.WithoutEndpoint = plan.Refuse
+			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now),
 		}
 		for _, chosen := range s.endpoints {
 			service.Endpoints = append(service.Endpoints, chosen.Address)
@@ -120,7 +133,7 @@ func (a *Agent) plan() plan.Plan {
 		}
 		in.Services = append(in.Services, service)
 	}
-	for _, record := range a.records.list {
+	for _, record := range endpoint.Standing(a.records.list, a.network.Interfaces) {
 		in.Sandboxes = append(in.Sandboxes, record.IPs...)
 		// The interfaces in the records are served whatever they are, if they are there.
 		if a.network.Interfaces[record.HostInterface] && !a.network.BridgePorts[record.HostInterface] {

@@ -32,6 +32,9 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 		}
 		if s := a.services[port.Frontend]; s != nil && port.Refused == "" {
 			m.ClaimedAt, m.LostAt, m.Refused = s.claimedAt, s.lostAt, s.refused
+			if s.refused == "" {
+				m.Action = string(a.action(port, s, now))
+			}
 			for _, c := range s.endpoints {
 				m.Endpoints = append(m.Endpoints, published.Endpoint{Address: c.Address, Pod: podName(c), UID: c.UID, Recorded: c.Recorded})
 			}

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -32,6 +33,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	add NAME [ns=NS] [labels=K=V,K=V|?] ip=ADDR,ADDR [host=LINK] [uid=UID]   the plugin records a pod
 //	del NAME                           its record leaves
 //	links NAME …                       the interfaces that pods are behind
+//	link NAME, unlink NAME             a host interface comes or goes
 //	own ADDR …                         the node's own addresses
 //	bridge NAME                        a bridge whose frames do not pass netfilter
 //	restart                            the agent is stopped and started
@@ -188,9 +190,13 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		return fmt.Errorf("no record of %s", args[0])
 	case "links":
 		s.network.PodInterfaces = args
-		for _, name := range args {
-			s.network.Interfaces[name] = true
-		}
+		s.wake(Network)
+	case "link":
+		s.network.Interfaces = maps.Clone(s.network.Interfaces)
+		s.network.Interfaces[args[0]] = true // without an event: a record may come before it
+	case "unlink":
+		s.network.Interfaces = maps.Clone(s.network.Interfaces)
+		delete(s.network.Interfaces, args[0])
 		s.wake(Network)
 	case "own":
 		for _, arg := range args {

@@ -7,11 +7,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -25,7 +27,7 @@ type records struct {
 }
 
 // read takes in the sources that have changed. What cannot be read leaves what was known of it.
-func (a *Agent) read(changed Source, now time.Time) {
+func (a *Agent) read(changed Source) {
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
@@ -39,7 +41,9 @@ func (a *Agent) read(changed Source, now time.Time) {
 		}
 		a.note("state file", err)
 	}
-	if changed&(Network|Poll) != 0 {
+	// The record of a new pod may come before the event of its link.
+	newLink := func(r state.Attachment) bool { return r.HostInterface != "" && !a.network.Interfaces[r.HostInterface] }
+	if changed&(Network|Poll) != 0 || changed&Records != 0 && slices.ContainsFunc(a.records.list, newLink) {
 		network, err := a.Node.Read()
 		a.note("network of the node", err)
 		if err == nil {
@@ -49,7 +53,6 @@ func (a *Agent) read(changed Source, now time.Time) {
 	if changed&(Others|Poll) != 0 {
 		a.readOthers()
 	}
-	_ = now
 }
 
 func (a *Agent) readSettings() {
@@ -135,14 +138,9 @@ func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
 }
 
 func (a *Agent) recorded(address netip.Addr) bool {
-	for _, record := range a.records.list {
-		for _, ip := range record.IPs {
-			if ip == address {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(endpoint.Standing(a.records.list, a.network.Interfaces), func(r state.Attachment) bool {
+		return slices.Contains(r.IPs, address)
+	})
 }
 
 // settled says whether every source has spoken.

@@ -110,7 +110,7 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 			case m.Refused != "":
 				endpoint = "not served: " + m.Refused
 			case len(addresses) == 0:
-				endpoint = "none"
+				endpoint = "none: " + m.Action
 			}
 			row(frontendOf(m).AddrPort().String(), m.Protocol, m.Namespace, m.Selector, endpoint, strings.Join(pods, ","))
 		}

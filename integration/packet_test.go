@@ -46,11 +46,11 @@ func podNetworks() []network {
 	}
 }
 
-// config is an agent configuration with both magic IPs, TCP and UDP; more is added to each.
-func config(more string) []byte {
+// config is an agent configuration with both magic IPs, TCP and UDP.
+func config() []byte {
 	text := "name: " + agentName + "\npollInterval: 1s\nmagicIPs:\n"
 	for _, address := range []string{magic4, magic6} {
-		text += fmt.Sprintf("- {ipAddress: %q, namespace: default, selector: app=echo, ports: [{port: %d}, {port: %d, protocol: udp}]%s}\n", address, port, port, more)
+		text += fmt.Sprintf("- {ipAddress: %q, namespace: default, selector: app=echo, ports: [{port: %d}, {port: %d, protocol: udp}]}\n", address, port, port)
 	}
 	return []byte(text)
 }
@@ -157,9 +157,10 @@ func (w *world) addTarget(name string) lab.Attached {
 	return attached
 }
 
-func (w *world) addClient(name string) lab.Attached {
+// addClient attaches a pod of a namespace that nobody selects.
+func (w *world) addClient() lab.Attached {
 	w.t.Helper()
-	return add(w.t, w.Node, w.network, lab.Pod{Name: name, Namespace: "elsewhere"})
+	return add(w.t, w.Node, w.network, lab.Pod{Name: "client", Namespace: "elsewhere"})
 }
 
 func (w *world) echo(name string) *lab.Echo {
@@ -235,8 +236,8 @@ func TestPackets(t *testing.T) {
 		for _, on := range podNetworks() {
 			t.Run(backend+"/"+on.name, func(t *testing.T) {
 				t.Parallel()
-				w := newWorld(t, backend, on, config(""))
-				client, attached := w.addClient("client"), w.addTarget("echo")
+				w := newWorld(t, backend, on, config())
+				client, attached := w.addClient(), w.addTarget("echo")
 				echo := w.echo("echo")
 				seen := map[netip.Addr]string{}
 				for _, ip := range client.IPs {
@@ -317,7 +318,7 @@ func TestNothingLeaks(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer func() { _ = impostor.Close() }()
-			w.addClient("client")
+			w.addClient()
 			clients := []string{"client", lab.Host}
 			want := func(when, prefix string) {
 				t.Helper()
@@ -373,8 +374,8 @@ func TestReplacement(t *testing.T) {
 		for _, on := range podNetworks() {
 			t.Run(backend+"/"+on.name, func(t *testing.T) {
 				t.Parallel()
-				w := newWorld(t, backend, on, config(""))
-				w.addClient("client")
+				w := newWorld(t, backend, on, config())
+				w.addClient()
 				w.addTarget("old")
 				old := w.echo("old")
 				var probes []*lab.Probe
@@ -424,8 +425,8 @@ func TestAgentRestart(t *testing.T) {
 	for _, backend := range backends() {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, backend, podNetworks()[0], config(""))
-			w.addClient("client")
+			w := newWorld(t, backend, podNetworks()[0], config())
+			w.addClient()
 			w.addTarget("echo")
 			w.echo("echo")
 			var probes []*lab.Probe
@@ -440,7 +441,7 @@ func TestAgentRestart(t *testing.T) {
 				} else {
 					w.agent.Kill()
 				}
-				w.start(config(""), "--backend", w.useBackend(backend))
+				w.start(config(), "--backend", w.useBackend(backend))
 			}
 			for _, probe := range probes {
 				outcomes := probe.Stop()
@@ -457,8 +458,8 @@ func TestRestartMeetsChanges(t *testing.T) {
 	for _, backend := range backends() {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, backend, podNetworks()[0], config(""))
-			w.addClient("client")
+			w := newWorld(t, backend, podNetworks()[0], config())
+			w.addClient()
 			w.addTarget("old")
 			w.echo("old")
 			probe := w.StartProbe(lab.Client{Kind: lab.KeepAlive, From: "client", To: magic(false), Timeout: 10 * time.Second}, 3*time.Millisecond)
@@ -469,7 +470,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 			del(t, w.Node, w.network, target("old"))
 			add(t, w.Node, w.network, target("new"))
 			w.echo("new")
-			w.start(config(""), "--backend", w.useBackend(backend))
+			w.start(config(), "--backend", w.useBackend(backend))
 			started := time.Now()
 			w.awaitEndpoint("new")
 			outcome, err := probe.Await(patience(t), lab.AnsweredBy("new"))
@@ -483,7 +484,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 			if err := os.Remove(w.Path(lab.RuntimeDir + "/state.json")); err != nil {
 				t.Fatal(err)
 			}
-			w.start(config(""), "--backend", w.useBackend(backend))
+			w.start(config(), "--backend", w.useBackend(backend))
 			w.awaitEndpoint("new")
 			if got := w.fate("client", lab.NewConnection, magic(false), nil); !strings.HasPrefix(got, "answered by new") {
 				t.Errorf("without the state file: %s", got)
@@ -502,8 +503,8 @@ func TestDrift(t *testing.T) {
 		{"element added", "nft add element ip magic-ip-" + agentName + " endpoints { 169.254.210.210 . tcp . 99 : 10.244.3.99 . 99 }", "foreign in endpoints"},
 		{"ruleset flushed", "nft flush ruleset", "the whole table"},
 	}
-	w := newWorld(t, "nftables", podNetworks()[0], config(""))
-	w.addClient("client")
+	w := newWorld(t, "nftables", podNetworks()[0], config())
+	w.addClient()
 	w.addTarget("echo")
 	w.echo("echo")
 	ruleset := func() string {
@@ -570,8 +571,8 @@ func sorted(ruleset string) []string {
 
 // TestConfigurationChange: a changed file counts without a restart, a broken one is reported and changes nothing.
 func TestConfigurationChange(t *testing.T) {
-	w := newWorld(t, "nftables", podNetworks()[0], config(""))
-	w.addClient("client")
+	w := newWorld(t, "nftables", podNetworks()[0], config())
+	w.addClient()
 	w.addTarget("echo")
 	w.echo("echo")
 	const file = "/run/agent-1.yaml"
@@ -585,7 +586,7 @@ func TestConfigurationChange(t *testing.T) {
 		}
 	}
 	other := netip.MustParseAddrPort("169.254.210.211:8080")
-	write(strings.ReplaceAll(string(config("")), magic4, other.Addr().String()))
+	write(strings.ReplaceAll(string(config()), magic4, other.Addr().String()))
 	w.await("to serve the new address", func(a *published.Agent) bool {
 		return a.MagicIPs[0].Address == other.Addr() && len(a.MagicIPs[0].Endpoints) == 1
 	})
@@ -600,7 +601,7 @@ func TestConfigurationChange(t *testing.T) {
 	if got := w.fate("client", lab.NewConnection, other, nil); !strings.HasPrefix(got, "answered by echo") {
 		t.Errorf("with a broken configuration: %s", got)
 	}
-	write(string(config("")))
+	write(string(config()))
 	w.await("to be back", func(a *published.Agent) bool { return a.LastError == "" && a.MagicIPs[0].Address.String() == magic4 })
 	if got := w.fate("client", lab.NewConnection, magic(false), nil); !strings.HasPrefix(got, "answered by echo") {
 		t.Errorf("back: %s", got)
@@ -620,7 +621,7 @@ func TestUnusableAddresses(t *testing.T) {
 			t.Errorf("%s: refused because %q, want %q", agent.MagicIPs[i].Address, got, want)
 		}
 	}
-	w.addClient("client")
+	w.addClient()
 	add(t, w.Node, w.network, target("echo"))
 	w.await("to have an endpoint", func(a *published.Agent) bool { return len(a.MagicIPs[5].Endpoints) == 1 })
 	w.echo("echo")
@@ -632,8 +633,8 @@ func TestUnusableAddresses(t *testing.T) {
 // TestTwoAgents: the older of two claims stands, a port of the other agent on the same address is left to
 // it, and when the older agent's file goes the younger takes over. A second process with the same name waits.
 func TestTwoAgents(t *testing.T) {
-	w := newWorld(t, "nftables", podNetworks()[0], config(""))
-	w.addClient("client")
+	w := newWorld(t, "nftables", podNetworks()[0], config())
+	w.addClient()
 	w.addTarget("echo")
 	w.echo("echo")
 	younger, err := w.StartAgent([]byte(fmt.Sprintf(
@@ -676,7 +677,7 @@ func TestTwoAgents(t *testing.T) {
 		t.Errorf("a port that nobody claims: %s", got)
 	}
 
-	standby, err := w.StartAgent(config(""))
+	standby, err := w.StartAgent(config())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,31 +58,33 @@ func (r *interfaces) addresses(ifName string) (addrs []netip.Addr, ignored error
 
 // host is the link on the node that leads to the sandbox: the last of the node's, in the order in which the plugins
 // of the chain named them, that is not made to serve many or to shape traffic. Empty where the result names none.
-func (r *interfaces) host(driver func(string) string) string {
+//
+// A link that is not there is passed over: the agent takes the absence of the recorded one for the end of the
+// sandbox, and results name links that never were (the VPC CNI of AWS keeps notes in such entries).
+func (r *interfaces) host(driver func(string) (name string, exists bool)) string {
 	for _, link := range slices.Backward(r.Interfaces) {
 		if link.Sandbox != "" {
 			continue
 		}
-		switch driver(link.Name) {
-		case "bridge", "ifb": // ifb: the plugin bandwidth appends the link that it shapes with
-			continue
+		// ifb: the plugin bandwidth appends the link that it shapes with.
+		if name, exists := driver(link.Name); exists && name != "bridge" && name != "ifb" {
+			return link.Name
 		}
-		return link.Name
 	}
 	return ""
 }
 
-// driver is the name of the kernel driver of a link of the node, see SIOCETHTOOL in netdevice(7); empty where there is
-// no such link or it does not tell.
-func driver(link string) string {
+// driver is the name of the kernel driver of a link of the node, see SIOCETHTOOL in netdevice(7), and whether there is
+// such a link. The name is empty where the kernel does not tell it.
+func driver(link string) (name string, exists bool) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return ""
+		return "", true
 	}
 	defer func() { _ = unix.Close(fd) }()
 	info, err := unix.IoctlGetEthtoolDrvinfo(fd, link)
 	if err != nil {
-		return ""
+		return "", !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) // EINVAL: too long for a link's name
 	}
-	return unix.ByteSliceToString(info.Driver[:])
+	return unix.ByteSliceToString(info.Driver[:]), true
 }

@@ -14,8 +14,8 @@ import (
 )
 
 func TestInterfaces(t *testing.T) {
-	// What links of these names are on the node of the test; others do not tell.
-	drivers := map[string]string{"cni0": "bridge", "veth1": "veth", "bwp1": "ifb", "cali1": "veth"}
+	// The links that are on the node of the test; the kernel does not tell the driver of eth0.
+	drivers := map[string]string{"cni0": "bridge", "veth1": "veth", "bwp1": "ifb", "cali1": "veth", "eth0": ""}
 	tests := []struct {
 		name    string
 		result  string
@@ -49,7 +49,7 @@ func TestInterfaces(t *testing.T) {
 		{
 			name:   "ptp, the link is not there",
 			result: `{"interfaces": [{"name": "veth9"}, {"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 1, "address": "10.244.1.7/32"}]}`,
-			addrs:  "10.244.1.7", host: "veth9",
+			addrs:  "10.244.1.7",
 		},
 		{
 			name:   "calico names the end of the node alone",
@@ -66,6 +66,12 @@ func TestInterfaces(t *testing.T) {
 			name:   "an address of the node's end",
 			result: `{"interfaces": [{"name": "eth0"}, {"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 0, "address": "10.244.1.1/24"}]}`,
 			host:   "eth0",
+		},
+		{
+			name: "a link that never was",
+			result: `{"interfaces": [{"name": "veth1"}, {"name": "eth0", "sandbox": "/ns"}, {"name": "dummy1"}],
+				"ips": [{"interface": 1, "address": "10.244.1.7/24"}]}`,
+			addrs: "10.244.1.7", host: "veth1",
 		},
 		{
 			name: "no such interface",
@@ -107,7 +113,10 @@ func TestInterfaces(t *testing.T) {
 			if diff := cmp.Diff(test.ignored, message); diff != "" {
 				t.Errorf("ignored (-want +got):\n%s", diff)
 			}
-			if host := interfaces.host(func(link string) string { return drivers[link] }); host != test.host {
+			if host := interfaces.host(func(link string) (string, bool) {
+				driver, exists := drivers[link]
+				return driver, exists
+			}); host != test.host {
 				t.Errorf("host interface is %q, want %q", host, test.host)
 			}
 		})
@@ -145,8 +154,8 @@ func TestDriver(t *testing.T) {
 		}
 	}
 	for link, want := range map[string]string{"cni0": "bridge", "veth1": "veth", "missing": "", "a-name-longer-than-15": ""} {
-		if got := driver(link); got != want {
-			t.Errorf("driver of %s is %q, want %q", link, got, want)
+		if got, exists := driver(link); got != want || exists != (want != "") {
+			t.Errorf("driver of %s is %q, there %v, want %q", link, got, exists, want)
 		}
 	}
 }

@@ -6,6 +6,7 @@ package endpoint
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -44,8 +45,8 @@ type Sources struct {
 	// Withdrawn are addresses that DEL has taken from a pod, by pod UID: its podIP counts no more
 	// until the API reports another one.
 	Withdrawn map[string][]netip.Addr
-	// Interfaces are the names of the node's links: a record whose pod the API does not know counts
-	// for as long as its host interface stands.
+	// Interfaces are the names of the node's links; nil is not known. A sandbox whose host interface is
+	// gone is gone, and a record whose pod the API does not know counts for as long as it stands.
 	Interfaces map[string]bool
 	Now        time.Time
 }
@@ -77,7 +78,16 @@ type Target struct {
 // stands in another pod's record is stale. Of two records with one address the later ADD has it.
 func Targets(s Sources) []Target {
 	holder := map[netip.Addr]int{}
-	records := slices.Clone(s.Records)
+	records := Standing(s.Records, s.Interfaces)
+	withdrawn := maps.Clone(s.Withdrawn)
+	if withdrawn == nil {
+		withdrawn = map[string][]netip.Addr{}
+	}
+	for _, record := range s.Records {
+		if !stands(record, s.Interfaces) {
+			withdrawn[record.UID] = append(slices.Clone(withdrawn[record.UID]), record.IPs...)
+		}
+	}
 	slices.SortStableFunc(records, func(a, b state.Attachment) int { return a.AddedAt.Compare(b.AddedAt) })
 	for i, record := range records {
 		for _, ip := range record.IPs {
@@ -129,7 +139,7 @@ func Targets(s Sources) []Target {
 		target := Target{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
 		target.tell(pod)
 		for _, ip := range pod.IPs {
-			if _, taken := holder[ip]; !taken && !slices.Contains(s.Withdrawn[pod.UID], ip) {
+			if _, taken := holder[ip]; !taken && !slices.Contains(withdrawn[pod.UID], ip) {
 				target.IPs = append(target.IPs, ip)
 			}
 		}
@@ -138,9 +148,20 @@ func Targets(s Sources) []Target {
 	return targets
 }
 
+// Standing are the records whose sandbox can still be reached: whose host interface, where the record names
+// one, is there. One that is gone although the record stays says that a DEL went unrecorded. interfaces
+// are the node's links; nil is not known.
+func Standing(records []state.Attachment, interfaces map[string]bool) []state.Attachment {
+	return slices.DeleteFunc(slices.Clone(records), func(r state.Attachment) bool { return !stands(r, interfaces) })
+}
+
+func stands(record state.Attachment, interfaces map[string]bool) bool {
+	return record.HostInterface == "" || interfaces == nil || interfaces[record.HostInterface]
+}
+
 // counts says whether a record counts whose pod the API does not know.
 func (s Sources) counts(record state.Attachment) bool {
-	return s.Now.Sub(record.AddedAt) < UnknownPodGrace || s.Interfaces[record.HostInterface]
+	return s.Now.Sub(record.AddedAt) < UnknownPodGrace || record.HostInterface != "" && s.Interfaces[record.HostInterface]
 }
 
 // tell adds what the API knows; labels may change on a running pod, so the API's are the truth.

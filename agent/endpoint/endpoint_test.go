@@ -95,6 +95,9 @@ func TestChoose(t *testing.T) {
 			return r
 		}()}}), nil, "10.0.0.1:80"},
 
+		{"the host interface of the record is gone", sources{Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}, nil, ""},
+		{"and with it the podIP", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, ""},
+		{"but not another pod's with that address", api(sources{Pods: []endpoint.Pod{pod("b", 1, fresh, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, "10.0.0.1:80"},
 		{"a record that the API does not know yet", api(sources{Records: []state.Attachment{record("a", 1, 59*time.Second)}}), nil, "10.0.0.1:80"},
 		{"the same after a minute", api(sources{Records: []state.Attachment{record("a", 1, time.Minute)}}), nil, ""},
 		{"the same while its host interface stands", api(sources{Records: []state.Attachment{record("a", 1, time.Hour)}, Interfaces: map[string]bool{"veth-a": true}}), nil, "10.0.0.1:80"},

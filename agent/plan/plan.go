@@ -75,7 +75,7 @@ type Service struct {
 	HostInterface []string
 	HostClients   bool
 	ExcludeTarget bool
-	// WithoutEndpoint is Refuse, Hold or Pass.
+	// WithoutEndpoint is Refuse, Hold or Pass; it does not count where there are endpoints.
 	WithoutEndpoint Action
 	// Endpoints all have the family of the frontend. More than one: new flows spread over them evenly.
 	Endpoints []netip.AddrPort

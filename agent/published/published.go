@@ -56,7 +56,9 @@ type MagicIP struct {
 	ClaimedAt time.Time `json:"claimedAt"`
 	// Refused is the reason why this claim is not served; empty where it is.
 	Refused string `json:"refused,omitempty"`
-	// Endpoints is where traffic goes now; empty means that it is refused (or as noEndpoint says).
+	// Action is what becomes of new packets: serve, refuse, hold or pass; empty where the claim is refused.
+	Action string `json:"action,omitempty"`
+	// Endpoints is where traffic goes now.
 	Endpoints []Endpoint `json:"endpoints"`
 	// LostAt is when the last endpoint went.
 	LostAt time.Time `json:"lostAt,omitzero"`
