@@ -357,7 +357,8 @@ func TestNothingLeaks(t *testing.T) {
 			want("with a target", "answered by echo")
 			for _, probe := range probes {
 				if _, err := probe.Await(patience(t), lab.AnsweredBy("echo")); err != nil {
-					t.Errorf("a client from before the agent does not reach the target: %v", err)
+					outcomes := probe.Outcomes()
+					t.Errorf("a client from before the agent does not reach the target: %v; last outcome %+v", err, outcomes[len(outcomes)-1])
 				}
 				probe.Stop()
 			}
@@ -398,7 +399,6 @@ func TestReplacement(t *testing.T) {
 				for i, probe := range probes {
 					if _, err := probe.Await(patience(t), lab.AnsweredBy("new")); err != nil {
 						t.Errorf("probe %d never reached the new target: %v", i, err)
-						t.Log(w.Run(t.Context(), "conntrack", "-L", "-f", "ipv6"))
 					}
 				}
 				settled := time.Now()
@@ -431,9 +431,9 @@ func TestAgentRestart(t *testing.T) {
 			w.echo("echo")
 			var probes []*lab.Probe
 			for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
-				probes = append(probes, w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(false), Timeout: time.Second}, 3*time.Millisecond))
+				probes = append(probes, w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(false), Timeout: time.Second}, time.Millisecond))
 			}
-			for i := range 4 {
+			for i := range 8 {
 				if i%2 == 0 {
 					if err := w.agent.Stop(patience(t)); err != nil {
 						t.Fatalf("SIGTERM: %v", err)

@@ -86,10 +86,15 @@ func (t *fakeTable) list(context.Context) (*listing, error) {
 			l.elements[name][key] = concat(element.Value...)
 		}
 	}
+	for name := range t.Table.Chains {
+		l.objects = append(l.objects, object{"chain", name})
+	}
 	for name, set := range t.Table.Sets {
+		l.objects = append(l.objects, object{"set", name})
 		add(name, set.Elements)
 	}
 	for name, m := range t.Table.Maps {
+		l.objects = append(l.objects, object{"map", name})
 		add(name, m.Elements)
 	}
 	for line := range strings.Lines(t.Dump()) {

@@ -62,7 +62,8 @@ func newIPTables(agentName string, v variant) *IPTables {
 	i := &IPTables{variant: v}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
 		i.families = append(i.families, &xfamily{
-			family: family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
+			generation: newGeneration(),
+			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
 			moved: map[string]time.Time{},
 		})
 	}
@@ -193,8 +194,9 @@ type xfamily struct {
 	tables []xtable
 	// listed is how iptables-save shows our chains, for each of tables; seen, the generation of the
 	// kernel's nftables rules at which all was last known to be as wanted, 0 where that is not known.
-	listed [][]xchain
-	seen   uint32
+	listed     [][]xchain
+	seen       uint32
+	generation func() (uint32, error)
 	// moved is when a jump was last put before those of others, by table and hook.
 	moved map[string]time.Time
 }
@@ -328,7 +330,7 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 	now := uint32(0)
 	if !f.variant.legacy {
 		var err error
-		if now, err = generation(); err != nil {
+		if now, err = f.generation(); err != nil {
 			return nil, err
 		}
 		if now == f.seen {

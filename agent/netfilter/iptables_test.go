@@ -98,6 +98,7 @@ func TestIPTablesSyncTwiceChangesNothing(t *testing.T) {
 			mustSync(t, backend, &p)
 			wantIntact(t, backend)
 			first := savedRules(t, suffix)
+			generation := newGeneration()
 			before, err := generation()
 			if err != nil {
 				t.Fatal(err)

@@ -202,6 +202,7 @@ func TestNFTablesInKernel(t *testing.T) {
 		PodInterfaces: []string{"cni0", "veth0"},
 		Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}},
 	}
+	generation := newGeneration()
 	sync := func(in plan.Input) (changed bool) {
 		t.Helper()
 		before, err := generation()

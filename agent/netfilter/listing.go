@@ -14,8 +14,11 @@ type listing struct {
 	// structure is all but the elements: tables, chains, rules in order, sets. It is compared with an
 	// earlier listing of the same nft, never with what we wrote: nft words rules in its own way.
 	structure string
+	objects   []object                     // chains, sets and maps
 	elements  map[string]map[string]string // by set, key to value
 }
+
+type object struct{ kind, name string }
 
 func parseListing(out []byte) (*listing, error) {
 	var document struct {
@@ -26,8 +29,8 @@ func parseListing(out []byte) (*listing, error) {
 	}
 	l := &listing{exists: true, elements: map[string]map[string]string{}}
 	var lines []string
-	for _, object := range document.Nftables {
-		for kind, fields := range object {
+	for _, entry := range document.Nftables {
+		for kind, fields := range entry {
 			if kind == "metainfo" {
 				continue
 			}
@@ -49,13 +52,14 @@ func parseListing(out []byte) (*listing, error) {
 			if err != nil {
 				return nil, err
 			}
-			object := kind
+			words := kind
 			if name, ok := fields["name"].(string); ok {
-				object += " " + name
+				words += " " + name
+				l.objects = append(l.objects, object{kind, name})
 			} else if chain, ok := fields["chain"].(string); ok {
-				object += " in chain " + chain
+				words += " in chain " + chain
 			}
-			lines = append(lines, object+": "+string(line))
+			lines = append(lines, words+": "+string(line))
 		}
 	}
 	l.structure = strings.Join(lines, "\n")
@@ -135,12 +139,12 @@ func structureDiff(wanted, there []string) []string {
 	}
 	var differs []string
 	for line, surplus := range count {
-		object, _, _ := strings.Cut(line, ": ")
+		words, _, _ := strings.Cut(line, ": ")
 		switch {
 		case surplus > 0:
-			differs = append(differs, "missing "+object)
+			differs = append(differs, "missing "+words)
 		case surplus < 0:
-			differs = append(differs, "foreign or changed "+object)
+			differs = append(differs, "foreign or changed "+words)
 		}
 	}
 	slices.Sort(differs)

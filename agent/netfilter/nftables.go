@@ -49,7 +49,7 @@ func newNFTables(agentName string) (*NFTables, error) {
 			return nil, err
 		}
 		n.tables = append(n.tables, &table{
-			family: family, name: name, nft: nft, generation: generation,
+			family: family, name: name, nft: nft, generation: newGeneration(),
 			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
 		})
 	}
@@ -150,9 +150,7 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 			}
 		}
 	default:
-		tx := t.nft.NewTransaction()
-		wanted.write(tx, comment)
-		if err := t.nft.Run(ctx, tx); err != nil {
+		if err := t.load(ctx, wanted); err != nil {
 			return err
 		}
 		if err := t.remember(ctx, wanted); err != nil {
@@ -161,6 +159,30 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 	}
 	t.known, t.rules = true, wanted
 	return nil
+}
+
+// load puts all of wanted in place of whatever is there.
+func (t *table) load(ctx context.Context, wanted *ruleset) error {
+	there, err := t.list(ctx)
+	if err != nil {
+		return err
+	}
+	tx := t.nft.NewTransaction()
+	wanted.write(tx, comment)
+	if err := t.nft.Run(ctx, tx); err != nil {
+		// Another version may have made a set of the same name with another type. Then it has to be the
+		// hard way, which can refuse a packet that is just on its way.
+		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
+			return err
+		}
+		return nil
+	}
+	tx = t.nft.NewTransaction()
+	wanted.tidy(tx, there.objects)
+	if tx.NumOperations() == 0 {
+		return nil
+	}
+	return t.nft.Run(ctx, tx)
 }
 
 // remember takes down how nft lists the structure that was just loaded, to compare with later.

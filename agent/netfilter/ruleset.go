@@ -55,10 +55,12 @@ func concat(parts ...string) string { return strings.Join(parts, " . ") }
 // Why these hooks. The filter chains run before any destination NAT of ours or of others (priority
 // dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be refused, and
 // so that what is not for this client never reaches routing. Reject in prerouting needs Linux 5.9. They
-// see every packet of a flow with the magic IP still as its destination, translated flows included:
-// hence the exemption in chain refuse. The nat chains see the first packet of a flow only.
+// see every packet of a flow with the magic IP still as its destination. A translated flow is let through
+// before anything else is looked at: its first packet was allowed, and it ends when its sandbox does (see
+// plan.Stale). The nat chains see the first packet of a flow only.
 func render(p *plan.Plan, family knftables.Family) ruleset {
 	ip := string(family)
+	const translated = "ct status & dnat == dnat accept"
 	rs := ruleset{chains: []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
 			rules: []string{ip + " daddr @addresses goto from-network"}},
@@ -72,21 +74,21 @@ func render(p *plan.Plan, family knftables.Family) ruleset {
 			rules: []string{"ct status & dnat == dnat ct original " + ip + " daddr @addresses goto masquerade-replies"}},
 
 		{name: "from-network", comment: "what to do with a packet that comes in by an interface", rules: []string{
+			translated,
 			frontendKey(ip) + " vmap @services",
 			"iifname @pod-interfaces goto refuse",
 			"drop",
 		}},
 		{name: "from-host", comment: "what to do with a packet of a process of this node", rules: []string{
+			translated,
 			frontendKey(ip) + " vmap @host-services",
 			"goto refuse",
 		}},
-		{name: "refuse", comment: "a flow that began with an endpoint ends when its sandbox does", rules: []string{
-			"ct status & dnat == dnat accept",
+		{name: "refuse", comment: "an answer at once", rules: []string{
 			"meta l4proto tcp reject with tcp reset",
 			"reject",
 		}},
 		{name: "hold", comment: "wait for the next endpoint", rules: []string{
-			"ct status & dnat == dnat accept",
 			"tcp flags & (fin | syn | rst | ack) == syn drop",
 			"meta l4proto { udp, sctp } drop",
 			"goto refuse",
@@ -240,17 +242,22 @@ func (rs *ruleset) sameStructure(other *ruleset) bool {
 	})
 }
 
-// write is the transaction that puts the whole table in place of whatever is there, in one step.
+// write is the transaction that fills the table with rs, whatever was in it before.
+//
+// It empties what is there and fills it again, in one step, and never deletes the table to make it anew: a
+// packet on its way through the old chains would meet deleted sets, find its address in none of them and
+// be refused (seen on Linux 6.18: a walk through the rules belongs to one generation, but each lookup in a
+// set to the one that is current by then).
 func (rs *ruleset) write(tx *knftables.Transaction, comment string) {
 	table := &knftables.Table{Comment: knftables.PtrTo(comment)}
-	tx.Add(&knftables.Table{})
-	tx.Delete(&knftables.Table{})
 	tx.Add(table)
+	tx.Flush(table)
 	for _, c := range rs.chains {
 		tx.Add(c.object())
 	}
 	for _, s := range rs.sets {
 		tx.Add(s.object())
+		tx.Flush(s.object())
 		for _, key := range slices.Sorted(maps.Keys(s.elements)) {
 			tx.Add(s.element(key))
 		}
@@ -258,6 +265,26 @@ func (rs *ruleset) write(tx *knftables.Transaction, comment string) {
 	for _, c := range rs.chains {
 		for _, rule := range c.rules {
 			tx.Add(&knftables.Rule{Chain: c.name, Rule: rule})
+		}
+	}
+}
+
+// tidy is the transaction that deletes what rs does not have. It comes after write: what a chain was
+// referred to by is gone by then.
+func (rs *ruleset) tidy(tx *knftables.Transaction, there []object) {
+	for _, o := range there {
+		isChain := func(c chain) bool { return o.kind == "chain" && o.name == c.name }
+		isSet := func(s set) bool { return o.kind == s.kind() && o.name == s.name }
+		if slices.ContainsFunc(rs.chains, isChain) || slices.ContainsFunc(rs.sets, isSet) {
+			continue
+		}
+		switch o.kind {
+		case "chain":
+			tx.Delete(&knftables.Chain{Name: o.name})
+		case "set":
+			tx.Delete(&knftables.Set{Name: o.name})
+		case "map":
+			tx.Delete(&knftables.Map{Name: o.name})
 		}
 	}
 }
@@ -288,6 +315,13 @@ func (c chain) object() *knftables.Chain {
 		object.Type, object.Hook, object.Priority = &c.kind, &c.hook, &c.priority
 	}
 	return object
+}
+
+func (s set) kind() string {
+	if s.value != "" {
+		return "map"
+	}
+	return "set"
 }
 
 func (s set) object() knftables.Object {
