@@ -124,7 +124,7 @@ func play(t *testing.T, sections map[string]string) (rules string) {
 		}
 		synctest.Wait()
 		before := s.backend.Transactions()
-		s.wake(allSources &^ Poll)
+		s.wake(allSources &^ (Poll | Rules))
 		synctest.Wait()
 		if after := s.backend.Transactions(); after != before {
 			t.Errorf("events, line %d: %s: the second sync ran %d more transactions", i+1, line, after-before)
@@ -140,11 +140,12 @@ func (s *stage) start() {
 	ready := make(chan struct{})
 	go func() {
 		ended <- Run(ctx, Options{
-			RuntimeDir: s.dir,
-			Load:       func() (Config, error) { return Parse(strings.NewReader(s.config), true) },
-			Backend:    s.backend,
-			Flows:      &s.sweeps,
-			Node:       s,
+			RuntimeDir:   s.dir,
+			Load:         func() (Config, error) { return Parse(strings.NewReader(s.config), true) },
+			Backend:      s.backend,
+			Flows:        &s.sweeps,
+			Node:         s,
+			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
 			Watchers: []Watcher{func(ctx context.Context, wake func(Source)) error {
 				s.wake = wake
 				close(ready)

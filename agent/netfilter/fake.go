@@ -20,7 +20,7 @@ type Fake struct {
 func NewFake(agentName string) *Fake {
 	fake := &Fake{NFTables: &NFTables{}}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := "magic-ip-" + agentName
+		name := tablePrefix + agentName
 		t := &fakeTable{Fake: knftables.NewFake(family, name)}
 		fake.tables = append(fake.tables, t)
 		fake.NFTables.tables = append(fake.NFTables.tables, &table{

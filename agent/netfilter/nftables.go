@@ -43,7 +43,7 @@ func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
 func newNFTables(agentName string) (*NFTables, error) {
 	n := &NFTables{}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := "magic-ip-" + agentName
+		name := tablePrefix + agentName
 		nft, err := knftables.New(family, name)
 		if err != nil {
 			return nil, err
@@ -89,6 +89,9 @@ func (n *NFTables) Remove(ctx context.Context) error {
 	}
 	return err
 }
+
+// tablePrefix begins the name of every agent's tables.
+const tablePrefix = "magic-ip-"
 
 const comment = "rules of magic-ip-agent: changes made by hand are mended"
 
