@@ -232,8 +232,7 @@ func (a *Agent) serve(ctx context.Context) {
 
 const (
 	minBackoff = 100 * time.Millisecond
-	// mendPause keeps the agent from fighting with somebody who changes its rules again and again; then
-	// each poll mends them.
+	// mendPause keeps the agent from fighting with somebody who changes its rules again and again.
 	mendPause       = time.Second
 	foreignInterval = 10 * time.Minute
 )
@@ -256,12 +255,18 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	next = a.decide(now)
 	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
-	if changed&Poll != 0 || changed&Rules != 0 && now.Sub(a.mendedAt) > mendPause {
+	pause := a.mendedAt.Add(mendPause).Sub(now)
+	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
 		differs, err := a.Backend.Verify(ctx)
 		a.note(a.Backend.Name()+" verify", err)
 		if len(differs) > 0 {
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
 			fresh, a.mendedAt = true, now
+		}
+	} else if changed&Rules != 0 {
+		a.pending.Or(uint32(Rules)) // for the next look, below
+		if next == 0 || pause < next {
+			next = pause
 		}
 	}
 	if changed&Poll != 0 {

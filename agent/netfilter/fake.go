@@ -28,6 +28,9 @@ func NewFake(agentName string) *Fake {
 			generation: func() (uint32, error) { return t.generation.Load(), nil },
 		})
 	}
+	for _, t := range fake.NFTables.tables {
+		t.siblings = fake.NFTables.tables
+	}
 	return fake
 }
 

@@ -14,20 +14,24 @@ import (
 // Tools that are missing have made no rules.
 func ForeignDNAT(ctx context.Context, addresses []netip.Addr) []string {
 	var found []string
-	if out, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "ruleset").Output(); err == nil {
-		found = append(found, foreignNFT(string(out), addresses)...)
-	}
-	for _, save := range []string{"iptables-nft-save", "iptables-legacy-save", "ip6tables-nft-save", "ip6tables-legacy-save"} {
+	told := map[string]bool{} // nft tables that a save command has told of
+	for save, table := range map[string]string{
+		"iptables-nft-save": "ip nat", "ip6tables-nft-save": "ip6 nat", "iptables-legacy-save": "", "ip6tables-legacy-save": "",
+	} {
 		if out, err := exec.CommandContext(ctx, save, "-t", "nat").Output(); err == nil {
+			told[table] = true
 			found = append(found, foreignIPTables(save, string(out), addresses)...)
 		}
 	}
+	if out, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "ruleset").Output(); err == nil {
+		found = append(found, foreignNFT(string(out), told, addresses)...)
+	}
+	slices.Sort(found)
 	return found
 }
 
-// foreignNFT looks through what `nft list ruleset` prints. What iptables-nft has made is left to its own
-// save command: nft may not be able to word it.
-func foreignNFT(ruleset string, addresses []netip.Addr) []string {
+// foreignNFT looks through what `nft list ruleset` prints, but for the tables that have been told of.
+func foreignNFT(ruleset string, told map[string]bool, addresses []netip.Addr) []string {
 	var found []string
 	table, chain := "", ""
 	for line := range strings.Lines(ruleset) {
@@ -37,7 +41,7 @@ func foreignNFT(ruleset string, addresses []netip.Addr) []string {
 			table = words[1] + " " + words[2]
 		case len(words) >= 2 && words[0] == "chain":
 			chain = words[1]
-		case strings.Contains(table, " "+tablePrefix) || !slices.Contains(words, "dnat"):
+		case told[table] || strings.Contains(table, " "+tablePrefix) || !slices.Contains(words, "dnat"):
 		case slices.ContainsFunc(words, func(w string) bool { return isOneOf(w, addresses) }):
 			found = append(found, fmt.Sprintf("nft table %s, chain %s: %s", table, chain, strings.TrimSpace(line)))
 		}
