@@ -35,6 +35,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	links NAME …                       the interfaces that pods are behind
 //	link NAME, unlink NAME             a host interface comes or goes
 //	own ADDR …                         the node's own addresses
+//	no-ipv6                            the node has no IPv6
 //	bridge NAME                        a bridge whose frames do not pass netfilter
 //	restart                            the agent is stopped and started
 //	lose-state, corrupt-state          the state file goes, or turns into garbage
@@ -105,7 +106,7 @@ type stage struct {
 func play(t *testing.T, sections map[string]string) (rules string) {
 	s := &stage{
 		t: t, dir: t.TempDir(), config: sections["config"], backend: netfilter.NewFake("default.magic-ip"),
-		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}},
+		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}, IPv6: true},
 	}
 	s.start()
 	defer func() {
@@ -206,6 +207,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		s.wake(Network)
 	case "bridge":
 		s.network.Bridges = []plan.Bridge{{Name: args[0], Unfiltered4: true, Unfiltered6: true}}
+		s.wake(Network)
+	case "no-ipv6":
+		s.network.IPv6 = false
 		s.wake(Network)
 	case "restart":
 		s.stop()
