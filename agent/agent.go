@@ -45,6 +45,16 @@ type Node interface {
 	EnableHairpin(hostInterface string) (switched bool, err error)
 }
 
+// API is the Kubernetes API.
+type API interface {
+	// Select makes these the namespaces whose pods are asked for.
+	Select(namespaces []string)
+	// View is what it said last.
+	View() endpoint.View
+	// Poll asks again where that is needed.
+	Poll(ctx context.Context)
+}
+
 // Source is what may have changed.
 type Source uint32
 
@@ -55,8 +65,9 @@ const (
 	Others                        // what other agents have published
 	Settings                      // the configuration
 	Rules                         // the kernel's rules: somebody else has changed ours
+	Pods                          // the Kubernetes API
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Rules | Poll
+	allSources = Records | Network | Others | Settings | Rules | Pods | Poll
 )
 
 // Watcher calls wake when a source may have changed, until ctx ends.
@@ -72,6 +83,7 @@ type Options struct {
 	BackendNote string
 	Flows       Flows
 	Node        Node
+	API         API // nil: what the CNI plugin records is all that is known
 	// ForeignRules names the rules of others that translate one of these addresses.
 	ForeignRules func(context.Context, []netip.Addr) []string
 	Watchers     []Watcher
@@ -87,6 +99,7 @@ type Agent struct {
 	config    Config
 	startedAt time.Time
 	records   records
+	pods      pods
 	network   node.Network
 	others    []*published.Agent
 	// restored is what this agent had published before it was restarted.
@@ -124,7 +137,7 @@ var ErrStandby = errors.New("ended while standing by")
 
 // Run serves until ctx ends, and then leaves the rules in place. It first waits for its name to be free.
 func Run(ctx context.Context, options Options) error {
-	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}}
+	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}, pods: pods{withdrawn: map[string][]netip.Addr{}}}
 	var err error
 	if a.config, err = a.Load(); err != nil {
 		return fmt.Errorf("configuration: %w", err)
@@ -241,7 +254,7 @@ const (
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
 func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	a.read(changed)
+	a.read(ctx, changed)
 	if ctx.Err() != nil {
 		return 0, true
 	}
@@ -250,7 +263,7 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		// sees the older in time.
 		a.decide(now)
 		a.publish(now, false)
-		a.read(Others)
+		a.read(ctx, Others)
 	}
 	next = a.decide(now)
 	p := a.plan(now)
