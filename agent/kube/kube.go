@@ -193,7 +193,7 @@ func (p *Pods) newFeed(namespace string) *feed {
 			}), nil
 		},
 	}
-	f.informer = cache.NewSharedIndexInformer(lw, &corev1.Pod{}, 0, cache.Indexers{})
+	f.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, p.client), &corev1.Pod{}, 0, cache.Indexers{})
 	changed := func(any) { f.pods.wake() }
 	// These fail only for an informer that runs already.
 	_ = f.informer.SetTransform(trim)
