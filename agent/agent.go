@@ -268,13 +268,14 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	next = a.decide(now)
 	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
+	damaged := false
 	pause := a.mendedAt.Add(mendPause).Sub(now)
 	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
 		differs, err := a.Backend.Verify(ctx)
 		a.note(a.Backend.Name()+" verify", err)
 		if len(differs) > 0 {
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
-			fresh, a.mendedAt = true, now
+			fresh, damaged, a.mendedAt = true, true, now
 		}
 	} else if changed&Rules != 0 {
 		a.pending.Or(uint32(Rules)) // for the next look, below
@@ -299,7 +300,7 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			ok = false
 		} else {
 			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
-			a.sweep(ctx, &p)
+			a.sweep(ctx, &p, damaged)
 			a.applied, a.syncedAt = &p, now
 		}
 	}
@@ -328,15 +329,21 @@ func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
 	a.foreign.rules = found
 }
 
-// sweep deletes the flows that the plan now in the kernel has made stale.
-func (a *Agent) sweep(ctx context.Context, p *plan.Plan) {
+// sweep deletes the flows that the plan now in the kernel has made stale. While rules were damaged, new flows
+// of any frontend may have gone anywhere.
+func (a *Agent) sweep(ctx context.Context, p *plan.Plan, damaged bool) {
 	change := p.Since(a.applied)
+	if damaged {
+		anew := p.Since(nil)
+		change.Frontends, change.Untranslated = anew.Frontends, anew.Untranslated
+	}
 	deleted, err := a.Flows.Sweep(ctx, p, change)
 	a.note("conntrack", err)
 	if deleted > 0 {
 		a.Log.Info("flows ended whose endpoint is gone", "flows", deleted)
 	}
 	a.again.Frontends = append(a.again.Frontends, change.Frontends...)
+	a.again.Untranslated = append(a.again.Untranslated, change.Untranslated...)
 	a.again.Removed = append(a.again.Removed, change.Removed...)
 	a.again.Gone = append(a.again.Gone, change.Gone...)
 }
