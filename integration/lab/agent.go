@@ -47,6 +47,14 @@ func (n *Node) StartAgent(config []byte, flags ...string) (*Agent, error) {
 	return agent, nil
 }
 
+// AgentStatus is what `magic-ip-agent status` prints.
+func (n *Node) AgentStatus(ctx context.Context) (string, error) {
+	if err := present(n.binaries.Agent); err != nil {
+		return "", err
+	}
+	return n.Run(ctx, n.binaries.Agent, "status", "--runtime-dir", RuntimeDir)
+}
+
 // Stop sends SIGTERM and waits for the end of the process, whose failure it returns.
 func (a *Agent) Stop(ctx context.Context) error {
 	select {

@@ -88,6 +88,7 @@ type Node struct {
 
 	mu     sync.Mutex
 	agents int // started so far
+	routed int // pods attached by AddRouted so far
 }
 
 // NewNode makes a node; the caller closes it.
