@@ -167,7 +167,7 @@ func TestNothingLeaks(t *testing.T) {
 		w := newWorld(t, backend, "bridge")
 		w.beyond(plain)
 		w.addClient()
-		want := func(row, prefix string) {
+		ask := func(row, prefix string) {
 			t.Helper()
 			bothFamilies(func(six bool) {
 				for _, from := range []string{"client", lab.Host} {
@@ -175,7 +175,7 @@ func TestNothingLeaks(t *testing.T) {
 				}
 			})
 		}
-		want(beforeAgent, "answered by impostor")
+		ask(beforeAgent, "answered by impostor")
 		// These flows are known to the kernel as flows to the impostor. They must not go on.
 		probes := map[*lab.Probe]bool{}
 		for _, six := range []bool{false, true} {
@@ -197,14 +197,14 @@ func TestNothingLeaks(t *testing.T) {
 			}
 		}
 		w.start(config())
-		want(beforeAgent, "refused")
+		ask(beforeAgent, "refused")
 		awaitAll(lab.Unanswered)
 		w.addTarget("echo")
 		w.echo("echo")
-		want(beforeAgent, "answered by echo")
+		ask(beforeAgent, "answered by echo")
 		awaitAll(lab.AnsweredBy("echo"))
 		w.agent.Kill()
-		want(agentDead, "answered by echo")
+		ask(agentDead, "answered by echo")
 	})
 }
 
