@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -53,8 +54,9 @@ const (
 	Network                       // links, addresses, default routes
 	Others                        // what other agents have published
 	Settings                      // the configuration
+	Rules                         // the kernel's rules: somebody else has changed ours
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Poll
+	allSources = Records | Network | Others | Settings | Rules | Poll
 )
 
 // Watcher calls wake when a source may have changed, until ctx ends.
@@ -70,8 +72,10 @@ type Options struct {
 	BackendNote string
 	Flows       Flows
 	Node        Node
-	Watchers    []Watcher
-	Log         *slog.Logger
+	// ForeignRules names the rules of others that translate one of these addresses.
+	ForeignRules func(context.Context, []netip.Addr) []string
+	Watchers     []Watcher
+	Log          *slog.Logger
 }
 
 // Agent is one running agent. Its methods but wake are called by one goroutine only.
@@ -94,8 +98,17 @@ type Agent struct {
 	// again is swept a second time with the next poll: a packet that was on its way through the old rules
 	// while the table was dumped makes its entry after the dump.
 	again     plan.Change
+	mendedAt  time.Time
+	foreign   foreign
 	published *published.Agent
 	errs      map[string]string // by what failed, what is wrong now
+}
+
+// foreign are the rules of others that translate our addresses, as of the last look.
+type foreign struct {
+	at        time.Time
+	addresses []netip.Addr
+	rules     []string
 }
 
 // service is what the agent remembers of a frontend.
@@ -217,7 +230,12 @@ func (a *Agent) serve(ctx context.Context) {
 	}
 }
 
-const minBackoff = 100 * time.Millisecond
+const (
+	minBackoff = 100 * time.Millisecond
+	// mendPause keeps the agent from fighting with somebody who changes its rules again and again.
+	mendPause       = time.Second
+	foreignInterval = 10 * time.Minute
+)
 
 // sync reads what has changed and brings kernel and published file to the state that follows. next is
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
@@ -237,18 +255,27 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	next = a.decide(now)
 	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
-	if changed&Poll != 0 {
+	pause := a.mendedAt.Add(mendPause).Sub(now)
+	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
 		differs, err := a.Backend.Verify(ctx)
 		a.note(a.Backend.Name()+" verify", err)
 		if len(differs) > 0 {
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
-			fresh = true
+			fresh, a.mendedAt = true, now
 		}
+	} else if changed&Rules != 0 {
+		a.pending.Or(uint32(Rules)) // for the next look, below
+		if next == 0 || pause < next {
+			next = pause
+		}
+	}
+	if changed&Poll != 0 {
 		if !a.again.Empty() {
 			_, err := a.Flows.Sweep(ctx, a.applied, a.again)
 			a.note("conntrack", err)
 			a.again = plan.Change{}
 		}
+		a.lookForForeign(ctx, now)
 	}
 	ok = true
 	if fresh || a.errs[a.Backend.Name()] != "" {
@@ -266,6 +293,26 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	a.hairpin()
 	a.publish(now, changed&Poll != 0)
 	return next, ok
+}
+
+// lookForForeign names rules of others that translate our addresses. It is a look at all rules of the
+// node, so it is done seldom: at the start, when the addresses change, and every foreignInterval.
+func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
+	var addresses []netip.Addr
+	for _, port := range a.config.Ports {
+		addresses = append(addresses, port.Address)
+	}
+	if slices.Equal(addresses, a.foreign.addresses) && now.Sub(a.foreign.at) < foreignInterval {
+		return
+	}
+	a.foreign.addresses, a.foreign.at = addresses, now
+	found := a.ForeignRules(ctx, addresses)
+	for _, rule := range found {
+		if !slices.Contains(a.foreign.rules, rule) {
+			a.Log.Warn("somebody else translates a magic IP too; remove the rule", "rule", rule)
+		}
+	}
+	a.foreign.rules = found
 }
 
 // sweep deletes the flows that the plan now in the kernel has made stale.

@@ -81,6 +81,9 @@ func (a *Agent) refusal(port Port, claimedAt time.Time) string {
 	if slices.Contains(a.network.Addresses, port.Address) {
 		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
 	}
+	if port.Address.Is6() && !a.network.IPv6 {
+		return "this node has no IPv6: no route of it leads anywhere"
+	}
 	for _, other := range a.others {
 		for _, m := range other.MagicIPs {
 			older := m.ClaimedAt.Before(claimedAt) || m.ClaimedAt.Equal(claimedAt) && other.Name < a.config.Name

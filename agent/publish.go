@@ -81,5 +81,8 @@ func (a *Agent) notes() []string {
 		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
 	}
+	for _, rule := range a.foreign.rules {
+		notes = append(notes, "somebody else translates a magic IP too; remove the rule: "+rule)
+	}
 	return notes
 }

@@ -44,7 +44,7 @@ func TestUnfilteredBridge(t *testing.T) {
 		ask(sameBridge, "client", "answered by echo, seen as node")
 		ask(sameBridge, "echo", "answered by echo, seen as node")
 		ask(otherNetwork, "elsewhere", "answered by echo, seen as elsewhere")
-		status, err := w.AgentStatus(t.Context())
+		status, err := w.RunAgent(t.Context(), "status", "--runtime-dir", lab.RuntimeDir)
 		if err == nil && !strings.Contains(status, "note: "+note) {
 			err = fmt.Errorf("status does not tell of the bridge:\n%s", status)
 		}

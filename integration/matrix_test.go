@@ -62,6 +62,7 @@ const (
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
 	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
 	beforeAgent   = "flow from before the agent: ended, then served"
+	leftover      = "DNAT rule of another tool: does not take packets"
 	agentDead     = "agent killed: rules stay"
 	replaced      = "target replaced under load: nothing fails after"
 	streamStays   = "TCP stream: stays while its sandbox stands"
@@ -85,7 +86,7 @@ var rows = []row{
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
 	{newUplink, onBridge}, {formerUplink, onBridge},
 	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge},
-	{beforeAgent, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
+	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},
 }

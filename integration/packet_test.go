@@ -105,7 +105,7 @@ func testPackets(t *testing.T, w *world) {
 	w.askAll(questions)
 	bothFamilies(func(six bool) {
 		w.note(uplinkDropped, six, w.want(lab.Uplink, netip.AddrPortFrom(family(attached.IPs, six), port), "answered by echo"))
-		w.note(podPing, six, w.ping("client", magic(six).Addr()))
+		w.note(podPing, six, errors.Join(w.ping("client", magic(six).Addr()), w.ping(lab.Host, magic(six).Addr())))
 	})
 
 	if err := echo.Close(); err != nil {
@@ -158,6 +158,40 @@ func (w *world) ping(from string, to netip.Addr) error {
 		return fmt.Errorf("ping to %s: got %q, want refused", to, got)
 	}
 	return nil
+}
+
+// TestLeftoverTranslation: a rule like that of the bash tool, left behind, does not take packets from us.
+func TestLeftoverTranslation(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.addClient()
+		theirs := w.addPod("ptp", lab.Pod{Name: "theirs", Namespace: "elsewhere"})
+		w.echo("theirs")
+		_, variant, isIPTables := strings.Cut(backend, "-")
+		if !isIPTables {
+			variant = "nft"
+		}
+		for _, six := range []bool{false, true} {
+			tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[six] + variant
+			for _, chain := range []string{"PREROUTING", "OUTPUT"} {
+				for _, protocol := range []string{"tcp", "udp"} {
+					w.run(fmt.Sprintf("%s -t nat -A %s -d %s -p %s -j DNAT --to-destination %s", tool, chain, magic(six).Addr(), protocol, family(theirs.IPs, six)))
+				}
+			}
+		}
+		ask := func(want string) {
+			t.Helper()
+			bothFamilies(func(six bool) {
+				w.note(leftover, six, errors.Join(w.want("client", magic(six), want), w.want(lab.Host, magic(six), want)))
+			})
+		}
+		ask("answered by theirs")
+		w.start(config())
+		ask("refused")
+		w.addTarget("echo")
+		w.echo("echo")
+		ask("answered by echo")
+	})
 }
 
 // TestNothingLeaks puts an impostor with the magic IP on the network beyond the node: without an agent

@@ -65,16 +65,20 @@ func (f *runFlags) run(ctx context.Context) error {
 	}
 	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
 	err = agent.Run(ctx, agent.Options{
-		RuntimeDir:  f.runtimeDir,
-		Load:        f.load,
-		Backend:     backend,
-		BackendNote: backend.Reason,
-		Flows:       netfilter.Conntrack{},
-		Node:        node.Kernel{},
+		RuntimeDir:   f.runtimeDir,
+		Load:         f.load,
+		Backend:      backend,
+		BackendNote:  backend.Reason,
+		Flows:        netfilter.Conntrack{},
+		Node:         node.Kernel{},
+		ForeignRules: netfilter.ForeignDNAT,
 		Watchers: []agent.Watcher{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return node.Watch(ctx, func() { wake(agent.Network) })
+			},
+			func(ctx context.Context, wake func(agent.Source)) error {
+				return backend.Watch(ctx, func() { wake(agent.Rules) })
 			},
 		},
 		Log: log,

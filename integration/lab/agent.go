@@ -47,14 +47,6 @@ func (n *Node) StartAgent(config []byte, flags ...string) (*Agent, error) {
 	return agent, nil
 }
 
-// AgentStatus is what `magic-ip-agent status` prints.
-func (n *Node) AgentStatus(ctx context.Context) (string, error) {
-	if err := present(n.binaries.Agent); err != nil {
-		return "", err
-	}
-	return n.Run(ctx, n.binaries.Agent, "status", "--runtime-dir", RuntimeDir)
-}
-
 // Stop sends SIGTERM and waits for the end of the process, whose failure it returns.
 func (a *Agent) Stop(ctx context.Context) error {
 	select {
@@ -109,4 +101,12 @@ func (b *logBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.buffer.String()
+}
+
+// RunAgent runs another command of the agent's binary inside the node and returns what it printed.
+func (n *Node) RunAgent(ctx context.Context, args ...string) (string, error) {
+	if err := present(n.binaries.Agent); err != nil {
+		return "", err
+	}
+	return n.Run(ctx, n.binaries.Agent, args...)
 }
