@@ -31,6 +31,7 @@ const (
 	filterIPSource      = 1 << 0
 	filterIPDestination = 1 << 1
 	filterProtocol      = 1 << 3
+	filterSourcePort    = 1 << 4
 	filterPort          = 1 << 5
 )
 
@@ -52,7 +53,7 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
 	frontends := slices.Concat(change.Frontends, change.Removed)
-	if len(frontends)+len(change.Gone) > mostFilteredDumps {
+	if len(frontends)+len(change.Frontends)+len(change.Gone) > mostFilteredDumps {
 		families := map[uint8]bool{}
 		for _, f := range frontends {
 			families[family(f.Address)] = true
@@ -67,6 +68,9 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	}
 	for _, f := range frontends {
 		err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
+	}
+	for _, f := range change.Frontends {
+		err = errors.Join(err, s.dump(ctx, family(f.Address), lateReplyFilter(f)...))
 	}
 	for _, address := range change.Gone {
 		err = errors.Join(err, s.dump(ctx, family(address), serverFilter(address)...))
@@ -152,6 +156,21 @@ func frontendFilter(f plan.Frontend) []*nl.RtAttr {
 	transport := tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
 	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(f.Protocol.Number()))
 	transport.AddRtAttr(nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, f.Port))
+	return []*nl.RtAttr{tuple, tupleFilter(flags, 0)}
+}
+
+// lateReplyFilter lets flows through that began with a packet from f (see plan.Stale); for IPv6, see above.
+func lateReplyFilter(f plan.Frontend) []*nl.RtAttr {
+	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
+	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
+	flags := uint32(filterProtocol | filterSourcePort)
+	if f.Address.Is4() {
+		ip.AddRtAttr(nl.CTA_IP_V4_SRC, f.Address.AsSlice())
+		flags |= filterIPSource
+	}
+	transport := tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
+	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(f.Protocol.Number()))
+	transport.AddRtAttr(nl.CTA_PROTO_SRC_PORT, binary.BigEndian.AppendUint16(nil, f.Port))
 	return []*nl.RtAttr{tuple, tupleFilter(flags, 0)}
 }
 

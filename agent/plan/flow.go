@@ -25,12 +25,19 @@ type Flow struct {
 //   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
 //   - An established TCP flow stays for as long as the sandbox that serves it stands, so that a
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
+//   - A reply that is on its way while its flow is deleted makes an entry of its own, with the frontend as its
+//     source. The client's packets are replies to that one and would never be translated: it goes.
 //   - Flows that are left alone on purpose stay, and what a removed frontend never translated.
 //
 // change names the frontends that p has no more; the flows of all others than these and p's are not ours.
 func (p *Plan) Stale(f Flow, change Change) bool {
 	frontend := Frontend{f.Destination.Addr(), f.Protocol, f.Destination.Port()}
 	rule, ours := p.Find(frontend)
+	if !ours && f.Server == f.Destination {
+		if rule, ours = p.Find(Frontend{f.Source.Addr(), f.Protocol, f.Source.Port()}); ours {
+			f.Source, f.Destination, f.Server = f.Destination, f.Source, f.Source
+		}
+	}
 	if !ours && !slices.Contains(change.Removed, frontend) {
 		return false
 	}
