@@ -32,7 +32,8 @@ demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (nee
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 ./...
+	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 4
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: lint

@@ -17,7 +17,7 @@ func slowly() []byte {
 // TestDriftIsMendedAtOnce: the kernel tells of changes to our table, and the agent does not wait for a poll.
 func TestDriftIsMendedAtOnce(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "nftables", podNetworks()[0], slowly())
+	w := serving(t, "nftables", "bridge", slowly())
 	w.addClient()
 	w.addTarget("echo")
 	w.echo("echo")
@@ -44,11 +44,11 @@ func TestForeignTranslationIsNamed(t *testing.T) {
 	} {
 		t.Run(rule.name, func(t *testing.T) {
 			t.Parallel()
-			w := &world{Node: newNode(t), t: t}
+			w := newWorld(t, "nftables", "bridge")
 			if _, err := w.Run(t.Context(), "sh", "-c", rule.command); err != nil {
 				t.Fatal(err)
 			}
-			w.start(config(), "--backend", "nftables")
+			w.start(config())
 			agent := w.await("to name the rule", func(a *published.Agent) bool { return len(a.Notes) > 0 })
 			if note := strings.Join(agent.Notes, "\n"); !strings.Contains(note, "10.9.9.9:80") || len(agent.Notes) != 1 {
 				t.Errorf("notes: %s", note)
@@ -64,7 +64,7 @@ func TestForeignTranslationIsNamed(t *testing.T) {
 // TestStatus: what the operator and kubelet see of a running, and of a dead agent.
 func TestStatus(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "nftables", podNetworks()[0], config())
+	w := serving(t, "nftables", "bridge", config())
 	w.addTarget("echo")
 	status := func(flags ...string) (string, error) {
 		return w.RunAgent(t.Context(), append([]string{"status", "--runtime-dir", lab.RuntimeDir}, flags...)...)

@@ -147,9 +147,12 @@ var modelSelectors = map[string]func(labels map[string]string) bool{
 	"app,tier!=x":   func(l map[string]string) bool { return l["app"] != "" && l["tier"] != "x" },
 }
 
+// The magic IPs that are probed without a pause: those of magic().
+const modelMagic4, modelMagic6 = "169.254.210.210", "fd00:a9fe:d2d2::210"
+
 func newModel(t *testing.T, seed uint64) *model {
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), count: map[string]int{}}
-	m.world = &world{Node: newNode(t), t: t, network: "dual-stack"}
+	m.world = &world{Node: newNode(t), t: t, backend: "nftables", kind: "dual-stack"}
 	// The real plugin is for the same pods as the configurations below.
 	conf := strings.Replace(string(conflist(t, "30-dual-stack.conflist")), `"namespace": "default", "selector": "app=echo"`, `"namespace": "*", "selector": "app"`, 1)
 	addConf(t, m.Node, "30-dual-stack.conflist", []byte(conf))
@@ -160,14 +163,14 @@ func newModel(t *testing.T, seed uint64) *model {
 		}
 	}
 	m.impostor()
-	m.client = add(t, m.Node, m.network, lab.Pod{Name: "client"}) // without labels, so unrecorded
+	m.client = add(t, m.Node, "dual-stack", lab.Pod{Name: "client"}) // without labels, so unrecorded
 	for i := range modelPods {
 		pod := &modelPod{Pod: lab.Pod{Name: fmt.Sprintf("pod-%d", i)}}
 		m.pods = append(m.pods, pod)
 		m.attach(pod)
 	}
-	for _, address := range []string{magic4, magic6, "169.254.210.220", "169.254.210.221", "169.254.210.222", "169.254.210.223", "fd00:a9fe:d2d2::20"} {
-		m.magic = append(m.magic, modelMagicIP{address: netip.MustParseAddr(address), alwaysProbed: address == magic4 || address == magic6})
+	for _, address := range []string{modelMagic4, modelMagic6, "169.254.210.220", "169.254.210.221", "169.254.210.222", "169.254.210.223", "fd00:a9fe:d2d2::20"} {
+		m.magic = append(m.magic, modelMagicIP{address: netip.MustParseAddr(address), alwaysProbed: address == modelMagic4 || address == modelMagic6})
 		m.reconfigure(&m.magic[len(m.magic)-1])
 	}
 	for _, magic := range m.magic {
@@ -189,7 +192,7 @@ func newModel(t *testing.T, seed uint64) *model {
 
 // impostor owns the magic IPs that are probed on the network beyond the node.
 func (m *model) impostor() {
-	for _, address := range []string{magic4 + "/32", magic6 + "/128"} {
+	for _, address := range []string{modelMagic4 + "/32", modelMagic6 + "/128"} {
 		if _, err := m.Run(m.t.Context(), "ip", "-n", "uplink", "address", "add", address, "dev", "lo"); err != nil {
 			m.t.Fatal(err)
 		}
@@ -262,7 +265,7 @@ func (m *model) event() {
 // attach makes the pod's sandbox. Nothing is recorded of it: it has no labels.
 func (m *model) attach(pod *modelPod) {
 	m.t.Helper()
-	attached := add(m.t, m.Node, m.network, pod.Pod)
+	attached := add(m.t, m.Node, "dual-stack", pod.Pod)
 	pod.ips, pod.link, pod.broken = attached.IPs, hostInterface(m.t, m.Node, pod.Name), false
 	for _, p := range []uint16{port, otherPort} {
 		echo, err := m.StartEcho(pod.Name, pod.Name, p)
@@ -288,7 +291,7 @@ func (m *model) sandbox(pod *modelPod) {
 		_ = echo.Close()
 	}
 	pod.echoes = nil
-	del(m.t, m.Node, m.network, pod.Pod)
+	del(m.t, m.Node, "dual-stack", pod.Pod)
 	m.attach(pod)
 }
 
@@ -781,7 +784,7 @@ func (m *model) check() {
 		}
 		from := pick(m.random, "client", "client", lab.Host)
 		for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
-			got, _, _ := strings.Cut(m.fate(from, kind, netip.AddrPortFrom(magic.address, port), nil), ",")
+			got, _, _ := strings.Cut(m.fate(from, kind, netip.AddrPortFrom(magic.address, port)), ",")
 			if strings.HasPrefix(got, "refused after") {
 				got = "refused" // the machine was busy
 			}

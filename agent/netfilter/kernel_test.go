@@ -58,6 +58,8 @@ func addFlows(t *testing.T) {
 		{"tcp", "10.0.0.9:1007", "169.254.210.210:80", "10.0.0.4:8080"}, // stale: the sandbox is gone
 		{"tcp", "10.0.0.9:1008", "169.254.210.210:80", "10.0.0.3:8080"}, // the sandbox stands
 		{"tcp", "10.0.0.9:1009", "10.96.0.1:443", "10.0.0.4:8080"},      // another service on the gone sandbox
+		{"udp", "169.254.210.210:80", "10.0.0.9:1010", ""},              // stale: begun by a late reply
+		{"udp", "169.254.210.211:80", "10.0.0.9:1011", ""},              // the same of another address
 		{"udp", "[fd00::9]:2001", "[fd00:a::1]:80", "[fd00::2]:8080"},   // the endpoint
 		{"udp", "[fd00::9]:2002", "[fd00:a::1]:80", "[fd00::3]:8080"},   // stale
 		{"udp", "[fd00::9]:2003", "[fd00:a::1]:80", ""},                 // stale: from before the rule
@@ -65,6 +67,7 @@ func addFlows(t *testing.T) {
 		{"tcp", "[fd00::9]:2005", "[fd00:a::1]:80", "[fd00::4]:8080"},   // stale: the sandbox is gone
 		{"tcp", "[fd00::9]:2006", "[fd00:b::1]:443", "[fd00::4]:8080"},  // another service on the gone sandbox
 		{"tcp", "[fd00::9]:2007", "[fd00:a::1]:80", "[fd00::3]:8080"},   // the sandbox stands
+		{"udp", "[fd00:a::1]:80", "[fd00::9]:2008", ""},                 // stale: begun by a late reply
 	} {
 		source, destination := netip.MustParseAddrPort(flow.source), netip.MustParseAddrPort(flow.destination)
 		args := []string{"-I", "-t", "1000", "-p", flow.protocol, "-s", source.Addr().String(), "-d", destination.Addr().String(),
@@ -86,7 +89,11 @@ func flowPorts(t *testing.T) []string {
 	for _, family := range []string{"ipv4", "ipv6"} {
 		for line := range strings.Lines(run(t, "conntrack", "-L", "-f", family)) {
 			if _, rest, found := strings.Cut(line, "sport="); found {
-				ports = append(ports, strings.Fields(rest)[0])
+				port := strings.Fields(rest)[0]
+				if port == "80" { // begun by the server's side
+					port = strings.TrimPrefix(strings.Fields(rest)[1], "dport=")
+				}
+				ports = append(ports, port)
 			}
 		}
 	}
@@ -106,7 +113,7 @@ func TestSweep(t *testing.T) {
 		Sandboxes: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("fd00::2"), addr("fd00::3")},
 		Settled:   true,
 	})
-	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "2001", "2002", "2003", "2004", "2005", "2006", "2007"}
+	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008"}
 	without := func(gone ...string) []string {
 		return slices.DeleteFunc(slices.Clone(all), func(port string) bool { return slices.Contains(gone, port) })
 	}
@@ -122,12 +129,14 @@ func TestSweep(t *testing.T) {
 	}{
 		{"nothing changed", plan.Change{}, all},
 		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003")},
+		{"flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1010")},
+		{"IPv6 flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2008")},
 		{"TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.TCP, 80)}}, without("1007")},
 		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007")},
 		{"removed frontend", plan.Change{Removed: []plan.Frontend{frontend("169.254.210.211", plan.UDP, 80)}}, without("1005")},
 		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003")},
 		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005")},
-		{"many", many, without("1002", "1003", "1007", "2002", "2003", "2005")},
+		{"many", many, without("1002", "1003", "1007", "1010", "2002", "2003", "2005", "2008")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inNamespace(t)
@@ -162,6 +171,12 @@ func TestKernelFilters(t *testing.T) {
 		{"frontend", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, frontendFilter(frontend("169.254.210.210", plan.UDP, 80))...)
 		}, 3},
+		{"late reply", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET, reversedFilter(frontend("169.254.210.210", plan.UDP, 80))...)
+		}, 1},
+		{"IPv6 late reply", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET6, reversedFilter(frontend("fd00:a::1", plan.UDP, 80))...)
+		}, 1},
 		{"server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)
 		}, 2},

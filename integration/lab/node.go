@@ -58,6 +58,7 @@ echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 ip link set lo up
 ip netns add ` + Uplink + `
+echo 0 | ip netns exec ` + Uplink + ` tee /proc/sys/net/ipv6/conf/default/accept_dad >/dev/null
 ip link add eth0 type veth peer name eth0 netns ` + Uplink + `
 ip -n uplink link set lo up
 ip -n uplink link set eth0 up
@@ -88,6 +89,7 @@ type Node struct {
 
 	mu     sync.Mutex
 	agents int // started so far
+	routed int // pods attached by AddRouted so far
 }
 
 // NewNode makes a node; the caller closes it.

@@ -42,17 +42,7 @@ func (p Pod) env() ([]string, error) {
 	if p.IfName != "" {
 		env = append(env, "CNI_IFNAME="+p.IfName)
 	}
-	if p.Name != "" {
-		namespace, uid := p.Namespace, p.UID
-		if namespace == "" {
-			namespace = "default"
-		}
-		if uid == "" {
-			uid = "uid-" + namespace + "-" + p.Name
-		}
-		env = append(env, fmt.Sprintf("CNI_ARGS=K8S_POD_NAMESPACE=%s;K8S_POD_NAME=%s;"+
-			"K8S_POD_INFRA_CONTAINER_ID=%s;K8S_POD_UID=%s;IgnoreUnknown=1", namespace, p.Name, p.ContainerID(), uid))
-	}
+	env = append(env, p.args()...)
 	if p.Labels != nil {
 		labels, err := json.Marshal(map[string]any{"labels": p.Labels})
 		if err != nil {
@@ -61,6 +51,22 @@ func (p Pod) env() ([]string, error) {
 		env = append(env, "CAP_ARGS="+string(labels))
 	}
 	return env, nil
+}
+
+// args is CNI_ARGS as containerd gives it; nothing for a pod without identity.
+func (p Pod) args() []string {
+	if p.Name == "" {
+		return nil
+	}
+	namespace, uid := p.Namespace, p.UID
+	if namespace == "" {
+		namespace = "default"
+	}
+	if uid == "" {
+		uid = "uid-" + namespace + "-" + p.Name
+	}
+	return []string{fmt.Sprintf("CNI_ARGS=K8S_POD_NAMESPACE=%s;K8S_POD_NAME=%s;"+
+		"K8S_POD_INFRA_CONTAINER_ID=%s;K8S_POD_UID=%s;IgnoreUnknown=1", namespace, p.Name, p.ContainerID(), uid)}
 }
 
 // Attached is what ADD returned.

@@ -1,0 +1,60 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"testing"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// TestUnfilteredBridge switches off that the frames of bridges pass netfilter, and on again. Replies from pod
+// to pod would not be translated back then, if the source address were kept.
+func TestUnfilteredBridge(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.addClient()
+		w.addPod("ptp", lab.Pod{Name: "elsewhere", Namespace: "elsewhere"})
+		filter := func(value string) error {
+			return errors.Join(w.Sysctl(lab.Host, "bridge/bridge-nf-call-iptables", value), w.Sysctl(lab.Host, "bridge/bridge-nf-call-ip6tables", value))
+		}
+		if err := filter("1"); errors.Is(err, fs.ErrNotExist) {
+			t.Fatal("br_netfilter is not loaded: modprobe br_netfilter")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		w.start(config())
+		w.addTarget("echo")
+		w.echo("echo")
+		ask := func(row, from, want string) {
+			t.Helper()
+			bothFamilies(func(six bool) { w.note(row, six, w.want(from, magic(six), want)) })
+		}
+		ask(filteredAgain, "client", "answered by echo, seen as client")
+
+		if err := filter("0"); err != nil {
+			t.Fatal(err)
+		}
+		const note = "bridge cni1: its frames do not pass netfilter (net.bridge.bridge-nf-call-iptables, net.bridge.bridge-nf-call-ip6tables is 0"
+		noted := func(a *published.Agent) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) }
+		w.await("to notice", noted)
+		ask(sameBridge, "client", "answered by echo, seen as node")
+		ask(sameBridge, "echo", "answered by echo, seen as node")
+		ask(otherNetwork, "elsewhere", "answered by echo, seen as elsewhere")
+		status, err := w.RunAgent(t.Context(), "status", "--runtime-dir", lab.RuntimeDir)
+		if err == nil && !strings.Contains(status, "note: "+note) {
+			err = fmt.Errorf("status does not tell of the bridge:\n%s", status)
+		}
+		w.noteBoth(filteredAgain, err)
+
+		if err := filter("1"); err != nil {
+			t.Fatal(err)
+		}
+		w.await("to notice", func(a *published.Agent) bool { return !noted(a) })
+		ask(filteredAgain, "client", "answered by echo, seen as client")
+		ask(filteredAgain, "elsewhere", "answered by echo, seen as elsewhere")
+	})
+}

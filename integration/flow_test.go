@@ -1,0 +1,274 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// stream is a connection that carries data both ways for as long as it lives.
+type stream struct {
+	conn net.Conn
+	mu   sync.Mutex
+	got  int
+	err  error
+	end  time.Time
+}
+
+// startStream connects and then writes and reads all the time.
+func (w *world) startStream(from string, to netip.AddrPort) *stream {
+	w.t.Helper()
+	conn, err := w.Dial(from)(w.t.Context(), "tcp", to.String())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	s := &stream{conn: conn}
+	w.t.Cleanup(func() { _ = conn.Close() })
+	ended := func(err error) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.err == nil {
+			s.err, s.end = err, time.Now()
+		}
+	}
+	go func() {
+		ticker := time.NewTicker(5 * time.Millisecond)
+		defer ticker.Stop()
+		for {
+			if _, err := conn.Write([]byte("more")); err != nil {
+				ended(err)
+				return
+			}
+			<-ticker.C
+		}
+	}()
+	go func() {
+		buffer := make([]byte, 4096)
+		for {
+			n, err := conn.Read(buffer)
+			if err != nil {
+				ended(err)
+				return
+			}
+			s.mu.Lock()
+			s.got += n
+			s.mu.Unlock()
+		}
+	}()
+	return s
+}
+
+// flows waits for more data to come.
+func (s *stream) flows(t *testing.T) error {
+	s.mu.Lock()
+	before := s.got
+	s.mu.Unlock()
+	return lab.Eventually(patience(t), func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.got > before {
+			return nil
+		}
+		return fmt.Errorf("%d bytes, then nothing: %w", s.got, s.err)
+	})
+}
+
+// resetWithin waits for the end of the stream.
+func (s *stream) resetWithin(t *testing.T, since time.Time, limit time.Duration) error {
+	return lab.Eventually(patience(t), func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		switch {
+		case s.err == nil:
+			return errors.New("the stream goes on")
+		case !errors.Is(s.err, syscall.ECONNRESET) && !errors.Is(s.err, syscall.EPIPE):
+			return fmt.Errorf("ended with %w", s.err)
+		case s.end.Sub(since) > limit:
+			return fmt.Errorf("reset only after %v", s.end.Sub(since))
+		}
+		return nil
+	})
+}
+
+// serveStreams sends back whatever comes.
+func (w *world) serveStreams(namespace string, port int) {
+	w.t.Helper()
+	listener, err := w.Listen(namespace, "tcp", fmt.Sprintf(":%d", port))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			w.t.Cleanup(func() { _ = conn.Close() })
+			go func() { _, _ = io.Copy(conn, conn) }()
+		}
+	}()
+}
+
+// TestFlows: what becomes of flows when a newer target takes over, and when the old one's sandbox goes; of ours,
+// and of those that another service's rule has brought to the same pod.
+func TestFlows(t *testing.T) {
+	const streams = 9000
+	onEach(t, func(t *testing.T, backend string) {
+		w := serving(t, backend, "bridge", configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: 8080, protocol: udp}, {port: %d}]", streams))))
+		w.addClient()
+		old := w.addTarget("old")
+		w.echo("old")
+		w.serveStreams("old", streams)
+		service := func(six bool, port uint16) netip.AddrPort {
+			return netip.AddrPortFrom(netip.MustParseAddr(map[bool]string{false: "10.96.0.1", true: "fd00:10:96::1"}[six]), port)
+		}
+		for _, six := range []bool{false, true} {
+			ip := map[bool]string{false: "ip", true: "ip6"}[six]
+			pod := family(old.IPs, six).String()
+			if six {
+				pod = "[" + pod + "]"
+			}
+			w.run(fmt.Sprintf(`nft -f - <<END
+				table %[1]s theirs {
+					chain services {
+						type nat hook prerouting priority dstnat
+						%[1]s daddr %[2]s udp dport 80 dnat to %[3]s:%[4]d
+						%[1]s daddr %[2]s tcp dport 80 dnat to %[3]s:%[5]d
+					}
+				}
+END`, ip, service(six, 80).Addr(), pod, port, streams))
+		}
+		type client struct {
+			ours, theirs       *stream
+			oursUDP, theirsUDP *lab.Probe
+		}
+		clients := map[bool]client{}
+		udp := func(to netip.AddrPort) *lab.Probe {
+			probe := w.StartProbe(lab.Client{Kind: lab.UDP, From: "client", To: to, Timeout: 100 * time.Millisecond}, 5*time.Millisecond)
+			t.Cleanup(func() { probe.Stop() })
+			if _, err := probe.Await(patience(t), lab.AnsweredBy("old")); err != nil {
+				t.Fatal(err)
+			}
+			return probe
+		}
+		for _, six := range []bool{false, true} {
+			c := client{
+				ours:    w.startStream("client", netip.AddrPortFrom(magic(six).Addr(), streams)),
+				theirs:  w.startStream("client", service(six, 80)),
+				oursUDP: udp(magic(six)), theirsUDP: udp(service(six, 80)),
+			}
+			if err := errors.Join(c.ours.flows(t), c.theirs.flows(t)); err != nil {
+				t.Fatal(err)
+			}
+			clients[six] = c
+		}
+		// The ID of a conntrack entry tells it from a later one with the same addresses.
+		entries := func(six bool) string {
+			var ids []string
+			for _, line := range strings.Split(w.run(fmt.Sprintf("conntrack -L -f %s -o id -d %s 2>/dev/null", map[bool]string{false: "ipv4", true: "ipv6"}[six], service(six, 80).Addr())), "\n") {
+				if _, id, found := strings.Cut(line, " id="); found {
+					ids = append(ids, id)
+				}
+			}
+			return strings.Join(ids, ",")
+		}
+		before := map[bool]string{false: entries(false), true: entries(true)}
+
+		w.addPod("bridge", target("new"))
+		w.echo("new")
+		w.serveStreams("new", streams)
+		w.awaitEndpoint("new")
+		switched := time.Now()
+		for six, c := range clients {
+			w.note(streamStays, six, c.ours.flows(t))
+			outcome, err := c.oursUDP.Await(patience(t), lab.AnsweredBy("new"))
+			if late := outcome.Sent.Sub(switched); err == nil && late > 500*time.Millisecond {
+				err = fmt.Errorf("the client was answered by the new target %v after the change", late)
+			}
+			w.note(udpMoves, six, err)
+			_, err = c.theirsUDP.Await(patience(t), lab.AnsweredBy("old"))
+			w.note(othersFlows, six, errors.Join(err, c.theirs.flows(t)))
+		}
+		since := time.Now()
+		w.delTarget("old")
+		for six, c := range clients {
+			w.note(streamReset, six, c.ours.resetWithin(t, since, time.Second))
+			var err error
+			if after := entries(six); after != before[six] || strings.Count(after, ",") != 1 {
+				err = fmt.Errorf("conntrack entries of the other service: %q, before %q, want two", after, before[six])
+			}
+			w.note(othersFlows, six, err)
+		}
+	})
+}
+
+// TestReplacement replaces the target under load, as a rolling update does: the old one's sandbox goes,
+// a new one comes, its process listens a moment later.
+func TestReplacement(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range onBridgePtp {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				testReplacement(t, serving(t, backend, kind, config()))
+			})
+		}
+	})
+}
+
+func testReplacement(t *testing.T, w *world) {
+	w.addClient()
+	w.addTarget("old")
+	old := w.echo("old")
+	type client struct {
+		*lab.Probe
+		kind lab.Kind
+		six  bool
+	}
+	var clients []client
+	for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
+		for _, six := range []bool{false, true} {
+			probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(six), Timeout: 100 * time.Millisecond}, 5*time.Millisecond)
+			if _, err := probe.Await(patience(t), lab.AnsweredBy("old")); err != nil {
+				t.Fatal(err)
+			}
+			clients = append(clients, client{probe, kind, six})
+		}
+	}
+	// The sandbox goes without a word to the clients: nobody sends a FIN.
+	w.delTarget("old")
+	_ = old.Close()
+	w.awaitEndpoint("")
+	w.addTarget("new")
+	w.echo("new")
+	listening := time.Now()
+	for _, c := range clients {
+		if _, err := c.Await(patience(t), lab.AnsweredBy("new")); err != nil {
+			w.note(replaced, c.six, fmt.Errorf("%s: never reached the new target: %w", c.kind, err))
+		}
+	}
+	t.Logf("all clients on the new target %v after it listened", time.Since(listening))
+	for _, c := range clients {
+		var wrong error
+		for _, o := range c.Stop() {
+			switch sentAfter := o.Sent.After(listening); {
+			case sentAfter && o.Err != nil:
+				wrong = fmt.Errorf("%s: sent %v after the new target listened: %w", c.kind, o.Sent.Sub(listening), o.Err)
+			case sentAfter && o.Took > 100*time.Millisecond:
+				wrong = fmt.Errorf("%s: a request took %v after the new target listened", c.kind, o.Took)
+			case !sentAfter && o.Sent.Add(o.Took).Sub(listening) > 100*time.Millisecond:
+				wrong = fmt.Errorf("%s: a request from before ended %v after the new target listened", c.kind, o.Sent.Add(o.Took).Sub(listening))
+			}
+		}
+		w.note(replaced, c.six, wrong)
+	}
+}

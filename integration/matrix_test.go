@@ -1,0 +1,211 @@
+package integration
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"text/tabwriter"
+)
+
+// row is a case that every backend has to pass for both families, on each of these networks.
+type row struct {
+	name string
+	on   []string
+}
+
+var (
+	onBridge     = []string{"bridge"}
+	onEveryKind  = []string{"bridge", "ptp", "cali"}
+	onBridgePtp  = []string{"bridge", "ptp"}
+	matrixFamily = []string{"v4", "v6"}
+)
+
+// The cases, in the order of the printed matrix: who, what is special, and what has to happen. "Served"
+// is over TCP and UDP, "source kept" is that the target sees the client's own address.
+const (
+	podServed     = "pod: served, source kept"
+	podOtherPort  = "pod, other port: refused"
+	podPing       = "pod, ping: refused"
+	hairpin       = "target itself: served, masqueraded"
+	hairpinLeft   = "target itself, excludeTarget: left alone"
+	hairpinOthers = "pod, excludeTarget: served, source kept"
+	hostServed    = "host process or hostNetwork pod: served"
+	hostOtherPort = "host process, other port: refused"
+	hostLeft      = "host process, hostClients false: left alone"
+	hostLeftPods  = "pod, hostClients false: served, source kept"
+	uplinkDropped = "uplink: dropped; the pod's own address is not"
+	nicDropped    = "second NIC without default route: dropped"
+	interfaceOne  = "hostInterface NAME: others refused, uplink dropped"
+	interfaceAny  = "hostInterface PREFIX+: others refused, uplink dropped"
+	interfaceList = "hostInterface LIST: others refused, uplink dropped"
+	nonePod       = "no endpoint, pod: refused"
+	noneHost      = "no endpoint, host process: refused"
+	noneUplink    = "no endpoint, uplink and second NIC: dropped"
+	nonePass      = "no endpoint, pass: left alone"
+	noneHold      = "no endpoint, hold: waits for the next one"
+	noneHoldOver  = "no endpoint, hold: refused after holdFor"
+	manyPorts     = "several ports, each to its targetPort"
+	twoProtocols  = "TCP and UDP of one port, each to its targetPort"
+	twoPods       = "TCP and UDP of one port, each to its pod"
+	evenSpread    = "distribution random: even over 3 targets"
+	sctpInit      = "SCTP, crafted INIT: served, other port refused"
+	sctpSocket    = "SCTP, association between sockets: served"
+	newUplink     = "link gets a default route: dropped within 1 s"
+	formerUplink  = "link loses its default route: served again"
+	sameBridge    = "bridge-nf-call 0, pod of that bridge: masqueraded"
+	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
+	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
+	beforeAgent   = "flow from before the agent: ended, then served"
+	leftover      = "DNAT rule of another tool: does not take packets"
+	agentDead     = "agent killed: rules stay"
+	replaced      = "target replaced under load: nothing fails after"
+	streamStays   = "TCP stream: stays while its sandbox stands"
+	streamReset   = "TCP stream: reset within 1 s of its sandbox's end"
+	udpMoves      = "UDP flow: moves at once to the newer target"
+	othersFlows   = "flows of another service to the pod: untouched"
+	restarts      = "agent stopped, killed, started: nothing is lost"
+	whileAway     = "changes while the agent was away: caught up with"
+	twoAgents     = "second agent comes, goes, restarts: nothing is lost"
+)
+
+var rows = []row{
+	{podServed, onEveryKind}, {podOtherPort, onEveryKind}, {podPing, onEveryKind},
+	{hairpin, onEveryKind}, {hairpinLeft, onEveryKind}, {hairpinOthers, onEveryKind},
+	{hostServed, onEveryKind}, {hostOtherPort, onEveryKind}, {hostLeft, onEveryKind}, {hostLeftPods, onEveryKind},
+	{uplinkDropped, onEveryKind}, {nicDropped, onEveryKind},
+	{interfaceOne, onEveryKind}, {interfaceAny, onEveryKind}, {interfaceList, onEveryKind},
+	{nonePod, onEveryKind}, {noneHost, onEveryKind}, {noneUplink, onEveryKind}, {nonePass, onEveryKind},
+	{noneHold, onBridge}, {noneHoldOver, onBridge},
+	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
+	{sctpInit, onBridge}, {sctpSocket, onBridge},
+	{newUplink, onBridge}, {formerUplink, onBridge},
+	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge},
+	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
+	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
+	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},
+}
+
+// cannot is an error: this kernel lacks something that a case needs.
+type cannot string
+
+func (c cannot) Error() string { return string(c) }
+
+const noSCTP cannot = "this kernel has no SCTP sockets (CONFIG_IP_SCTP)"
+
+// mayLack is what kernels may lack without failing the tests. Before this list grows, look for another way
+// to put the case to the test.
+var mayLack = []cannot{noSCTP}
+
+// matrix collects what became of each case.
+type matrix struct {
+	mu       sync.Mutex
+	outcomes map[cell]error // nil: passed
+}
+
+type cell struct{ row, network, backend, family string }
+
+var results = matrix{outcomes: map[cell]error{}}
+
+// note adds an outcome; of several for one cell, the worst counts.
+func (m *matrix) note(c cell, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !slices.ContainsFunc(rows, func(r row) bool { return r.name == c.row && slices.Contains(r.on, c.network) }) {
+		err = fmt.Errorf("not a row of the matrix: %+v", c)
+	}
+	if before := m.outcomes[c]; before == nil || errors.As(before, new(cannot)) && err != nil {
+		m.outcomes[c] = err
+	}
+}
+
+// lack notes that this kernel has no such backend.
+func (m *matrix) lack(backend string, reason cannot) {
+	for _, r := range rows {
+		for _, network := range r.on {
+			for _, family := range matrixFamily {
+				m.note(cell{r.name, network, backend, family}, reason)
+			}
+		}
+	}
+}
+
+// print writes the matrix ("-" where a case was not run), and returns what must not be: cases that were not run, and those that
+// cannot be although kernels are not known to lack what they need.
+func (m *matrix) print(w io.Writer) (faults []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var head, families []string
+	for _, backend := range backends() {
+		for _, family := range matrixFamily {
+			head, families = append(head, backend), append(families, family)
+			backend = ""
+		}
+	}
+	fmt.Fprintf(table, "\t%s\n\t%s\n", strings.Join(head, "\t"), strings.Join(families, "\t"))
+	var footnotes []string
+	for _, r := range rows {
+		var cells []string
+		for _, backend := range backends() {
+			for _, family := range matrixFamily {
+				var words []string
+				say := func(word string) {
+					if !slices.Contains(words, word) {
+						words = append(words, word)
+					}
+				}
+				for _, network := range r.on {
+					err, ran := m.outcomes[cell{r.name, network, backend, family}]
+					var lacking cannot
+					switch {
+					case !ran:
+						say("-")
+						faults = append(faults, fmt.Sprintf("not run: %s (%s, %s, %s)", r.name, network, backend, family))
+					case err == nil:
+						say("ok")
+					case errors.As(err, &lacking):
+						say("cannot")
+						if note := r.name + ": " + lacking.Error(); !slices.Contains(footnotes, note) {
+							footnotes = append(footnotes, note)
+						}
+						if !slices.Contains(mayLack, lacking) {
+							faults = append(faults, fmt.Sprintf("cannot, and is not on the list of what kernels may lack: %s (%s, %s, %s): %s", r.name, network, backend, family, lacking))
+						}
+					default:
+						say("FAIL (" + network + ")")
+					}
+				}
+				cells = append(cells, strings.Join(words, ", "))
+			}
+		}
+		fmt.Fprintf(table, "%s\t%s\n", r.name, strings.Join(cells, "\t"))
+	}
+	_ = table.Flush()
+	for _, note := range footnotes {
+		fmt.Fprintf(w, "cannot: %s\n", note)
+	}
+	return faults
+}
+
+// TestMain prints the matrix after the tests. A run of some of the tests may leave cases out.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	whole := flag.Lookup("test.list").Value.String() == ""
+	for _, filter := range []string{"test.run", "test.skip"} {
+		whole = whole && flag.Lookup(filter).Value.String() == ""
+	}
+	if len(results.outcomes) > 0 || whole {
+		faults := results.print(os.Stdout)
+		if whole && len(faults) > 0 {
+			fmt.Println("FAIL: " + strings.Join(faults, "\nFAIL: "))
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
+}
