@@ -104,16 +104,19 @@ func Read(runtimeDir, name string) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The version comes first and alone: a newer file need not have the shape that this build knows.
-	var version struct{ Version int }
-	if err := json.Unmarshal(data, &version); err != nil {
-		return nil, fmt.Errorf("%s is corrupt: %w", path, err)
-	}
-	if version.Version > Version {
-		return nil, &NewerVersionError{Path: path, Version: version.Version}
-	}
 	var agent Agent
-	if err := json.Unmarshal(data, &agent); err != nil {
+	err = json.Unmarshal(data, &agent)
+	if err != nil {
+		// A newer file need not have the shape that this build knows: its version is read alone.
+		var head struct{ Version int }
+		if json.Unmarshal(data, &head) == nil {
+			agent.Version = head.Version
+		}
+	}
+	switch {
+	case agent.Version > Version:
+		return nil, &NewerVersionError{Path: path, Version: agent.Version}
+	case err != nil:
 		return nil, fmt.Errorf("%s is corrupt: %w", path, err)
 	}
 	if agent.Version < 1 || agent.Name != name {
