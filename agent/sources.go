@@ -20,10 +20,36 @@ import (
 
 // records is what the plugin's state file said last.
 type records struct {
+	// list is all that count: lost, then the file's.
 	list []state.Attachment
+	// lost were in a file that was lost: the one that began anew does not tell when they go. Their host
+	// interfaces do.
+	lost  []state.Attachment
+	since time.Time // when the list in the file was begun
 	// known: the file has spoken since this agent started. A missing or unreadable file is a source that
 	// is silent, and what it said before counts on.
 	known bool
+}
+
+// take takes in what the file says.
+func (r *records) take(file state.File) {
+	if !file.Since.Equal(r.since) {
+		r.lost = r.list
+	}
+	r.lost = slices.DeleteFunc(slices.Clone(r.lost), func(l state.Attachment) bool {
+		return l.HostInterface == "" || slices.ContainsFunc(file.Attachments, func(a state.Attachment) bool {
+			return a.Key() == l.Key() || a.HostInterface == l.HostInterface
+		})
+	})
+	r.list = slices.Concat(r.lost, file.Attachments)
+	r.since, r.known = file.Since, true
+}
+
+// forget drops the lost records whose interface is not there any more, for good.
+func (r *records) forget(interfaces map[string]bool) {
+	present := r.list[len(r.lost):]
+	r.lost = endpoint.Standing(r.lost, interfaces)
+	r.list = slices.Concat(r.lost, present)
 }
 
 // read takes in the sources that have changed. What cannot be read leaves what was known of it.
@@ -32,10 +58,10 @@ func (a *Agent) read(changed Source) {
 		a.readSettings()
 	}
 	if changed&(Records|Poll) != 0 {
-		list, err := state.Read(a.RuntimeDir)
+		file, err := state.ReadFile(a.RuntimeDir)
 		switch {
 		case err == nil:
-			a.records = records{list: list, known: true}
+			a.records.take(file)
 		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
 			err = nil // no pod has been added yet
 		}
@@ -48,6 +74,7 @@ func (a *Agent) read(changed Source) {
 		a.note("network of the node", err)
 		if err == nil {
 			a.network = network
+			a.records.forget(network.Interfaces)
 		}
 	}
 	if changed&(Others|Poll) != 0 {
@@ -112,6 +139,7 @@ func (a *Agent) restore() {
 		return
 	}
 	a.restored = restored
+	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
 		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
 	}

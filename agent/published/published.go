@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // Version is the format that this build writes and the newest it reads.
@@ -41,6 +43,11 @@ type Agent struct {
 	Labels map[string]map[string]string `json:"labels,omitempty"`
 	// Dead are attachments whose pod and host interface are both gone: the plugin drops their records.
 	Dead []Attachment `json:"dead,omitempty"`
+	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
+	// Lost those from lists before that one which still count: what the agent goes on with after a restart.
+	Records      []state.Attachment `json:"records,omitempty"`
+	RecordsSince time.Time          `json:"recordsSince,omitzero"`
+	Lost         []state.Attachment `json:"lost,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
 }

@@ -193,7 +193,7 @@ func FuzzState(f *testing.F) {
 			}
 		}
 		update(t, dir, nil, attachment("c1"))
-		want := append(attachments, attachment("c1"))
+		want := slices.Concat(attachments, []state.Attachment{attachment("c1")})
 		if diff := cmp.Diff(want, read(t, dir), options()); diff != "" {
 			t.Errorf("read back (-want +got):\n%s", diff)
 		}
