@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -44,6 +45,16 @@ type Node interface {
 	EnableHairpin(hostInterface string) (switched bool, err error)
 }
 
+// API is the Kubernetes API.
+type API interface {
+	// Select makes these the namespaces whose pods are asked for.
+	Select(namespaces []string)
+	// View is what it said last.
+	View() endpoint.View
+	// Poll asks again where that is needed.
+	Poll(ctx context.Context)
+}
+
 // Source is what may have changed.
 type Source uint32
 
@@ -53,8 +64,10 @@ const (
 	Network                       // links, addresses, default routes
 	Others                        // what other agents have published
 	Settings                      // the configuration
+	Rules                         // the kernel's rules: somebody else has changed ours
+	Pods                          // the Kubernetes API
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Poll
+	allSources = Records | Network | Others | Settings | Rules | Pods | Poll
 )
 
 // Watcher calls wake when a source may have changed, until ctx ends.
@@ -70,8 +83,11 @@ type Options struct {
 	BackendNote string
 	Flows       Flows
 	Node        Node
-	Watchers    []Watcher
-	Log         *slog.Logger
+	API         API // nil: what the CNI plugin records is all that is known
+	// ForeignRules names the rules of others that translate one of these addresses.
+	ForeignRules func(context.Context, []netip.Addr) []string
+	Watchers     []Watcher
+	Log          *slog.Logger
 }
 
 // Agent is one running agent. Its methods but wake are called by one goroutine only.
@@ -83,6 +99,7 @@ type Agent struct {
 	config    Config
 	startedAt time.Time
 	records   records
+	pods      pods
 	network   node.Network
 	others    []*published.Agent
 	// restored is what this agent had published before it was restarted.
@@ -94,8 +111,17 @@ type Agent struct {
 	// again is swept a second time with the next poll: a packet that was on its way through the old rules
 	// while the table was dumped makes its entry after the dump.
 	again     plan.Change
+	mendedAt  time.Time
+	foreign   foreign
 	published *published.Agent
 	errs      map[string]string // by what failed, what is wrong now
+}
+
+// foreign are the rules of others that translate our addresses, as of the last look.
+type foreign struct {
+	at        time.Time
+	addresses []netip.Addr
+	rules     []string
 }
 
 // service is what the agent remembers of a frontend.
@@ -111,7 +137,7 @@ var ErrStandby = errors.New("ended while standing by")
 
 // Run serves until ctx ends, and then leaves the rules in place. It first waits for its name to be free.
 func Run(ctx context.Context, options Options) error {
-	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}}
+	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}, pods: pods{withdrawn: map[string][]netip.Addr{}}}
 	var err error
 	if a.config, err = a.Load(); err != nil {
 		return fmt.Errorf("configuration: %w", err)
@@ -217,13 +243,18 @@ func (a *Agent) serve(ctx context.Context) {
 	}
 }
 
-const minBackoff = 100 * time.Millisecond
+const (
+	minBackoff = 100 * time.Millisecond
+	// mendPause keeps the agent from fighting with somebody who changes its rules again and again.
+	mendPause       = time.Second
+	foreignInterval = 10 * time.Minute
+)
 
 // sync reads what has changed and brings kernel and published file to the state that follows. next is
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
 func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	a.read(changed)
+	a.read(ctx, changed)
 	if ctx.Err() != nil {
 		return 0, true
 	}
@@ -232,23 +263,32 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		// sees the older in time.
 		a.decide(now)
 		a.publish(now, false)
-		a.read(Others)
+		a.read(ctx, Others)
 	}
 	next = a.decide(now)
 	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
-	if changed&Poll != 0 {
+	pause := a.mendedAt.Add(mendPause).Sub(now)
+	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
 		differs, err := a.Backend.Verify(ctx)
 		a.note(a.Backend.Name()+" verify", err)
 		if len(differs) > 0 {
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
-			fresh = true
+			fresh, a.mendedAt = true, now
 		}
+	} else if changed&Rules != 0 {
+		a.pending.Or(uint32(Rules)) // for the next look, below
+		if next == 0 || pause < next {
+			next = pause
+		}
+	}
+	if changed&Poll != 0 {
 		if !a.again.Empty() {
 			_, err := a.Flows.Sweep(ctx, a.applied, a.again)
 			a.note("conntrack", err)
 			a.again = plan.Change{}
 		}
+		a.lookForForeign(ctx, now)
 	}
 	ok = true
 	if fresh || a.errs[a.Backend.Name()] != "" {
@@ -266,6 +306,26 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	a.hairpin()
 	a.publish(now, changed&Poll != 0)
 	return next, ok
+}
+
+// lookForForeign names rules of others that translate our addresses. It is a look at all rules of the
+// node, so it is done seldom: at the start, when the addresses change, and every foreignInterval.
+func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
+	var addresses []netip.Addr
+	for _, port := range a.config.Ports {
+		addresses = append(addresses, port.Address)
+	}
+	if slices.Equal(addresses, a.foreign.addresses) && now.Sub(a.foreign.at) < foreignInterval {
+		return
+	}
+	a.foreign.addresses, a.foreign.at = addresses, now
+	found := a.ForeignRules(ctx, addresses)
+	for _, rule := range found {
+		if !slices.Contains(a.foreign.rules, rule) {
+			a.Log.Warn("somebody else translates a magic IP too; remove the rule", "rule", rule)
+		}
+	}
+	a.foreign.rules = found
 }
 
 // sweep deletes the flows that the plan now in the kernel has made stale.

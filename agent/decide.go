@@ -13,7 +13,10 @@ import (
 // decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
 // returns when a decision changes by time alone (0: never).
 func (a *Agent) decide(now time.Time) (next time.Duration) {
-	targets := endpoint.Targets(endpoint.Sources{Records: a.records.list, Interfaces: a.network.Interfaces, Now: now})
+	targets := endpoint.Targets(endpoint.Sources{
+		Records: a.records.list, Interfaces: a.network.Interfaces, Now: now,
+		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
+	})
 	services := map[plan.Frontend]*service{}
 	for _, port := range a.config.Ports {
 		if _, twice := services[port.Frontend]; twice {
@@ -81,6 +84,9 @@ func (a *Agent) refusal(port Port, claimedAt time.Time) string {
 	if slices.Contains(a.network.Addresses, port.Address) {
 		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
 	}
+	if port.Address.Is6() && !a.network.IPv6 {
+		return "this node has no IPv6: no route of it leads anywhere"
+	}
 	for _, other := range a.others {
 		for _, m := range other.MagicIPs {
 			older := m.ClaimedAt.Before(claimedAt) || m.ClaimedAt.Equal(claimedAt) && other.Name < a.config.Name
@@ -138,6 +144,13 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 		// The interfaces in the records are served whatever they are, if they are there.
 		if a.network.Interfaces[record.HostInterface] && !a.network.BridgePorts[record.HostInterface] {
 			in.PodInterfaces = append(in.PodInterfaces, record.HostInterface)
+		}
+	}
+	for _, pod := range a.pods.Pods {
+		for _, ip := range pod.IPs {
+			if !pod.Finished && !slices.Contains(a.pods.withdrawn[pod.UID], ip) {
+				in.Sandboxes = append(in.Sandboxes, ip)
+			}
 		}
 	}
 	for _, other := range a.others {

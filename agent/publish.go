@@ -26,7 +26,7 @@ func splitPod(pod string) (namespace, name string) {
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Dead: a.dead(now),
 		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
 	}
 	for _, port := range a.config.Ports {
@@ -81,6 +81,25 @@ func (a *Agent) endpointRecords() (list []state.Attachment) {
 	return list
 }
 
+// labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
+func (a *Agent) labels() map[string]map[string]string {
+	if len(a.pods.Pods) == 0 {
+		return nil
+	}
+	labels := map[string]map[string]string{}
+	for _, pod := range a.pods.Pods {
+		uid := pod.UID
+		if pod.ConfigHash != "" {
+			uid = pod.ConfigHash
+		}
+		labels[uid] = pod.Labels
+		if pod.Labels == nil {
+			labels[uid] = map[string]string{}
+		}
+	}
+	return labels
+}
+
 // notes are the conditions that an operator should know of.
 func (a *Agent) notes() []string {
 	var notes []string
@@ -101,6 +120,9 @@ func (a *Agent) notes() []string {
 		}
 		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
+	}
+	for _, rule := range a.foreign.rules {
+		notes = append(notes, "somebody else translates a magic IP too; remove the rule: "+rule)
 	}
 	return notes
 }

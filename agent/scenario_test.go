@@ -35,6 +35,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	links NAME …                       the interfaces that pods are behind
 //	link NAME, unlink NAME             a host interface comes or goes
 //	own ADDR …                         the node's own addresses
+//	no-ipv6                            the node has no IPv6
 //	bridge NAME                        a bridge whose frames do not pass netfilter
 //	restart                            the agent is stopped and started
 //	lose-state, corrupt-state          the state file goes, or turns into garbage
@@ -105,7 +106,7 @@ type stage struct {
 func play(t *testing.T, sections map[string]string) (rules string) {
 	s := &stage{
 		t: t, dir: t.TempDir(), config: sections["config"], backend: netfilter.NewFake("default.magic-ip"),
-		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}},
+		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}, IPv6: true},
 	}
 	s.start()
 	defer func() {
@@ -124,7 +125,7 @@ func play(t *testing.T, sections map[string]string) (rules string) {
 		}
 		synctest.Wait()
 		before := s.backend.Transactions()
-		s.wake(allSources &^ Poll)
+		s.wake(allSources &^ (Poll | Rules))
 		synctest.Wait()
 		if after := s.backend.Transactions(); after != before {
 			t.Errorf("events, line %d: %s: the second sync ran %d more transactions", i+1, line, after-before)
@@ -140,11 +141,12 @@ func (s *stage) start() {
 	ready := make(chan struct{})
 	go func() {
 		ended <- Run(ctx, Options{
-			RuntimeDir: s.dir,
-			Load:       func() (Config, error) { return Parse(strings.NewReader(s.config), true) },
-			Backend:    s.backend,
-			Flows:      &s.sweeps,
-			Node:       s,
+			RuntimeDir:   s.dir,
+			Load:         func() (Config, error) { return Parse(strings.NewReader(s.config), true) },
+			Backend:      s.backend,
+			Flows:        &s.sweeps,
+			Node:         s,
+			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
 			Watchers: []Watcher{func(ctx context.Context, wake func(Source)) error {
 				s.wake = wake
 				close(ready)
@@ -205,6 +207,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		s.wake(Network)
 	case "bridge":
 		s.network.Bridges = []plan.Bridge{{Name: args[0], Unfiltered4: true, Unfiltered6: true}}
+		s.wake(Network)
+	case "no-ipv6":
+		s.network.IPv6 = false
 		s.wake(Network)
 	case "restart":
 		s.stop()

@@ -31,29 +31,41 @@ type records struct {
 	known bool
 }
 
-// take takes in what the file says.
-func (r *records) take(file state.File) {
+// with are the records after the file has said this.
+func (r records) with(file state.File) records {
+	lost := r.lost
 	if !file.Since.Equal(r.since) {
-		r.lost = r.list
+		lost = r.list
 	}
-	r.lost = slices.DeleteFunc(slices.Clone(r.lost), func(l state.Attachment) bool {
+	lost = slices.DeleteFunc(slices.Clone(lost), func(l state.Attachment) bool {
 		return l.HostInterface == "" || slices.ContainsFunc(file.Attachments, func(a state.Attachment) bool {
 			return a.Key() == l.Key() || a.HostInterface == l.HostInterface
 		})
 	})
-	r.list = slices.Concat(r.lost, file.Attachments)
-	r.since, r.known = file.Since, true
+	return records{list: slices.Concat(lost, file.Attachments), lost: lost, since: file.Since, known: true}
 }
 
-// forget drops the lost records whose interface is not there any more, for good.
-func (r *records) forget(interfaces map[string]bool) {
+// on are the records on a node with these interfaces: without the lost ones whose interface is not there any
+// more, and never will be again.
+func (r records) on(interfaces map[string]bool) records {
 	present := r.list[len(r.lost):]
 	r.lost = endpoint.Standing(r.lost, interfaces)
 	r.list = slices.Concat(r.lost, present)
+	return r
+}
+
+// pods is what the Kubernetes API said last, and what the records have told since.
+type pods struct {
+	endpoint.View
+	// withdrawn are the addresses that DEL has taken from a pod, by UID: its podIP counts no more until the
+	// API reports another one.
+	withdrawn map[string][]netip.Addr
+	// missing is since when the pod of a record is not in the API.
+	missing map[state.Key]time.Time
 }
 
 // read takes in the sources that have changed. What cannot be read leaves what was known of it.
-func (a *Agent) read(changed Source) {
+func (a *Agent) read(ctx context.Context, changed Source) {
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
@@ -61,9 +73,10 @@ func (a *Agent) read(changed Source) {
 		file, err := state.ReadFile(a.RuntimeDir)
 		switch {
 		case err == nil:
-			a.records.take(file)
+			a.setRecords(a.records.with(file))
 		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
-			err = nil // no pod has been added yet
+			// No pod has been added yet, unless this agent knew of one before it was restarted.
+			a.records.known, err = a.records.known || !a.restoredRecords(), nil
 		}
 		a.note("state file", err)
 	}
@@ -74,12 +87,121 @@ func (a *Agent) read(changed Source) {
 		a.note("network of the node", err)
 		if err == nil {
 			a.network = network
-			a.records.forget(network.Interfaces)
+			if a.records.known {
+				a.setRecords(a.records.on(network.Interfaces))
+			}
 		}
 	}
 	if changed&(Others|Poll) != 0 {
 		a.readOthers()
 	}
+	if changed&(Pods|Poll) != 0 && a.API != nil {
+		a.readPods(ctx, changed)
+	}
+}
+
+func (a *Agent) setRecords(r records) {
+	a.withdraw(r.list)
+	a.records = r
+}
+
+// withdraw notes the addresses of records that count no more, now that these do.
+func (a *Agent) withdraw(list []state.Attachment) {
+	here := map[state.Key]bool{}
+	for _, record := range list {
+		here[record.Key()] = true
+	}
+	for _, record := range a.records.list {
+		if !here[record.Key()] && record.UID != "" {
+			a.pods.withdrawn[record.UID] = append(a.pods.withdrawn[record.UID], record.IPs...)
+		}
+	}
+	if a.records.known || a.restored == nil {
+		return
+	}
+	for _, m := range a.restored.MagicIPs { // DEL has come while this agent was away
+		for _, e := range m.Endpoints {
+			if e.Recorded && e.UID != "" && !slices.ContainsFunc(list, func(r state.Attachment) bool { return r.UID == e.UID }) {
+				a.pods.withdrawn[e.UID] = append(a.pods.withdrawn[e.UID], e.Address.Addr())
+			}
+		}
+	}
+}
+
+func (a *Agent) restoredRecords() bool {
+	return a.restored != nil && slices.ContainsFunc(a.restored.MagicIPs, func(m published.MagicIP) bool {
+		return slices.ContainsFunc(m.Endpoints, func(e published.Endpoint) bool { return e.Recorded })
+	})
+}
+
+func (a *Agent) readPods(ctx context.Context, changed Source) {
+	if changed&Poll != 0 {
+		a.API.Select(a.namespaces())
+		a.API.Poll(ctx)
+	}
+	a.pods.View = a.API.View()
+	var problem error
+	if len(a.pods.Problems) > 0 {
+		problem = errors.New(strings.Join(a.pods.Problems, "; "))
+	}
+	a.note("Kubernetes API", problem)
+	if !a.pods.Spoken || !a.pods.Reachable {
+		return
+	}
+	listed := map[string]endpoint.Pod{}
+	for _, pod := range a.pods.Pods {
+		listed[pod.UID] = pod
+		if pod.ConfigHash != "" {
+			listed[pod.ConfigHash] = pod
+		}
+	}
+	for uid, taken := range a.pods.withdrawn {
+		pod, here := listed[uid]
+		another := slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return !slices.Contains(taken, ip) })
+		if !here || another {
+			delete(a.pods.withdrawn, uid)
+		}
+	}
+	missing := map[state.Key]time.Time{}
+	for _, record := range a.records.list {
+		if _, here := listed[record.UID]; here || record.UID == "" || !a.serves(record.Namespace) {
+			continue
+		}
+		since, known := a.pods.missing[record.Key()]
+		if !known {
+			since = time.Now()
+		}
+		missing[record.Key()] = since
+	}
+	a.pods.missing = missing
+}
+
+// dead are the records that the plugin may drop: their pod has been gone from the API for a minute, and
+// their host interface is gone from the node.
+func (a *Agent) dead(now time.Time) []published.Attachment {
+	var dead []published.Attachment
+	for _, record := range a.records.list {
+		since, missing := a.pods.missing[record.Key()]
+		if missing && now.Sub(since) >= endpoint.UnknownPodGrace && record.HostInterface != "" && !a.network.Interfaces[record.HostInterface] {
+			dead = append(dead, published.Attachment{ContainerID: record.ContainerID, IfName: record.IfName})
+		}
+	}
+	return dead
+}
+
+// namespaces are those that the configuration names.
+func (a *Agent) namespaces() []string {
+	var namespaces []string
+	for _, port := range a.config.Ports {
+		if !slices.Contains(namespaces, port.Namespace) {
+			namespaces = append(namespaces, port.Namespace)
+		}
+	}
+	return namespaces
+}
+
+func (a *Agent) serves(namespace string) bool {
+	return slices.ContainsFunc(a.namespaces(), func(n string) bool { return n == namespace || n == endpoint.AllNamespaces })
 }
 
 func (a *Agent) readSettings() {
@@ -88,8 +210,12 @@ func (a *Agent) readSettings() {
 		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + config.Name + "; restart it")
 	}
 	a.note("configuration", err)
-	if err == nil {
-		a.config = config
+	if err != nil {
+		return
+	}
+	a.config = config
+	if a.API != nil {
+		a.API.Select(a.namespaces())
 	}
 }
 
@@ -172,7 +298,7 @@ func (a *Agent) recorded(address netip.Addr) bool {
 }
 
 // settled says whether every source has spoken.
-func (a *Agent) settled() bool { return a.records.known }
+func (a *Agent) settled() bool { return a.records.known && (a.API == nil || a.pods.Spoken) }
 
 // WatchFiles watches the plugin's state file, the agents' files and the configuration file (none where
 // empty). It watches their folders, since all of them are replaced by rename.

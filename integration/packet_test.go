@@ -27,8 +27,8 @@ const (
 	port      = 8080
 )
 
-// backends are the ways to bring rules into the kernel that every packet test runs on.
-func backends() []string { return []string{"nftables", "iptables"} }
+// backends are the ways to bring rules into the kernel that every packet test runs on. See useBackend.
+func backends() []string { return []string{"nftables", "iptables-nft", "iptables-legacy"} }
 
 // network is a way to attach pods.
 type network struct {
@@ -73,8 +73,23 @@ func newWorld(t *testing.T, backend string, on network, conf []byte) *world {
 	}
 	addConf(t, w.Node, on.file, []byte(data))
 	w.network = map[string]string{"10-bridge.conflist": "bridge", "20-ptp.conflist": "ptp", "30-dual-stack.conflist": "dual-stack"}[on.file]
-	w.start(conf, "--backend", backend)
+	w.start(conf, "--backend", w.useBackend(backend))
 	return w
+}
+
+// useBackend is the value of --backend. The agent takes the variant of iptables that kubelet uses, which
+// it tells by a chain that kubelet makes.
+func (w *world) useBackend(backend string) string {
+	w.t.Helper()
+	if !strings.HasPrefix(backend, "iptables-") {
+		return backend
+	}
+	const hint = "KUBE-IPTABLES-HINT"
+	script := fmt.Sprintf("%[1]s -t mangle -S %[2]s 2>/dev/null || %[1]s -t mangle -N %[2]s", backend, hint)
+	if _, err := w.Run(w.t.Context(), "sh", "-c", script); err != nil {
+		w.t.Fatal(err)
+	}
+	return "iptables"
 }
 
 func (w *world) start(conf []byte, flags ...string) {
@@ -330,7 +345,7 @@ func TestNothingLeaks(t *testing.T) {
 				probes = append(probes, probe)
 			}
 			w.start([]byte(fmt.Sprintf("name: %s\nmagicIPs: [{ipAddress: %s, namespace: default, selector: app=echo, ports: [{port: %d}, {port: %d, protocol: udp}]}]\n",
-				agentName, magic4, port, port)), "--backend", backend)
+				agentName, magic4, port, port)), "--backend", w.useBackend(backend))
 			want("with the agent and no target", "refused")
 			for _, probe := range probes {
 				if _, err := probe.Await(patience(t), lab.Unanswered); err != nil {
@@ -426,7 +441,7 @@ func TestAgentRestart(t *testing.T) {
 				} else {
 					w.agent.Kill()
 				}
-				w.start(config(), "--backend", backend)
+				w.start(config(), "--backend", w.useBackend(backend))
 			}
 			for _, probe := range probes {
 				outcomes := probe.Stop()
@@ -455,7 +470,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 			del(t, w.Node, w.network, target("old"))
 			add(t, w.Node, w.network, target("new"))
 			w.echo("new")
-			w.start(config(), "--backend", backend)
+			w.start(config(), "--backend", w.useBackend(backend))
 			started := time.Now()
 			w.awaitEndpoint("new")
 			outcome, err := probe.Await(patience(t), lab.AnsweredBy("new"))
@@ -469,7 +484,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 			if err := os.Remove(w.Path(lab.RuntimeDir + "/state.json")); err != nil {
 				t.Fatal(err)
 			}
-			w.start(config(), "--backend", backend)
+			w.start(config(), "--backend", w.useBackend(backend))
 			w.awaitEndpoint("new")
 			if got := w.fate("client", lab.NewConnection, magic(false), nil); !strings.HasPrefix(got, "answered by new") {
 				t.Errorf("without the state file: %s", got)

@@ -20,13 +20,16 @@ type Fake struct {
 func NewFake(agentName string) *Fake {
 	fake := &Fake{NFTables: &NFTables{}}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := "magic-ip-" + agentName
+		name := tablePrefix + agentName
 		t := &fakeTable{Fake: knftables.NewFake(family, name)}
 		fake.tables = append(fake.tables, t)
 		fake.NFTables.tables = append(fake.NFTables.tables, &table{
 			family: family, name: name, nft: t, list: t.list,
 			generation: func() (uint32, error) { return t.generation.Load(), nil },
 		})
+	}
+	for _, t := range fake.NFTables.tables {
+		t.siblings = fake.NFTables.tables
 	}
 	return fake
 }

@@ -236,7 +236,11 @@ func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
 			changed = append(changed, i)
 		}
 		f.tables = wanted
-		return f.remember(ctx, changed)
+		if err := f.remember(ctx, changed); err != nil {
+			f.known = false
+			return f.apply(ctx, wanted)
+		}
+		return nil
 	default:
 		f.listed = make([][]xchain, len(wanted))
 		var all []int
@@ -346,6 +350,8 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 				found = append(found, fmt.Sprintf("%d jumps from %s", count, j.hook))
 			case behind > 0 && f.mayMove(t.name, j.hook):
 				found = append(found, fmt.Sprintf("%d rules of others before ours in %s", behind, j.hook))
+			case behind > 0:
+				now = 0 // look again with the next poll
 			}
 		}
 		if len(found) == 0 && len(there.leadingTo(f.prefix)) != len(t.jumps) {
@@ -363,10 +369,11 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 	return nil, nil
 }
 
-// remove takes jumps and chains out: nat first, so that nothing is refused that might still be answered.
+// remove takes jumps and chains out: filter before nat, so that nothing is held or refused that is not
+// translated any more.
 func (f *xfamily) remove(ctx context.Context) error {
 	if present(f.command) {
-		for _, name := range []string{"nat", "filter", "mangle"} {
+		for _, name := range []string{"filter", "nat", "mangle"} {
 			there, err := f.list(ctx, name)
 			if err != nil {
 				return err

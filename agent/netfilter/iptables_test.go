@@ -1,6 +1,8 @@
 package netfilter
 
 import (
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -157,16 +159,16 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 		commands []string
 		left     string // what the one who changed it keeps: a rule that is not ours
 	}{
-		"flushed table":       {commands: []string{"-t nat -F"}},
-		"flushed chain":       {commands: []string{"-t filter -F " + prefix + "refuse"}},
-		"deleted jump":        {commands: []string{"-t filter -D FORWARD 1"}},
-		"added rule":          {commands: []string{"-t nat -I " + prefix + "dnat -j RETURN"}},
-		"replaced endpoint":   {commands: []string{"-t nat -R " + prefix + "dnat 1 -d 169.254.210.210 -p tcp -j DNAT --to-destination 10.0.0.1"}},
-		"doubled jump":        {commands: []string{"-t nat -A PREROUTING -j " + prefix + "dnat"}},
-		"doubled rule":        {commands: []string{"-t filter -A " + prefix + "refuse -p tcp -j REJECT --reject-with tcp-reset"}},
-		"rule before ours":    {commands: []string{"-t nat -I PREROUTING -d 169.254.210.210 -j DNAT --to-destination 10.0.0.1"}, left: "-A PREROUTING -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.1\n"},
-		"conditional jump":    {commands: []string{"-t nat -I PREROUTING -p udp -j " + prefix + "dnat"}},
-		"foreign chain of us": {commands: []string{"-t nat -N " + prefix + "old", "-t nat -A PREROUTING -j " + prefix + "old"}},
+		"flushed table":          {commands: []string{"-t nat -F"}},
+		"flushed chain":          {commands: []string{"-t filter -F " + prefix + "refuse"}},
+		"deleted jump":           {commands: []string{"-t filter -D FORWARD 1"}},
+		"added rule":             {commands: []string{"-t nat -I " + prefix + "dnat -j RETURN"}},
+		"replaced endpoint":      {commands: []string{"-t nat -R " + prefix + "dnat 1 -d 169.254.210.210 -p tcp -j DNAT --to-destination 10.0.0.1"}},
+		"doubled jump":           {commands: []string{"-t nat -A PREROUTING -j " + prefix + "dnat"}},
+		"doubled rule":           {commands: []string{"-t filter -A " + prefix + "refuse -p tcp -j REJECT --reject-with tcp-reset"}},
+		"rule before ours":       {commands: []string{"-t nat -I PREROUTING -d 169.254.210.210 -j DNAT --to-destination 10.0.0.1"}, left: "-A PREROUTING -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.1\n"},
+		"conditional jump":       {commands: []string{"-t nat -I PREROUTING -p udp -j " + prefix + "dnat"}},
+		"unloaded chain of ours": {commands: []string{"-t nat -N " + prefix + "old", "-t nat -A PREROUTING -j " + prefix + "old"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			forEachVariant(t, func(t *testing.T, suffix string) {
@@ -210,11 +212,38 @@ func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 		for hook := range backend.families[0].moved {
 			backend.families[0].moved[hook] = time.Now().Add(-2 * moveAgainAfter)
 		}
-		backend.families[0].seen = 0
 		if differs, err := backend.Verify(t.Context()); err != nil || len(differs) != 1 {
 			t.Errorf("verify after a while: %q, error %v; want one difference", differs, err)
 		}
 	})
+}
+
+// TestIPTablesUpdateMeetsChanges: a change of the plan finds what nobody has told of yet.
+func TestIPTablesUpdateMeetsChanges(t *testing.T) {
+	before, after := plan.Build(xtablesCases()["one"]), plan.Build(xtablesCases()["many"])
+	for name, command := range map[string]string{
+		"deleted jump":  "-t nat -D PREROUTING 1",
+		"flushed table": "-t filter -F",
+		"deleted chain": "-t mangle -X " + chainPrefix(testAgent) + "pods",
+	} {
+		t.Run(name, func(t *testing.T) {
+			forEachVariant(t, func(t *testing.T, suffix string) {
+				backend := newTestIPTables(t, suffix, testAgent)
+				mustSync(t, backend, &after)
+				want := savedRules(t, suffix)
+				mustSync(t, backend, &before)
+				if strings.Contains(command, "-X") {
+					run(t, "iptables"+suffix, "-t", "mangle", "-F")
+				}
+				run(t, "iptables"+suffix, strings.Fields(command)...)
+				mustSync(t, backend, &after)
+				wantIntact(t, backend)
+				if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
+					t.Errorf("rules (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
 }
 
 func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
@@ -291,5 +320,38 @@ func TestSelectSaysWhyNot(t *testing.T) {
 	_, err := Select(t.Context(), Auto, testAgent)
 	if err == nil || !strings.Contains(err.Error(), "nft") || !strings.Contains(err.Error(), "no iptables command") {
 		t.Errorf("without any tool: %v, want an error that names both causes", err)
+	}
+}
+
+// TestIPTablesWithoutIP6Tables: what is not needed may be missing; what is needed is named.
+func TestIPTablesWithoutIP6Tables(t *testing.T) {
+	inIPTablesNamespace(t)
+	tools := t.TempDir()
+	for _, tool := range []string{"iptables", "iptables-save", "iptables-restore"} {
+		path, err := exec.LookPath(tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(path, filepath.Join(tools, tool)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", tools)
+	backend, err := Select(t.Context(), Auto, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if backend.Name() != BackendIPTables || !strings.Contains(backend.Reason, "nftables cannot be used") {
+		t.Errorf("backend %s, reason %q", backend.Name(), backend.Reason)
+	}
+	one, both := plan.Build(xtablesCases()["one"]), plan.Build(xtablesCases()["every-policy"])
+	if err := backend.Sync(t.Context(), &one); err != nil {
+		t.Error(err)
+	}
+	if err := backend.Sync(t.Context(), &both); err == nil || !strings.Contains(err.Error(), "ip6tables") {
+		t.Errorf("IPv6 without ip6tables: %v, want an error that names it", err)
+	}
+	if err := backend.Remove(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

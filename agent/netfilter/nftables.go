@@ -43,7 +43,7 @@ func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
 func newNFTables(agentName string) (*NFTables, error) {
 	n := &NFTables{}
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := "magic-ip-" + agentName
+		name := tablePrefix + agentName
 		nft, err := knftables.New(family, name)
 		if err != nil {
 			return nil, err
@@ -52,6 +52,9 @@ func newNFTables(agentName string) (*NFTables, error) {
 			family: family, name: name, nft: nft, generation: newGeneration(),
 			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
 		})
+	}
+	for _, t := range n.tables {
+		t.siblings = n.tables
 	}
 	return n, nil
 }
@@ -90,6 +93,9 @@ func (n *NFTables) Remove(ctx context.Context) error {
 	return err
 }
 
+// tablePrefix begins the name of every agent's tables.
+const tablePrefix = "magic-ip-"
+
 const comment = "rules of magic-ip-agent: changes made by hand are mended"
 
 // table is one family's table and what we believe is in it.
@@ -106,6 +112,7 @@ type table struct {
 	// last known to be as wanted.
 	structure string
 	seen      uint32
+	siblings  []*table // all tables of the backend, this one included
 }
 
 func (t *table) sync(ctx context.Context, p *plan.Plan) error {
@@ -144,10 +151,7 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 				t.known = false
 				return t.apply(ctx, wanted)
 			}
-			// Only our own change has moved the generation on; where it has not, look again next time.
-			if t.seen == before {
-				t.seen++
-			}
+			t.advance(before)
 		}
 	default:
 		if err := t.load(ctx, wanted); err != nil {
@@ -159,6 +163,16 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 	}
 	t.known, t.rules = true, wanted
 	return nil
+}
+
+// advance says that one transaction of ours followed the generation before. A table that was as wanted by
+// then still is; at the others somebody else has been at work, so they are looked at next time.
+func (t *table) advance(before uint32) {
+	for _, sibling := range t.siblings {
+		if sibling.seen == before {
+			sibling.seen++
+		}
+	}
 }
 
 // load puts all of wanted in place of whatever is there.

@@ -45,6 +45,8 @@ const (
 	beforeDNAT knftables.BaseChainPriority = "-110"
 	ownDNAT    knftables.BaseChainPriority = "-105"
 	ownSNAT    knftables.BaseChainPriority = "95"
+	// The forward chain comes before the filters of others.
+	beforeFilter knftables.BaseChainPriority = "-10"
 )
 
 // concat joins the parts of a key or a value as nft writes them.
@@ -57,7 +59,8 @@ func concat(parts ...string) string { return strings.Join(parts, " . ") }
 // so that what is not for this client never reaches routing. Reject in prerouting needs Linux 5.9. They
 // see every packet of a flow with the magic IP still as its destination. A translated flow is let through
 // before anything else is looked at: its first packet was allowed, and it ends when its sandbox does (see
-// plan.Stale). The nat chains see the first packet of a flow only.
+// plan.Stale). The nat chains see the first packet of a flow only; what they have not translated, because
+// the flow is older than the rule or conntrack calls the packet invalid, ends in the forward chain.
 func render(p *plan.Plan, family knftables.Family) ruleset {
 	ip := string(family)
 	const translated = "ct status & dnat == dnat accept"
@@ -73,6 +76,15 @@ func render(p *plan.Plan, family knftables.Family) ruleset {
 		{name: "nat-postrouting", kind: knftables.NATType, hook: knftables.PostroutingHook, priority: ownSNAT,
 			rules: []string{"ct status & dnat == dnat ct original " + ip + " daddr @addresses goto masquerade-replies"}},
 
+		{name: "filter-forward", kind: knftables.FilterType, hook: knftables.ForwardHook, priority: beforeFilter,
+			rules: []string{ip + " daddr @addresses goto untranslated"}},
+
+		{name: "untranslated", comment: "what translation has left out does not leave the node", rules: []string{
+			"ct state invalid drop",
+			frontendKey(ip) + " @passed accept",
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"goto refuse",
+		}},
 		{name: "from-network", comment: "what to do with a packet that comes in by an interface", rules: []string{
 			translated,
 			frontendKey(ip) + " vmap @services",
@@ -182,6 +194,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "where new flows go")
 	spread := newSet("spread", frontend, "verdict", "frontends with several endpoints")
 	excluded := newSet("excluded", concat(address, frontend), "", "sources that are left alone")
+	passed := newSet("passed", frontend, "", "frontends whose packets may leave the node as they are")
 	hostExcluded := newSet("host-excluded", frontend, "", "frontends that processes of this node do not use")
 	hairpins := newSet("hairpins", concat(address, address), "", "endpoints that talk to themselves")
 	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
@@ -193,10 +206,14 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 		key := concat(rule.Address.String(), string(rule.Protocol), strconv.Itoa(int(rule.Port)))
 		if rule.Foreign() {
 			services.elements[key], hostServices.elements[key] = "accept", "accept"
+			passed.elements[key] = ""
 			continue
 		}
 		addresses.elements[rule.Address.String()] = ""
 		services.elements[key] = "goto " + clientChain(rule.Action, rule.Clients)
+		if rule.Action == plan.Pass {
+			passed.elements[key] = ""
+		}
 		switch {
 		case !rule.HostClients:
 			hostServices.elements[key] = "accept"
@@ -213,6 +230,9 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 			excluded.elements[concat(source.String(), key)] = ""
 		}
 		for _, endpoint := range rule.Endpoints {
+			if slices.Contains(p.HostAddresses, endpoint.Addr()) {
+				continue // the node talks to itself without our help
+			}
 			hairpins.elements[concat(endpoint.Addr().String(), endpoint.Addr().String())] = ""
 		}
 		switch len(rule.Endpoints) {
@@ -232,7 +252,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 		}
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
-	return []set{addresses, hostAddresses, interfaces, services, hostServices, endpoints, spread, excluded, hostExcluded, hairpins, bridges}
+	return []set{addresses, hostAddresses, interfaces, services, hostServices, endpoints, spread, excluded, hostExcluded, passed, hairpins, bridges}
 }
 
 // sameStructure says whether only elements differ.

@@ -85,6 +85,16 @@ func (s *Selected) Sync(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
+// Watch calls changed whenever the kernel tells that somebody has changed our rules, until ctx ends. It
+// tells that of nftables only; the rules of iptables are looked at with every poll.
+func (s *Selected) Watch(ctx context.Context, changed func()) error {
+	if nft, ok := s.backend.(*NFTables); ok {
+		return watchTable(ctx, nft.tables[0].name, changed)
+	}
+	<-ctx.Done()
+	return nil
+}
+
 // Remove takes the rules of the agent out, whichever backend they are of.
 func (s *Selected) Remove(ctx context.Context) error {
 	return errors.Join(s.backend.Remove(ctx), s.removeLeftovers(ctx))

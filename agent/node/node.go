@@ -30,6 +30,8 @@ type Network struct {
 	Interfaces map[string]bool
 	// Addresses are the node's own.
 	Addresses []netip.Addr
+	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
+	IPv6 bool
 	// Bridges are the node's Linux bridges.
 	Bridges []plan.Bridge
 }
@@ -46,10 +48,11 @@ type Kernel struct{}
 // Read asks the kernel (rtnetlink). It reads the network namespace of the calling thread.
 func (Kernel) Read() (Network, error) {
 	network := Network{Interfaces: map[string]bool{}, BridgePorts: map[string]bool{}}
-	uplinks, err := defaultRouteLinks()
+	uplinks, ipv6, err := readRoutes()
 	if err != nil {
 		return network, fmt.Errorf("routes of the node: %w", err)
 	}
+	network.IPv6 = ipv6
 	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
 	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	messages, err := dump(request)
@@ -107,22 +110,27 @@ func dump(request *nl.NetlinkRequest) ([][]byte, error) {
 	return nil, netlink.ErrDumpInterrupted
 }
 
-// defaultRouteLinks are the indexes of links that a default route of any table leads to.
-func defaultRouteLinks() (map[int]bool, error) {
-	uplinks := map[int]bool{}
+// readRoutes finds the indexes of links that a default route of any table leads to, and whether there is any
+// IPv6 route but link-local, loopback and multicast ones.
+func readRoutes() (uplinks map[int]bool, ipv6 bool, err error) {
+	uplinks = map[int]bool{}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		err := netlink.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE,
 			func(route netlink.Route) bool {
-				for _, index := range defaultLinks(route) {
+				links := defaultLinks(route)
+				for _, index := range links {
 					uplinks[index] = true
+				}
+				if family == netlink.FAMILY_V6 {
+					ipv6 = ipv6 || len(links) > 0 || route.Dst != nil && route.Dst.IP.IsGlobalUnicast()
 				}
 				return true
 			})
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EAFNOSUPPORT) {
-			return nil, err
+			return nil, false, err
 		}
 	}
-	return uplinks, nil
+	return uplinks, ipv6, nil
 }
 
 // defaultLinks are the links of a default route; none where the route is another one.

@@ -102,3 +102,11 @@ func (b *logBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buffer.String()
 }
+
+// RunAgent runs another command of the agent's binary inside the node and returns what it printed.
+func (n *Node) RunAgent(ctx context.Context, args ...string) (string, error) {
+	if err := present(n.binaries.Agent); err != nil {
+		return "", err
+	}
+	return n.Run(ctx, n.binaries.Agent, args...)
+}
