@@ -20,10 +20,38 @@ import (
 
 // records is what the plugin's state file said last.
 type records struct {
+	// list is all that count: lost, then the file's.
 	list []state.Attachment
+	// lost were in a file that was lost: the one that began anew does not tell when they go. Their host
+	// interfaces do.
+	lost  []state.Attachment
+	since time.Time // when the list in the file was begun
 	// known: the file has spoken since this agent started. A missing or unreadable file is a source that
 	// is silent, and what it said before counts on.
 	known bool
+}
+
+// with are the records after the file has said this.
+func (r records) with(file state.File) records {
+	lost := r.lost
+	if !file.Since.Equal(r.since) {
+		lost = r.list
+	}
+	lost = slices.DeleteFunc(slices.Clone(lost), func(l state.Attachment) bool {
+		return l.HostInterface == "" || slices.ContainsFunc(file.Attachments, func(a state.Attachment) bool {
+			return a.Key() == l.Key() || a.HostInterface == l.HostInterface
+		})
+	})
+	return records{list: slices.Concat(lost, file.Attachments), lost: lost, since: file.Since, known: true}
+}
+
+// on are the records on a node with these interfaces: without the lost ones whose interface is not there any
+// more, and never will be again.
+func (r records) on(interfaces map[string]bool) records {
+	present := r.list[len(r.lost):]
+	r.lost = endpoint.Standing(r.lost, interfaces)
+	r.list = slices.Concat(r.lost, present)
+	return r
 }
 
 // pods is what the Kubernetes API said last, and what the records have told since.
@@ -42,11 +70,10 @@ func (a *Agent) read(ctx context.Context, changed Source) {
 		a.readSettings()
 	}
 	if changed&(Records|Poll) != 0 {
-		list, err := state.Read(a.RuntimeDir)
+		file, err := state.ReadFile(a.RuntimeDir)
 		switch {
 		case err == nil:
-			a.withdraw(list)
-			a.records = records{list: list, known: true}
+			a.setRecords(a.records.with(file))
 		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
 			// No pod has been added yet, unless this agent knew of one before it was restarted.
 			a.records.known, err = a.records.known || !a.restoredRecords(), nil
@@ -60,6 +87,9 @@ func (a *Agent) read(ctx context.Context, changed Source) {
 		a.note("network of the node", err)
 		if err == nil {
 			a.network = network
+			if a.records.known {
+				a.setRecords(a.records.on(network.Interfaces))
+			}
 		}
 	}
 	if changed&(Others|Poll) != 0 {
@@ -70,7 +100,12 @@ func (a *Agent) read(ctx context.Context, changed Source) {
 	}
 }
 
-// withdraw notes the addresses of records that are in the state file no more.
+func (a *Agent) setRecords(r records) {
+	a.withdraw(r.list)
+	a.records = r
+}
+
+// withdraw notes the addresses of records that count no more, now that these do.
 func (a *Agent) withdraw(list []state.Attachment) {
 	here := map[state.Key]bool{}
 	for _, record := range list {
@@ -230,6 +265,7 @@ func (a *Agent) restore() {
 		return
 	}
 	a.restored = restored
+	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
 		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
 	}

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"k8s.io/apimachinery/pkg/labels"
-
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 )
 
@@ -68,14 +66,14 @@ func (c *conf) claims(namespace string) []claim {
 func wanted(claims []claim, podLabels map[string]string, log *slog.Logger) bool {
 	record := podLabels == nil
 	for _, claim := range claims {
-		selector, err := labels.Parse(claim.selector)
+		selected, err := selects(claim.selector, podLabels)
 		if err != nil {
 			log.Warn("a selector does not parse; pods of its namespaces are recorded whatever their labels are",
 				"agent", claim.agent, "selector", claim.selector, "error", err)
 			record = true
 			continue
 		}
-		record = record || selector.Matches(labels.Set(podLabels))
+		record = record || selected
 	}
 	return record
 }
