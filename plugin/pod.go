@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/labels"
+
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 )
 
@@ -66,14 +68,14 @@ func (c *conf) claims(namespace string) []claim {
 func wanted(claims []claim, podLabels map[string]string, log *slog.Logger) bool {
 	record := podLabels == nil
 	for _, claim := range claims {
-		selected, err := selects(claim.selector, podLabels)
+		selector, err := labels.Parse(claim.selector)
 		if err != nil {
 			log.Warn("a selector does not parse; pods of its namespaces are recorded whatever their labels are",
 				"agent", claim.agent, "selector", claim.selector, "error", err)
 			record = true
 			continue
 		}
-		record = record || selected
+		record = record || selector.Matches(labels.Set(podLabels))
 	}
 	return record
 }
