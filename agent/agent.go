@@ -45,6 +45,16 @@ type Node interface {
 	EnableHairpin(hostInterface string) (switched bool, err error)
 }
 
+// API is the Kubernetes API.
+type API interface {
+	// Select makes these the namespaces whose pods are asked for.
+	Select(namespaces []string)
+	// View is what it said last.
+	View() endpoint.View
+	// Poll asks again where that is needed.
+	Poll(ctx context.Context)
+}
+
 // Source is what may have changed.
 type Source uint32
 
@@ -55,8 +65,9 @@ const (
 	Others                        // what other agents have published
 	Settings                      // the configuration
 	Rules                         // the kernel's rules: somebody else has changed ours
+	Pods                          // the Kubernetes API
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Rules | Poll
+	allSources = Records | Network | Others | Settings | Rules | Pods | Poll
 )
 
 // Watcher calls wake when a source may have changed, until ctx ends.
@@ -72,6 +83,7 @@ type Options struct {
 	BackendNote string
 	Flows       Flows
 	Node        Node
+	API         API // nil: what the CNI plugin records is all that is known
 	// ForeignRules names the rules of others that translate one of these addresses.
 	ForeignRules func(context.Context, []netip.Addr) []string
 	Watchers     []Watcher
@@ -87,6 +99,7 @@ type Agent struct {
 	config    Config
 	startedAt time.Time
 	records   records
+	pods      pods
 	network   node.Network
 	others    []*published.Agent
 	// restored is what this agent had published before it was restarted.
@@ -124,7 +137,7 @@ var ErrStandby = errors.New("ended while standing by")
 
 // Run serves until ctx ends, and then leaves the rules in place. It first waits for its name to be free.
 func Run(ctx context.Context, options Options) error {
-	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}}
+	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}, pods: pods{withdrawn: map[string][]netip.Addr{}}}
 	var err error
 	if a.config, err = a.Load(); err != nil {
 		return fmt.Errorf("configuration: %w", err)
@@ -241,7 +254,7 @@ const (
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
 func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	a.read(changed)
+	a.read(ctx, changed)
 	if ctx.Err() != nil {
 		return 0, true
 	}
@@ -250,18 +263,19 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		// sees the older in time.
 		a.decide(now)
 		a.publish(now, false)
-		a.read(Others)
+		a.read(ctx, Others)
 	}
 	next = a.decide(now)
 	p := a.plan(now)
 	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
+	damaged := false
 	pause := a.mendedAt.Add(mendPause).Sub(now)
 	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
 		differs, err := a.Backend.Verify(ctx)
 		a.note(a.Backend.Name()+" verify", err)
 		if len(differs) > 0 {
 			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
-			fresh, a.mendedAt = true, now
+			fresh, damaged, a.mendedAt = true, true, now
 		}
 	} else if changed&Rules != 0 {
 		a.pending.Or(uint32(Rules)) // for the next look, below
@@ -286,7 +300,7 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			ok = false
 		} else {
 			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
-			a.sweep(ctx, &p)
+			a.sweep(ctx, &p, damaged)
 			a.applied, a.syncedAt = &p, now
 		}
 	}
@@ -315,15 +329,21 @@ func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
 	a.foreign.rules = found
 }
 
-// sweep deletes the flows that the plan now in the kernel has made stale.
-func (a *Agent) sweep(ctx context.Context, p *plan.Plan) {
+// sweep deletes the flows that the plan now in the kernel has made stale. While rules were damaged, new flows
+// of any frontend may have gone anywhere.
+func (a *Agent) sweep(ctx context.Context, p *plan.Plan, damaged bool) {
 	change := p.Since(a.applied)
+	if damaged {
+		anew := p.Since(nil)
+		change.Frontends, change.Untranslated = anew.Frontends, anew.Untranslated
+	}
 	deleted, err := a.Flows.Sweep(ctx, p, change)
 	a.note("conntrack", err)
 	if deleted > 0 {
 		a.Log.Info("flows ended whose endpoint is gone", "flows", deleted)
 	}
 	a.again.Frontends = append(a.again.Frontends, change.Frontends...)
+	a.again.Untranslated = append(a.again.Untranslated, change.Untranslated...)
 	a.again.Removed = append(a.again.Removed, change.Removed...)
 	a.again.Gone = append(a.again.Gone, change.Gone...)
 }

@@ -13,7 +13,10 @@ import (
 // decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
 // returns when a decision changes by time alone (0: never).
 func (a *Agent) decide(now time.Time) (next time.Duration) {
-	targets := endpoint.Targets(endpoint.Sources{Records: a.records.list, Interfaces: a.network.Interfaces, Now: now})
+	targets := endpoint.Targets(endpoint.Sources{
+		Records: a.records.list, Interfaces: a.network.Interfaces, Now: now,
+		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
+	})
 	services := map[plan.Frontend]*service{}
 	for _, port := range a.config.Ports {
 		if _, twice := services[port.Frontend]; twice {
@@ -141,6 +144,13 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 		// The interfaces in the records are served whatever they are, if they are there.
 		if a.network.Interfaces[record.HostInterface] && !a.network.BridgePorts[record.HostInterface] {
 			in.PodInterfaces = append(in.PodInterfaces, record.HostInterface)
+		}
+	}
+	for _, pod := range a.pods.Pods {
+		for _, ip := range pod.IPs {
+			if !pod.Finished && !slices.Contains(a.pods.withdrawn[pod.UID], ip) {
+				in.Sandboxes = append(in.Sandboxes, ip)
+			}
 		}
 	}
 	for _, other := range a.others {

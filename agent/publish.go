@@ -23,7 +23,7 @@ func splitPod(pod string) (namespace, name string) {
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Dead: a.dead(now),
 	}
 	for _, port := range a.config.Ports {
 		m := published.MagicIP{
@@ -62,6 +62,25 @@ func (a *Agent) renew(now time.Time) error {
 		return published.Write(a.RuntimeDir, a.published)
 	}
 	return nil
+}
+
+// labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
+func (a *Agent) labels() map[string]map[string]string {
+	if len(a.pods.Pods) == 0 {
+		return nil
+	}
+	labels := map[string]map[string]string{}
+	for _, pod := range a.pods.Pods {
+		uid := pod.UID
+		if pod.ConfigHash != "" {
+			uid = pod.ConfigHash
+		}
+		labels[uid] = pod.Labels
+		if pod.Labels == nil {
+			labels[uid] = map[string]string{}
+		}
+	}
+	return labels
 }
 
 // notes are the conditions that an operator should know of.

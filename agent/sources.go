@@ -26,8 +26,18 @@ type records struct {
 	known bool
 }
 
+// pods is what the Kubernetes API said last, and what the records have told since.
+type pods struct {
+	endpoint.View
+	// withdrawn are the addresses that DEL has taken from a pod, by UID: its podIP counts no more until the
+	// API reports another one.
+	withdrawn map[string][]netip.Addr
+	// missing is since when the pod of a record is not in the API.
+	missing map[state.Key]time.Time
+}
+
 // read takes in the sources that have changed. What cannot be read leaves what was known of it.
-func (a *Agent) read(changed Source) {
+func (a *Agent) read(ctx context.Context, changed Source) {
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
@@ -35,9 +45,11 @@ func (a *Agent) read(changed Source) {
 		list, err := state.Read(a.RuntimeDir)
 		switch {
 		case err == nil:
+			a.withdraw(list)
 			a.records = records{list: list, known: true}
 		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
-			err = nil // no pod has been added yet
+			// No pod has been added yet, unless this agent knew of one before it was restarted.
+			a.records.known, err = a.records.known || !a.restoredRecords(), nil
 		}
 		a.note("state file", err)
 	}
@@ -53,6 +65,108 @@ func (a *Agent) read(changed Source) {
 	if changed&(Others|Poll) != 0 {
 		a.readOthers()
 	}
+	if changed&(Pods|Poll) != 0 && a.API != nil {
+		a.readPods(ctx, changed)
+	}
+}
+
+// withdraw notes the addresses of records that are in the state file no more.
+func (a *Agent) withdraw(list []state.Attachment) {
+	here := map[state.Key]bool{}
+	for _, record := range list {
+		here[record.Key()] = true
+	}
+	for _, record := range a.records.list {
+		if !here[record.Key()] && record.UID != "" {
+			a.pods.withdrawn[record.UID] = append(a.pods.withdrawn[record.UID], record.IPs...)
+		}
+	}
+	if a.records.known || a.restored == nil {
+		return
+	}
+	for _, m := range a.restored.MagicIPs { // DEL has come while this agent was away
+		for _, e := range m.Endpoints {
+			if e.Recorded && e.UID != "" && !slices.ContainsFunc(list, func(r state.Attachment) bool { return r.UID == e.UID }) {
+				a.pods.withdrawn[e.UID] = append(a.pods.withdrawn[e.UID], e.Address.Addr())
+			}
+		}
+	}
+}
+
+func (a *Agent) restoredRecords() bool {
+	return a.restored != nil && slices.ContainsFunc(a.restored.MagicIPs, func(m published.MagicIP) bool {
+		return slices.ContainsFunc(m.Endpoints, func(e published.Endpoint) bool { return e.Recorded })
+	})
+}
+
+func (a *Agent) readPods(ctx context.Context, changed Source) {
+	if changed&Poll != 0 {
+		a.API.Select(a.namespaces())
+		a.API.Poll(ctx)
+	}
+	a.pods.View = a.API.View()
+	var problem error
+	if len(a.pods.Problems) > 0 {
+		problem = errors.New(strings.Join(a.pods.Problems, "; "))
+	}
+	a.note("Kubernetes API", problem)
+	if !a.pods.Spoken || !a.pods.Reachable {
+		return
+	}
+	listed := map[string]endpoint.Pod{}
+	for _, pod := range a.pods.Pods {
+		listed[pod.UID] = pod
+		if pod.ConfigHash != "" {
+			listed[pod.ConfigHash] = pod
+		}
+	}
+	for uid, taken := range a.pods.withdrawn {
+		pod, here := listed[uid]
+		another := slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return !slices.Contains(taken, ip) })
+		if !here || another {
+			delete(a.pods.withdrawn, uid)
+		}
+	}
+	missing := map[state.Key]time.Time{}
+	for _, record := range a.records.list {
+		if _, here := listed[record.UID]; here || record.UID == "" || !a.serves(record.Namespace) {
+			continue
+		}
+		since, known := a.pods.missing[record.Key()]
+		if !known {
+			since = time.Now()
+		}
+		missing[record.Key()] = since
+	}
+	a.pods.missing = missing
+}
+
+// dead are the records that the plugin may drop: their pod has been gone from the API for a minute, and
+// their host interface is gone from the node.
+func (a *Agent) dead(now time.Time) []published.Attachment {
+	var dead []published.Attachment
+	for _, record := range a.records.list {
+		since, missing := a.pods.missing[record.Key()]
+		if missing && now.Sub(since) >= endpoint.UnknownPodGrace && record.HostInterface != "" && !a.network.Interfaces[record.HostInterface] {
+			dead = append(dead, published.Attachment{ContainerID: record.ContainerID, IfName: record.IfName})
+		}
+	}
+	return dead
+}
+
+// namespaces are those that the configuration names.
+func (a *Agent) namespaces() []string {
+	var namespaces []string
+	for _, port := range a.config.Ports {
+		if !slices.Contains(namespaces, port.Namespace) {
+			namespaces = append(namespaces, port.Namespace)
+		}
+	}
+	return namespaces
+}
+
+func (a *Agent) serves(namespace string) bool {
+	return slices.ContainsFunc(a.namespaces(), func(n string) bool { return n == namespace || n == endpoint.AllNamespaces })
 }
 
 func (a *Agent) readSettings() {
@@ -61,8 +175,12 @@ func (a *Agent) readSettings() {
 		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + config.Name + "; restart it")
 	}
 	a.note("configuration", err)
-	if err == nil {
-		a.config = config
+	if err != nil {
+		return
+	}
+	a.config = config
+	if a.API != nil {
+		a.API.Select(a.namespaces())
 	}
 }
 
@@ -144,7 +262,7 @@ func (a *Agent) recorded(address netip.Addr) bool {
 }
 
 // settled says whether every source has spoken.
-func (a *Agent) settled() bool { return a.records.known }
+func (a *Agent) settled() bool { return a.records.known && (a.API == nil || a.pods.Spoken) }
 
 // WatchFiles watches the plugin's state file, the agents' files and the configuration file (none where
 // empty). It watches their folders, since all of them are replaced by rename.

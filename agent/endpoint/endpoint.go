@@ -284,3 +284,12 @@ func (s Selection) rank(t Target) int {
 	}
 	return rank
 }
+
+// View is what the Kubernetes API said last.
+type View struct {
+	Pods []Pod
+	// Spoken: it has answered for every namespace. Reachable: it can be asked now.
+	Spoken, Reachable bool
+	// Problems are why it cannot, one sentence each.
+	Problems []string
+}

@@ -53,7 +53,7 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
 	frontends := slices.Concat(change.Frontends, change.Removed)
-	if len(frontends)+len(change.Frontends)+len(change.Gone) > mostFilteredDumps {
+	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps {
 		families := map[uint8]bool{}
 		for _, f := range frontends {
 			families[family(f.Address)] = true
@@ -69,8 +69,8 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 	for _, f := range frontends {
 		err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
 	}
-	for _, f := range change.Frontends {
-		err = errors.Join(err, s.dump(ctx, family(f.Address), lateReplyFilter(f)...))
+	for _, f := range change.Untranslated {
+		err = errors.Join(err, s.dump(ctx, family(f.Address), reversedFilter(f)...))
 	}
 	for _, address := range change.Gone {
 		err = errors.Join(err, s.dump(ctx, family(address), serverFilter(address)...))
@@ -146,31 +146,26 @@ func family(address netip.Addr) uint8 {
 // since kernels compare IPv6 addresses the wrong way round here: they send all flows but those asked for
 // (ctnetlink_filter_match_tuple; seen on Linux 6.18).
 func frontendFilter(f plan.Frontend) []*nl.RtAttr {
-	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
-	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
-	flags := uint32(filterProtocol | filterPort)
-	if f.Address.Is4() {
-		ip.AddRtAttr(nl.CTA_IP_V4_DST, f.Address.AsSlice())
-		flags |= filterIPDestination
-	}
-	transport := tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
-	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(f.Protocol.Number()))
-	transport.AddRtAttr(nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, f.Port))
-	return []*nl.RtAttr{tuple, tupleFilter(flags, 0)}
+	return tupleAt(f, nl.CTA_IP_V4_DST, nl.CTA_PROTO_DST_PORT, filterIPDestination, filterPort)
 }
 
-// lateReplyFilter lets flows through that began with a packet from f (see plan.Stale); for IPv6, see above.
-func lateReplyFilter(f plan.Frontend) []*nl.RtAttr {
+// reversedFilter lets flows through whose first packet came from f; see frontendFilter for IPv6.
+func reversedFilter(f plan.Frontend) []*nl.RtAttr {
+	return tupleAt(f, nl.CTA_IP_V4_SRC, nl.CTA_PROTO_SRC_PORT, filterIPSource, filterSourcePort)
+}
+
+// tupleAt compares one end of the original direction with f.
+func tupleAt(f plan.Frontend, address, port int, addressFlag, portFlag uint32) []*nl.RtAttr {
 	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
 	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
-	flags := uint32(filterProtocol | filterSourcePort)
+	flags := filterProtocol | portFlag
 	if f.Address.Is4() {
-		ip.AddRtAttr(nl.CTA_IP_V4_SRC, f.Address.AsSlice())
-		flags |= filterIPSource
+		ip.AddRtAttr(address, f.Address.AsSlice())
+		flags |= addressFlag
 	}
 	transport := tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
 	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(f.Protocol.Number()))
-	transport.AddRtAttr(nl.CTA_PROTO_SRC_PORT, binary.BigEndian.AppendUint16(nil, f.Port))
+	transport.AddRtAttr(port, binary.BigEndian.AppendUint16(nil, f.Port))
 	return []*nl.RtAttr{tuple, tupleFilter(flags, 0)}
 }
 

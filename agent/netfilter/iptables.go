@@ -197,6 +197,8 @@ type xfamily struct {
 	listed     [][]xchain
 	seen       uint32
 	generation func() (uint32, error)
+	// mended: a sync has found our chains changed by somebody else and loaded them anew. Verify has yet to say so.
+	mended bool
 	// moved is when a jump was last put before those of others, by table and hook.
 	moved map[string]time.Time
 }
@@ -230,7 +232,7 @@ func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
 			}
 			if err := f.restore(ctx, update); err != nil {
 				// Somebody has changed our chains since we looked: put all in place.
-				f.known = false
+				f.known, f.mended = false, true
 				return f.apply(ctx, wanted)
 			}
 			changed = append(changed, i)
@@ -324,6 +326,10 @@ func (f *xfamily) mayMove(table, hook string) bool {
 
 // verify looks at our chains and jumps, and says what differs from when they were loaded.
 func (f *xfamily) verify(ctx context.Context) ([]string, error) {
+	if f.mended {
+		f.mended = false
+		return []string{f.command + ": found out when an endpoint changed"}, nil
+	}
 	if !f.known || f.tables == nil {
 		return nil, nil
 	}

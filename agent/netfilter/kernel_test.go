@@ -128,11 +128,13 @@ func TestSweep(t *testing.T) {
 		want   []string
 	}{
 		{"nothing changed", plan.Change{}, all},
-		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003", "1010")},
+		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003")},
+		{"flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1010")},
+		{"IPv6 flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2008")},
 		{"TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.TCP, 80)}}, without("1007")},
 		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007")},
 		{"removed frontend", plan.Change{Removed: []plan.Frontend{frontend("169.254.210.211", plan.UDP, 80)}}, without("1005")},
-		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003", "2008")},
+		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003")},
 		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005")},
 		{"many", many, without("1002", "1003", "1007", "1010", "2002", "2003", "2005", "2008")},
 	} {
@@ -170,10 +172,10 @@ func TestKernelFilters(t *testing.T) {
 			return s.dump(t.Context(), unix.AF_INET, frontendFilter(frontend("169.254.210.210", plan.UDP, 80))...)
 		}, 3},
 		{"late reply", func(s *sweep) error {
-			return s.dump(t.Context(), unix.AF_INET, lateReplyFilter(frontend("169.254.210.210", plan.UDP, 80))...)
+			return s.dump(t.Context(), unix.AF_INET, reversedFilter(frontend("169.254.210.210", plan.UDP, 80))...)
 		}, 1},
 		{"IPv6 late reply", func(s *sweep) error {
-			return s.dump(t.Context(), unix.AF_INET6, lateReplyFilter(frontend("fd00:a::1", plan.UDP, 80))...)
+			return s.dump(t.Context(), unix.AF_INET6, reversedFilter(frontend("fd00:a::1", plan.UDP, 80))...)
 		}, 1},
 		{"server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)

@@ -113,6 +113,8 @@ type table struct {
 	structure string
 	seen      uint32
 	siblings  []*table // all tables of the backend, this one included
+	// mended: a sync has found the table changed by somebody else and loaded it anew. Verify has yet to say so.
+	mended bool
 }
 
 func (t *table) sync(ctx context.Context, p *plan.Plan) error {
@@ -148,16 +150,13 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 			}
 			if err := t.nft.Run(ctx, tx); err != nil {
 				// Somebody has changed the table since we looked: put all of it in place.
-				t.known = false
+				t.known, t.mended = false, true
 				return t.apply(ctx, wanted)
 			}
-			t.advance(before)
+			t.advance(before, 1)
 		}
 	default:
-		if err := t.load(ctx, wanted); err != nil {
-			return err
-		}
-		if err := t.remember(ctx, wanted); err != nil {
+		if err := t.loadAndRemember(ctx, wanted); err != nil {
 			return err
 		}
 	}
@@ -165,44 +164,26 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 	return nil
 }
 
-// advance says that one transaction of ours followed the generation before. A table that was as wanted by
+// advance says that so many transactions of ours followed the generation before. A table that was as wanted by
 // then still is; at the others somebody else has been at work, so they are looked at next time.
-func (t *table) advance(before uint32) {
+func (t *table) advance(before, transactions uint32) {
 	for _, sibling := range t.siblings {
 		if sibling.seen == before {
-			sibling.seen++
+			sibling.seen += transactions
 		}
 	}
 }
 
-// load puts all of wanted in place of whatever is there.
-func (t *table) load(ctx context.Context, wanted *ruleset) error {
-	there, err := t.list(ctx)
-	if err != nil {
-		return err
-	}
-	tx := t.nft.NewTransaction()
-	wanted.write(tx, comment)
-	if err := t.nft.Run(ctx, tx); err != nil {
-		// Another version may have made a set of the same name with another type. Then it has to be the
-		// hard way, which can refuse a packet that is just on its way.
-		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
-			return err
-		}
-		return nil
-	}
-	tx = t.nft.NewTransaction()
-	wanted.tidy(tx, there.objects)
-	if tx.NumOperations() == 0 {
-		return nil
-	}
-	return t.nft.Run(ctx, tx)
-}
-
-// remember takes down how nft lists the structure that was just loaded, to compare with later.
-func (t *table) remember(ctx context.Context, loaded *ruleset) error {
+// loadAndRemember puts all of wanted in place of whatever is there, and takes down how nft lists the structure
+// of it, to compare with later. It is not to take down what somebody else has changed in between: then it begins
+// again.
+func (t *table) loadAndRemember(ctx context.Context, wanted *ruleset) error {
 	for range 5 {
 		before, err := t.generation()
+		if err != nil {
+			return err
+		}
+		transactions, err := t.load(ctx, wanted)
 		if err != nil {
 			return err
 		}
@@ -214,22 +195,52 @@ func (t *table) remember(ctx context.Context, loaded *ruleset) error {
 		if err != nil {
 			return err
 		}
-		if before == after {
-			if missing := listed.compare(loaded, listed.structure); len(missing) > 0 {
-				return fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
-			}
-			t.structure, t.seen = listed.structure, after
-			return nil
+		if after != before+transactions {
+			continue
 		}
+		if missing := listed.compare(wanted, listed.structure); len(missing) > 0 {
+			return fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
+		}
+		t.advance(before, transactions)
+		t.structure, t.seen = listed.structure, after
+		return nil
 	}
-	// Rules change all the time here; the next sync loads ours anew.
+	// Rules change all the time here; the next verify has ours loaded anew.
 	t.structure, t.seen = "", 0
 	return nil
+}
+
+// load puts all of wanted in place of whatever is there, in so many transactions.
+func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32, err error) {
+	there, err := t.list(ctx)
+	if err != nil {
+		return 0, err
+	}
+	tx := t.nft.NewTransaction()
+	wanted.write(tx, comment)
+	if err := t.nft.Run(ctx, tx); err != nil {
+		// Another version may have made a set of the same name with another type. Then it has to be the
+		// hard way, which can refuse a packet that is just on its way.
+		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
+			return 0, err
+		}
+		return 2, nil
+	}
+	tx = t.nft.NewTransaction()
+	wanted.tidy(tx, there.objects)
+	if tx.NumOperations() == 0 {
+		return 1, nil
+	}
+	return 2, t.nft.Run(ctx, tx)
 }
 
 // verify looks at the table where anybody has changed any rule since it was last seen as wanted, and
 // says what differs.
 func (t *table) verify(ctx context.Context) ([]string, error) {
+	if t.mended {
+		t.mended = false
+		return []string{fmt.Sprintf("table %s %s: found out when an endpoint changed", t.family, t.name)}, nil
+	}
 	if !t.known {
 		return nil, nil
 	}

@@ -230,6 +230,9 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 			excluded.elements[concat(source.String(), key)] = ""
 		}
 		for _, endpoint := range rule.Endpoints {
+			if slices.Contains(p.HostAddresses, endpoint.Addr()) {
+				continue // the node talks to itself without our help
+			}
 			hairpins.elements[concat(endpoint.Addr().String(), endpoint.Addr().String())] = ""
 		}
 		switch len(rule.Endpoints) {

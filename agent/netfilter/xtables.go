@@ -311,7 +311,9 @@ func (b *xtablesBuilder) nat() xtable {
 	// Whoever translated it: a pod cannot take a packet that bears its own address as its source.
 	var hairpins []netip.Addr
 	for address := range endpoints {
-		hairpins = append(hairpins, address)
+		if !slices.Contains(b.plan.HostAddresses, address) { // the node talks to itself without our help
+			hairpins = append(hairpins, address)
+		}
 	}
 	slices.SortFunc(hairpins, netip.Addr.Compare)
 	dispatch(b, replies, "-d %s", hairpins, func(a netip.Addr) netip.Addr { return a }, func(chain string, a netip.Addr) {

@@ -25,19 +25,19 @@ type Flow struct {
 //   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
 //   - An established TCP flow stays for as long as the sandbox that serves it stands, so that a
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
-//   - A reply that is on its way while its flow is deleted makes an entry of its own, with the frontend as its
-//     source. The client's packets are replies to that one and would never be translated: it goes.
 //   - Flows that are left alone on purpose stay, and what a removed frontend never translated.
+//   - A flow from a frontend is one the wrong way round: an answer that was on its way when the flow was deleted
+//     that it belonged to. All that its client sends is taken for replies and never translated: it goes.
 //
 // change names the frontends that p has no more; the flows of all others than these and p's are not ours.
 func (p *Plan) Stale(f Flow, change Change) bool {
-	frontend := Frontend{f.Destination.Addr(), f.Protocol, f.Destination.Port()}
-	rule, ours := p.Find(frontend)
-	if !ours && f.Server == f.Destination {
-		if rule, ours = p.Find(Frontend{f.Source.Addr(), f.Protocol, f.Source.Port()}); ours {
-			f.Source, f.Destination, f.Server = f.Destination, f.Source, f.Source
+	if reversed := (Frontend{f.Source.Addr(), f.Protocol, f.Source.Port()}); f.Server == f.Destination {
+		if rule, ours := p.Find(reversed); ours {
+			return !p.alone(rule, f.Destination.Addr())
 		}
 	}
+	frontend := Frontend{f.Destination.Addr(), f.Protocol, f.Destination.Port()}
+	rule, ours := p.Find(frontend)
 	if !ours && !slices.Contains(change.Removed, frontend) {
 		return false
 	}
@@ -45,27 +45,30 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 		return false
 	}
 	if f.Server == f.Destination { // not translated
-		if !ours {
-			return false
-		}
-		source := f.Source.Addr()
-		if slices.Contains(rule.Excluded, source) || !rule.HostClients && contains(p.HostAddresses, source) {
+		if !ours || p.alone(rule, f.Source.Addr()) {
 			return false
 		}
 	}
 	return f.Protocol != TCP || f.SynSent || p.Settled && !contains(p.Sandboxes, f.Server.Addr())
 }
 
+// alone says whether the flows of a client to a frontend are left alone on purpose.
+func (p *Plan) alone(rule Rule, client netip.Addr) bool {
+	return rule.Action == Pass || slices.Contains(rule.Excluded, client) || !rule.HostClients && contains(p.HostAddresses, client)
+}
+
 // Change is where the flows of a new plan may have become stale.
 type Change struct {
 	// Frontends are those whose endpoints or fate changed; Removed those that are there no more.
 	Frontends, Removed []Frontend
+	// Untranslated are those of Frontends that clients may have reached something else by.
+	Untranslated []Frontend
 	// Gone are addresses of sandboxes that stand no more.
 	Gone []netip.Addr
 }
 
 // Empty says that no flow can have become stale.
-func (c Change) Empty() bool { return len(c.Frontends)+len(c.Removed)+len(c.Gone) == 0 }
+func (c Change) Empty() bool { return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone) == 0 }
 
 // Since compares p with the plan before it; nil is a plan of which nothing is known.
 func (p *Plan) Since(before *Plan) Change {
@@ -78,6 +81,9 @@ func (p *Plan) Since(before *Plan) Change {
 		if !found || old.Action != rule.Action || old.HostClients != rule.HostClients ||
 			!slices.Equal(old.Endpoints, rule.Endpoints) || !slices.Equal(old.Excluded, rule.Excluded) {
 			change.Frontends = append(change.Frontends, rule.Frontend)
+			if !found || old.Action == Pass || old.HostClients != rule.HostClients || !slices.Equal(old.Excluded, rule.Excluded) {
+				change.Untranslated = append(change.Untranslated, rule.Frontend)
+			}
 		}
 	}
 	for _, rule := range before.Rules {

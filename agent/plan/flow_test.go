@@ -76,6 +76,10 @@ func TestStale(t *testing.T) {
 		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
 		{name: "the target's own, left alone", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
 		{name: "a client's, not translated there", protocol: plan.TCP, destination: "169.254.210.213:80", server: "169.254.210.213:80", want: true},
+		{name: "an answer on its way made a flow", protocol: plan.UDP, source: "169.254.210.211:80", destination: "10.0.0.9:999", server: "10.0.0.9:999", want: true},
+		{name: "the same by TCP", protocol: plan.TCP, source: "169.254.210.211:80", destination: "10.0.0.9:999", server: "10.0.0.9:999", want: true},
+		{name: "the same where packets pass", protocol: plan.UDP, source: "169.254.210.212:80", destination: "10.0.0.9:999", server: "10.0.0.9:999"},
+		{name: "the same to a target left alone", protocol: plan.TCP, source: "169.254.210.213:80", destination: "10.0.0.2:999", server: "10.0.0.2:999"},
 		{name: "removed frontend, translated", protocol: plan.UDP, destination: "169.254.210.219:80", server: "10.0.0.2:8080", want: true},
 		{name: "removed frontend, not translated", protocol: plan.UDP, destination: "169.254.210.219:80", server: "169.254.210.219:80"},
 	} {
@@ -107,9 +111,9 @@ func TestSince(t *testing.T) {
 		now, before *plan.Plan
 		want        plan.Change
 	}{
-		{"the first plan", &settled, nil, plan.Change{Frontends: all}},
+		{"the first plan", &settled, nil, plan.Change{Frontends: all, Untranslated: all}},
 		{"no change", &settled, &settled, plan.Change{}},
-		{"every source has spoken now", &settled, &unsettled, plan.Change{Frontends: all}},
+		{"every source has spoken now", &settled, &unsettled, plan.Change{Frontends: all, Untranslated: all}},
 		{"everything removed", &nothing, &settled, plan.Change{Removed: all, Gone: settled.Sandboxes}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

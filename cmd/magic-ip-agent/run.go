@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
@@ -17,8 +18,8 @@ import (
 const defaultRuntimeDir = "/run/magic-ip-address"
 
 type runFlags struct {
-	config, runtimeDir, nodeName, backend, logLevel string
-	noAPI                                           bool
+	config, runtimeDir, nodeName, kubeconfig, backend, logLevel string
+	noAPI                                                       bool
 }
 
 func runCommand() *cobra.Command {
@@ -37,16 +38,15 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.StringVar(&flags.config, "config", "", "configuration `FILE` (YAML)")
 	f.StringVar(&flags.runtimeDir, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
 	f.StringVar(&flags.nodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node in the Kubernetes API")
+	f.StringVar(&flags.kubeconfig, "kubeconfig", "", "`FILE` with credentials for the Kubernetes API; without it the pod's service account")
 	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
 	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
+	command.MarkFlagsMutuallyExclusive("kubeconfig", "no-api")
 	return command
 }
 
 func (f *runFlags) run(ctx context.Context) error {
-	if !f.noAPI {
-		return errors.New("--no-api is needed: this version does without the Kubernetes API")
-	}
 	config, err := f.load()
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
@@ -64,7 +64,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		return err
 	}
 	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
-	err = agent.Run(ctx, agent.Options{
+	options := agent.Options{
 		RuntimeDir:   f.runtimeDir,
 		Load:         f.load,
 		Backend:      backend,
@@ -82,7 +82,18 @@ func (f *runFlags) run(ctx context.Context) error {
 			},
 		},
 		Log: log,
-	})
+	}
+	if !f.noAPI {
+		pods, err := kube.Connect(f.kubeconfig, f.nodeName)
+		if err != nil {
+			return err
+		}
+		options.API = pods
+		options.Watchers = append(options.Watchers, func(ctx context.Context, wake func(agent.Source)) error {
+			return pods.Run(ctx, func() { wake(agent.Pods) })
+		})
+	}
+	err = agent.Run(ctx, options)
 	if errors.Is(err, agent.ErrStandby) {
 		return nil
 	}

@@ -1,0 +1,349 @@
+// Package kube watches the pods of this node in the Kubernetes API. It is the only importer of client-go.
+//
+// One list and watch per namespace, from the API server's watch cache, of the pods with spec.nodeName of
+// this node, in protobuf; what nobody reads is dropped before it is kept.
+package kube
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+)
+
+const (
+	// watchSilence is how long a healthy watch is silent at most: the API server sends a bookmark about
+	// every minute.
+	watchSilence = 90 * time.Second
+	// pollTimeout bounds the list that a poll makes while the watch is not healthy.
+	pollTimeout = 3 * time.Second
+	// configHash is the annotation that holds the UID by which CNI knows a static pod.
+	configHash = "kubernetes.io/config.hash"
+)
+
+// Pods is the node's pods as the API tells them.
+type Pods struct {
+	client kubernetes.Interface
+	node   string
+
+	mu    sync.Mutex
+	ctx   context.Context // of Run; nil before
+	wake  func()
+	feeds map[string]*feed // by namespace
+}
+
+// Connect makes the client: from a kubeconfig file, or where that is empty from the pod's service account,
+// whose token is read again as kubelet rotates it.
+func Connect(kubeconfig, node string) (*Pods, error) {
+	var config *rest.Config
+	var err error
+	if kubeconfig != "" {
+		config, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
+	} else {
+		config, err = rest.InClusterConfig()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("credentials for the Kubernetes API: %w", err)
+	}
+	if node == "" {
+		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
+	}
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	config.UserAgent = "magic-ip-agent"
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("client for the Kubernetes API: %w", err)
+	}
+	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
+}
+
+// Run calls wake after each change of what View returns, until ctx ends.
+func (p *Pods) Run(ctx context.Context, wake func()) error {
+	p.mu.Lock()
+	p.ctx, p.wake = ctx, wake
+	for _, f := range p.feeds {
+		f.start(ctx)
+	}
+	p.mu.Unlock()
+	<-ctx.Done()
+	return nil
+}
+
+// Select makes these the namespaces that are watched; endpoint.AllNamespaces is every one.
+func (p *Pods) Select(namespaces []string) {
+	if slices.Contains(namespaces, endpoint.AllNamespaces) {
+		namespaces = []string{endpoint.AllNamespaces}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, namespace := range namespaces {
+		if p.feeds[namespace] != nil {
+			continue
+		}
+		f := p.newFeed(namespace)
+		p.feeds[namespace] = f
+		if p.ctx != nil {
+			f.start(p.ctx)
+		}
+	}
+	for namespace, f := range p.feeds {
+		if !slices.Contains(namespaces, namespace) {
+			f.stop()
+			delete(p.feeds, namespace)
+		}
+	}
+}
+
+// View is what the API said last.
+func (p *Pods) View() endpoint.View {
+	p.mu.Lock()
+	feeds := slices.Collect(maps.Values(p.feeds))
+	p.mu.Unlock()
+	view := endpoint.View{Spoken: true, Reachable: true}
+	for _, f := range feeds {
+		pods, spoken, problem := f.view()
+		view.Pods = append(view.Pods, pods...)
+		view.Spoken = view.Spoken && spoken
+		if problem != "" {
+			view.Reachable = false
+			view.Problems = append(view.Problems, problem)
+		}
+	}
+	slices.Sort(view.Problems)
+	return view
+}
+
+// Poll lists where the watch is not healthy; a healthy watch costs the API server nothing.
+func (p *Pods) Poll(ctx context.Context) {
+	p.mu.Lock()
+	feeds := slices.Collect(maps.Values(p.feeds))
+	p.mu.Unlock()
+	for _, f := range feeds {
+		f.poll(ctx)
+	}
+}
+
+// feed is one namespace's list and watch.
+type feed struct {
+	pods      *Pods
+	namespace string
+	informer  cache.SharedIndexInformer
+	stop      func() // does nothing before start
+
+	mu sync.Mutex
+	// heardAt is when the watch last brought an event or a bookmark, or was begun.
+	heardAt time.Time
+	err     error // of the last list or watch; nil where it went well
+	// polled is what a poll has listed since the watch was last healthy; nil where none has.
+	polled []endpoint.Pod
+}
+
+func (f *feed) options(options *metav1.ListOptions) {
+	options.FieldSelector = fields.OneTermEqualSelector("spec.nodeName", f.pods.node).String()
+}
+
+func (f *feed) apiNamespace() string {
+	if f.namespace == endpoint.AllNamespaces {
+		return metav1.NamespaceAll
+	}
+	return f.namespace
+}
+
+func (p *Pods) newFeed(namespace string) *feed {
+	f := &feed{pods: p, namespace: namespace, stop: func() {}}
+	pods := f.pods.client.CoreV1().Pods(f.apiNamespace())
+	lw := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			f.options(&options)
+			list, err := pods.List(ctx, options)
+			f.heard(err)
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			f.options(&options)
+			w, err := pods.Watch(ctx, options)
+			f.heard(err)
+			if err != nil {
+				return nil, err
+			}
+			return watch.Filter(w, func(event watch.Event) (watch.Event, bool) {
+				if event.Type == watch.Error {
+					f.heard(apierrors.FromObject(event.Object))
+				} else {
+					f.heard(nil)
+				}
+				return event, true
+			}), nil
+		},
+	}
+	f.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, p.client), &corev1.Pod{}, 0, cache.Indexers{})
+	changed := func(any) { f.pods.wake() }
+	// These fail only for an informer that runs already.
+	_ = f.informer.SetTransform(trim)
+	_, _ = f.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: changed, DeleteFunc: changed, UpdateFunc: func(_, o any) { changed(o) },
+	})
+	return f
+}
+
+func (f *feed) start(ctx context.Context) {
+	ctx, f.stop = context.WithCancel(ctx)
+	go f.informer.RunWithContext(ctx)
+	go func() {
+		if cache.WaitForCacheSync(ctx.Done(), f.informer.HasSynced) {
+			f.pods.wake() // a namespace without pods has spoken too
+		}
+	}()
+}
+
+// heard notes that the API server has answered, or has failed to.
+func (f *feed) heard(err error) {
+	f.mu.Lock()
+	recovered := err == nil && f.err != nil
+	failed := err != nil && f.err == nil
+	f.err = err
+	if err == nil {
+		f.heardAt, f.polled = time.Now(), nil
+	}
+	f.mu.Unlock()
+	if recovered || failed {
+		f.pods.wake()
+	}
+}
+
+func (f *feed) healthy() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err == nil && time.Since(f.heardAt) < watchSilence
+}
+
+func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
+	healthy := f.healthy()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.polled != nil {
+		return f.polled, true, ""
+	}
+	for _, object := range f.informer.GetStore().List() {
+		if pod, ok := object.(*corev1.Pod); ok {
+			pods = append(pods, convert(pod))
+		}
+	}
+	switch {
+	case apierrors.IsForbidden(f.err):
+		problem = fmt.Sprintf("the API server refuses pods of namespace %s: allow get, list and watch of pods there: %v", f.namespace, f.err)
+	case f.err != nil:
+		problem = fmt.Sprintf("pods of namespace %s: %v", f.namespace, f.err)
+	case f.heardAt.IsZero():
+		problem = fmt.Sprintf("pods of namespace %s: the API server has not answered yet", f.namespace)
+	case !healthy:
+		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.heardAt).Round(time.Second))
+	}
+	return pods, f.informer.HasSynced(), problem
+}
+
+func (f *feed) poll(ctx context.Context) {
+	if f.healthy() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache
+	f.options(&options)
+	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, options)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err != nil {
+		f.err, f.polled = err, nil
+		return
+	}
+	f.polled = []endpoint.Pod{}
+	for i := range list.Items {
+		f.polled = append(f.polled, convert(&list.Items[i]))
+	}
+}
+
+// trim drops what convert does not read.
+func trim(object any) (any, error) {
+	pod, ok := object.(*corev1.Pod)
+	if !ok {
+		return object, nil
+	}
+	kept := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion, Labels: pod.Labels,
+			CreationTimestamp: pod.CreationTimestamp, DeletionTimestamp: pod.DeletionTimestamp, OwnerReferences: pod.OwnerReferences,
+		},
+		Status: corev1.PodStatus{Phase: pod.Status.Phase, PodIPs: pod.Status.PodIPs},
+	}
+	if hash := pod.Annotations[configHash]; hash != "" {
+		kept.Annotations = map[string]string{configHash: hash}
+	}
+	for _, condition := range pod.Status.Conditions {
+		if condition.Type == corev1.PodReady {
+			kept.Status.Conditions = []corev1.PodCondition{{Type: condition.Type, Status: condition.Status}}
+		}
+	}
+	for _, c := range pod.Spec.Containers {
+		kept.Spec.Containers = append(kept.Spec.Containers, corev1.Container{Ports: c.Ports})
+	}
+	for _, c := range pod.Spec.InitContainers {
+		kept.Spec.InitContainers = append(kept.Spec.InitContainers, corev1.Container{Ports: c.Ports, RestartPolicy: c.RestartPolicy})
+	}
+	return kept, nil
+}
+
+func convert(pod *corev1.Pod) endpoint.Pod {
+	p := endpoint.Pod{
+		Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ConfigHash: pod.Annotations[configHash], Labels: pod.Labels,
+		CreatedAt:   pod.CreationTimestamp.Time,
+		Running:     pod.Status.Phase == corev1.PodRunning,
+		Finished:    pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed,
+		Terminating: pod.DeletionTimestamp != nil,
+		Ports:       map[string]uint16{},
+	}
+	if owner := metav1.GetControllerOfNoCopy(pod); owner != nil {
+		p.Owner = owner.Kind + "/" + owner.Name
+	}
+	for _, ip := range pod.Status.PodIPs {
+		if address, err := netip.ParseAddr(ip.IP); err == nil {
+			p.IPs = append(p.IPs, address)
+		}
+	}
+	for _, condition := range pod.Status.Conditions {
+		if condition.Type == corev1.PodReady {
+			p.Ready = condition.Status == corev1.ConditionTrue
+		}
+	}
+	named := func(containers []corev1.Container, counts func(corev1.Container) bool) {
+		for _, c := range containers {
+			for _, port := range c.Ports {
+				if _, taken := p.Ports[port.Name]; port.Name != "" && !taken && counts(c) {
+					p.Ports[port.Name] = uint16(port.ContainerPort)
+				}
+			}
+		}
+	}
+	named(pod.Spec.Containers, func(corev1.Container) bool { return true })
+	named(pod.Spec.InitContainers, func(c corev1.Container) bool { // native sidecars
+		return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+	})
+	return p
+}

@@ -1,0 +1,157 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+)
+
+func examplePod() *corev1.Pod {
+	always := corev1.ContainerRestartPolicyAlways
+	controller := true
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: "echo", UID: "u1", Labels: map[string]string{"app": "echo"},
+			Annotations:       map[string]string{configHash: "hash", "other": "dropped"},
+			CreationTimestamp: metav1.NewTime(time.Unix(1000, 0)),
+			OwnerReferences:   []metav1.OwnerReference{{Kind: "ReplicaSet", Name: "x"}, {Kind: "DaemonSet", Name: "echo", Controller: &controller}},
+			ManagedFields:     []metav1.ManagedFieldsEntry{{Manager: "kubelet"}},
+		},
+		Spec: corev1.PodSpec{
+			NodeName: "node1",
+			InitContainers: []corev1.Container{
+				{Name: "init", Ports: []corev1.ContainerPort{{Name: "setup", ContainerPort: 1}}},
+				{Name: "sidecar", RestartPolicy: &always, Ports: []corev1.ContainerPort{{Name: "proxy", ContainerPort: 15001}, {Name: "http", ContainerPort: 2}}},
+			},
+			Containers: []corev1.Container{{Name: "main", Image: "dropped", Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 8080}, {ContainerPort: 9}}}},
+		},
+		Status: corev1.PodStatus{
+			Phase: corev1.PodRunning, PodIPs: []corev1.PodIP{{IP: "10.244.1.2"}, {IP: "fd00::2"}, {IP: "nonsense"}},
+			Conditions: []corev1.PodCondition{{Type: corev1.PodInitialized, Status: corev1.ConditionTrue}, {Type: corev1.PodReady, Status: corev1.ConditionTrue}},
+		},
+	}
+}
+
+// TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
+func TestTrimAndConvert(t *testing.T) {
+	want := endpoint.Pod{
+		Namespace: "default", Name: "echo", UID: "u1", ConfigHash: "hash", Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
+		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")}, CreatedAt: time.Unix(1000, 0),
+		Running: true, Ready: true, Ports: map[string]uint16{"http": 8080, "proxy": 15001},
+	}
+	pod := examplePod()
+	if diff := cmp.Diff(want, convert(pod), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Errorf("convert (-want +got):\n%s", diff)
+	}
+	trimmed, err := trim(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := trimmed.(*corev1.Pod)
+	if diff := cmp.Diff(want, convert(kept), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Errorf("convert of a trimmed pod (-want +got):\n%s", diff)
+	}
+	if len(kept.ManagedFields) > 0 || kept.Spec.Containers[0].Image != "" || len(kept.Annotations) != 1 {
+		t.Errorf("kept what nobody reads: %+v", kept)
+	}
+	now := metav1.NewTime(time.Unix(2000, 0))
+	pod.DeletionTimestamp, pod.Status.Phase = &now, corev1.PodSucceeded
+	pod.Status.Conditions[1].Status = corev1.ConditionFalse
+	if got := convert(pod); !got.Terminating || !got.Finished || got.Ready || got.Running {
+		t.Errorf("a pod at its end: %+v", got)
+	}
+}
+
+func names(view endpoint.View) string {
+	var all []string
+	for _, pod := range view.Pods {
+		all = append(all, pod.Namespace+"/"+pod.Name)
+	}
+	return strings.Join(all, " ")
+}
+
+// TestFeed: what a silent, a refused and a recovered API server make of the view.
+func TestFeed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset(examplePod())
+		var listErr error
+		lists := 0
+		client.PrependReactor("list", "pods", func(action clienttesting.Action) (bool, runtime.Object, error) {
+			lists++
+			if got := action.(clienttesting.ListAction).GetListRestrictions().Fields.String(); got != "spec.nodeName=node1" {
+				t.Errorf("field selector is %q", got)
+			}
+			return listErr != nil, nil, listErr
+		})
+		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
+		p.Select([]string{"default"})
+		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) != 1 {
+			t.Errorf("before anything: %+v", view)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var wakes atomic.Int32
+		ended := make(chan error)
+		go func() { ended <- p.Run(ctx, func() { wakes.Add(1) }) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if view := p.View(); !view.Spoken || !view.Reachable || names(view) != "default/echo" || wakes.Load() == 0 {
+			t.Errorf("after the list: %+v, %d wakes", view, wakes.Load())
+		}
+
+		// A healthy watch costs nothing per poll, a silent one a list.
+		before := lists
+		p.Poll(ctx)
+		if lists != before {
+			t.Error("a poll beside a healthy watch has listed")
+		}
+		time.Sleep(watchSilence)
+		if view := p.View(); view.Reachable || names(view) != "default/echo" {
+			t.Errorf("a silent watch: %+v", view)
+		}
+		listErr = apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no"))
+		p.Poll(ctx)
+		view := p.View()
+		if view.Reachable || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
+			t.Errorf("a poll that was refused: %+v", view)
+		}
+		listErr = nil
+		if err := client.Tracker().Delete(schema.GroupVersionResource{Version: "v1", Resource: "pods"}, "default", "echo"); err != nil {
+			t.Fatal(err)
+		}
+		p.Poll(ctx)
+		synctest.Wait()
+		if view := p.View(); !view.Reachable || names(view) != "" {
+			t.Errorf("a poll that was answered: %+v", view)
+		}
+
+		p.Select([]string{"other", endpoint.AllNamespaces})
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if len(p.feeds) != 1 || p.feeds[endpoint.AllNamespaces] == nil {
+			t.Errorf("feeds: %v", p.feeds)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute) // for the reflectors' back-off
+		synctest.Wait()
+	})
+}
