@@ -33,7 +33,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 4
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: lint

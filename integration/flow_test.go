@@ -192,7 +192,7 @@ END`, ip, service(six, 80).Addr(), pod, port, streams))
 		for six, c := range clients {
 			w.note(streamStays, six, c.ours.flows(t))
 			outcome, err := c.oursUDP.Await(patience(t), lab.AnsweredBy("new"))
-			if late := outcome.Sent.Sub(switched); err == nil && late > 500*time.Millisecond {
+			if late := outcome.Sent.Sub(switched); err == nil && late > soon {
 				err = fmt.Errorf("the client was answered by the new target %v after the change", late)
 			}
 			w.note(udpMoves, six, err)
@@ -213,17 +213,19 @@ END`, ip, service(six, 80).Addr(), pod, port, streams))
 }
 
 // TestReplacement replaces the target under load, as a rolling update does: the old one's sandbox goes,
-// a new one comes, its process listens a moment later.
+// a new one comes, its process listens a moment later. Times are measured, so it has the machine to itself.
 func TestReplacement(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
+	for _, backend := range backends() {
 		for _, kind := range onBridgePtp {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
+			t.Run(backend+"/"+kind, func(t *testing.T) {
 				testReplacement(t, serving(t, backend, kind, config()))
 			})
 		}
-	})
+	}
 }
+
+// soon is long before a client would send its SYN again, which is after a second.
+const soon = 300 * time.Millisecond
 
 func testReplacement(t *testing.T, w *world) {
 	w.addClient()
@@ -236,8 +238,12 @@ func testReplacement(t *testing.T, w *world) {
 	}
 	var clients []client
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
+		timeout := soon
+		if kind == lab.UDP {
+			timeout /= 2 // a datagram that the old target did not live to answer is lost, whatever the rules
+		}
 		for _, six := range []bool{false, true} {
-			probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(six), Timeout: 100 * time.Millisecond}, 5*time.Millisecond)
+			probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magic(six), Timeout: timeout}, 5*time.Millisecond)
 			if _, err := probe.Await(patience(t), lab.AnsweredBy("old")); err != nil {
 				t.Fatal(err)
 			}
@@ -263,9 +269,9 @@ func testReplacement(t *testing.T, w *world) {
 			switch sentAfter := o.Sent.After(listening); {
 			case sentAfter && o.Err != nil:
 				wrong = fmt.Errorf("%s: sent %v after the new target listened: %w", c.kind, o.Sent.Sub(listening), o.Err)
-			case sentAfter && o.Took > 100*time.Millisecond:
+			case sentAfter && o.Took > soon:
 				wrong = fmt.Errorf("%s: a request took %v after the new target listened", c.kind, o.Took)
-			case !sentAfter && o.Sent.Add(o.Took).Sub(listening) > 100*time.Millisecond:
+			case !sentAfter && o.Sent.Add(o.Took).Sub(listening) > soon:
 				wrong = fmt.Errorf("%s: a request from before ended %v after the new target listened", c.kind, o.Sent.Add(o.Took).Sub(listening))
 			}
 		}

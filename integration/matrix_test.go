@@ -31,7 +31,7 @@ var (
 const (
 	podServed     = "pod: served, source kept"
 	podOtherPort  = "pod, other port: refused"
-	podPing       = "pod, ping: refused"
+	podPing       = "pod and host process, ping: refused"
 	hairpin       = "target itself: served, masqueraded"
 	hairpinLeft   = "target itself, excludeTarget: left alone"
 	hairpinOthers = "pod, excludeTarget: served, source kept"
@@ -154,7 +154,7 @@ func (m *matrix) print(w io.Writer) (faults []string) {
 		var cells []string
 		for _, backend := range backends() {
 			for _, family := range matrixFamily {
-				var words []string
+				var words, failed []string
 				say := func(word string) {
 					if !slices.Contains(words, word) {
 						words = append(words, word)
@@ -178,10 +178,16 @@ func (m *matrix) print(w io.Writer) (faults []string) {
 							faults = append(faults, fmt.Sprintf("cannot, and is not on the list of what kernels may lack: %s (%s, %s, %s): %s", r.name, network, backend, family, lacking))
 						}
 					default:
-						say("FAIL (" + network + ")")
+						failed = append(failed, network)
 					}
 				}
-				cells = append(cells, strings.Join(words, ", "))
+				if len(failed) > 0 {
+					words = []string{"FAIL"}
+					if len(failed) < len(r.on) {
+						words = append(words, failed...)
+					}
+				}
+				cells = append(cells, strings.Join(words, " "))
 			}
 		}
 		fmt.Fprintf(table, "%s\t%s\n", r.name, strings.Join(cells, "\t"))

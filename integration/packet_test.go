@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -148,7 +149,9 @@ func (w *world) ping(from string, to netip.Addr) error {
 	if err := conn.SetDeadline(start.Add(500 * time.Millisecond)); err != nil {
 		return err
 	}
-	if _, err := conn.Write(request); err != nil {
+	if _, err := conn.Write(request); errors.Is(err, syscall.EPERM) {
+		return nil // what the output hook refuses is an error to who sends it
+	} else if err != nil {
 		return err
 	}
 	if _, _, err = conn.(*net.IPConn).ReadFrom(make([]byte, 1500)); err == nil {

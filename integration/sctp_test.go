@@ -15,10 +15,10 @@ import (
 // associate makes an SCTP association from one network namespace to an address that leads to a socket in
 // another, and carries a word from there to here. The error is noSCTP where the kernel has no such sockets.
 func (w *world) associate(from, to string, address netip.AddrPort) error {
-	family, any := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: port})
+	family, here := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: port})
 	there := unix.Sockaddr(&unix.SockaddrInet4{Port: int(address.Port())})
 	if address.Addr().Is6() {
-		family, any = unix.AF_INET6, &unix.SockaddrInet6{Port: port}
+		family, here = unix.AF_INET6, &unix.SockaddrInet6{Port: port}
 		there = &unix.SockaddrInet6{Port: int(address.Port()), Addr: address.Addr().As16()}
 	} else {
 		there.(*unix.SockaddrInet4).Addr = address.Addr().As4()
@@ -47,7 +47,7 @@ func (w *world) associate(from, to string, address netip.AddrPort) error {
 		return err
 	}
 	defer func() { _ = unix.Close(client) }()
-	if err := errors.Join(unix.Bind(server, any), unix.Listen(server, 1)); err != nil {
+	if err := errors.Join(unix.Bind(server, here), unix.Listen(server, 1)); err != nil {
 		return err
 	}
 	if err := unix.Connect(client, there); err != nil {

@@ -405,7 +405,7 @@ func (w *world) fate(from string, kind lab.Kind, to netip.AddrPort) string {
 func fateOf(err error, took time.Duration) string {
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EPERM), errors.Is(err, syscall.ECONNRESET):
-		if took > 300*time.Millisecond {
+		if took > soon {
 			return fmt.Sprintf("refused after %v", took)
 		}
 		return "refused"
