@@ -51,7 +51,7 @@ type API interface {
 	Select(namespaces []string)
 	// View is what it said last.
 	View() endpoint.View
-	// Poll asks again where that is needed.
+	// Poll asks again where that is needed. It does not wait for the answer.
 	Poll(ctx context.Context)
 }
 
