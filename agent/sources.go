@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -64,8 +66,9 @@ type pods struct {
 	missing map[state.Key]time.Time
 }
 
-// read takes in the sources that have changed. What cannot be read leaves what was known of it.
-func (a *Agent) read(ctx context.Context, changed Source) {
+// read takes in the sources that have changed, and says whether there can be news. What cannot be read leaves what
+// was known of it.
+func (a *Agent) read(ctx context.Context, changed Source) (news bool) {
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
@@ -93,11 +96,12 @@ func (a *Agent) read(ctx context.Context, changed Source) {
 		}
 	}
 	if changed&(Others|Poll) != 0 {
-		a.readOthers()
+		news = a.readOthers()
 	}
 	if changed&(Pods|Poll) != 0 && a.API != nil {
 		a.readPods(ctx, changed)
 	}
+	return news || changed != Others // this agent's own file wakes it too
 }
 
 func (a *Agent) setRecords(r records) {
@@ -219,12 +223,12 @@ func (a *Agent) readSettings() {
 	}
 }
 
-// readOthers reads what the other agents on this node have published.
-func (a *Agent) readOthers() {
+// readOthers reads what the other agents on this node have published, and says whether it is news.
+func (a *Agent) readOthers() (news bool) {
 	names, err := published.Names(a.RuntimeDir)
 	a.note("agents of the node", err)
 	if err != nil {
-		return
+		return false
 	}
 	var others []*published.Agent
 	for _, name := range names {
@@ -247,7 +251,9 @@ func (a *Agent) readOthers() {
 			others = append(others, other)
 		}
 	}
+	news = !reflect.DeepEqual(a.others, others)
 	a.others = others
+	return news
 }
 
 // restore begins with what this agent published before it was restarted.
@@ -264,9 +270,10 @@ func (a *Agent) restore() {
 		}
 		return
 	}
-	a.restored = restored
+	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
 	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
+		a.restoredOf[frontendOf(m)] = append(a.restoredOf[frontendOf(m)], m)
 		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
 	}
 }
@@ -278,8 +285,8 @@ func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
 		return nil
 	}
 	var endpoints []published.Endpoint
-	for _, m := range a.restored.MagicIPs {
-		if frontendOf(m) != port.Frontend || m.Namespace != port.Namespace || m.Selector != port.SelectorText {
+	for _, m := range a.restoredOf[port.Frontend] {
+		if m.Namespace != port.Namespace || m.Selector != port.SelectorText {
 			continue
 		}
 		for _, e := range m.Endpoints {

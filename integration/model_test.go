@@ -30,6 +30,7 @@ const (
 	modelPods  = 5
 	otherPort  = 8081 // of every server, besides port
 	configFile = "/run/model/agent.yaml"
+	traceTime  = "15:04:05.000 "
 )
 
 // TestModel does to a node whatever may happen to it, in random order: pods come and go, addresses and UIDs
@@ -228,7 +229,7 @@ func (m *model) startAgent() {
 
 func (m *model) note(kind, format string, args ...any) {
 	m.count[kind]++
-	m.trace = append(m.trace, kind+" "+fmt.Sprintf(format, args...))
+	m.trace = append(m.trace, time.Now().Format(traceTime)+kind+" "+fmt.Sprintf(format, args...))
 }
 
 // event is one thing that happens.
@@ -242,10 +243,6 @@ func (m *model) event() {
 		m.startAgent()
 	case dice < 5:
 		m.sandbox(m.pods[m.random.IntN(len(m.pods))])
-	case dice < 7:
-		m.note("corrupt", "the records begin anew")
-		m.writeState([]byte("{"))
-		m.records = nil
 	case dice < 40:
 		changed := &m.magic[m.random.IntN(len(m.magic))]
 		m.reconfigure(changed)
@@ -848,6 +845,12 @@ func (m *model) silentStateFile() {
 	m.settle()
 }
 
+// around are the events within a second of a moment.
+func (m *model) around(moment time.Time) []string {
+	from, to := moment.Add(-time.Second).Format(traceTime), moment.Add(time.Second).Format(traceTime)
+	return slices.DeleteFunc(slices.Clone(m.trace), func(line string) bool { return line < from || line > to })
+}
+
 // stop ends the probes and looks at all that they met.
 func (m *model) stop() {
 	m.t.Helper()
@@ -862,7 +865,8 @@ func (m *model) stop() {
 				m.t.Errorf("%s client of %s: answered by the impostor at %s, where nobody had touched the rules", probe.Kind, probe.To, o.Sent.Format(time.RFC3339Nano))
 			}
 			if got == "silence" && probe.Kind == lab.NewConnection {
-				m.t.Errorf("%s client of %s: no answer within %v at %s", probe.Kind, probe.To, o.Took, o.Sent.Format(time.RFC3339Nano))
+				m.t.Errorf("%s client of %s: no answer within %v at %s (rules damaged: %t); around then:\n%s",
+					probe.Kind, probe.To, o.Took, o.Sent.Format(time.RFC3339Nano), exposed, strings.Join(m.around(o.Sent), "\n"))
 			}
 		}
 	}
