@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -40,7 +41,7 @@ func TestDrift(t *testing.T) {
 	}
 	for _, damage := range damages {
 		t.Run(damage.name, func(t *testing.T) {
-			before, logged := ruleset(), len(w.agent.Log())
+			before, logged, since := ruleset(), len(w.agent.Log()), time.Now()
 			if _, err := w.Run(t.Context(), "nft", "add", "table", "ip", "theirs"); err != nil {
 				t.Fatal(err)
 			}
@@ -62,6 +63,8 @@ func TestDrift(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
+			// What is damaged while the agent is still at it is mended in the same go, without a word.
+			w.await("to be done with mending", func(a *published.Agent) bool { return a.LastSync.After(since) })
 			if got := w.fate("client", lab.NewConnection, magic(false)); !strings.HasPrefix(got, "answered by echo") {
 				t.Errorf("after the repair: %s", got)
 			}

@@ -194,7 +194,7 @@ func newModel(t *testing.T, seed uint64) *model {
 // impostor owns the magic IPs that are probed on the network beyond the node.
 func (m *model) impostor() {
 	for _, address := range []string{modelMagic4 + "/32", modelMagic6 + "/128"} {
-		if _, err := m.Run(m.t.Context(), "ip", "-n", "uplink", "address", "add", address, "dev", "lo"); err != nil {
+		if _, err := m.Run(m.t.Context(), "ip", "-n", "uplink", "address", "add", address, "dev", "lo", "nodad"); err != nil {
 			m.t.Fatal(err)
 		}
 	}

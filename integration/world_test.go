@@ -422,6 +422,9 @@ func (w *world) nameOf(address netip.Addr) string {
 	if name, known := w.names[address]; known {
 		return name
 	}
+	if w.names == nil {
+		w.names = map[netip.Addr]string{}
+	}
 	_ = w.In(lab.Host, func() error {
 		all, err := net.InterfaceAddrs()
 		for _, a := range all {
