@@ -42,7 +42,7 @@ lint: ## golangci-lint with .golangci.yml
 	bin/golangci-lint run ./...
 
 .PHONY: bench
-bench: build tools ## measure the plugin, the agent and the data path (needs root; 2 minutes)
+bench: build tools ## measure the plugin, the agent and the data path (needs root; 4 minutes)
 	integration/prerequisites nft ip nsenter
 	CGO_ENABLED=0 go build $(STATIC) -o bin/echo ./integration/bench/echo
 	go run ./integration/bench

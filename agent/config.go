@@ -105,12 +105,16 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("the file holds more than one YAML document; one is allowed")
 	}
-	var document yaml.Node
-	if err := yaml.Unmarshal(data, &document); err != nil {
-		return Config{}, tidyYAML(err)
-	}
-	v := validator{document: &document, noAPI: noAPI}
+	v := validator{noAPI: noAPI}
 	config := v.config(raw)
+	if len(v.errs) > 0 { // once more, to name the lines: that costs as much as all the rest
+		var document yaml.Node
+		if err := yaml.Unmarshal(data, &document); err != nil {
+			return Config{}, tidyYAML(err)
+		}
+		v = validator{document: &document, noAPI: noAPI}
+		config = v.config(raw)
+	}
 	return config, errors.Join(v.errs...)
 }
 
@@ -172,6 +176,8 @@ type validator struct {
 	document *yaml.Node // nil where there is no file
 	noAPI    bool
 	errs     []error
+	// namespaces matches what is allowed; compiled once, for there may be thousands of magic IPs.
+	namespaces *regexp.Regexp
 }
 
 // bad notes an error at a key: a path of mapping keys (string) and list positions (int).
@@ -286,7 +292,10 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	}
 
 	port.Namespace = raw.Namespace
-	if !regexp.MustCompile(`^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?|\*)$`).MatchString(raw.Namespace) {
+	if v.namespaces == nil {
+		v.namespaces = regexp.MustCompile(`^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?|\*)$`)
+	}
+	if !v.namespaces.MatchString(raw.Namespace) {
 		v.bad(at("namespace"), "%q is not allowed; allowed: the name of a namespace, or \"*\" for all", raw.Namespace)
 	}
 	if raw.Selector == nil {
