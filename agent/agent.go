@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -51,7 +50,7 @@ type API interface {
 	Select(namespaces []string)
 	// View is what it said last.
 	View() endpoint.View
-	// Poll asks again where that is needed.
+	// Poll asks again where that is needed. It does not wait for the answer.
 	Poll(ctx context.Context)
 }
 
@@ -104,7 +103,9 @@ type Agent struct {
 	others    []*published.Agent
 	// restored is what this agent had published before it was restarted.
 	restored *published.Agent
-	services map[plan.Frontend]*service
+	// restoredOf are its magic IPs by frontend.
+	restoredOf map[plan.Frontend][]published.MagicIP
+	services   map[plan.Frontend]*service
 
 	applied  *plan.Plan // nil before the first sync; the last one was at syncedAt
 	syncedAt time.Time
@@ -254,8 +255,7 @@ const (
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
 func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	a.read(ctx, changed)
-	if ctx.Err() != nil {
+	if news := a.read(ctx, changed); ctx.Err() != nil || !news && a.applied != nil && len(a.errs) == 0 {
 		return 0, true
 	}
 	if a.published == nil {
@@ -267,7 +267,7 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	}
 	next = a.decide(now)
 	p := a.plan(now)
-	fresh := a.applied == nil || !reflect.DeepEqual(p, *a.applied)
+	fresh := a.applied == nil || !p.Equal(a.applied)
 	damaged := false
 	pause := a.mendedAt.Add(mendPause).Sub(now)
 	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
@@ -350,12 +350,17 @@ func (a *Agent) sweep(ctx context.Context, p *plan.Plan, damaged bool) {
 
 // hairpin lets endpoints behind a bridge port talk to themselves through their magic IP.
 func (a *Agent) hairpin() {
+	done := map[netip.Addr]bool{} // many magic IPs may lead to one pod
 	for _, port := range a.config.Ports {
 		s := a.services[port.Frontend]
 		if s == nil || port.ExcludeTarget {
 			continue
 		}
 		for _, chosen := range s.endpoints {
+			if done[chosen.Address.Addr()] {
+				continue
+			}
+			done[chosen.Address.Addr()] = true
 			i := slices.IndexFunc(a.records.list, func(r state.Attachment) bool { return slices.Contains(r.IPs, chosen.Address.Addr()) })
 			if i < 0 || a.records.list[i].HostInterface == "" {
 				continue

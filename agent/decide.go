@@ -13,10 +13,10 @@ import (
 // decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
 // returns when a decision changes by time alone (0: never).
 func (a *Agent) decide(now time.Time) (next time.Duration) {
-	targets := endpoint.Targets(endpoint.Sources{
+	targets := endpoint.NewIndex(endpoint.Targets(endpoint.Sources{
 		Records: a.records.list, Interfaces: a.network.Interfaces, Now: now,
 		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
-	})
+	}))
 	services := map[plan.Frontend]*service{}
 	for _, port := range a.config.Ports {
 		if _, twice := services[port.Frontend]; twice {
@@ -31,7 +31,7 @@ func (a *Agent) decide(now time.Time) (next time.Duration) {
 		s.refused = a.refusal(port, s.claimedAt)
 		s.endpoints = nil
 		if s.refused == "" {
-			s.endpoints = endpoint.Choose(port.Selection, targets)
+			s.endpoints = targets.Choose(port.Selection)
 			a.keepRestored(port, s)
 		}
 		if len(s.endpoints) > 0 {
@@ -71,9 +71,7 @@ func (a *Agent) keepRestored(port Port, s *service) {
 
 // hadEndpoint says whether the frontend had an endpoint when this agent was restarted.
 func (a *Agent) hadEndpoint(port Port) bool {
-	return a.restored != nil && slices.ContainsFunc(a.restored.MagicIPs, func(m published.MagicIP) bool {
-		return frontendOf(m) == port.Frontend && len(m.Endpoints) > 0
-	})
+	return slices.ContainsFunc(a.restoredOf[port.Frontend], func(m published.MagicIP) bool { return len(m.Endpoints) > 0 })
 }
 
 // refusal says why this agent may not serve a frontend; empty where it may.
@@ -165,6 +163,10 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 
 // report logs what a decision has changed.
 func (a *Agent) report(port Port, s *service, before []endpoint.Chosen, refusedBefore string) {
+	same := func(a, b endpoint.Chosen) bool { return a.Address == b.Address }
+	if s.refused == refusedBefore && slices.EqualFunc(before, s.endpoints, same) {
+		return // before anything is made of it: there may be thousands
+	}
 	log := a.Log.With("magicIP", port.String())
 	if s.refused != refusedBefore && s.refused != "" {
 		log.Error("not served: " + s.refused)

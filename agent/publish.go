@@ -2,11 +2,14 @@ package agent
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 func frontendOf(m published.MagicIP) plan.Frontend {
@@ -24,6 +27,7 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
 		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Dead: a.dead(now),
+		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
 	}
 	for _, port := range a.config.Ports {
 		m := published.MagicIP{
@@ -64,6 +68,19 @@ func (a *Agent) renew(now time.Time) error {
 	return nil
 }
 
+// endpointRecords are the records of the endpoints that the state file has, and not lost ones.
+func (a *Agent) endpointRecords() (list []state.Attachment) {
+	for _, record := range a.records.list[len(a.records.lost):] {
+		for _, s := range a.services {
+			if slices.ContainsFunc(s.endpoints, func(c endpoint.Chosen) bool { return slices.Contains(record.IPs, c.Address.Addr()) }) {
+				list = append(list, record)
+				break
+			}
+		}
+	}
+	return list
+}
+
 // labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
 func (a *Agent) labels() map[string]map[string]string {
 	if len(a.pods.Pods) == 0 {
@@ -88,6 +105,10 @@ func (a *Agent) notes() []string {
 	var notes []string
 	if a.applied == nil {
 		return nil
+	}
+	for _, record := range a.records.lost {
+		notes = append(notes, record.Namespace+"/"+record.Name+": its record was lost with the state file; it counts for as long as "+
+			record.HostInterface+" is there")
 	}
 	for _, bridge := range a.applied.Bridges {
 		var sysctls []string

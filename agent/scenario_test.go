@@ -97,7 +97,7 @@ type stage struct {
 	backend *netfilter.Fake
 	sweeps  fakeFlows
 	network node.Network
-	records []state.Attachment
+	records []state.Attachment // of the pods that are there
 	wake    func(Source)
 	stop    func()
 	log     bytes.Buffer
@@ -181,12 +181,12 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		record.AddedAt = time.Now()
 		s.records = append(s.records, record)
 		time.Sleep(time.Millisecond)
-		return s.writeRecords()
+		return s.updateState([]state.Key{record.Key()}, record)
 	case "del":
 		for i, r := range s.records {
 			if r.Name == args[0] {
 				s.records = append(s.records[:i], s.records[i+1:]...)
-				return s.writeRecords()
+				return s.updateState([]state.Key{r.Key()})
 			}
 		}
 		return fmt.Errorf("no record of %s", args[0])
@@ -281,8 +281,9 @@ func parseRecord(args []string) (state.Attachment, error) {
 	return record, nil
 }
 
-func (s *stage) writeRecords() error {
-	_, err := state.Update(s.dir, time.Second, func([]state.Attachment) []state.Attachment { return s.records })
+// updateState is what the plugin does.
+func (s *stage) updateState(gone []state.Key, added ...state.Attachment) error {
+	_, err := state.Update(s.dir, time.Second, gone, added...)
 	s.wake(Records)
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -14,16 +15,45 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // records is what the plugin's state file said last.
 type records struct {
+	// list is all that count: lost, then the file's.
 	list []state.Attachment
+	// lost were in a file that was lost: the one that began anew does not tell when they go. Their host
+	// interfaces do.
+	lost  []state.Attachment
+	since time.Time // when the list in the file was begun
 	// known: the file has spoken since this agent started. A missing or unreadable file is a source that
 	// is silent, and what it said before counts on.
 	known bool
+}
+
+// with are the records after the file has said this.
+func (r records) with(file state.File) records {
+	lost := r.lost
+	if !file.Since.Equal(r.since) {
+		lost = r.list
+	}
+	lost = slices.DeleteFunc(slices.Clone(lost), func(l state.Attachment) bool {
+		return l.HostInterface == "" || slices.ContainsFunc(file.Attachments, func(a state.Attachment) bool {
+			return a.Key() == l.Key() || a.HostInterface == l.HostInterface
+		})
+	})
+	return records{list: slices.Concat(lost, file.Attachments), lost: lost, since: file.Since, known: true}
+}
+
+// on are the records on a node with these interfaces: without the lost ones whose interface is not there any
+// more, and never will be again.
+func (r records) on(interfaces map[string]bool) records {
+	present := r.list[len(r.lost):]
+	r.lost = endpoint.Standing(r.lost, interfaces)
+	r.list = slices.Concat(r.lost, present)
+	return r
 }
 
 // pods is what the Kubernetes API said last, and what the records have told since.
@@ -36,17 +66,17 @@ type pods struct {
 	missing map[state.Key]time.Time
 }
 
-// read takes in the sources that have changed. What cannot be read leaves what was known of it.
-func (a *Agent) read(ctx context.Context, changed Source) {
+// read takes in the sources that have changed, and says whether there can be news. What cannot be read leaves what
+// was known of it.
+func (a *Agent) read(ctx context.Context, changed Source) (news bool) {
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
 	if changed&(Records|Poll) != 0 {
-		list, err := state.Read(a.RuntimeDir)
+		file, err := state.ReadFile(a.RuntimeDir)
 		switch {
 		case err == nil:
-			a.withdraw(list)
-			a.records = records{list: list, known: true}
+			a.setRecords(a.records.with(file))
 		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
 			// No pod has been added yet, unless this agent knew of one before it was restarted.
 			a.records.known, err = a.records.known || !a.restoredRecords(), nil
@@ -60,17 +90,26 @@ func (a *Agent) read(ctx context.Context, changed Source) {
 		a.note("network of the node", err)
 		if err == nil {
 			a.network = network
+			if a.records.known {
+				a.setRecords(a.records.on(network.Interfaces))
+			}
 		}
 	}
 	if changed&(Others|Poll) != 0 {
-		a.readOthers()
+		news = a.readOthers()
 	}
 	if changed&(Pods|Poll) != 0 && a.API != nil {
 		a.readPods(ctx, changed)
 	}
+	return news || changed != Others // this agent's own file wakes it too
 }
 
-// withdraw notes the addresses of records that are in the state file no more.
+func (a *Agent) setRecords(r records) {
+	a.withdraw(r.list)
+	a.records = r
+}
+
+// withdraw notes the addresses of records that count no more, now that these do.
 func (a *Agent) withdraw(list []state.Attachment) {
 	here := map[state.Key]bool{}
 	for _, record := range list {
@@ -184,12 +223,12 @@ func (a *Agent) readSettings() {
 	}
 }
 
-// readOthers reads what the other agents on this node have published.
-func (a *Agent) readOthers() {
+// readOthers reads what the other agents on this node have published, and says whether it is news.
+func (a *Agent) readOthers() (news bool) {
 	names, err := published.Names(a.RuntimeDir)
 	a.note("agents of the node", err)
 	if err != nil {
-		return
+		return false
 	}
 	var others []*published.Agent
 	for _, name := range names {
@@ -212,7 +251,9 @@ func (a *Agent) readOthers() {
 			others = append(others, other)
 		}
 	}
+	news = !reflect.DeepEqual(a.others, others)
 	a.others = others
+	return news
 }
 
 // restore begins with what this agent published before it was restarted.
@@ -229,8 +270,10 @@ func (a *Agent) restore() {
 		}
 		return
 	}
-	a.restored = restored
+	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
+	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
+		a.restoredOf[frontendOf(m)] = append(a.restoredOf[frontendOf(m)], m)
 		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
 	}
 }
@@ -242,8 +285,8 @@ func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
 		return nil
 	}
 	var endpoints []published.Endpoint
-	for _, m := range a.restored.MagicIPs {
-		if frontendOf(m) != port.Frontend || m.Namespace != port.Namespace || m.Selector != port.SelectorText {
+	for _, m := range a.restoredOf[port.Frontend] {
+		if m.Namespace != port.Namespace || m.Selector != port.SelectorText {
 			continue
 		}
 		for _, e := range m.Endpoints {

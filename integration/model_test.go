@@ -30,6 +30,7 @@ const (
 	modelPods  = 5
 	otherPort  = 8081 // of every server, besides port
 	configFile = "/run/model/agent.yaml"
+	traceTime  = "15:04:05.000 "
 )
 
 // TestModel does to a node whatever may happen to it, in random order: pods come and go, addresses and UIDs
@@ -152,7 +153,7 @@ const modelMagic4, modelMagic6 = "169.254.210.210", "fd00:a9fe:d2d2::210"
 
 func newModel(t *testing.T, seed uint64) *model {
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), count: map[string]int{}}
-	m.world = &world{Node: newNode(t), t: t, backend: "nftables", kind: "dual-stack"}
+	m.world = &world{Node: newNode(t), t: t, backend: "nftables", kind: "bridge", names: map[netip.Addr]string{}}
 	// The real plugin is for the same pods as the configurations below.
 	conf := strings.Replace(string(conflist(t, "30-dual-stack.conflist")), `"namespace": "default", "selector": "app=echo"`, `"namespace": "*", "selector": "app"`, 1)
 	addConf(t, m.Node, "30-dual-stack.conflist", []byte(conf))
@@ -228,7 +229,7 @@ func (m *model) startAgent() {
 
 func (m *model) note(kind, format string, args ...any) {
 	m.count[kind]++
-	m.trace = append(m.trace, kind+" "+fmt.Sprintf(format, args...))
+	m.trace = append(m.trace, time.Now().Format(traceTime)+kind+" "+fmt.Sprintf(format, args...))
 }
 
 // event is one thing that happens.
@@ -242,10 +243,6 @@ func (m *model) event() {
 		m.startAgent()
 	case dice < 5:
 		m.sandbox(m.pods[m.random.IntN(len(m.pods))])
-	case dice < 7:
-		m.note("corrupt", "the records begin anew")
-		m.writeState([]byte("{"))
-		m.records = nil
 	case dice < 40:
 		changed := &m.magic[m.random.IntN(len(m.magic))]
 		m.reconfigure(changed)
@@ -333,9 +330,7 @@ func (m *model) add() {
 	}
 	m.note("add", "%s %s/%s uid %s %v %v %s", r.ContainerID, r.Namespace, r.Name, r.UID, r.Labels, r.IPs, r.HostInterface)
 	m.remember(r)
-	m.update(func(list []state.Attachment) []state.Attachment {
-		return append(without(list, r.ContainerID), r)
-	})
+	m.update(r.ContainerID, r)
 }
 
 func (m *model) del() {
@@ -345,7 +340,7 @@ func (m *model) del() {
 	}
 	m.note("del", "%s", id)
 	m.forget(id)
-	m.update(func(list []state.Attachment) []state.Attachment { return without(list, id) })
+	m.update(id)
 }
 
 func (m *model) remember(r state.Attachment) {
@@ -357,14 +352,10 @@ func (m *model) forget(id string) {
 	m.records = slices.DeleteFunc(m.records, func(r state.Attachment) bool { return r.ContainerID == id })
 }
 
-func without(list []state.Attachment, id string) []state.Attachment {
-	return slices.DeleteFunc(list, func(a state.Attachment) bool { return a.ContainerID == id })
-}
-
 // update changes the state file as the plugin does. Its warning is that the file was corrupt, which is so.
-func (m *model) update(change func([]state.Attachment) []state.Attachment) {
+func (m *model) update(gone string, add ...state.Attachment) {
 	m.t.Helper()
-	if _, err := state.Update(m.Path(lab.RuntimeDir), 10*time.Second, change); err != nil {
+	if _, err := state.Update(m.Path(lab.RuntimeDir), 10*time.Second, []state.Key{{ContainerID: gone, IfName: "eth0"}}, add...); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -737,11 +728,9 @@ func (m *model) settle() {
 	m.t.Helper()
 	m.settles++
 	unique := netip.AddrFrom4([4]byte{198, 18, byte(m.settles >> 8), byte(m.settles)})
-	m.update(func(list []state.Attachment) []state.Attachment {
-		return append(without(list, "marker"), state.Attachment{
-			ContainerID: "marker", IfName: "eth0", Namespace: "marker", Name: "marker", UID: "marker",
-			Labels: map[string]string{"marker": "here"}, IPs: []netip.Addr{unique}, AddedAt: time.Now().UTC(),
-		})
+	m.update("marker", state.Attachment{
+		ContainerID: "marker", IfName: "eth0", Namespace: "marker", Name: "marker", UID: "marker",
+		Labels: map[string]string{"marker": "here"}, IPs: []netip.Addr{unique}, AddedAt: time.Now().UTC(),
 	})
 	m.await("to come to the marker", func(a *published.Agent) bool {
 		return slices.ContainsFunc(a.MagicIPs, func(p published.MagicIP) bool {
@@ -856,6 +845,12 @@ func (m *model) silentStateFile() {
 	m.settle()
 }
 
+// around are the events within a second of a moment.
+func (m *model) around(moment time.Time) []string {
+	from, to := moment.Add(-time.Second).Format(traceTime), moment.Add(time.Second).Format(traceTime)
+	return slices.DeleteFunc(slices.Clone(m.trace), func(line string) bool { return line < from || line > to })
+}
+
 // stop ends the probes and looks at all that they met.
 func (m *model) stop() {
 	m.t.Helper()
@@ -870,7 +865,8 @@ func (m *model) stop() {
 				m.t.Errorf("%s client of %s: answered by the impostor at %s, where nobody had touched the rules", probe.Kind, probe.To, o.Sent.Format(time.RFC3339Nano))
 			}
 			if got == "silence" && probe.Kind == lab.NewConnection {
-				m.t.Errorf("%s client of %s: no answer within %v at %s", probe.Kind, probe.To, o.Took, o.Sent.Format(time.RFC3339Nano))
+				m.t.Errorf("%s client of %s: no answer within %v at %s (rules damaged: %t); around then:\n%s",
+					probe.Kind, probe.To, o.Took, o.Sent.Format(time.RFC3339Nano), exposed, strings.Join(m.around(o.Sent), "\n"))
 			}
 		}
 	}

@@ -58,32 +58,9 @@ type podSelector struct {
 //
 // A selector that does not parse is no error: it is one agent's, and the pods are everybody's.
 func parseConf(stdin []byte) (*conf, error) {
-	var raw rawConf
-	err := json.Unmarshal(stdin, &raw)
-	c := &conf{
-		cniVersion:    raw.CNIVersion,
-		network:       raw.Name,
-		runtimeDir:    defaultRuntimeDir,
-		runtimeConfig: raw.RuntimeConfig,
-		args:          raw.Args,
-		prevResult:    raw.PrevResult,
-		valid:         raw.ValidAttachments,
-	}
-	if err != nil {
-		return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: %v", err), "")
-	}
-	if !absent(raw.RuntimeDir) {
-		var dir string
-		if err := json.Unmarshal(raw.RuntimeDir, &dir); err != nil {
-			return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("runtimeDir: must be a string: %v", err), "")
-		}
-		if !filepath.IsAbs(dir) {
-			return c, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("runtimeDir: %q is not an absolute path", dir), "")
-		}
-		c.runtimeDir = filepath.Clean(dir)
-	}
-	if absent(raw.Selectors) {
-		return c, nil
+	c, raw, err := parseCommon(stdin)
+	if err != nil || absent(raw.Selectors) {
+		return c, err
 	}
 	if err := json.Unmarshal(raw.Selectors, &c.selectors); err != nil {
 		return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf(
@@ -98,6 +75,35 @@ func parseConf(stdin []byte) (*conf, error) {
 		}
 	}
 	return c, nil
+}
+
+// parseCommon parses what every command needs: all but the selectors.
+func parseCommon(stdin []byte) (*conf, *rawConf, error) {
+	var raw rawConf
+	err := json.Unmarshal(stdin, &raw)
+	c := &conf{
+		cniVersion:    raw.CNIVersion,
+		network:       raw.Name,
+		runtimeDir:    defaultRuntimeDir,
+		runtimeConfig: raw.RuntimeConfig,
+		args:          raw.Args,
+		prevResult:    raw.PrevResult,
+		valid:         raw.ValidAttachments,
+	}
+	if err != nil {
+		return c, &raw, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: %v", err), "")
+	}
+	if !absent(raw.RuntimeDir) {
+		var dir string
+		if err := json.Unmarshal(raw.RuntimeDir, &dir); err != nil {
+			return c, &raw, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("runtimeDir: must be a string: %v", err), "")
+		}
+		if !filepath.IsAbs(dir) {
+			return c, &raw, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("runtimeDir: %q is not an absolute path", dir), "")
+		}
+		c.runtimeDir = filepath.Clean(dir)
+	}
+	return c, &raw, nil
 }
 
 // absent says that a key is missing or null.

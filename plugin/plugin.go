@@ -108,13 +108,8 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 		Netns:         args.Netns,
 		AddedAt:       time.Now().UTC(),
 	}
-	gone := dead(agents)
-	gone[attachment.Key()] = true // an earlier ADD's, and whatever an agent thinks of it
-	err = update(conf.runtimeDir, log, func(list []state.Attachment) []state.Attachment {
-		list = slices.DeleteFunc(list, func(a state.Attachment) bool { return gone[a.Key()] })
-		return append(list, attachment)
-	})
-	if err != nil {
+	// Gone with the dead is the record of an earlier ADD of the same.
+	if err := update(conf.runtimeDir, log, append(dead(agents), attachment.Key()), attachment); err != nil {
 		log.Error("the pod is not recorded", "error", err)
 	}
 }
@@ -122,25 +117,20 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 func (p Plugin) del(args *skel.CmdArgs) error {
 	// A configuration that is not usable still tells where the records are. The selectors do not count: they may
 	// have changed since the ADD.
-	conf, _ := parseConf(args.StdinData)
-	key := state.Key{ContainerID: args.ContainerID, IfName: args.IfName}
+	conf, _, _ := parseCommon(args.StdinData)
 
 	// Without a record of ours nothing is touched and no lock is waited for. Reading first is safe: the file is
 	// replaced as a whole, a record stays in it from the end of its ADD on, and a runtime does not call DEL
 	// while the ADD of the same container runs. (An ADD that outlived its runtime could come later than any
 	// lock as well; its record falls to the agent.)
-	attachments, err := state.Read(conf.runtimeDir)
-	recorded := slices.ContainsFunc(attachments, func(a state.Attachment) bool { return a.Key() == key })
+	key := state.Key{ContainerID: args.ContainerID, IfName: args.IfName}
+	recorded, err := state.Recorded(conf.runtimeDir, key)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !recorded {
 		return nil
 	}
 	log := p.logger(conf.runtimeDir, "DEL").With("containerID", args.ContainerID, "pod", parseArgs(args.Args))
 	gone := dead(liveAgents(conf.runtimeDir, log))
-	gone[key] = true
-	err = update(conf.runtimeDir, log, func(list []state.Attachment) []state.Attachment {
-		return slices.DeleteFunc(list, func(a state.Attachment) bool { return gone[a.Key()] })
-	})
-	if err != nil {
+	if err := update(conf.runtimeDir, log, append(gone, key)); err != nil {
 		log.Error("the record of the pod may stay", "error", err)
 	}
 	return nil
@@ -192,11 +182,13 @@ func (p Plugin) gc(args *skel.CmdArgs) error {
 	}
 	log := p.logger(conf.runtimeDir, "GC")
 	gone := dead(liveAgents(conf.runtimeDir, log))
-	err = update(conf.runtimeDir, log, func(list []state.Attachment) []state.Attachment {
-		return slices.DeleteFunc(list, func(a state.Attachment) bool {
-			return gone[a.Key()] || a.Network == conf.network && !valid[a.Key()]
-		})
-	})
+	attachments, _ := state.Read(conf.runtimeDir) // what is wrong with the file, the update says
+	for _, a := range attachments {
+		if a.Network == conf.network && !valid[a.Key()] {
+			gone = append(gone, a.Key())
+		}
+	}
+	err = update(conf.runtimeDir, log, gone)
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // no runtime dir, so no records
 		return nil
@@ -213,8 +205,8 @@ func status(args *skel.CmdArgs) error {
 }
 
 // update changes the state file and logs what it met there.
-func update(dir string, log *slog.Logger, change func([]state.Attachment) []state.Attachment) error {
-	warning, err := state.Update(dir, lockWait, change)
+func update(dir string, log *slog.Logger, gone []state.Key, add ...state.Attachment) error {
+	warning, err := state.Update(dir, lockWait, gone, add...)
 	if warning != nil {
 		log.Warn("the state file was not usable", "error", warning)
 	}
@@ -243,11 +235,10 @@ func liveAgents(dir string, log *slog.Logger) []*published.Agent {
 }
 
 // dead are the attachments that agents know to be gone, though no DEL came for them.
-func dead(agents []*published.Agent) map[state.Key]bool {
-	keys := map[state.Key]bool{}
+func dead(agents []*published.Agent) (keys []state.Key) {
 	for _, agent := range agents {
 		for _, attachment := range agent.Dead {
-			keys[state.Key(attachment)] = true
+			keys = append(keys, state.Key(attachment))
 		}
 	}
 	return keys

@@ -208,6 +208,42 @@ type Chosen struct {
 	Address netip.AddrPort
 }
 
+// Index finds the targets of a selection without a look at all of them, for there may be thousands of selections.
+type Index struct {
+	targets []Target
+	byLabel map[label][]Target
+}
+
+type label struct{ key, value string }
+
+// NewIndex makes an index of targets.
+func NewIndex(targets []Target) *Index {
+	index := &Index{targets: targets, byLabel: map[label][]Target{}}
+	for _, target := range targets {
+		for key, value := range target.Labels {
+			index.byLabel[label{key, value}] = append(index.byLabel[label{key, value}], target)
+		}
+	}
+	return index
+}
+
+// Choose is Choose among all targets of the index.
+func (i *Index) Choose(selection Selection) []Chosen {
+	requirements, _ := selection.Selector.Requirements()
+	for _, r := range requirements {
+		switch r.Operator() {
+		case "=", "==", "in":
+			// A target has one value of a label, so none is found twice.
+			var candidates []Target
+			for value := range r.Values() {
+				candidates = append(candidates, i.byLabel[label{r.Key(), value}]...)
+			}
+			return Choose(selection, candidates)
+		}
+	}
+	return Choose(selection, i.targets)
+}
+
 // Choose returns the endpoints: the newest target of the best rank, or with Spread all of that rank.
 func Choose(selection Selection, targets []Target) []Chosen {
 	best := never

@@ -115,7 +115,7 @@ func TestChoose(t *testing.T) {
 			tt.sources.Now = now
 			choose := func() string {
 				var got []string
-				for _, c := range endpoint.Choose(selection, endpoint.Targets(tt.sources)) {
+				for _, c := range endpoint.NewIndex(endpoint.Targets(tt.sources)).Choose(selection) {
 					got = append(got, c.Address.String())
 				}
 				return strings.Join(got, " ")

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -130,13 +131,23 @@ func (p *Pods) View() endpoint.View {
 	return view
 }
 
-// Poll lists where the watch is not healthy; a healthy watch costs the API server nothing.
+// Poll lists where the watch is not healthy; a healthy watch costs the API server nothing. It does not wait
+// for the answer, which wakes: whatever the API server does, the rest of the agent goes on.
 func (p *Pods) Poll(ctx context.Context) {
 	p.mu.Lock()
-	feeds := slices.Collect(maps.Values(p.feeds))
+	feeds, wake := slices.Collect(maps.Values(p.feeds)), p.wake
 	p.mu.Unlock()
+	if wake == nil {
+		return // nothing has been asked yet
+	}
 	for _, f := range feeds {
-		f.poll(ctx)
+		if !f.healthy() && f.polling.CompareAndSwap(false, true) {
+			go func() {
+				defer f.polling.Store(false)
+				f.poll(ctx)
+				wake()
+			}()
+		}
 	}
 }
 
@@ -146,6 +157,7 @@ type feed struct {
 	namespace string
 	informer  cache.SharedIndexInformer
 	stop      func() // does nothing before start
+	polling   atomic.Bool
 
 	mu sync.Mutex
 	// heardAt is when the watch last brought an event or a bookmark, or was begun.
@@ -260,9 +272,6 @@ func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
 }
 
 func (f *feed) poll(ctx context.Context) {
-	if f.healthy() {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache

@@ -118,6 +118,7 @@ func TestFeed(t *testing.T) {
 		// A healthy watch costs nothing per poll, a silent one a list.
 		before := lists
 		p.Poll(ctx)
+		synctest.Wait()
 		if lists != before {
 			t.Error("a poll beside a healthy watch has listed")
 		}
@@ -127,6 +128,7 @@ func TestFeed(t *testing.T) {
 		}
 		listErr = apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no"))
 		p.Poll(ctx)
+		synctest.Wait()
 		view := p.View()
 		if view.Reachable || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
 			t.Errorf("a poll that was refused: %+v", view)

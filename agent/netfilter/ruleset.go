@@ -313,15 +313,29 @@ func (rs *ruleset) tidy(tx *knftables.Transaction, there []object) {
 func (rs *ruleset) update(tx *knftables.Transaction, before *ruleset) {
 	for i, s := range rs.sets {
 		old := before.sets[i]
-		for _, key := range slices.Sorted(maps.Keys(old.elements)) {
-			if value, stays := s.elements[key]; !stays || value != old.elements[key] {
-				tx.Delete(old.element(key))
+		var gone, added []string
+		stay := 0
+		for key, value := range s.elements {
+			if was, there := old.elements[key]; there && was == value {
+				stay++
+			} else {
+				added = append(added, key)
 			}
 		}
-		for _, key := range slices.Sorted(maps.Keys(s.elements)) {
-			if value, there := old.elements[key]; !there || value != s.elements[key] {
-				tx.Add(s.element(key))
+		if stay < len(old.elements) {
+			for key, value := range old.elements {
+				if now, there := s.elements[key]; !there || now != value {
+					gone = append(gone, key)
+				}
 			}
+		}
+		slices.Sort(gone)
+		slices.Sort(added)
+		for _, key := range gone {
+			tx.Delete(old.element(key))
+		}
+		for _, key := range added {
+			tx.Add(s.element(key))
 		}
 	}
 }

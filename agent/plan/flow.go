@@ -68,7 +68,9 @@ type Change struct {
 }
 
 // Empty says that no flow can have become stale.
-func (c Change) Empty() bool { return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone) == 0 }
+func (c Change) Empty() bool {
+	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone) == 0
+}
 
 // Since compares p with the plan before it; nil is a plan of which nothing is known.
 func (p *Plan) Since(before *Plan) Change {

@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"net/netip"
+	"reflect"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -126,4 +127,36 @@ func TestSince(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestEqual changes every field of a plan and of a rule, by reflection: one that Equal forgot would go unnoticed.
+func TestEqual(t *testing.T) {
+	p, q := example(true), example(true)
+	if !p.Equal(&q) {
+		t.Error("the same plan twice is not equal")
+	}
+	differs := func(what string, value reflect.Value) {
+		t.Helper()
+		for i := range value.NumField() {
+			field := value.Field(i)
+			before := reflect.New(field.Type()).Elem()
+			before.Set(field)
+			switch {
+			case field.Kind() == reflect.Slice:
+				field.Set(reflect.MakeSlice(field.Type(), field.Len()+1, field.Len()+1))
+			case field.IsZero() && field.Kind() == reflect.Bool:
+				field.SetBool(true)
+			case field.IsZero():
+				field.SetInt(1)
+			default:
+				field.SetZero()
+			}
+			if p.Equal(&q) {
+				t.Errorf("another %s of %s goes unnoticed", value.Type().Field(i).Name, what)
+			}
+			field.Set(before)
+		}
+	}
+	differs("a plan", reflect.ValueOf(&p).Elem())
+	differs("a rule", reflect.ValueOf(&p.Rules[0]).Elem())
 }

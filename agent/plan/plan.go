@@ -157,7 +157,9 @@ func Build(in Input) Plan {
 	claimed := map[Frontend]bool{}
 	addresses := map[netip.Addr]bool{}
 	for _, service := range in.Services {
-		claimed[service.Frontend], addresses[service.Address] = true, true
+		if len(in.Foreign) > 0 {
+			claimed[service.Frontend], addresses[service.Address] = true, true
+		}
 		interfaces := sortedSet(service.HostInterface, strings.Compare)
 		rule := Rule{
 			Frontend:    service.Frontend,
@@ -185,6 +187,19 @@ func Build(in Input) Plan {
 	}
 	slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
 	return p
+}
+
+// Equal says whether nothing differs.
+func (p *Plan) Equal(q *Plan) bool {
+	return p.Settled == q.Settled && slices.EqualFunc(p.Rules, q.Rules, Rule.equal) &&
+		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
+		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Bridges, q.Bridges) &&
+		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Sandboxes, q.Sandboxes)
+}
+
+func (r Rule) equal(s Rule) bool {
+	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients &&
+		slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
 }
 
 // Foreign says whether another agent claims the frontend of r.

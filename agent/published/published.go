@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // Version is the format that this build writes and the newest it reads.
@@ -41,6 +43,11 @@ type Agent struct {
 	Labels map[string]map[string]string `json:"labels,omitempty"`
 	// Dead are attachments whose pod and host interface are both gone: the plugin drops their records.
 	Dead []Attachment `json:"dead,omitempty"`
+	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
+	// Lost those from lists before that one which still count: what the agent goes on with after a restart.
+	Records      []state.Attachment `json:"records,omitempty"`
+	RecordsSince time.Time          `json:"recordsSince,omitzero"`
+	Lost         []state.Attachment `json:"lost,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
 }
@@ -104,16 +111,19 @@ func Read(runtimeDir, name string) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The version comes first and alone: a newer file need not have the shape that this build knows.
-	var version struct{ Version int }
-	if err := json.Unmarshal(data, &version); err != nil {
-		return nil, fmt.Errorf("%s is corrupt: %w", path, err)
-	}
-	if version.Version > Version {
-		return nil, &NewerVersionError{Path: path, Version: version.Version}
-	}
 	var agent Agent
-	if err := json.Unmarshal(data, &agent); err != nil {
+	err = json.Unmarshal(data, &agent)
+	if err != nil {
+		// A newer file need not have the shape that this build knows: its version is read alone.
+		var head struct{ Version int }
+		if json.Unmarshal(data, &head) == nil {
+			agent.Version = head.Version
+		}
+	}
+	switch {
+	case agent.Version > Version:
+		return nil, &NewerVersionError{Path: path, Version: agent.Version}
+	case err != nil:
 		return nil, fmt.Errorf("%s is corrupt: %w", path, err)
 	}
 	if agent.Version < 1 || agent.Name != name {

@@ -59,12 +59,21 @@ func watchPublished(node *lab.Node) (*settled, error) {
 }
 
 func (s *settled) await(ctx context.Context, endpoint netip.Addr) error {
+	return s.until(ctx, endpoint, func(magicIPs []published.MagicIP) []published.MagicIP { return magicIPs })
+}
+
+// awaitLast is await for the last magic IP alone.
+func (s *settled) awaitLast(ctx context.Context, endpoint netip.Addr) error {
+	return s.until(ctx, endpoint, func(magicIPs []published.MagicIP) []published.MagicIP { return magicIPs[len(magicIPs)-1:] })
+}
+
+func (s *settled) until(ctx context.Context, endpoint netip.Addr, which func([]published.MagicIP) []published.MagicIP) error {
 	for {
 		agent, err := published.Read(s.dir, agentName)
 		if err != nil {
 			return err
 		}
-		reached := !slices.ContainsFunc(agent.MagicIPs, func(m published.MagicIP) bool {
+		reached := !slices.ContainsFunc(which(agent.MagicIPs), func(m published.MagicIP) bool {
 			if len(m.Endpoints) == 0 {
 				return endpoint.IsValid()
 			}
@@ -103,10 +112,12 @@ type notification struct {
 }
 
 func subscribe(node *lab.Node) (*notifications, error) {
-	n := &notifications{arrived: make(chan notification, 1000)}
+	n := &notifications{arrived: make(chan notification, 1<<17)}
 	err := node.In(lab.Host, func() (err error) {
-		n.socket, err = nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
-		return err
+		if n.socket, err = nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
+			return err
+		}
+		return n.socket.SetReceiveBufferSize(64<<20, true) // thousands of elements come at once
 	})
 	if err != nil {
 		return nil, fmt.Errorf("subscribing to nftables notifications: %w", err)
@@ -148,6 +159,17 @@ func (n *notifications) await(ctx context.Context, wanted element, since time.Ti
 			if got.added == wanted.added && got.at.After(since) && bytes.Contains(got.content, wanted.address.AsSlice()) {
 				return got.at, nil
 			}
+		}
+	}
+}
+
+// quiet returns once nothing has arrived for so long.
+func (n *notifications) quiet(long time.Duration) {
+	for {
+		select {
+		case <-n.arrived:
+		case <-time.After(long):
+			return
 		}
 	}
 }

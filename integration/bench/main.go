@@ -33,20 +33,23 @@ type rounds struct {
 	plugin int // turns of all plugins, ADD and DEL
 	rules  int // cycles of four changes
 	path   int // of one block for each way, per kind of traffic
+	// of two changes for each number of magic IPs, and of one block for each
+	scale, scalePath int
+	flows            int // sweeps of each kind
 }
 
 func run() int {
 	short := flag.Bool("short", false, "a tenth of the repetitions: see that it works, do not quote the figures")
-	only := flag.String("only", "", "measure one `PART`: plugin, rules or path")
+	only := flag.String("only", "", "measure one `PART`: plugin, rules, path, scale or flows")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 
-	count := rounds{plugin: 1000, rules: 100, path: 1000}
+	count := rounds{plugin: 1000, rules: 100, path: 1000, scale: 15, scalePath: 300, flows: 20}
 	if *short {
-		count = rounds{plugin: 100, rules: 10, path: 100}
+		count = rounds{plugin: 100, rules: 10, path: 100, scale: 5, scalePath: 30, flows: 5}
 	}
-	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}}
+	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}, {"scale", measureScale}, {"flows", measureFlows}}
 	if *only != "" {
 		parts = slices.DeleteFunc(parts, func(p part) bool { return p.name != *only })
 	}
@@ -59,7 +62,7 @@ func run() int {
 
 func report(ctx context.Context, w io.Writer, parts []part, count rounds) error {
 	if len(parts) == 0 {
-		return errors.New("-only: there are the parts plugin, rules and path")
+		return errors.New("-only: there are the parts plugin, rules, path, scale and flows")
 	}
 	header, err := describe(ctx)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -111,6 +112,23 @@ func setRecords(dir string, records []state.Attachment) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	warning, err := state.Update(dir, time.Second, func([]state.Attachment) []state.Attachment { return records })
+	gone, err := recorded(dir)
+	if err != nil {
+		return err
+	}
+	warning, err := state.Update(dir, time.Second, gone, records...)
 	return errors.Join(warning, err)
+}
+
+// recorded is what the state file in dir has.
+func recorded(dir string) ([]state.Key, error) {
+	attachments, err := state.Read(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var keys []state.Key
+	for _, attachment := range attachments {
+		keys = append(keys, attachment.Key())
+	}
+	return keys, err
 }

@@ -114,12 +114,13 @@ func lifeOfAnEndpoint(ctx context.Context, node *lab.Node) ([]*change, error) {
 func (c *change) measure(ctx context.Context, node *lab.Node, notifications *notifications, settled *settled) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errors.New("nothing of it came about"))
 	defer cancel()
-	var begun time.Time
-	_, err := state.Update(node.Path(lab.RuntimeDir), time.Second, func([]state.Attachment) []state.Attachment {
-		begun = time.Now()
-		return c.records
-	})
+	dir := node.Path(lab.RuntimeDir)
+	gone, err := recorded(dir)
 	if err != nil {
+		return err
+	}
+	begun := time.Now()
+	if _, err := state.Update(dir, time.Second, gone, c.records...); err != nil {
 		return err
 	}
 	arrived, err := notifications.await(ctx, c.element, begun)

@@ -5,8 +5,9 @@
 // which is never removed. Every change is a temporary file and a rename, so that a reader, who takes no
 // lock, sees the old list or the new one, and so does everybody after a writer was killed.
 //
-// Limits: the list is read and written whole; it is meant for the pods of one node. Standard library and
-// x/sys only: the plugin must stay small.
+// Limits: the list is read and written whole; it is meant for the pods of one node. A writer keeps the
+// fields of a record that it does not know, as long as nobody has edited the file by hand. Standard
+// library and x/sys only: the plugin must stay small.
 package state
 
 import (
@@ -15,7 +16,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"time"
 )
 
@@ -53,8 +53,8 @@ type Attachment struct {
 // Key identifies an attachment. Never the address: addresses are reused while the DEL of their former
 // owner is still to come.
 type Key struct {
-	ContainerID string
-	IfName      string
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
 }
 
 // Key returns what identifies a.
@@ -80,54 +80,59 @@ func (e *CorruptError) Error() string { return fmt.Sprintf("%s is corrupt: %v", 
 
 func (e *CorruptError) Unwrap() error { return e.Err }
 
-// file is the content of state.json.
-type file struct {
-	Version     int          `json:"version"`
+// File is the content of state.json.
+type File struct {
+	Version int `json:"version"`
+	// Since is when this list was begun: with the first record, or with the first update that found a
+	// corrupt file. Where it differs from what it was, the list that was before is lost, and what is not in
+	// this one may still be attached. Zero in files of builds that did not tell.
+	Since time.Time `json:"since,omitzero"`
+	// Attachments are in the order of their ADD.
 	Attachments []Attachment `json:"attachments"`
 }
 
-// Read returns the attachments recorded in the runtime directory dir, in the order of their ADD. Errors are
-// fs.ErrNotExist where nothing was ever recorded, *NewerVersionError, *CorruptError, or the operating
-// system's. It changes nothing.
+// Read returns the attachments recorded in the runtime directory dir. The errors are those of ReadFile.
 func Read(dir string) ([]Attachment, error) {
-	path := filepath.Join(dir, fileName)
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	version, attachments, err := parse(data)
-	if err != nil {
-		return nil, &CorruptError{Path: path, Err: err}
-	}
-	if version > Version {
-		return nil, &NewerVersionError{Path: path, Version: version}
-	}
-	return attachments, nil
+	file, err := ReadFile(dir)
+	return file.Attachments, err
 }
 
-// parse returns the version alone where it is newer than this build's.
-func parse(data []byte) (version int, attachments []Attachment, err error) {
-	// The version comes first and alone: a newer file need not have the shape that this build knows.
-	var head struct{ Version int }
-	if err := json.Unmarshal(data, &head); err != nil {
-		return 0, nil, err
+// ReadFile returns all that is recorded in the runtime directory dir. Errors are fs.ErrNotExist where
+// nothing was ever recorded, *NewerVersionError, *CorruptError, or the operating system's. It changes
+// nothing.
+func ReadFile(dir string) (File, error) {
+	path := Path(dir)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return File{}, err
 	}
-	if head.Version > Version {
-		return head.Version, nil, nil
-	}
-	if head.Version < 1 {
-		return 0, nil, fmt.Errorf("version %d", head.Version)
-	}
-	var content file
-	if err := json.Unmarshal(data, &content); err != nil {
-		return 0, nil, err
-	}
-	for i, attachment := range content.Attachments {
-		if err := attachment.validate(); err != nil {
-			return 0, nil, fmt.Errorf("attachment %d: %w", i, err)
+	return parse(path, data)
+}
+
+func parse(path string, data []byte) (File, error) {
+	var file File
+	err := json.Unmarshal(data, &file)
+	if err != nil {
+		// A newer file need not have the shape that this build knows: its version is read alone.
+		var head struct{ Version int }
+		if json.Unmarshal(data, &head) == nil {
+			file.Version = head.Version
 		}
 	}
-	return content.Version, content.Attachments, nil
+	switch {
+	case file.Version > Version:
+		return File{}, &NewerVersionError{Path: path, Version: file.Version}
+	case err != nil:
+		return File{}, &CorruptError{Path: path, Err: err}
+	case file.Version < 1:
+		return File{}, &CorruptError{Path: path, Err: fmt.Errorf("version %d", file.Version)}
+	}
+	for i, attachment := range file.Attachments {
+		if err := attachment.validate(); err != nil {
+			return File{}, &CorruptError{Path: path, Err: fmt.Errorf("attachment %d: %w", i, err)}
+		}
+	}
+	return file, nil
 }
 
 func (a Attachment) validate() error {
@@ -140,16 +145,4 @@ func (a Attachment) validate() error {
 		}
 	}
 	return nil
-}
-
-// encode writes for people too: one field a line.
-func encode(attachments []Attachment) ([]byte, error) {
-	if attachments == nil {
-		attachments = []Attachment{}
-	}
-	data, err := json.MarshalIndent(file{Version: Version, Attachments: attachments}, "", "  ")
-	if err != nil {
-		return nil, err
-	}
-	return append(data, '\n'), nil
 }

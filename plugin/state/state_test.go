@@ -2,10 +2,13 @@ package state_test
 
 import (
 	"errors"
+	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,14 +34,10 @@ func attachment(containerID string) state.Attachment {
 	}
 }
 
-// add returns a change that appends attachments.
-func add(attachments ...state.Attachment) func([]state.Attachment) []state.Attachment {
-	return func(list []state.Attachment) []state.Attachment { return append(list, attachments...) }
-}
-
-func update(t *testing.T, dir string, change func([]state.Attachment) []state.Attachment) {
+// update removes first and then adds.
+func update(t *testing.T, dir string, gone []state.Key, add ...state.Attachment) {
 	t.Helper()
-	warning, err := state.Update(dir, generous, change)
+	warning, err := state.Update(dir, generous, gone, add...)
 	if warning != nil || err != nil {
 		t.Fatalf("Update: warning %v, error %v", warning, err)
 	}
@@ -82,55 +81,21 @@ func TestFileIsForPeople(t *testing.T) {
 	full.HostInterface, full.Netns = "veth1", "/run/netns/1"
 	unlabelled := attachment("c2")
 	unlabelled.Labels = map[string]string{}
-	update(t, dir, add(full, unlabelled, attachment("c3")))
+	put(t, filepath.Join(dir, "state.json"), `{"version": 1, "since": "2026-01-02T03:04:05Z"}`)
+	update(t, dir, nil, full, unlabelled, attachment("c3"))
 
 	got, err := os.ReadFile(filepath.Join(dir, "state.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{
-  "version": 1,
-  "attachments": [
-    {
-      "containerID": "c1",
-      "ifName": "eth0",
-      "network": "pods",
-      "namespace": "kube-system",
-      "name": "apm-x",
-      "uid": "u1",
-      "labels": {
-        "app": "apm-server"
-      },
-      "ips": [
-        "10.244.1.7",
-        "fd00::7"
-      ],
-      "hostInterface": "veth1",
-      "netns": "/run/netns/1",
-      "addedAt": "2026-01-02T03:04:05.000000006Z"
-    },
-    {
-      "containerID": "c2",
-      "ifName": "eth0",
-      "network": "pods",
-      "labels": {},
-      "ips": [
-        "10.244.1.7"
-      ],
-      "addedAt": "2026-01-02T03:04:05.000000006Z"
-    },
-    {
-      "containerID": "c3",
-      "ifName": "eth0",
-      "network": "pods",
-      "ips": [
-        "10.244.1.7"
-      ],
-      "addedAt": "2026-01-02T03:04:05.000000006Z"
-    }
-  ]
-}
+	want := `{"version":1,"since":"2026-01-02T03:04:05Z","attachments":[
+{"containerID":"c1","ifName":"eth0","network":"pods","namespace":"kube-system","name":"apm-x","uid":"u1","labels":{"app":"apm-server"},"ips":["10.244.1.7","fd00::7"],"hostInterface":"veth1","netns":"/run/netns/1","addedAt":"2026-01-02T03:04:05.000000006Z"},
+{"containerID":"c2","ifName":"eth0","network":"pods","labels":{},"ips":["10.244.1.7"],"addedAt":"2026-01-02T03:04:05.000000006Z"},
+{"containerID":"c3","ifName":"eth0","network":"pods","ips":["10.244.1.7"],"addedAt":"2026-01-02T03:04:05.000000006Z"}
+],"crc32":"SUM"}
 `
+	above, _, _ := strings.Cut(want, "],\"crc32")
+	want = strings.Replace(want, "SUM", fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(above))), 1)
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("state.json (-want +got):\n%s", diff)
 	}
@@ -150,13 +115,15 @@ func TestRead(t *testing.T) {
 		want    string // "" is: it can be read
 	}{
 		{"valid", `{"version": 1, "attachments": [` + valid + `]}`, ""},
-		{"a field of a later build of this version", `{"version": 1, "since": 5, "attachments": [` + valid + `]}`, ""},
+		{"a field of a later build of this version", `{"version": 1, "until": 5, "attachments": [` + valid + `]}`, ""},
 		{"newer, of another shape", `{"version": 2, "attachments": {"c1": {}}}`, "newer"},
 		{"empty after a power loss", ``, "corrupt"},
 		{"cut off", `{"version": 1, "attachments": [` + valid, "corrupt"},
 		{"no version", `{"attachments": []}`, "corrupt"},
 		{"version zero", `{"version": 0}`, "corrupt"},
 		{"not an object", `[1]`, "corrupt"},
+		{"no time", `{"version": 1, "since": 5, "attachments": []}`, "corrupt"},
+		{"newer, with its version at the end", `{"attachments": [{"ips": ["new"]}], "version": 2}`, "newer"},
 		{"no list", `{"version": 1, "attachments": 7}`, "corrupt"},
 		{"garbage behind it", `{"version": 1} x`, "corrupt"},
 		{"no container", `{"version": 1, "attachments": [` + strings.Replace(valid, "c1", "", 1) + `]}`, "corrupt"},
@@ -219,10 +186,25 @@ func FuzzState(f *testing.F) {
 			}
 			return
 		}
-		// What can be read can be written and is read back the same.
-		update(t, dir, add(attachment("c1")))
-		if diff := cmp.Diff(append(attachments, attachment("c1")), read(t, dir), options()); diff != "" {
+		// What can be read can be written and is read back the same, now that writers take it line by line.
+		for i := range attachments {
+			if ok, err := state.Recorded(dir, attachments[i].Key()); !ok || err != nil {
+				t.Errorf("%q is not recorded: %v", attachments[i].Key(), err)
+			}
+		}
+		update(t, dir, nil, attachment("c1"))
+		want := slices.Concat(attachments, []state.Attachment{attachment("c1")})
+		if diff := cmp.Diff(want, read(t, dir), options()); diff != "" {
 			t.Errorf("read back (-want +got):\n%s", diff)
+		}
+		gone := want[len(data)%len(want)].Key()
+		update(t, dir, []state.Key{gone})
+		want = slices.DeleteFunc(want, func(a state.Attachment) bool { return a.Key() == gone })
+		if diff := cmp.Diff(want, read(t, dir), options(), cmpopts.EquateEmpty()); diff != "" {
+			t.Errorf("without %q (-want +got):\n%s", gone, diff)
+		}
+		if ok, err := state.Recorded(dir, gone); ok || err != nil {
+			t.Errorf("%q is recorded: %v", gone, err)
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,41 +16,75 @@ import (
 // ErrBusy says that another process held the lock for as long as the caller wanted to wait.
 var ErrBusy = errors.New("another process holds the lock")
 
-// Update replaces the recorded attachments by what change makes of them, which may be the same slice
-// edited in place; where that is no change, nothing is written. It waits for its turn for at most wait
-// (then ErrBusy).
+// Recorded says whether an attachment is recorded in the runtime directory dir, without the cost of decoding
+// any. The errors are those of ReadFile.
+func Recorded(dir string, key Key) (bool, error) {
+	path := Path(dir)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return false, err
+	}
+	if !intact(data) {
+		file, err := parse(path, data)
+		return slices.ContainsFunc(file.Attachments, func(a Attachment) bool { return a.Key() == key }), err
+	}
+	// Mostly not even the container is. Its ID is written as it is: CNI allows no character in it that JSON
+	// would escape (SPEC.md, "Parameters").
+	if !bytes.Contains(data, []byte(key.ContainerID)) {
+		return false, nil
+	}
+	start, err := start(key)
+	return bytes.Contains(data, append([]byte("\n"), start...)), err
+}
+
+// Update removes the records of gone and then appends those of add; where that is no change, nothing is
+// written. It waits for its turn for at most wait (then ErrBusy).
 //
 // It never creates dir, so that removing can use it as it is: fs.ErrNotExist where dir is missing. A
 // newer file is left untouched: *NewerVersionError. A corrupt one is set aside, and the update begins
-// from an empty list: that is the warning, which can come with and without an error.
-func Update(dir string, wait time.Duration, change func([]Attachment) []Attachment) (warning, err error) {
+// from an empty list, whose Since says so: that is the warning, which can come with and without an error.
+func Update(dir string, wait time.Duration, gone []Key, add ...Attachment) (warning, err error) {
 	lock, err := acquire(filepath.Join(dir, lockName), wait)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = lock.Close() }() // lets the lock go
 
-	attachments, err := Read(dir)
+	before, list, err := load(dir)
 	var corrupt *CorruptError
-	switch {
+	switch missing := errors.Is(err, fs.ErrNotExist); {
 	case errors.As(err, &corrupt):
 		aside := filepath.Join(dir, corruptName)
-		if err := os.Rename(corrupt.Path, aside); err != nil {
+		if err := setAside(corrupt.Path, aside); err != nil {
 			return nil, err
 		}
 		warning = fmt.Errorf("%w; it is kept as %s, the records begin anew", err, aside)
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return nil, err
+		list, err = encode(File{Since: time.Now().UTC()})
+	case missing && len(add) == 0:
+		return nil, nil
+	case missing:
+		list, err = encode(File{Since: time.Now().UTC()})
 	}
-	before, err := encode(attachments)
+	if err == nil {
+		err = errors.Join(list.remove(gone), list.add(add))
+	}
 	if err != nil {
 		return warning, err
 	}
-	after, err := encode(change(attachments))
-	if err != nil || bytes.Equal(before, after) {
-		return warning, err
+	after := list.join()
+	if bytes.Equal(before, after) {
+		return warning, nil
 	}
 	return warning, replace(dir, after)
+}
+
+// setAside gives the file a second name. It leaves it in its place, until the list that begins anew takes it:
+// without a file in between, the next writer would not know that there ever was a list.
+func setAside(path, aside string) error {
+	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Link(path, aside)
 }
 
 // acquire takes the lock on path, waiting for at most wait; it is held until the file returned is closed or the
@@ -58,6 +93,10 @@ func acquire(path string, wait time.Duration) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return nil, err
+	}
+	// Mostly nobody has it, and to wait costs a thread.
+	if unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		return file, nil
 	}
 	acquired := make(chan error, 1)
 	// A blocking flock, not a loop of attempts: the kernel serves its waiters in order, so that with many ADDs
@@ -102,7 +141,7 @@ func replace(dir string, data []byte) error {
 		_ = os.Remove(temp) // what is left of it would keep a full file system full
 		return err
 	}
-	if err := os.Rename(temp, filepath.Join(dir, fileName)); err != nil {
+	if err := os.Rename(temp, Path(dir)); err != nil {
 		return err
 	}
 	if durable {

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -12,12 +11,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -35,28 +36,17 @@ func as(role, dir string) int {
 	var err error
 	switch role {
 	case "writer": // adds 0, 1, 2, … and says so, until it is killed
-		for err == nil {
-			var added int
-			_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
-				added = len(list)
-				return append(list, attachment(strconv.Itoa(added)))
-			})
+		list, _ := state.Read(dir)
+		for added := len(list); err == nil; added++ {
+			_, err = state.Update(dir, generous, nil, attachment(strconv.Itoa(added)))
 			fmt.Println(added)
 		}
-	case "holder": // takes the lock, says so, and keeps it until standard input ends
-		_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
-			fmt.Println("held")
-			_, _ = io.Copy(io.Discard, os.Stdin)
-			return list
-		})
 	default: // "+ID" or "-ID": one ADD or one DEL
-		key := state.Key{ContainerID: role[1:], IfName: "eth0"}
-		_, err = state.Update(dir, generous, func(list []state.Attachment) []state.Attachment {
-			if role[0] == '+' {
-				return append(list, attachment(key.ContainerID))
-			}
-			return slices.DeleteFunc(list, func(a state.Attachment) bool { return a.Key() == key })
-		})
+		if id, add := strings.CutPrefix(role, "+"); add {
+			_, err = state.Update(dir, generous, nil, attachment(id))
+		} else {
+			_, err = state.Update(dir, generous, []state.Key{{ContainerID: role[1:], IfName: "eth0"}})
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -73,27 +63,18 @@ func process(t *testing.T, role, dir string) *exec.Cmd {
 	return cmd
 }
 
-// hold starts a process that holds the lock of dir; release ends it.
-func hold(t *testing.T, dir string) (cmd *exec.Cmd, release func()) {
+// hold takes the lock of dir, as a writer that does not get on does, until release.
+func hold(t *testing.T, dir string) (release func()) {
 	t.Helper()
-	cmd = process(t, "holder", dir)
-	stdin, err := cmd.StdinPipe()
+	lock, err := os.Create(filepath.Join(dir, "state.lock"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		t.Fatalf("the holder did not start: %v", err)
-	}
-	return cmd, func() {
-		_ = stdin.Close()
-		if err := cmd.Wait(); err != nil {
+	return func() {
+		if err := lock.Close(); err != nil {
 			t.Error(err)
 		}
 	}
@@ -101,7 +82,7 @@ func hold(t *testing.T, dir string) (cmd *exec.Cmd, release func()) {
 
 func TestUpdateNeverCreatesTheDirectory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "missing")
-	if _, err := state.Update(dir, generous, add(attachment("c1"))); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := state.Update(dir, generous, nil, attachment("c1")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Update is %v, want fs.ErrNotExist", err)
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -110,16 +91,14 @@ func TestUpdateNeverCreatesTheDirectory(t *testing.T) {
 }
 
 func TestUpdateWithoutChangeWritesNothing(t *testing.T) {
-	unchanged := func(list []state.Attachment) []state.Attachment {
-		return slices.DeleteFunc(list, func(state.Attachment) bool { return false })
-	}
+	unchanged := []state.Key{{ContainerID: "c2", IfName: "eth0"}}
 	dir := t.TempDir()
 	update(t, dir, unchanged)
 	if diff := cmp.Diff([]string{"state.lock"}, names(t, dir)); diff != "" {
 		t.Errorf("files of an empty directory (-want +got):\n%s", diff)
 	}
 
-	update(t, dir, add(attachment("c1")))
+	update(t, dir, nil, attachment("c1"))
 	path := filepath.Join(dir, "state.json")
 	before, err := os.Stat(path)
 	if err != nil {
@@ -139,7 +118,7 @@ func TestUpdateSetsACorruptFileAside(t *testing.T) {
 	dir := t.TempDir()
 	for _, corrupt := range []string{"first", "second"} {
 		put(t, filepath.Join(dir, "state.json"), corrupt)
-		warning, err := state.Update(dir, generous, add(attachment(corrupt)))
+		warning, err := state.Update(dir, generous, nil, attachment(corrupt))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -164,7 +143,7 @@ func TestUpdateLeavesANewerFileUntouched(t *testing.T) {
 	dir := t.TempDir()
 	const newer = `{"version": 2, "pods": []}`
 	put(t, filepath.Join(dir, "state.json"), newer)
-	_, err := state.Update(dir, generous, add(attachment("c1")))
+	_, err := state.Update(dir, generous, nil, attachment("c1"))
 	var want *state.NewerVersionError
 	if !errors.As(err, &want) {
 		t.Errorf("Update is %v, want a NewerVersionError", err)
@@ -180,11 +159,11 @@ func TestUpdateLeavesANewerFileUntouched(t *testing.T) {
 // A full disk, seen from here: the temporary file cannot be written.
 func TestUpdateThatCannotWriteKeepsTheOldFile(t *testing.T) {
 	dir := t.TempDir()
-	update(t, dir, add(attachment("c1")))
+	update(t, dir, nil, attachment("c1"))
 	if err := os.Symlink("/dev/full", filepath.Join(dir, "state.json.tmp")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := state.Update(dir, generous, add(attachment("c2"))); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := state.Update(dir, generous, nil, attachment("c2")); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("Update is %v, want ENOSPC", err)
 	}
 	if diff := cmp.Diff([]state.Attachment{attachment("c1")}, read(t, dir), options()); diff != "" {
@@ -197,25 +176,18 @@ func TestUpdateThatCannotWriteKeepsTheOldFile(t *testing.T) {
 
 func TestUpdateWaitsForItsTurnOnlySoLong(t *testing.T) {
 	dir := t.TempDir()
-	holder, release := hold(t, dir)
-	// A stopped process is the worst holder: it lives, and it will not let go.
-	if err := holder.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	release := hold(t, dir)
 	begun := time.Now()
-	if _, err := state.Update(dir, 50*time.Millisecond, add(attachment("c1"))); !errors.Is(err, state.ErrBusy) {
+	if _, err := state.Update(dir, 50*time.Millisecond, nil, attachment("c1")); !errors.Is(err, state.ErrBusy) {
 		t.Errorf("Update is %v, want ErrBusy", err)
 	}
 	if waited := time.Since(begun); waited < 50*time.Millisecond || waited > 10*time.Second {
 		t.Errorf("waited %s, want about 50ms", waited)
 	}
 
-	if err := holder.Process.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
 	release()
 	// The waiter that was given up stands in the queue before this one; it must not keep the lock.
-	update(t, dir, add(attachment("c2")))
+	update(t, dir, nil, attachment("c2"))
 	if diff := cmp.Diff([]state.Attachment{attachment("c2")}, read(t, dir), options()); diff != "" {
 		t.Errorf("what was given up is not done later (-want +got):\n%s", diff)
 	}
@@ -280,11 +252,11 @@ func TestParallelWriters(t *testing.T) {
 		roles = append(roles, "-"+old, "+"+added)
 	}
 	for _, id := range before {
-		update(t, dir, add(attachment(id)))
+		update(t, dir, nil, attachment(id))
 	}
 
 	// They queue up behind a holder, so that they really compete.
-	_, release := hold(t, dir)
+	release := hold(t, dir)
 	var all sync.WaitGroup
 	for _, role := range roles {
 		cmd := process(t, role, dir)
