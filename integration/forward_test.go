@@ -133,8 +133,9 @@ func TestSCTP(t *testing.T) {
 func TestWithoutEndpoint(t *testing.T) {
 	const holdFor = 5 * time.Second
 	onEach(t, func(t *testing.T, backend string) {
-		w := serving(t, backend, "bridge", configOf(agentName, entry(holding, "noEndpoint: hold, holdFor: "+holdFor.String())))
-		w.addClient()
+		w := newWorld(t, backend, "bridge")
+		w.addClient() // before the agent: packets of a new interface are dropped until the agent has seen it
+		w.start(configOf(agentName, entry(holding, "noEndpoint: hold, holdFor: "+holdFor.String())))
 		clients := []string{"client", lab.Host}
 		ask := func(row, want string) {
 			t.Helper()

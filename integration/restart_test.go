@@ -18,7 +18,7 @@ func (w *world) startLoad(magicIP int) load {
 	l := load{}
 	for _, six := range []bool{false, true} {
 		for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
-			probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magicAt(magicIP, six), Timeout: time.Second}, 10*time.Millisecond)
+			probe := w.StartProbe(lab.Client{Kind: kind, From: "client", To: magicAt(magicIP, six), Timeout: 3 * time.Second}, 10*time.Millisecond)
 			w.t.Cleanup(func() { probe.Stop() })
 			if _, err := probe.Await(patience(w.t), lab.AnsweredBy("echo")); err != nil {
 				w.t.Fatal(err)
