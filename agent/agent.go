@@ -289,7 +289,6 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 			a.note("conntrack", err)
 			a.again = plan.Change{}
 		}
-		a.lookForForeign(ctx, now)
 	}
 	ok = true
 	if fresh || a.errs[a.Backend.Name()] != "" {
@@ -305,6 +304,9 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		}
 	}
 	a.hairpin()
+	if changed&Poll != 0 {
+		a.lookForForeign(ctx, now) // last: rules of ours do not wait for a look at everybody's
+	}
 	a.publish(now, changed&Poll != 0)
 	return next, ok
 }
