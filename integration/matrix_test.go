@@ -215,3 +215,34 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(code)
 }
+
+// TestMatrixFaults: what was not run, and what a kernel lacks that none is known to lack, fails the tests.
+func TestMatrixFaults(t *testing.T) {
+	m := matrix{outcomes: map[cell]error{}}
+	pass := func(backend string, outcome error) {
+		for _, r := range rows {
+			for _, network := range r.on {
+				for _, family := range matrixFamily {
+					m.note(cell{r.name, network, backend, family}, outcome)
+				}
+			}
+		}
+	}
+	cells := 0
+	for _, r := range rows {
+		cells += len(r.on) * len(matrixFamily)
+	}
+	pass("nftables", nil)
+	pass("iptables-nft", noSCTP)
+	if faults := m.print(io.Discard); len(faults) != cells || !strings.HasPrefix(faults[0], "not run: ") {
+		t.Errorf("%d faults, want the %d cases of iptables-legacy: %v", len(faults), cells, faults[0])
+	}
+	m.lack("iptables-legacy", "no such table")
+	if faults := m.print(io.Discard); len(faults) != cells || !strings.Contains(faults[0], "no such table") {
+		t.Errorf("%d faults, want %d that name what is lacking: %v", len(faults), cells, faults)
+	}
+	pass("iptables-legacy", errors.New("a failure"))
+	if faults := m.print(io.Discard); len(faults) != 0 {
+		t.Errorf("failures, which the tests have named, are faults: %v", faults)
+	}
+}

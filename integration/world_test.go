@@ -167,7 +167,10 @@ func (w *world) startAs(name string, conf []byte) *lab.Agent {
 			w.t.Logf("log of agent %s:\n%s", name, agent.Log())
 		}
 	})
-	w.awaitOf(name, "to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
+	running := w.awaitOf(name, "to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
+	if used := running.Backend + " " + running.BackendNote; !strings.HasPrefix(used, "nftables") && !strings.Contains(used, w.backend+" ") || !strings.HasPrefix(w.backend, running.Backend) {
+		w.t.Fatalf("the agent uses %s, want %s", used, w.backend)
+	}
 	return agent
 }
 
