@@ -55,7 +55,11 @@ func (Kernel) Read() (Network, error) {
 	network.IPv6 = ipv6
 	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
 	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	messages, err := dump(request)
+	var messages [][]byte
+	err = whole(func() (err error) {
+		messages, err = request.Execute(unix.NETLINK_ROUTE, 0)
+		return err
+	})
 	if err != nil {
 		return network, fmt.Errorf("links of the node: %w", err)
 	}
@@ -87,8 +91,12 @@ func (Kernel) Read() (Network, error) {
 			network.PodInterfaces = append(network.PodInterfaces, attributes.Name)
 		}
 	}
-	addresses, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+	var addresses []netlink.Addr
+	err = whole(func() (err error) {
+		addresses, err = netlink.AddrList(nil, netlink.FAMILY_ALL)
+		return err
+	})
+	if err != nil {
 		return network, fmt.Errorf("addresses of the node: %w", err)
 	}
 	for _, address := range addresses {
@@ -99,15 +107,14 @@ func (Kernel) Read() (Network, error) {
 	return network, nil
 }
 
-// dump repeats a dump that the kernel says was torn by a change.
-func dump(request *nl.NetlinkRequest) ([][]byte, error) {
+// whole repeats a dump that the kernel says was torn by a change.
+func whole(dump func() error) error {
 	for range 5 {
-		messages, err := request.Execute(unix.NETLINK_ROUTE, 0)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return messages, err
+		if err := dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
 		}
 	}
-	return nil, netlink.ErrDumpInterrupted
+	return netlink.ErrDumpInterrupted
 }
 
 // readRoutes finds the indexes of links that a default route of any table leads to, and whether there is any
@@ -115,18 +122,21 @@ func dump(request *nl.NetlinkRequest) ([][]byte, error) {
 func readRoutes() (uplinks map[int]bool, ipv6 bool, err error) {
 	uplinks = map[int]bool{}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		err := netlink.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE,
-			func(route netlink.Route) bool {
-				links := defaultLinks(route)
-				for _, index := range links {
-					uplinks[index] = true
-				}
-				if family == netlink.FAMILY_V6 {
-					ipv6 = ipv6 || len(links) > 0 || route.Dst != nil && route.Dst.IP.IsGlobalUnicast()
-				}
-				return true
-			})
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EAFNOSUPPORT) {
+		// What a torn dump has told is true; the next one adds what it has left out.
+		err := whole(func() error {
+			return netlink.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE,
+				func(route netlink.Route) bool {
+					links := defaultLinks(route)
+					for _, index := range links {
+						uplinks[index] = true
+					}
+					if family == netlink.FAMILY_V6 {
+						ipv6 = ipv6 || len(links) > 0 || route.Dst != nil && route.Dst.IP.IsGlobalUnicast()
+					}
+					return true
+				})
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
 			return nil, false, err
 		}
 	}
