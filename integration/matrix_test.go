@@ -62,6 +62,7 @@ const (
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
 	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
 	beforeAgent   = "flow from before the agent: ended, then served"
+	spoofed       = "uplink, magic IP as source: dropped"
 	leftover      = "DNAT rule of another tool: does not take packets"
 	agentDead     = "agent killed: rules stay"
 	replaced      = "target replaced under load: nothing fails after"
@@ -86,7 +87,7 @@ var rows = []row{
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
 	{newUplink, onBridge}, {formerUplink, onBridge},
 	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge},
-	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
+	{beforeAgent, onBridge}, {spoofed, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},
 }

@@ -66,7 +66,12 @@ func render(p *plan.Plan, family knftables.Family) ruleset {
 	const translated = "ct status & dnat == dnat accept"
 	rs := ruleset{chains: []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
-			rules: []string{ip + " daddr @addresses goto from-network"}},
+			rules: []string{
+				ip + " daddr @addresses goto from-network",
+				// Nobody begins a flow from a magic IP: an answer that is late, or somebody on the network who would
+				// have conntrack take a client's packets for answers and leave them untranslated.
+				"ct direction original " + ip + " saddr @addresses drop",
+			}},
 		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,
 			rules: []string{ip + " daddr @host-addresses goto from-host"}},
 		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: ownDNAT,

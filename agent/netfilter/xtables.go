@@ -37,6 +37,7 @@ type xchain struct {
 const (
 	fromNetwork   = "pre"    // mangle PREROUTING: who may use a magic IP at all
 	fromPods      = "pods"   // mangle: the interfaces of this node's pods
+	fromMagic     = "src"    // mangle: nobody begins a flow from a magic IP
 	forwarded     = "fwd"    // filter FORWARD: what was not translated is refused
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
 	refused       = "refuse" // filter
@@ -178,6 +179,13 @@ func (b *xtablesBuilder) mangle() xtable {
 		}
 		b.add(clients[i], "-g", pods)
 	}
+	// An answer that is late, or somebody on the network who would have conntrack take a client's packets for
+	// answers and leave them untranslated.
+	senders := b.chain(fromMagic)
+	b.add(entry, "-m conntrack --ctdir ORIGINAL", "-j", senders)
+	dispatch(b, senders, "-s %s", b.addresses, byAddress, func(chain string, a addressRules) {
+		b.add(chain, "-s", one(a.address), "-m conntrack --ctdir ORIGINAL", b.note("nobody begins a flow from "+a.address.String()), "-j DROP")
+	})
 	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
 			switch {
