@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -167,6 +168,12 @@ func (c *ControlPlane) Forbid(ctx context.Context) error {
 	return errors.Join(
 		rbac.RoleBindings(metav1.NamespaceDefault).Delete(ctx, AgentUser, metav1.DeleteOptions{}),
 		rbac.Roles(metav1.NamespaceDefault).Delete(ctx, AgentUser, metav1.DeleteOptions{}))
+}
+
+// Requests is how many requests of the agent with this verb the API server has logged so far.
+func (c *ControlPlane) Requests(verb string) (int, error) {
+	data, err := os.ReadFile(c.node.Path(auditLog))
+	return strings.Count(string(data), `"verb":"`+verb+`"`), err
 }
 
 func tail(log string) string {

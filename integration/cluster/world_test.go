@@ -5,7 +5,9 @@ package cluster
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"strings"
@@ -16,20 +18,24 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/utils/ptr"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
-// The plan: the node is 192.0.2.2, pods are 10.244.1.0/24 on the bridge of 10-bridge.conflist, and the magic IP is
-// 169.254.210.210:8080.
+// The plan: the node is 192.0.2.2, pods are 10.244.1.0/24 on the bridge of 10-bridge.conflist, those
+// without the plugin 10.244.2.0/24, and the magic IP is 169.254.210.210:8080.
 const (
 	agentName = "default.magic-ip"
 	magicIP   = "169.254.210.210"
 	port      = 8080
 	network   = "bridge"
+
+	// networkWithout is one without the plugin.
+	networkWithout  = "without"
+	conflistWithout = `{"cniVersion": "1.1.0", "name": "without", "plugins": [{"type": "bridge", "bridge": "cni1", "isGateway": true,
+		"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.244.2.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`
 )
 
 // The node and its control plane, which all tests share one after the other.
@@ -54,6 +60,9 @@ func run(m *testing.M) int {
 	conflist, err := lab.Conflist("10-bridge.conflist")
 	if err == nil {
 		err = node.AddConf("10-bridge.conflist", conflist)
+	}
+	if err == nil {
+		err = node.AddConf("without.conflist", []byte(conflistWithout))
 	}
 	if err == nil {
 		_, err = node.Add(ctx, network, lab.Pod{Name: "client", Namespace: "elsewhere"})
@@ -116,7 +125,7 @@ func (w *world) start() {
 }
 
 func (w *world) patience() context.Context {
-	ctx, cancel := context.WithTimeout(w.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), 20*time.Second)
 	w.Cleanup(cancel)
 	return ctx
 }
@@ -178,13 +187,20 @@ func (w *world) staysWith(pod string) {
 // answers asks once.
 func (w *world) answers(pod string) {
 	w.Helper()
-	answer, err := node.Ask(w.Context(), lab.Client{
-		Kind: lab.NewConnection, From: "client", To: netip.MustParseAddrPort(fmt.Sprint(magicIP, ":", port)), Timeout: time.Second,
-	})
-	if answer.Server != pod || (err != nil) != (pod == "") {
-		w.Errorf("answered by %q (%v), want %q", answer.Server, err, pod)
+	if err := w.answeredBy(pod); err != nil {
+		w.Error(err)
 	}
 }
+
+func (w *world) answeredBy(pod string) error {
+	answer, err := node.Ask(w.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: magic(), Timeout: time.Second})
+	if answer.Server != pod || (err != nil) != (pod == "") {
+		return fmt.Errorf("answered by %q (%v), want %q", answer.Server, err, pod)
+	}
+	return nil
+}
+
+func magic() netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(magicIP), port) }
 
 // endpointOf is the name of the pod that traffic goes to; empty for none.
 func endpointOf(a *published.Agent) string {
@@ -209,11 +225,13 @@ func (w *world) settle() *published.Agent {
 
 // pod is a pod of the node: an object in the API, and once it is attached a network namespace.
 type pod struct {
-	w    *world
-	name string
-	uid  types.UID
-	ip   netip.Addr
-	echo *lab.Echo
+	w       *world
+	name    string
+	uid     types.UID
+	network string
+	labels  map[string]string // that the runtime passes; containerd passes none
+	ip      netip.Addr
+	echos   []*lab.Echo
 }
 
 // create makes the object of a pod: pending, app=echo and with the port "http" where edit does not say otherwise.
@@ -231,30 +249,40 @@ func (w *world) create(name string, edit ...func(*corev1.Pod)) *pod {
 	}
 	made, err := plane.Admin.CoreV1().Pods(metav1.NamespaceDefault).Create(w.Context(), object, metav1.CreateOptions{})
 	w.must(err)
-	p := &pod{w: w, name: name, uid: made.UID}
+	p := &pod{w: w, name: name, uid: made.UID, network: network}
 	w.Cleanup(func() { p.forceDelete() })
 	return p
 }
 
-// lab is what the runtime tells CNI, which are no labels: containerd passes none.
-func (p *pod) lab() lab.Pod { return lab.Pod{Name: p.name, UID: string(p.uid)} }
+// unheardOf is a pod that the API server has not been told of, whose labels the runtime passes.
+func (w *world) unheardOf(name string) *pod {
+	return &pod{w: w, name: name, uid: types.UID("unheard-of-" + name), network: network, labels: map[string]string{"app": "echo"}}
+}
+
+// lab is what the runtime tells CNI.
+func (p *pod) lab() lab.Pod { return lab.Pod{Name: p.name, UID: string(p.uid), Labels: p.labels} }
 
 // add attaches the pod, on whose address a server then listens.
 func (p *pod) add() *pod {
 	p.w.Helper()
-	attached, err := node.Add(p.w.Context(), network, p.lab())
+	attached, err := node.Add(p.w.Context(), p.network, p.lab())
 	p.w.must(err)
 	p.w.Cleanup(func() { p.del() })
 	p.ip = attached.IPs[0]
 	return p.listen(port)
 }
 
+// addUnrecorded attaches the pod as if the plugin were not in the conflist yet.
+func (p *pod) addUnrecorded() *pod {
+	p.network = networkWithout
+	return p.add()
+}
+
 func (p *pod) listen(port uint16) *pod {
 	p.w.Helper()
-	var err error
-	p.echo, err = node.StartEcho(p.name, p.name, port)
+	echo, err := node.StartEcho(p.name, p.name, port)
 	p.w.must(err)
-	p.w.Cleanup(func() { _ = p.echo.Close() })
+	p.echos = append(p.echos, echo)
 	return p
 }
 
@@ -312,7 +340,7 @@ func (p *pod) delete(grace int64) {
 	p.w.Helper()
 	ctx := context.WithoutCancel(p.w.Context())
 	err := plane.Admin.CoreV1().Pods(metav1.NamespaceDefault).Delete(ctx, p.name, metav1.DeleteOptions{
-		GracePeriodSeconds: &grace, Preconditions: &metav1.Preconditions{UID: ptr.To(p.uid)},
+		GracePeriodSeconds: &grace, Preconditions: &metav1.Preconditions{UID: &p.uid},
 	})
 	if err != nil && !apierrors.IsNotFound(err) {
 		p.w.Error(err)
@@ -322,10 +350,10 @@ func (p *pod) delete(grace int64) {
 // del ends the pod's process, and takes its sandbox away.
 func (p *pod) del() {
 	p.w.Helper()
-	if p.echo != nil {
-		_ = p.echo.Close()
+	for _, echo := range p.echos {
+		_ = echo.Close()
 	}
-	if err := node.Del(context.WithoutCancel(p.w.Context()), network, p.lab()); err != nil {
+	if err := node.Del(context.WithoutCancel(p.w.Context()), p.network, p.lab()); err != nil {
 		p.w.Error(err)
 	}
 }
@@ -334,6 +362,9 @@ func (p *pod) del() {
 func (p *pod) record() (state.Attachment, bool) {
 	p.w.Helper()
 	file, err := state.ReadFile(node.Path(lab.RuntimeDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return state.Attachment{}, false
+	}
 	p.w.must(err)
 	for _, record := range file.Attachments {
 		if record.UID == string(p.uid) {
