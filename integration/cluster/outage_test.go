@@ -59,10 +59,9 @@ func TestOutage(t *testing.T) {
 			w.problem("")
 
 			unheard := w.unheardOf("unheard").add()
-			w.goesToWithin(soon, "unheard") // newest of the rank
-			unheard.del()
-			w.goesToWithin(soon, "new")
 			fresh.del()
+			w.goesToWithin(soon, "unheard")
+			unheard.del()
 			w.goesToWithin(soon, "")
 			fresh.add()
 			w.goesToWithin(soon, "new")

@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -63,14 +64,17 @@ func (p *Process) Stop(ctx context.Context) error {
 func (p *Process) Kill() {
 	p.killed.Store(true)
 	_ = signal(p.cmd.Process, syscall.SIGKILL)
+	_ = p.cmd.Process.Signal(syscall.SIGCONT)
 	<-p.exited
 }
 
 // Freeze stops the process where it is, with all of its connections open; Thaw lets it go on.
 func (p *Process) Freeze() error { return signal(p.cmd.Process, syscall.SIGSTOP) }
 
-// Thaw lets a frozen process go on.
-func (p *Process) Thaw() error { return signal(p.cmd.Process, syscall.SIGCONT) }
+// Thaw lets a frozen process go on; and nsenter, which stops itself when its child is stopped.
+func (p *Process) Thaw() error {
+	return errors.Join(signal(p.cmd.Process, syscall.SIGCONT), p.cmd.Process.Signal(syscall.SIGCONT))
+}
 
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
