@@ -70,11 +70,12 @@ func TestOutage(t *testing.T) {
 			w.must(err)
 			back()
 			w.mended()
-			w.staysWith("new")
+			w.staysWith("new") // and not with the old pod, whose DEL the API does not know of
 			w.watchesAgain(watches)
 			old.add()
-			w.staysWith("old") // still ready, as far as the API knows
+			w.goesTo("old") // ready, as far as the API knows
 			fresh.running(true)
+			old.running(false)
 			w.goesTo("new")
 		})
 	}
@@ -102,6 +103,27 @@ func TestRestartInOutage(t *testing.T) {
 			w.goesTo("")
 		})
 	}
+}
+
+// TestLabelsOutliveRestart: records without labels, whose pods the API has told of before, are still known for what
+// they are by an agent that is restarted without the API.
+func TestLabelsOutliveRestart(t *testing.T) {
+	w := serving(t)
+	w.agent.Kill()
+	w.create("first").add()
+	second := w.create("second").add()
+	w.start()
+	w.goesTo("second")
+	w.settle()
+	w.must(plane.FreezeAPIServer())
+	w.whenBack(func(w *world) { w.must(plane.ThawAPIServer()) })
+	for range 2 {
+		w.agent.Kill()
+		w.start()
+	}
+	w.goesToWithin(soon, "second")
+	second.del()
+	w.goesToWithin(soon, "first")
 }
 
 // TestNoFlapAfterOutage: what the agent has learned by polling is not forgotten while it begins to watch again.
