@@ -17,7 +17,7 @@ CNI_PLUGINS := $(addprefix github.com/containernetworking/plugins/plugins/,main/
 
 .PHONY: help
 help: ## list the targets (default)
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## the CNI plugin and the agent, into bin/
@@ -64,6 +64,6 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 	go run ./integration/bench
 
 .PHONY: generate
-generate: ## tidy both modules and format the code
-	go mod tidy && go -C tools mod tidy
+generate: ## tidy the modules and format the code
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy
 	gofmt -l -w .
