@@ -14,7 +14,7 @@ import (
 // returns when a decision changes by time alone (0: never).
 func (a *Agent) decide(now time.Time) (next time.Duration) {
 	targets := endpoint.NewIndex(endpoint.Targets(endpoint.Sources{
-		Records: a.records.list, Interfaces: a.network.Interfaces, Now: now,
+		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
 		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
 	}))
 	services := map[plan.Frontend]*service{}

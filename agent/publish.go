@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -28,6 +29,7 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
 		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Dead: a.dead(now),
 		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
+		Withdrawn: maps.Clone(a.pods.withdrawn),
 	}
 	for _, port := range a.config.Ports {
 		m := published.MagicIP{
@@ -83,6 +85,9 @@ func (a *Agent) endpointRecords() (list []state.Attachment) {
 
 // labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
 func (a *Agent) labels() map[string]map[string]string {
+	if restored := a.restoredLabels(); restored != nil {
+		return restored
+	}
 	if len(a.pods.Pods) == 0 {
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -111,6 +112,9 @@ func (a *Agent) setRecords(r records) {
 
 // withdraw notes the addresses of records that count no more, now that these do.
 func (a *Agent) withdraw(list []state.Attachment) {
+	if a.API == nil {
+		return // nobody tells a podIP
+	}
 	here := map[state.Key]bool{}
 	for _, record := range list {
 		here[record.Key()] = true
@@ -271,11 +275,38 @@ func (a *Agent) restore() {
 		return
 	}
 	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
+	if a.API != nil {
+		maps.Copy(a.pods.withdrawn, restored.Withdrawn)
+	}
 	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
 		a.restoredOf[frontendOf(m)] = append(a.restoredOf[frontendOf(m)], m)
 		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
 	}
+}
+
+// restoredLabels are those that the API told before the restart, for as long as it has told nothing since. A
+// record made before the API told of its pod bears none of its own.
+func (a *Agent) restoredLabels() map[string]map[string]string {
+	if a.API == nil || a.restored == nil || a.pods.Spoken {
+		return nil
+	}
+	return a.restored.Labels
+}
+
+// labelled are the records, with the labels from before a restart where nobody has told others.
+func (a *Agent) labelled() []state.Attachment {
+	restored := a.restoredLabels()
+	if len(restored) == 0 {
+		return a.records.list
+	}
+	list := slices.Clone(a.records.list)
+	for i, record := range list {
+		if record.Labels == nil && record.UID != "" {
+			list[i].Labels = restored[record.UID]
+		}
+	}
+	return list
 }
 
 // restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or

@@ -19,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -163,8 +164,12 @@ type feed struct {
 	// heardAt is when the watch last brought an event or a bookmark, or was begun.
 	heardAt time.Time
 	err     error // of the last list or watch; nil where it went well
-	// polled is what a poll has listed since the watch was last healthy; nil where none has.
-	polled []endpoint.Pod
+	// polled is what a poll has listed last, when the watch was not healthy; nil where it has failed.
+	polled        []endpoint.Pod
+	polledAt      time.Time
+	polledVersion string
+	// healthySince is when the watch became healthy last.
+	healthySince time.Time
 }
 
 func (f *feed) options(options *metav1.ListOptions) {
@@ -230,9 +235,12 @@ func (f *feed) heard(err error) {
 	f.mu.Lock()
 	recovered := err == nil && f.err != nil
 	failed := err != nil && f.err == nil
+	if err == nil && !f.healthyLocked() {
+		f.healthySince = time.Now()
+	}
 	f.err = err
 	if err == nil {
-		f.heardAt, f.polled = time.Now(), nil
+		f.heardAt = time.Now()
 	}
 	f.mu.Unlock()
 	if recovered || failed {
@@ -243,20 +251,35 @@ func (f *feed) heard(err error) {
 func (f *feed) healthy() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.err == nil && time.Since(f.heardAt) < watchSilence
+	return f.healthyLocked()
+}
+
+func (f *feed) healthyLocked() bool { return f.err == nil && time.Since(f.heardAt) < watchSilence }
+
+// polledCounts says whether a poll knows more than the watch. A watch that begins anew answers before it has told
+// everything: what it told last, before it broke, must not come back meanwhile.
+func (f *feed) polledCounts() bool {
+	order, err := resourceversion.CompareResourceVersion(f.informer.LastSyncResourceVersion(), f.polledVersion)
+	switch {
+	case f.polled == nil, err == nil && order >= 0:
+		return false
+	case !f.healthyLocked(), !f.informer.HasSynced():
+		return true
+	}
+	// Versions that went back are those of an etcd that was restored.
+	return err == nil && time.Since(f.healthySince) < pollTimeout
 }
 
 func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
-	healthy := f.healthy()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.polled != nil {
-		return f.polled, true, ""
+	if f.polledCounts() {
+		pods, spoken = f.polled, true
+	} else {
+		pods, spoken = f.watched(), f.informer.HasSynced()
 	}
-	for _, object := range f.informer.GetStore().List() {
-		if pod, ok := object.(*corev1.Pod); ok {
-			pods = append(pods, convert(pod))
-		}
+	if f.polled != nil && !f.polledAt.Before(f.heardAt) {
+		return pods, spoken, ""
 	}
 	switch {
 	case apierrors.IsForbidden(f.err):
@@ -265,13 +288,24 @@ func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
 		problem = fmt.Sprintf("pods of namespace %s: %v", f.namespace, f.err)
 	case f.heardAt.IsZero():
 		problem = fmt.Sprintf("pods of namespace %s: the API server has not answered yet", f.namespace)
-	case !healthy:
+	case !f.healthyLocked():
 		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.heardAt).Round(time.Second))
 	}
-	return pods, f.informer.HasSynced(), problem
+	return pods, spoken, problem
+}
+
+// watched is what the watch has told.
+func (f *feed) watched() (pods []endpoint.Pod) {
+	for _, object := range f.informer.GetStore().List() {
+		if pod, ok := object.(*corev1.Pod); ok {
+			pods = append(pods, convert(pod))
+		}
+	}
+	return pods
 }
 
 func (f *feed) poll(ctx context.Context) {
+	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache
@@ -280,10 +314,12 @@ func (f *feed) poll(ctx context.Context) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
-		f.err, f.polled = err, nil
+		if f.heardAt.Before(begun) { // and the watch has not answered meanwhile
+			f.err, f.polled = err, nil
+		}
 		return
 	}
-	f.polled = []endpoint.Pod{}
+	f.polled, f.polledAt, f.polledVersion = []endpoint.Pod{}, time.Now(), list.ResourceVersion
 	for i := range list.Items {
 		f.polled = append(f.polled, convert(&list.Items[i]))
 	}

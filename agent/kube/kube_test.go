@@ -87,6 +87,69 @@ func names(view endpoint.View) string {
 	return strings.Join(all, " ")
 }
 
+// TestPollAndWatch: of a poll and a watch that begins anew, the newer one counts.
+func TestPollAndWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset()
+		version, listErr := "10", error(nil)
+		client.PrependReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
+			pod := examplePod()
+			pod.Name, pod.ResourceVersion = "as-of-"+version, version
+			return true, &corev1.PodList{ListMeta: metav1.ListMeta{ResourceVersion: version}, Items: []corev1.Pod{*pod}}, listErr
+		})
+		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
+		p.Select([]string{"default"})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- p.Run(ctx, func() {}) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		f := p.feeds["default"]
+		expect := func(when, want string) {
+			t.Helper()
+			if view := p.View(); names(view) != "default/"+want || !view.Reachable {
+				t.Errorf("%s: got %+v, want %s", when, view, want)
+			}
+		}
+		expect("watching", "as-of-10")
+
+		f.heard(errors.New("broken"))
+		version = "20"
+		p.Poll(ctx)
+		synctest.Wait()
+		expect("polled", "as-of-20")
+		f.heard(nil)
+		expect("the watch begins anew", "as-of-20")
+		time.Sleep(pollTimeout)
+		expect("the watch has told all, in versions that went back", "as-of-10")
+
+		f.heard(errors.New("broken"))
+		version = "9"
+		p.Poll(ctx)
+		synctest.Wait()
+		expect("a poll from before", "as-of-10")
+
+		f.heard(nil)
+		time.Sleep(watchSilence)
+		listErr = errors.New("late")
+		client.PrependReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
+			time.Sleep(time.Second)
+			f.heard(nil)
+			return false, nil, nil
+		})
+		p.Poll(ctx)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		expect("a poll that has failed beside a watch that answers", "as-of-10")
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+	})
+}
+
 // TestFeed: what a silent, a refused and a recovered API server make of the view.
 func TestFeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

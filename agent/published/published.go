@@ -48,6 +48,8 @@ type Agent struct {
 	Records      []state.Attachment `json:"records,omitempty"`
 	RecordsSince time.Time          `json:"recordsSince,omitzero"`
 	Lost         []state.Attachment `json:"lost,omitempty"`
+	// Withdrawn are the addresses that DEL has taken from a pod, by UID, and that the API may tell still.
+	Withdrawn map[string][]netip.Addr `json:"withdrawn,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
 }
