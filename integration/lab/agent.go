@@ -20,10 +20,11 @@ func (n *Node) StartAgent(config []byte, flags ...string) (*Agent, error) {
 	if err := n.WriteFile(file, config); err != nil {
 		return nil, err
 	}
-	args := []string{"run", "--config", file, "--node-name", n.Name, "--runtime-dir", RuntimeDir}
+	args := []string{"run"}
 	if !slices.Contains(flags, "--kubeconfig") {
 		args = append(args, "--no-api")
 	}
+	args = append(args, "--config", file, "--node-name", n.Name, "--runtime-dir", RuntimeDir)
 	process, err := n.Start(n.binaries.Agent, append(args, flags...)...)
 	if err != nil {
 		return nil, err
