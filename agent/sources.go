@@ -321,7 +321,9 @@ func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
 			continue
 		}
 		for _, e := range m.Endpoints {
-			if e.Address.Port() == port.TargetPort && (!a.records.known || !e.Recorded || a.recorded(e.Address.Addr())) {
+			// What number a port's name stands for, the API alone can tell again.
+			samePort := port.TargetPortName != "" || e.Address.Port() == port.TargetPort
+			if samePort && (!a.records.known || !e.Recorded || a.recorded(e.Address.Addr())) {
 				endpoints = append(endpoints, e)
 			}
 		}

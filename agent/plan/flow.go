@@ -49,7 +49,11 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 			return false
 		}
 	}
-	return f.Protocol != TCP || f.SynSent || p.Settled && !contains(p.Sandboxes, f.Server.Addr())
+	if f.Protocol != TCP || f.SynSent {
+		return true
+	}
+	server := f.Server.Addr()
+	return !contains(p.Sandboxes, server) && (p.Settled || slices.Contains(change.Gone, server))
 }
 
 // alone says whether the flows of a client to a frontend are left alone on purpose.

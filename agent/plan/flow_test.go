@@ -43,7 +43,10 @@ func frontend(address string, protocol plan.Protocol) plan.Frontend {
 }
 
 func TestStale(t *testing.T) {
-	removed := plan.Change{Removed: []plan.Frontend{frontend("169.254.210.219", plan.UDP)}}
+	removed := plan.Change{
+		Removed: []plan.Frontend{frontend("169.254.210.219", plan.UDP)},
+		Gone:    []netip.Addr{netip.MustParseAddr("10.0.0.5")},
+	}
 	for _, tt := range []struct {
 		name        string
 		protocol    plan.Protocol
@@ -73,6 +76,7 @@ func TestStale(t *testing.T) {
 		{name: "established TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", want: true},
 		{name: "the same without an endpoint", protocol: plan.TCP, destination: "169.254.210.211:80", server: "10.0.0.4:8080", want: true},
 		{name: "the same, but not every source has spoken", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", unsettled: true},
+		{name: "nor has it to, where the sandbox was seen to go", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.5:8080", unsettled: true, want: true},
 		{name: "TCP that was not translated", protocol: plan.TCP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
 		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
 		{name: "the target's own, left alone", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
