@@ -8,11 +8,6 @@ FUZZTIME ?= 3s
 STATIC  := -trimpath -buildvcs=false -ldflags "-s -w"
 RELEASE := -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)"
 
-# What the end-to-end tests run against: KUBERNETES is the version in integration/cluster/k8s/go.mod.
-KUBERNETES := 1.36.3
-K8S_INFO   := gitVersion=v$(KUBERNETES) gitMajor=1 gitMinor=36 gitTreeState=clean gitCommit=0000000000000000000000000000000000000000 buildDate=2026-01-01T00:00:00Z
-K8S_LDFLAGS := -s -w $(foreach package,component-base client-go/pkg,$(foreach info,$(K8S_INFO),-X k8s.io/$(package)/version.$(info)))
-
 CNI_PLUGINS := $(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/ptp ipam/host-local meta/tuning)
 
 .PHONY: help
@@ -42,15 +37,20 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: e2e-binaries
-e2e-binaries: ## kube-apiserver and etcd from source, into bin/e2e/ (minutes with a cold cache)
-	CGO_ENABLED=0 go build -C integration/cluster/k8s $(STATIC) -o ../../../bin/e2e/etcd go.etcd.io/etcd/server/v3
-	CGO_ENABLED=0 go build -C integration/cluster/k8s -trimpath -buildvcs=false -ldflags "$(K8S_LDFLAGS)" -o ../../../bin/e2e/ k8s.io/kubernetes/cmd/kube-apiserver
+e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minutes, once), and what runs in pods
+	integration/cluster/binaries
+	CGO_ENABLED=0 go build $(STATIC) -o bin/pods/ ./integration/cluster/echo
 
 .PHONY: e2e
-e2e: build tools e2e-binaries ## the agent against a real Kubernetes API server (needs root)
+e2e: build tools e2e-binaries ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 -tags e2e ./integration/cluster/...
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -p 1 -race -count=1 -tags e2e ./integration/cluster/...
+
+.PHONY: cluster
+cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
+	integration/prerequisites nft ip nsenter
+	go run ./integration/cluster/up $(CLUSTER)
 
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml
@@ -65,5 +65,5 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 
 .PHONY: generate
 generate: ## tidy the modules and format the code
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy
 	gofmt -l -w .

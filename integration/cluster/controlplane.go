@@ -76,19 +76,19 @@ func Start(ctx context.Context, node *lab.Node) (*ControlPlane, error) {
 
 // writeFiles makes keys, certificates, kubeconfig and policy, and the client of the tests.
 func (c *ControlPlane) writeFiles() error {
-	ca, err := newAuthority()
+	ca, err := NewAuthority()
 	if err != nil {
 		return err
 	}
-	server, errServer := ca.server("127.0.0.1", lab.NodeIPv4)
-	agent, errAgent := ca.client(AgentUser)
-	admin, errAdmin := ca.client("admin", "system:masters")
+	server, errServer := ca.Server("127.0.0.1", lab.NodeIPv4)
+	agent, errAgent := ca.Client(AgentUser)
+	admin, errAdmin := ca.Client("admin", "system:masters")
 	if err := errors.Join(errServer, errAgent, errAdmin); err != nil {
 		return err
 	}
 	for name, data := range map[string][]byte{
-		dir + "/ca.crt": ca.cert, dir + "/server.crt": server.cert, dir + "/server.key": server.key,
-		AgentKubeconfig: ca.kubeconfig(endpoint, agent), dir + "/audit.yaml": []byte(auditPolicy),
+		dir + "/ca.crt": ca.Cert, dir + "/server.crt": server.Cert, dir + "/server.key": server.Key,
+		AgentKubeconfig: ca.Kubeconfig(endpoint, agent), dir + "/audit.yaml": []byte(auditPolicy),
 	} {
 		if err := c.node.WriteFile(name, data); err != nil {
 			return err
@@ -96,7 +96,7 @@ func (c *ControlPlane) writeFiles() error {
 	}
 	c.Admin, err = kubernetes.NewForConfig(&rest.Config{
 		Host: endpoint, Dial: c.node.Dial(lab.Host), QPS: -1,
-		TLSClientConfig: rest.TLSClientConfig{CAData: ca.cert, CertData: admin.cert, KeyData: admin.key},
+		TLSClientConfig: rest.TLSClientConfig{CAData: ca.Cert, CertData: admin.Cert, KeyData: admin.Key},
 	})
 	return err
 }

@@ -14,34 +14,35 @@ import (
 	"time"
 )
 
-// pair is a certificate and its key, in PEM.
-type pair struct{ cert, key []byte }
+// Pair is a certificate and its key, in PEM.
+type Pair struct{ Cert, Key []byte }
 
-// authority signs the certificates of one control plane.
-type authority struct {
-	pair
+// Authority signs the certificates of one cluster.
+type Authority struct {
+	Pair
 	parsed *x509.Certificate
 	signer *ecdsa.PrivateKey
 }
 
-func newAuthority() (*authority, error) {
+// NewAuthority makes a certificate authority.
+func NewAuthority() (*Authority, error) {
 	template := &x509.Certificate{
 		Subject: pkix.Name{CommonName: "cluster"}, IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
-	a := &authority{parsed: template}
+	a := &Authority{parsed: template}
 	made, err := a.sign(template)
 	if err != nil {
 		return nil, err
 	}
-	a.pair = made
-	block, _ := pem.Decode(made.cert)
+	a.Pair = made
+	block, _ := pem.Decode(made.Cert)
 	a.parsed, err = x509.ParseCertificate(block.Bytes)
 	return a, err
 }
 
-// server is for an API server at these addresses.
-func (a *authority) server(addresses ...string) (pair, error) {
+// Server is for an API server at these addresses.
+func (a *Authority) Server(addresses ...string) (Pair, error) {
 	template := &x509.Certificate{Subject: pkix.Name{CommonName: "kube-apiserver"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	for _, address := range addresses {
 		template.IPAddresses = append(template.IPAddresses, net.ParseIP(address))
@@ -49,43 +50,52 @@ func (a *authority) server(addresses ...string) (pair, error) {
 	return a.sign(template)
 }
 
-// client is for a user of the API in these groups.
-func (a *authority) client(user string, groups ...string) (pair, error) {
+// Client is for a user of the API in these groups.
+func (a *Authority) Client(user string, groups ...string) (Pair, error) {
 	return a.sign(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, Organization: groups},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 }
 
+// Node is for the kubelet of a node, which is a client of the API and a server.
+func (a *Authority) Node(name, address string) (Pair, error) {
+	return a.sign(&x509.Certificate{
+		Subject:     pkix.Name{CommonName: "system:node:" + name, Organization: []string{"system:nodes"}},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		DNSNames:    []string{name}, IPAddresses: []net.IP{net.ParseIP(address)},
+	})
+}
+
 // sign completes the template. The first key signs itself, and then all others.
-func (a *authority) sign(template *x509.Certificate) (pair, error) {
+func (a *Authority) sign(template *x509.Certificate) (Pair, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
 	if a.signer == nil {
 		a.signer = key
 	}
 	if template.SerialNumber, err = rand.Int(rand.Reader, big.NewInt(1<<62)); err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
 	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
 	cert, err := x509.CreateCertificate(rand.Reader, template, a.parsed, &key.PublicKey, a.signer)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
 	marshalled, err := x509.MarshalECPrivateKey(key)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
-	return pair{
-		cert: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}),
-		key:  pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: marshalled}),
+	return Pair{
+		Cert: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}),
+		Key:  pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: marshalled}),
 	}, nil
 }
 
-// kubeconfig is a kubeconfig file that holds all it needs.
-func (a *authority) kubeconfig(server string, client pair) []byte {
+// Kubeconfig is a kubeconfig file that holds all it needs.
+func (a *Authority) Kubeconfig(server string, client Pair) []byte {
 	encode := base64.StdEncoding.EncodeToString
 	return fmt.Appendf(nil, `apiVersion: v1
 kind: Config
@@ -93,5 +103,5 @@ clusters: [{name: c, cluster: {server: %q, certificate-authority-data: %s}}]
 users: [{name: u, user: {client-certificate-data: %s, client-key-data: %s}}]
 contexts: [{name: c, context: {cluster: c, user: u}}]
 current-context: c
-`, server, encode(a.cert), encode(client.cert), encode(client.key))
+`, server, encode(a.Cert), encode(client.Cert), encode(client.Key))
 }

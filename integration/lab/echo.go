@@ -11,9 +11,12 @@ import (
 	"time"
 )
 
-// Dial makes connections from a network namespace of the node; it fits http.Transport.DialContext.
+// Dial makes connections, as http.Transport.DialContext does.
+type Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+// Dial makes connections from a network namespace of the node.
 // Addresses are literal: a name would be looked up with the machine's resolver.
-func (n *Node) Dial(namespace string) func(ctx context.Context, network, address string) (net.Conn, error) {
+func (n *Node) Dial(namespace string) Dial {
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		err = n.In(namespace, func() error {
 			var dialer net.Dialer
@@ -83,6 +86,11 @@ func (n *Node) StartEchoAt(namespace, name, address string) (*Echo, error) {
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close())
 	}
+	return NewEcho(name, tcp, udp), nil
+}
+
+// NewEcho serves on these sockets, which are its own from now on. The name contains no space.
+func NewEcho(name string, tcp net.Listener, udp net.PacketConn) *Echo {
 	echo := &Echo{udp: udp, http: &http.Server{
 		ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -93,7 +101,7 @@ func (n *Node) StartEchoAt(namespace, name, address string) (*Echo, error) {
 	}}
 	go func() { _ = echo.http.Serve(tcp) }()
 	go echo.serveUDP(name)
-	return echo, nil
+	return echo
 }
 
 // serveUDP answers "<payload>" with "<answer> <payload>".

@@ -78,6 +78,10 @@ exec cat >/dev/null`
 type NodeOptions struct {
 	Name     string // what the agent is told; "node" where empty
 	Binaries Binaries
+	// Init is a shell script for the first process instead of the one that makes what the methods here expect.
+	// It begins in namespaces of its own, with the machine's mounts, says "ready" when it is, and ends with its
+	// standard input.
+	Init string
 }
 
 // Node is one node. Its methods may be called from several goroutines.
@@ -102,10 +106,14 @@ func NewNode(ctx context.Context, options NodeOptions) (*Node, error) {
 		return nil, err
 	}
 
-	cmd := exec.Command("sh", "-c", holder)
+	script := holder
+	if options.Init != "" {
+		script = options.Init
+	}
+	cmd := exec.Command("sh", "-c", script)
 	cmd.Env = environment()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWUTS,
 	}
 	// The kernel closes the writing end when this process ends, even by SIGKILL.
 	lifeline, err := cmd.StdinPipe()
@@ -153,7 +161,7 @@ func environment() []string {
 
 // Command prepares a command that runs inside the node, in its root folder. Cancelling ctx kills it.
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	enter := []string{"--target", strconv.Itoa(n.pid), "--net", "--mount", "--pid", "--", name}
+	enter := []string{"--target", strconv.Itoa(n.pid), "--net", "--mount", "--pid", "--uts", "--cgroup", "--", name}
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, args...)...)
 	cmd.Env = environment()
 	cmd.Cancel = func() error { return signal(cmd.Process, syscall.SIGKILL) }
@@ -190,7 +198,8 @@ func signal(nsenter *os.Process, sig syscall.Signal) error {
 	return syscall.Kill(pid, sig)
 }
 
-// In runs f inside a network namespace of the node: Host, Uplink, or one by its name in /run/netns.
+// In runs f inside a network namespace of the node: Host, Uplink, one by its name in /run/netns, or one by the path
+// that the node's own processes know it by.
 // Sockets that f opens stay there. Only f's own goroutine is inside: others that f starts are not.
 func (n *Node) In(namespace string, f func() error) (err error) {
 	target, err := netns.GetFromPath(n.namespacePath(namespace))
@@ -221,11 +230,17 @@ func (n *Node) In(namespace string, f func() error) (err error) {
 }
 
 func (n *Node) namespacePath(namespace string) string {
-	if namespace == Host {
+	switch {
+	case namespace == Host:
 		return fmt.Sprintf("/proc/%d/ns/net", n.pid)
+	case filepath.IsAbs(namespace):
+		return n.Path(namespace)
 	}
 	return n.Path(netnsPath(namespace))
 }
+
+// PID is the process that is number 1 inside.
+func (n *Node) PID() int { return n.pid }
 
 // netnsPath is the path that a node's own processes know a network namespace by.
 func netnsPath(namespace string) string { return "/run/netns/" + namespace }

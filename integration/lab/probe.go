@@ -24,6 +24,16 @@ const (
 	UDP           Kind = "udp"            // datagrams from one connected socket
 )
 
+// Load is how often a client of a kind asks, and how long it waits for an answer.
+type Load struct{ Interval, Timeout time.Duration }
+
+// Loads are those that outages are measured with.
+var Loads = map[Kind]Load{ //nolint:gochecknoglobals // a table
+	NewConnection: {5 * time.Millisecond, time.Second},
+	KeepAlive:     {5 * time.Millisecond, 2 * time.Second},
+	UDP:           {5 * time.Millisecond, 200 * time.Millisecond},
+}
+
 // Client is a client in a network namespace of a node.
 type Client struct {
 	Kind    Kind
@@ -34,7 +44,7 @@ type Client struct {
 
 // Ask sends one request from a client of its own.
 func (n *Node) Ask(ctx context.Context, c Client) (Answer, error) {
-	ask, closeClient := n.open(c)
+	ask, closeClient := open(n.Dial(c.From), c)
 	defer closeClient()
 	return ask(ctx)
 }
@@ -44,17 +54,17 @@ type asker func(context.Context) (Answer, error)
 
 // open returns a client's way to ask, which is not for parallel use unless each request has its own
 // connection.
-func (n *Node) open(c Client) (asker, func()) {
+func open(dial Dial, c Client) (asker, func()) {
 	if c.Timeout == 0 {
 		c.Timeout = 5 * time.Second
 	}
 	var ask asker
 	var closeClient func()
 	if c.Kind == UDP {
-		client := &udpClient{dial: n.Dial(c.From), to: c.To.String()}
+		client := &udpClient{dial: dial, to: c.To.String()}
 		ask, closeClient = client.ask, client.close
 	} else {
-		transport := &http.Transport{DialContext: n.Dial(c.From), DisableKeepAlives: c.Kind == NewConnection}
+		transport := &http.Transport{DialContext: dial, DisableKeepAlives: c.Kind == NewConnection}
 		ask = func(ctx context.Context) (Answer, error) { return askHTTP(ctx, transport, "http://"+c.To.String()) }
 		closeClient = transport.CloseIdleConnections
 	}
@@ -84,7 +94,7 @@ func askHTTP(ctx context.Context, transport *http.Transport, url string) (Answer
 
 // udpClient keeps its connected socket whatever happens: that is what makes flows stick.
 type udpClient struct {
-	dial func(ctx context.Context, network, address string) (net.Conn, error)
+	dial Dial
 	to   string
 	conn net.Conn
 	sent int
@@ -157,9 +167,14 @@ type Probe struct {
 // StartProbe asks once per interval. A client with a connection per request does so whatever became of
 // the earlier ones; the others wait for an outcome before they ask again.
 func (n *Node) StartProbe(c Client, interval time.Duration) *Probe {
+	return StartProbe(n.Dial(c.From), c, interval)
+}
+
+// StartProbe is Node.StartProbe for a client that dials in its own way.
+func StartProbe(dial Dial, c Client, interval time.Duration) *Probe {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Probe{cancel: cancel, done: make(chan struct{}), news: make(chan struct{})}
-	ask, closeClient := n.open(c)
+	ask, closeClient := open(dial, c)
 	go func() {
 		defer close(p.done)
 		defer closeClient()
@@ -276,4 +291,28 @@ func (o Outcomes) LongestGap() time.Duration {
 		}
 	}
 	return longest
+}
+
+// Servers counts the answers by who gave them.
+func (o Outcomes) Servers() map[string]int {
+	servers := map[string]int{}
+	for _, outcome := range o {
+		if outcome.Err == nil {
+			servers[outcome.Server]++
+		}
+	}
+	return servers
+}
+
+// FirstAnswer is the earliest answer to a request that was sent after that time.
+func (o Outcomes) FirstAnswer(after time.Time) (first Outcome, found bool) {
+	for _, outcome := range o {
+		if outcome.Err != nil || !outcome.Sent.After(after) {
+			continue
+		}
+		if !found || outcome.Sent.Add(outcome.Took).Before(first.Sent.Add(first.Took)) {
+			first, found = outcome, true
+		}
+	}
+	return first, found
 }

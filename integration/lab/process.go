@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -17,6 +19,7 @@ type Process struct {
 	name   string
 	cmd    *exec.Cmd
 	log    logBuffer
+	file   string // that it logs to instead
 	killed atomic.Bool
 	exited chan struct{}
 	err    error // of the process, once exited is closed
@@ -24,22 +27,38 @@ type Process struct {
 
 // Start starts a program of the machine inside the node.
 func (n *Node) Start(name string, args ...string) (*Process, error) {
+	p := &Process{}
+	return p, n.start(p, &p.log, name, args)
+}
+
+// StartLogging is Start for a program whose log is appended to a file of the machine.
+func (n *Node) StartLogging(file, name string, args ...string) (*Process, error) {
+	log, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = log.Close() }()
+	p := &Process{file: file}
+	return p, n.start(p, log, name, args)
+}
+
+func (n *Node) start(p *Process, log io.Writer, name string, args []string) error {
 	if filepath.IsAbs(name) {
 		if err := present(name); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	p := &Process{name: filepath.Base(name), exited: make(chan struct{})}
+	p.name, p.exited = filepath.Base(name), make(chan struct{})
 	p.cmd = n.Command(context.Background(), name, args...)
-	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
+	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if err := p.cmd.Start(); err != nil {
-		return nil, err
+		return err
 	}
 	go func() {
 		p.err = p.cmd.Wait()
 		close(p.exited)
 	}()
-	return p, nil
+	return nil
 }
 
 // Stop sends SIGTERM and waits for the end of the process, whose failure it returns.
@@ -79,8 +98,17 @@ func (p *Process) Thaw() error {
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 
-// Log is what the process has printed so far.
-func (p *Process) Log() string { return p.log.String() }
+// Log is what the process has printed so far; all that is in its file, where it has one.
+func (p *Process) Log() string {
+	if p.file == "" {
+		return p.log.String()
+	}
+	data, err := os.ReadFile(p.file)
+	if err != nil {
+		return err.Error()
+	}
+	return string(data)
+}
 
 func (p *Process) exitError() error {
 	if p.err != nil && !p.killed.Load() {
