@@ -188,6 +188,15 @@ func (c *Cluster) prepare() (err error) {
 	return nil
 }
 
+// KubeconfigFor is a kubeconfig file for a user of the API in these groups.
+func (c *Cluster) KubeconfigFor(user string, groups ...string) ([]byte, error) {
+	pair, err := c.ca.Client(user, groups...)
+	if err != nil {
+		return nil, err
+	}
+	return c.ca.Kubeconfig(apiEndpoint, pair), nil
+}
+
 // each does something for all nodes at once.
 func (c *Cluster) each(do func(*Node) error) error {
 	failed := make([]error, len(c.Nodes))
