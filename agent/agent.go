@@ -86,6 +86,7 @@ type Options struct {
 	// ForeignRules names the rules of others that translate one of these addresses.
 	ForeignRules func(context.Context, []netip.Addr) []string
 	Watchers     []Watcher
+	Uninstall    Uninstall
 	Log          *slog.Logger
 }
 
@@ -143,14 +144,16 @@ func Run(ctx context.Context, options Options) error {
 	if a.config, err = a.Load(); err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	lock, err := a.lock(ctx)
+	parent := ctx
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	uninstall := a.awaitUninstall(ctx, stop)
+	lock, err := a.lock(parent)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
 
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
 	watching := make(chan struct{})
 	running := atomic.Int32{}
 	running.Store(int32(len(a.Watchers)))
@@ -169,6 +172,9 @@ func Run(ctx context.Context, options Options) error {
 	stop(nil)
 	if len(a.Watchers) > 0 {
 		<-watching
+	}
+	if uninstall() {
+		return a.leave(parent, lock)
 	}
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err

@@ -248,10 +248,18 @@ func oneOf[T ~string](v *validator, value string, path []any, allowed ...T) T {
 
 const maxNameLength = 117 // as a Helm release of 53 characters in a namespace of 63
 
+// CheckName says why something cannot be the name of an agent.
+func CheckName(name string) error {
+	if !regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`).MatchString(name) || len(name) > maxNameLength {
+		return fmt.Errorf("%q is not allowed; allowed: 1 to %d of a-z, 0-9, - and ., the first and last a letter or digit", name, maxNameLength)
+	}
+	return nil
+}
+
 func (v *validator) config(raw rawConfig) Config {
 	config := Config{Name: raw.Name, PollInterval: 5 * time.Second}
-	if !regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`).MatchString(raw.Name) || len(raw.Name) > maxNameLength {
-		v.bad([]any{"name"}, "%q is not allowed; allowed: 1 to %d of a-z, 0-9, - and ., the first and last a letter or digit", raw.Name, maxNameLength)
+	if err := CheckName(raw.Name); err != nil {
+		v.bad([]any{"name"}, "%v", err)
 	}
 	if raw.PollInterval != "" {
 		d, err := time.ParseDuration(raw.PollInterval)

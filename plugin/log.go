@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // logLimit is the size in bytes at which plugin.log becomes plugin.log.1, in place of the last one.
@@ -13,7 +15,7 @@ const logLimit = 256 << 10
 
 // logger logs one command to plugin.log in the runtime directory dir, one line each, warnings and errors only.
 func (p Plugin) logger(dir, command string) *slog.Logger {
-	file := logFile{path: filepath.Join(dir, "plugin.log"), stderr: p.Stderr}
+	file := logFile{path: filepath.Join(dir, state.LogName), stderr: p.Stderr}
 	return slog.New(slog.NewTextHandler(file, &slog.HandlerOptions{Level: slog.LevelWarn})).With("command", command)
 }
 
@@ -35,7 +37,7 @@ func (f logFile) append(line []byte) error {
 	// Of two processes that find it full at once, the second may move a fresh file over the full one: old lines are
 	// lost then, and the bound holds.
 	if info, err := os.Stat(f.path); err == nil && info.Size() >= logLimit {
-		if err := os.Rename(f.path, f.path+".1"); err != nil {
+		if err := os.Rename(f.path, f.path+state.OldLog); err != nil {
 			return err
 		}
 	}

@@ -178,31 +178,43 @@ var ErrLocked = errors.New("another process with this agent name is running")
 
 // Lock makes this process the live agent called name until the file returned is closed or the process
 // ends, in whatever way; ErrLocked while another is. It creates the runtime dir where it is missing.
-//
-// An open file description lock (fcntl(2)): it can be tested without being taken, so that readers
-// never get in the way of an agent that starts.
 func Lock(runtimeDir, name string) (*os.File, error) {
-	if err := os.MkdirAll(Dir(runtimeDir), 0o755); err != nil {
-		return nil, err
-	}
-	file, err := os.OpenFile(lockPath(runtimeDir, name), os.O_RDWR|os.O_CREATE, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	err = unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
-	if err == nil {
-		return file, nil
-	}
-	_ = file.Close()
-	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-		return nil, ErrLocked
-	}
-	return nil, &fs.PathError{Op: "lock", Path: file.Name(), Err: err}
+	return LockFile(lockPath(runtimeDir, name))
 }
 
 // Live says whether the agent called name runs: whether its lock is held. It takes no lock itself.
-func Live(runtimeDir, name string) bool {
-	file, err := os.Open(lockPath(runtimeDir, name))
+func Live(runtimeDir, name string) bool { return Held(lockPath(runtimeDir, name)) }
+
+// LockFile takes the lock on a file in the folder of the agents' files, as Lock does.
+//
+// An open file description lock (fcntl(2)): it can be tested without being taken, so that readers
+// never get in the way of an agent that starts.
+func LockFile(path string) (locked *os.File, err error) {
+	err = hold(filepath.Dir(filepath.Dir(path)), func() error {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+		if err != nil {
+			return err
+		}
+		err = unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+		if err == nil {
+			locked = file
+			return nil
+		}
+		_ = file.Close()
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			return ErrLocked
+		}
+		return &fs.PathError{Op: "lock", Path: path, Err: err}
+	})
+	return locked, err
+}
+
+// Held says whether somebody holds the lock on a file. It takes no lock itself.
+func Held(path string) bool {
+	file, err := os.Open(path)
 	if err != nil {
 		return false
 	}

@@ -20,6 +20,7 @@ const defaultRuntimeDir = "/run/magic-ip-address"
 type runFlags struct {
 	config, runtimeDir, nodeName, kubeconfig, backend, logLevel string
 	noAPI                                                       bool
+	daemonSet                                                   string
 }
 
 func runCommand() *cobra.Command {
@@ -41,8 +42,10 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.StringVar(&flags.kubeconfig, "kubeconfig", "", "`FILE` with credentials for the Kubernetes API; without it the pod's service account")
 	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
 	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
+	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this agent belongs to; when it is deleted, rules and files go")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("kubeconfig", "no-api")
+	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
 	return command
 }
 
@@ -51,14 +54,10 @@ func (f *runFlags) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(f.logLevel)); err != nil {
-		return fmt.Errorf("--log-level %q is not allowed; allowed: debug, info, warn, error", f.logLevel)
+	log, err := newLogger(f.logLevel, config.Verbose)
+	if err != nil {
+		return err
 	}
-	if config.Verbose {
-		level = slog.LevelDebug
-	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	backend, err := netfilter.Select(ctx, f.backend, config.Name)
 	if err != nil {
 		return err
@@ -93,6 +92,13 @@ func (f *runFlags) run(ctx context.Context) error {
 			return pods.Run(ctx, func() { wake(agent.Pods) })
 		})
 	}
+	if f.daemonSet != "" {
+		own, err := kube.ConnectDaemonSet(f.kubeconfig, f.daemonSet, log)
+		if err != nil {
+			return err
+		}
+		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: backend.Remove}
+	}
 	err = agent.Run(ctx, options)
 	if errors.Is(err, agent.ErrStandby) {
 		return nil
@@ -100,18 +106,32 @@ func (f *runFlags) run(ctx context.Context) error {
 	return err
 }
 
-func (f *runFlags) load() (agent.Config, error) {
-	if f.config == "" {
-		return agent.FromEnv(os.Getenv, f.noAPI)
+func (f *runFlags) load() (agent.Config, error) { return loadConfig(f.config, f.noAPI) }
+
+// loadConfig reads a configuration file, or where there is none the environment.
+func loadConfig(path string, noAPI bool) (agent.Config, error) {
+	if path == "" {
+		return agent.FromEnv(os.Getenv, noAPI)
 	}
-	file, err := os.Open(f.config)
+	file, err := os.Open(path)
 	if err != nil {
 		return agent.Config{}, err
 	}
 	defer func() { _ = file.Close() }()
-	config, err := agent.Parse(file, f.noAPI)
+	config, err := agent.Parse(file, noAPI)
 	if err != nil {
-		return agent.Config{}, fmt.Errorf("%s:\n%w", f.config, err)
+		return agent.Config{}, fmt.Errorf("%s:\n%w", path, err)
 	}
 	return config, nil
+}
+
+func newLogger(name string, verbose bool) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(name)); err != nil {
+		return nil, fmt.Errorf("--log-level %q is not allowed; allowed: debug, info, warn, error", name)
+	}
+	if verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
 }

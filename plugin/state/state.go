@@ -2,7 +2,7 @@
 // <runtime dir>/state.json: which sandbox has which addresses.
 //
 // The plugin is its only writer; agents and people read it. Writers take turns by a lock on state.lock,
-// which is never removed. Every change is a temporary file and a rename, so that a reader, who takes no
+// which goes with the last agent of the node, and not before. Every change is a temporary file and a rename, so that a reader, who takes no
 // lock, sees the old list or the new one, and so does everybody after a writer was killed.
 //
 // Limits: the list is read and written whole; it is meant for the pods of one node. A writer keeps the
@@ -30,6 +30,12 @@ const (
 	// A corrupt file is kept under this name; the next one replaces it.
 	corruptName = fileName + ".corrupt"
 	lockName    = "state.lock"
+)
+
+// LogName is the plugin's log in a runtime dir; with OldLog behind it, the one before.
+const (
+	LogName = "plugin.log"
+	OldLog  = ".1"
 )
 
 // Attachment is one record: the interface of one pod's sandbox and its addresses.

@@ -87,9 +87,44 @@ func setAside(path, aside string) error {
 	return os.Link(path, aside)
 }
 
+// Remove removes all that the plugin has written into the runtime directory dir: for the last agent that leaves the
+// node. It waits for its turn for at most wait (then ErrBusy). A writer that waits meanwhile begins anew.
+func Remove(dir string, wait time.Duration) error {
+	lock, err := acquire(filepath.Join(dir, lockName), wait)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	for _, name := range []string{fileName, tempName, corruptName, LogName, LogName + OldLog, lockName} { // the lock last
+		if removeErr := os.Remove(filepath.Join(dir, name)); removeErr != nil && !errors.Is(removeErr, fs.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+	}
+	return err
+}
+
 // acquire takes the lock on path, waiting for at most wait; it is held until the file returned is closed or the
 // process ends.
 func acquire(path string, wait time.Duration) (*os.File, error) {
+	for deadline := time.Now().Add(wait); ; {
+		file, err := acquireOnce(path, wait, time.Until(deadline))
+		if err != nil || current(file, path) {
+			return file, err
+		}
+		_ = file.Close() // Remove has taken it away while we waited
+	}
+}
+
+// current says whether path still leads to this file.
+func current(file *os.File, path string) bool {
+	var held, there unix.Stat_t
+	return unix.Fstat(int(file.Fd()), &held) == nil && unix.Stat(path, &there) == nil && held.Dev == there.Dev && held.Ino == there.Ino
+}
+
+func acquireOnce(path string, wait, left time.Duration) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return nil, err
@@ -102,7 +137,7 @@ func acquire(path string, wait time.Duration) (*os.File, error) {
 	// A blocking flock, not a loop of attempts: the kernel serves its waiters in order, so that with many ADDs
 	// at once nobody starves.
 	go func() { acquired <- flock(file) }()
-	timeout := time.NewTimer(wait)
+	timeout := time.NewTimer(left)
 	defer timeout.Stop()
 	select {
 	case err := <-acquired:

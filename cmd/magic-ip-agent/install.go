@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+)
+
+// directories are those that installing and uninstalling have in common.
+type directories struct{ runtime, conf string }
+
+func (d *directories) flags(f *pflag.FlagSet) {
+	f.StringVar(&d.runtime, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
+	f.StringVar(&d.conf, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the network configurations that the container runtime reads")
+}
+
+type installFlags struct {
+	directories
+	config, binDir, plugin, daemonSet, kubeconfig, logLevel string
+	watch, noAPI                                            bool
+}
+
+func installCommand() *cobra.Command {
+	var flags installFlags
+	command := &cobra.Command{
+		Use:   "install",
+		Short: "Put the CNI plugin and its entry in the network configuration in place",
+		Long: `Put the CNI plugin and its entry in the network configuration in place.
+
+The entry goes into the file that the container runtime takes: the first of *.conf, *.conflist and *.json that it can use.
+Without --config the configuration comes from the environment, as for run.
+
+With --watch it is kept so, until SIGTERM: when the primary CNI writes its file anew, when the plugin goes, when
+the configuration changes. With --daemonset, it is taken out again when that DaemonSet is deleted.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
+	}
+	f := command.Flags()
+	flags.flags(f)
+	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML)")
+	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins that the container runtime runs")
+	f.StringVar(&flags.plugin, "plugin", "/usr/local/bin/"+install.PluginType, "the plugin `FILE` to install")
+	f.BoolVar(&flags.watch, "watch", false, "keep it so, until SIGTERM")
+	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this installer belongs to; when it is deleted, the entry is taken out")
+	f.StringVar(&flags.kubeconfig, "kubeconfig", "", "`FILE` with credentials for the Kubernetes API; without it the pod's service account")
+	f.BoolVar(&flags.noAPI, "no-api", false, "the agent does without the Kubernetes API: what only that can tell is an error in the configuration")
+	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
+	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
+	return command
+}
+
+func (f *installFlags) run(ctx context.Context) error {
+	log, err := newLogger(f.logLevel, false)
+	if err != nil {
+		return err
+	}
+	options := install.Options{
+		RuntimeDir: f.runtime, BinDir: f.binDir, ConfDir: f.conf, Plugin: f.plugin, Version: version,
+		Load: func() (install.Config, error) {
+			config, err := loadConfig(f.config, f.noAPI)
+			return toInstall(config), err
+		},
+		ConfigFile: f.config,
+		Log:        log,
+	}
+	if !f.watch {
+		if f.daemonSet != "" {
+			return errors.New("--daemonset needs --watch")
+		}
+		return install.Once(ctx, options)
+	}
+	if f.daemonSet != "" {
+		own, err := kube.ConnectDaemonSet(f.kubeconfig, f.daemonSet, log)
+		if err != nil {
+			return err
+		}
+		options.Removed = own.Deleted
+	}
+	return install.Watch(ctx, options)
+}
+
+// toInstall is what the plugin has to know of a configuration: whose pods to record.
+func toInstall(config agent.Config) install.Config {
+	wanted := install.Config{Name: config.Name}
+	for _, port := range config.Ports {
+		selector := install.Selector{Namespace: port.Namespace, Selector: port.SelectorText}
+		if port.Refused == "" && !slices.Contains(wanted.Selectors, selector) {
+			wanted.Selectors = append(wanted.Selectors, selector)
+		}
+	}
+	return wanted
+}
+
+type uninstallFlags struct {
+	directories
+	config, name, binDir, backend, logLevel string
+	force                                   bool
+}
+
+func uninstallCommand() *cobra.Command {
+	var flags uninstallFlags
+	command := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Take an agent's entry, rules and files out of this node",
+		Long: `Take an agent's key out of the network configuration, with the last one the entry, and then its rules and files.
+
+The plugin stays where it is: runtimes may still call it for pods that they have added with it, and it does nothing then.
+Stop the agent and its installer first.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
+	}
+	f := command.Flags()
+	flags.flags(f)
+	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML), for its name")
+	f.StringVar(&flags.name, "name", "", "`NAME` of the agent")
+	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
+	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
+	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs: it puts back what it can")
+	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
+	command.MarkFlagsMutuallyExclusive("config", "name")
+	command.MarkFlagsOneRequired("config", "name")
+	return command
+}
+
+func (f *uninstallFlags) run(ctx context.Context) error {
+	log, err := newLogger(f.logLevel, false)
+	if err != nil {
+		return err
+	}
+	name := f.name
+	if name == "" {
+		config, err := loadConfig(f.config, false)
+		if err != nil {
+			return fmt.Errorf("configuration: %w", err)
+		}
+		name = config.Name
+	}
+	if err := agent.CheckName(name); err != nil {
+		return err
+	}
+	// Their locks are held from here on, so that none of them comes back meanwhile.
+	lock, err := published.Lock(f.runtime, name)
+	if err == nil {
+		defer func() { _ = lock.Close() }()
+		lock, err = install.Lock(f.runtime, name)
+	}
+	switch {
+	case err == nil:
+		defer func() { _ = lock.Close() }()
+	case !errors.Is(err, published.ErrLocked):
+		return err
+	case !f.force:
+		return fmt.Errorf("agent %s or its installer is running on this node: stop it first (helm uninstall does all of this), or say --force", name)
+	}
+	return f.remove(ctx, name, log)
+}
+
+// remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
+func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logger) error {
+	if err := install.Remove(ctx, f.conf, f.runtime, name, log); err != nil {
+		return fmt.Errorf("the entry is still in %s: %w", f.conf, err)
+	}
+	if err := install.RemoveTemps(ctx, f.binDir); err != nil {
+		return err
+	}
+	backend, err := netfilter.Select(ctx, f.backend, name)
+	if err == nil {
+		err = backend.Remove(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("the rules are still there: %w", err)
+	}
+	if err := errors.Join(published.LeaveFiles(f.runtime, install.Files(f.runtime, name)...), published.Leave(f.runtime, name)); err != nil {
+		return err
+	}
+	fmt.Fprintf(os.Stdout, "agent %s is uninstalled; the plugin stays, and does nothing\n", name)
+	return nil
+}

@@ -1,0 +1,207 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+)
+
+const (
+	// settle is how long to let writers finish after the first event.
+	settle = 100 * time.Millisecond
+	// poll is the backstop: everything is looked at, although nothing was reported. Where nothing has changed that
+	// is reading the few files of one directory.
+	poll = 10 * time.Second
+	// Errors are tried again after these times.
+	minRetry = time.Second
+	maxRetry = time.Minute
+	// standby is how often the second of two installers of one name looks whether the first has gone.
+	standby = 200 * time.Millisecond
+	// leaveTime bounds the last work after SIGTERM: kubelet kills after 30 s.
+	leaveTime = 20 * time.Second
+)
+
+// Watch installs and keeps it so, until ctx ends; then everything stays as it is. When the installation is to be undone, it
+// takes the key out, and waits for the end.
+func Watch(ctx context.Context, options Options) error {
+	i, err := newInstaller(options)
+	if err != nil {
+		return err
+	}
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	removed := make(chan bool, 1)
+	go func() { // from the start, standby included
+		undo := i.Removed != nil && i.Removed(serving)
+		removed <- undo
+		if undo {
+			stop()
+		}
+	}()
+	locked, err := i.standBy(ctx)
+	if err != nil || locked == nil {
+		return err
+	}
+	defer func() { _ = locked.Close() }()
+	i.begin()
+	if err := i.serve(serving); err != nil {
+		return err
+	}
+	stop()
+	if i.Removed == nil || !<-removed {
+		i.Log.Info("stopped; what is installed stays in place")
+		return nil
+	}
+	if err := i.leave(ctx); err != nil {
+		return err
+	}
+	_ = locked.Close()
+	// A container of a DaemonSet that ends is started again, and would install again.
+	i.Log.Info("uninstalled; waiting to be stopped")
+	<-ctx.Done()
+	return nil
+}
+
+// standBy waits until no other process installs for this agent; nil where ctx has ended before.
+func (i *installer) standBy(ctx context.Context) (locked interface{ Close() error }, err error) {
+	for first := true; ; first = false {
+		file, err := Lock(i.RuntimeDir, i.config.Name)
+		if err == nil {
+			return file, nil
+		}
+		if !errors.Is(err, published.ErrLocked) {
+			return nil, err
+		}
+		if first {
+			i.Log.Info("standing by: another process installs for this agent", "agent", i.config.Name)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(standby):
+		}
+	}
+}
+
+// serve is the loop.
+func (i *installer) serve(ctx context.Context) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = watcher.Close() }()
+	folders := []string{i.ConfDir, i.BinDir}
+	if i.ConfigFile != "" {
+		folders = append(folders, filepath.Dir(i.ConfigFile)) // a ConfigMap changes by a link beside the file
+	}
+	// A folder that is made later, or anew, is watched from the next time on. What has happened before that is seen
+	// by then too: it is looked at after arming.
+	arm := func() {
+		for _, folder := range folders {
+			_ = watcher.Add(folder) // what is wrong with it, sync says
+		}
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	retry, said := minRetry, ""
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-watcher.Errors: // an overflow of the queue
+			timer.Reset(settle)
+			continue
+		case event := <-watcher.Events:
+			if event.Op != fsnotify.Chmod || filepath.Dir(event.Name) == i.BinDir {
+				pause(ctx, watcher)
+				timer.Reset(0)
+			}
+			continue
+		case <-timer.C:
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		arm()
+		again, err := i.look(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil:
+			if said != "" {
+				i.Log.Info("mended")
+			}
+			retry, said = minRetry, ""
+			if again <= 0 {
+				again = poll
+			}
+			timer.Reset(min(again, poll))
+		default:
+			waiting := errors.Is(err, errWaiting)
+			if said != err.Error() && waiting {
+				i.Log.Warn(err.Error())
+			} else if said != err.Error() {
+				i.Log.Error(err.Error())
+			}
+			said = err.Error()
+			timer.Reset(retry)
+			if !waiting { // the directory may not even be there to be watched
+				retry = min(2*retry, maxRetry)
+			}
+		}
+	}
+}
+
+// pause lets whoever is writing finish, and takes their events together.
+func pause(ctx context.Context, watcher *fsnotify.Watcher) {
+	quiet := time.After(settle)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-quiet:
+			return
+		case <-watcher.Events:
+		}
+	}
+}
+
+// look reads the configuration and installs. With a configuration that is not valid, the last one that was counts on.
+func (i *installer) look(ctx context.Context) (again time.Duration, err error) {
+	config, loadErr := i.Load()
+	if loadErr == nil && config.Name != i.config.Name {
+		loadErr = fmt.Errorf("name: the name of a running agent cannot change from %s to %s; restart it", i.config.Name, config.Name)
+	}
+	if loadErr == nil {
+		i.config = config
+	} else {
+		loadErr = fmt.Errorf("configuration, the last valid one counts on: %w", loadErr)
+	}
+	return i.sync(ctx, loadErr)
+}
+
+// leave takes the key out, and then the notes of it: that is what the agent waits for.
+func (i *installer) leave(ctx context.Context) error {
+	i.Log.Info("the installation is to be undone: taking the entry out", "agent", i.config.Name)
+	// SIGTERM may have come already, or may come now.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
+	defer cancel()
+	for wait := standby; ; wait *= 2 {
+		err := Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.Log)
+		if err == nil {
+			return published.LeaveFiles(i.RuntimeDir, i.files()...)
+		}
+		i.Log.Error("the entry is still there", "error", err)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
+		case <-time.After(wait):
+		}
+	}
+}
