@@ -3,6 +3,10 @@
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 3s
 
+# The name that the chart asks for, and the first of the builders that is there.
+IMAGE   ?= magic-ip-address/magic-ip-address:$(shell awk '$$1 == "appVersion:" { print $$2 }' charts/magic-ip-address/Chart.yaml)
+BUILDER ?= $(shell for builder in docker podman buildah; do command -v $$builder && break; done)
+
 # Static and without debug tables: the plugin is executed for every pod, so its size is start-up time.
 # The upstream plugins are built the same way, so that benchmarks compare like with like.
 STATIC  := -trimpath -buildvcs=false -ldflags "-s -w"
@@ -52,10 +56,28 @@ cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (
 	integration/prerequisites nft ip nsenter
 	go run ./integration/cluster/up $(CLUSTER)
 
+.PHONY: image
+image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=, PLATFORM=)
+	$(BUILDER) build $(if $(PLATFORM),--platform $(PLATFORM)) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .
+
+.PHONY: e2e-image
+e2e-image: ## the same image without a registry, into bin/image.tar (needs root)
+	integration/cluster/image
+
+.PHONY: chart
+chart: chart-tools ## the chart: lint, schema, unit tests, its README, and whether the agent takes what it renders
+	bin/chart/helm-unittest --strict charts/magic-ip-address
+	go test -C integration/chart -count=1 ./...
+
+.PHONY: chart-tools
+chart-tools: ## helm-unittest and helm-docs, into bin/chart/
+	CGO_ENABLED=0 go build -C integration/chart $(STATIC) -o ../../bin/chart/ github.com/helm-unittest/helm-unittest/cmd/helm-unittest github.com/norwoodj/helm-docs/cmd/helm-docs
+
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/golangci-lint run --build-tags e2e ./...
+	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 
 .PHONY: bench
 bench: build tools ## measure the plugin, the agent and the data path (needs root; 4 minutes)
@@ -64,6 +86,7 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 	go run ./integration/bench
 
 .PHONY: generate
-generate: ## tidy the modules and format the code
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy
+generate: chart-tools ## tidy the modules, format the code, write the chart's README
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy
 	gofmt -l -w .
+	bin/chart/helm-docs --chart-search-root charts --log-level warning

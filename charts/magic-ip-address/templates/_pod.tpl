@@ -1,0 +1,51 @@
+{{/* Directories of the node by preset, as JSON. */}}
+{{- define "magic-ip-address.cniDirs" -}}
+{{- $presets := dict
+  "default" (dict "bin" "/opt/cni/bin" "conf" "/etc/cni/net.d")
+  "k3s" (dict "bin" "/var/lib/rancher/k3s/data/cni" "conf" "/var/lib/rancher/k3s/agent/etc/cni/net.d")
+  "microk8s" (dict "bin" "/var/snap/microk8s/current/opt/cni/bin" "conf" "/var/snap/microk8s/current/args/cni-network")
+  "gke" (dict "bin" "/home/kubernetes/bin" "conf" "/etc/cni/net.d")
+  "openshift" (dict "bin" "/var/lib/cni/bin" "conf" "/etc/cni/multus/net.d")
+-}}
+{{- $preset := get $presets .Values.cni.preset -}}
+{{- dict "bin" (default $preset.bin .Values.cni.binDir) "conf" (default $preset.conf .Values.cni.confDir) | toJson -}}
+{{- end -}}
+
+{{/* What the commands of both containers share. */}}
+{{- define "magic-ip-address.commonArgs" -}}
+- --config=/etc/magic-ip-address/config.yaml
+- --runtime-dir={{ .Values.runtimeDir }}
+{{- if .Values.api.enabled }}
+- --daemonset={{ .Release.Namespace }}/{{ include "magic-ip-address.fullname" . }}
+{{- else }}
+- --no-api
+{{- end }}
+- --log-level={{ include "magic-ip-address.logLevel" . }}
+{{- end -}}
+
+{{- define "magic-ip-address.logLevel" -}}
+{{- ternary "debug" "info" (has (.Values.config.verbose | toString) (list "true" "1")) -}}
+{{- end -}}
+
+{{- define "magic-ip-address.status" -}}
+magic-ip-agent status --runtime-dir={{ .Values.runtimeDir }} --name={{ include "magic-ip-address.agentName" . }}
+{{- end -}}
+
+{{/* What both containers are refused. They are root, since host directories and netlink are root's. */}}
+{{- define "magic-ip-address.confinement" -}}
+runAsUser: 0
+runAsGroup: 0
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+seccompProfile:
+  type: RuntimeDefault
+{{- $seLinux := .Values.seLinuxOptions }}
+{{- if and (not $seLinux) (eq .Values.cni.preset "openshift") }}
+{{- $seLinux = dict "type" "spc_t" }}
+{{- end }}
+{{- with $seLinux }}
+seLinuxOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
