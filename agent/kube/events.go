@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -43,7 +44,7 @@ func object(self Self, node string, e event.Event) *corev1.Event {
 	}
 	message := e.Message
 	if len(message) > mostMessage {
-		message = message[:mostMessage-3] + "..."
+		message = strings.ToValidUTF8(message[:mostMessage-3], "") + "..."
 	}
 	return &corev1.Event{
 		ObjectMeta: metav1.ObjectMeta{
