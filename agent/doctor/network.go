@@ -110,7 +110,7 @@ func (e *examination) hostRoutes() {
 	switch {
 	case len(without) > 0:
 		e.add(Warn, check, fmt.Sprintf("this node has no route to %s: its own processes, and hostNetwork pods, get ENETUNREACH; pods are served all the same",
-			few(without)), "a default route is enough, or: ip route add "+without[0]+" dev lo")
+			few(without)), "any route will do, a default route or: ip route add "+without[0]+" dev an-interface-with-an-address")
 	case len(addresses) > 0:
 		e.add(OK, check, "processes of this node have a route to every magic IP", "")
 	}

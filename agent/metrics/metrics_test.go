@@ -41,7 +41,9 @@ func (*failing) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { r
 func (*failing) Feeds() []kube.Feed {
 	return []kube.Feed{{Namespace: "default", Healthy: true, HeardAt: time.UnixMilli(1500)}, {Namespace: "other", Refused: true}}
 }
-func (*failing) Requests() map[string]uint64 { return map[string]uint64{"list": 1, "watch": 2, "poll": 3} }
+func (*failing) Requests() map[string]uint64 {
+	return map[string]uint64{"list": 1, "watch": 2, "poll": 3}
+}
 
 func magicIP(port uint16, endpoints ...published.Endpoint) published.MagicIP {
 	return published.MagicIP{Address: netip.MustParseAddr("169.254.210.210"), Port: port, Protocol: "tcp", Endpoints: endpoints}

@@ -10,10 +10,9 @@ import (
 	"time"
 )
 
-// Installed is the content of agents/<name>.install, which the installer of that name writes: it is there for as
+// Installed is what we read of agents/<name>.install, which the installer of that name writes: it is there for as
 // long as the agent's key may be in a conflist.
 type Installed struct {
-	Version     int       `json:"version"`
 	Conflist    string    `json:"conflist"`
 	Binary      string    `json:"binary"`
 	InstalledAt time.Time `json:"installedAt"`
