@@ -27,7 +27,8 @@ import (
 // Backend brings rules into the kernel.
 type Backend interface {
 	Name() string
-	// Sync makes the kernel's rules those of the plan.
+	// Sync makes the kernel's rules those of the plan. An error with InPlace() true is about other rules: those
+	// of the plan are in the kernel.
 	Sync(ctx context.Context, p *plan.Plan) error
 	// Verify says what somebody else has changed since; the next Sync mends it.
 	Verify(ctx context.Context) (differs []string, err error)
@@ -85,9 +86,16 @@ type Options struct {
 	API         API // nil: what the CNI plugin records is all that is known
 	// ForeignRules names the rules of others that translate one of these addresses.
 	ForeignRules func(context.Context, []netip.Addr) []string
-	Watchers     []Watcher
-	Uninstall    Uninstall
-	Log          *slog.Logger
+	// Bypasses names what keeps packets of this node from the rules; nil: not looked for.
+	Bypasses func() []string
+	// Notes are published beside the agent's own; they are asked for each time.
+	Notes []func() []string
+	// Published are called with what the agent publishes whenever that changes, and with what it was before
+	// (nil: nothing). They return at once.
+	Published []func(before, now *published.Agent)
+	Watchers  []Watcher
+	Uninstall Uninstall
+	Log       *slog.Logger
 }
 
 // Agent is one running agent. Its methods but wake are called by one goroutine only.
@@ -119,11 +127,12 @@ type Agent struct {
 	errs      map[string]string // by what failed, what is wrong now
 }
 
-// foreign are the rules of others that translate our addresses, as of the last look.
+// foreign are the rules of others that translate our addresses, and what bypasses ours, as of the last look.
 type foreign struct {
 	at        time.Time
 	addresses []netip.Addr
 	rules     []string
+	bypasses  []string
 }
 
 // service is what the agent remembers of a frontend.
@@ -301,9 +310,8 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 		started := time.Now()
 		err := a.Backend.Sync(ctx, &p)
 		a.note(a.Backend.Name(), err)
-		if err != nil {
-			ok = false
-		} else {
+		ok = err == nil
+		if ok || inPlace(err) {
 			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
 			a.sweep(ctx, &p, damaged)
 			a.applied, a.syncedAt = &p, now
@@ -317,7 +325,12 @@ func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, o
 	return next, ok
 }
 
-// lookForForeign names rules of others that translate our addresses. It is a look at all rules of the
+func inPlace(err error) bool {
+	var sync interface{ InPlace() bool }
+	return errors.As(err, &sync) && sync.InPlace()
+}
+
+// lookForForeign names rules of others that translate our addresses, and what bypasses ours. It is a look at all rules of the
 // node, so it is done seldom: at the start, when the addresses change, and every foreignInterval.
 func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
 	var addresses []netip.Addr
@@ -335,6 +348,16 @@ func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
 		}
 	}
 	a.foreign.rules = found
+	if a.Bypasses == nil {
+		return
+	}
+	bypasses := a.Bypasses()
+	for _, bypass := range bypasses {
+		if !slices.Contains(a.foreign.bypasses, bypass) {
+			a.Log.Warn(bypass)
+		}
+	}
+	a.foreign.bypasses = bypasses
 }
 
 // sweep deletes the flows that the plan now in the kernel has made stale. While rules were damaged, new flows

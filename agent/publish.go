@@ -55,6 +55,13 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 			return
 		}
 	}
+	before := a.published
+	if before == nil {
+		before = a.restored
+	}
+	for _, tell := range a.Published {
+		tell(before, view)
+	}
 	err := published.Write(a.RuntimeDir, view)
 	a.note("published file", err)
 	if err == nil {
@@ -128,6 +135,10 @@ func (a *Agent) notes() []string {
 	}
 	for _, rule := range a.foreign.rules {
 		notes = append(notes, "somebody else translates a magic IP too; remove the rule: "+rule)
+	}
+	notes = append(notes, a.foreign.bypasses...)
+	for _, more := range a.Notes {
+		notes = append(notes, more()...)
 	}
 	return notes
 }

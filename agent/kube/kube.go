@@ -41,8 +41,9 @@ const (
 
 // Pods is the node's pods as the API tells them.
 type Pods struct {
-	client kubernetes.Interface
-	node   string
+	client   kubernetes.Interface
+	node     string
+	requests requests
 
 	mu    sync.Mutex
 	ctx   context.Context // of Run; nil before
@@ -197,12 +198,14 @@ func (p *Pods) newFeed(namespace string) *feed {
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			f.options(&options)
+			p.requests.list.Add(1)
 			list, err := pods.List(ctx, options)
 			f.heard(err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 			f.options(&options)
+			p.requests.watch.Add(1)
 			w, err := pods.Watch(ctx, options)
 			f.heard(err)
 			if err != nil {
@@ -318,6 +321,7 @@ func (f *feed) poll(ctx context.Context) {
 	defer cancel()
 	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache
 	f.options(&options)
+	f.pods.requests.poll.Add(1)
 	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, options)
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,13 +12,14 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// inIPTablesNamespace is inNamespace, without the machine's xtables lock.
+// inIPTablesNamespace is a network namespace without the machine's xtables lock.
 func inIPTablesNamespace(t *testing.T) {
 	t.Helper()
-	inNamespace(t)
+	nodetest.Namespace(t, "link set lo up")
 	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
 }
 
@@ -27,7 +29,7 @@ func forEachVariant(t *testing.T, test func(t *testing.T, suffix string)) {
 	for _, suffix := range []string{"-nft", "-legacy"} {
 		t.Run("iptables"+suffix, func(t *testing.T) {
 			inIPTablesNamespace(t)
-			run(t, "iptables"+suffix, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+			nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 			test(t, suffix)
 		})
 	}
@@ -67,7 +69,7 @@ func savedRules(t *testing.T, suffix string) string {
 	var all []string
 	for _, command := range []string{"iptables", "ip6tables"} {
 		for _, table := range []string{"mangle", "filter", "nat"} {
-			lines := strings.Split(run(t, command+suffix+"-save", "-t", table), "\n")
+			lines := strings.Split(nodetest.Run(t, command+suffix+"-save", "-t", table), "\n")
 			lines = slices.DeleteFunc(lines, func(line string) bool { return strings.HasPrefix(line, "#") || line == "" })
 			for i, line := range lines {
 				if strings.HasPrefix(line, ":") {
@@ -178,7 +180,7 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 				wantIntact(t, backend)
 				want := savedRules(t, suffix)
 				for _, command := range c.commands {
-					run(t, "iptables"+suffix, strings.Fields(command)...)
+					nodetest.Run(t, "iptables"+suffix, strings.Fields(command)...)
 				}
 				differs, err := backend.Verify(t.Context())
 				if err != nil || len(differs) == 0 {
@@ -202,12 +204,12 @@ func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 		backend := newTestIPTables(t, suffix, testAgent)
 		mustSync(t, backend, &p)
 		other := []string{"-t", "nat", "-I", "PREROUTING", "-p", "tcp"}
-		run(t, "iptables"+suffix, other...)
+		nodetest.Run(t, "iptables"+suffix, other...)
 		if differs, err := backend.Verify(t.Context()); err != nil || len(differs) != 1 {
 			t.Fatalf("verify: %q, error %v; want one difference", differs, err)
 		}
 		mustSync(t, backend, &p)
-		run(t, "iptables"+suffix, other...)
+		nodetest.Run(t, "iptables"+suffix, other...)
 		wantIntact(t, backend)
 		for hook := range backend.families[0].moved {
 			backend.families[0].moved[hook] = time.Now().Add(-2 * moveAgainAfter)
@@ -233,9 +235,9 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 				want := savedRules(t, suffix)
 				mustSync(t, backend, &before)
 				if strings.Contains(command, "-X") {
-					run(t, "iptables"+suffix, "-t", "mangle", "-F")
+					nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-F")
 				}
-				run(t, "iptables"+suffix, strings.Fields(command)...)
+				nodetest.Run(t, "iptables"+suffix, strings.Fields(command)...)
 				mustSync(t, backend, &after)
 				wantIntact(t, backend)
 				if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
@@ -249,7 +251,7 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
 		p := plan.Build(xtablesCases()["every-policy"])
-		run(t, "iptables"+suffix, "-t", "nat", "-A", "PREROUTING", "-p", "udp")
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-A", "PREROUTING", "-p", "udp")
 		a, b := newTestIPTables(t, suffix, "a"), newTestIPTables(t, suffix, "b")
 		mustSync(t, a, &p)
 		alone := savedRules(t, suffix)
@@ -275,7 +277,7 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 				found = append(found, "iptables"+suffix)
 			}
 		}
-		if strings.Contains(run(t, "nft", "list", "tables"), "magic-ip-") {
+		if strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
 			found = append(found, "nftables")
 		}
 		return found
@@ -293,7 +295,7 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 		{BackendNFTables, "", "nftables"},
 	} {
 		if step.hint != "" {
-			run(t, step.hint, "-t", "mangle", "-N", hint)
+			nodetest.Run(t, step.hint, "-t", "mangle", "-N", hint)
 		}
 		backend, err := Select(t.Context(), step.backend, testAgent)
 		if err != nil {
@@ -306,8 +308,43 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 			t.Fatalf("%s %s: rules in (-want +got):\n%s", step.backend, step.hint, diff)
 		}
 		if step.hint != "" {
-			run(t, step.hint, "-t", "mangle", "-X", hint)
+			nodetest.Run(t, step.hint, "-t", "mangle", "-X", hint)
 		}
+	}
+}
+
+// TestSelectLeftoversDoNotStandInTheWay: rules of another backend that cannot be removed are named, and those that
+// are wanted are in place all the same.
+func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
+	inIPTablesNamespace(t)
+	p := plan.Build(xtablesCases()["every-policy"])
+	old := newIPTables(testAgent, variant{suffix: "-nft"})
+	mustSync(t, old, &p)
+	broken := t.TempDir()
+	if err := os.WriteFile(broken+"/iptables-nft-restore", []byte("#!/bin/sh\necho broken >&2; exit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", broken+":"+path)
+	backend, err := Select(t.Context(), BackendNFTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		var left *LeftoverError
+		if err := backend.Sync(t.Context(), &p); !errors.As(err, &left) || !left.InPlace() || !strings.Contains(err.Error(), "left behind by backend iptables") {
+			t.Fatalf("sync: %v, want an error that names what is left", err)
+		}
+		if !strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
+			t.Fatal("the rules that are wanted are not there")
+		}
+	}
+	t.Setenv("PATH", path)
+	if err := backend.Sync(t.Context(), &p); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(savedRules(t, "-nft"), agentsPrefix) {
+		t.Error("the leftovers are still there")
 	}
 }
 

@@ -1,11 +1,8 @@
 package netfilter
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
-	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -13,32 +10,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
-
-// inNamespace puts the test, and the commands it runs, into a network namespace of its own. The thread
-// is never unlocked, so it ends with the test, and the namespace with it.
-func inNamespace(t *testing.T) {
-	t.Helper()
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatalf("a network namespace (needs root): %v", err)
-	}
-	run(t, "ip", "link", "set", "lo", "up")
-}
-
-func run(t *testing.T, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.CommandContext(t.Context(), name, args...).Output()
-	if err != nil {
-		exit := &exec.ExitError{}
-		if errors.As(err, &exit) {
-			err = fmt.Errorf("%w: %s", err, exit.Stderr)
-		}
-		t.Fatalf("%s %s: %v", name, strings.Join(args, " "), err)
-	}
-	return string(out)
-}
 
 func frontend(address string, protocol plan.Protocol, port uint16) plan.Frontend {
 	return plan.Frontend{Address: netip.MustParseAddr(address), Protocol: protocol, Port: port}
@@ -78,7 +52,7 @@ func addFlows(t *testing.T) {
 		if flow.server != "" {
 			args = append(args, "--dst-nat", flow.server)
 		}
-		run(t, "conntrack", args...)
+		nodetest.Run(t, "conntrack", args...)
 	}
 }
 
@@ -87,7 +61,7 @@ func flowPorts(t *testing.T) []string {
 	t.Helper()
 	var ports []string
 	for _, family := range []string{"ipv4", "ipv6"} {
-		for line := range strings.Lines(run(t, "conntrack", "-L", "-f", family)) {
+		for line := range strings.Lines(nodetest.Run(t, "conntrack", "-L", "-f", family)) {
 			if _, rest, found := strings.Cut(line, "sport="); found {
 				port := strings.Fields(rest)[0]
 				if port == "80" { // begun by the server's side
@@ -139,7 +113,7 @@ func TestSweep(t *testing.T) {
 		{"many", many, without("1002", "1003", "1007", "1010", "2002", "2003", "2005", "2008")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inNamespace(t)
+			nodetest.Namespace(t, "link set lo up")
 			addFlows(t)
 			if diff := cmp.Diff(all, flowPorts(t)); diff != "" {
 				t.Fatalf("flows at the start (-want +got):\n%s", diff)
@@ -161,7 +135,7 @@ func TestSweep(t *testing.T) {
 
 // TestKernelFilters: the kernel sends what was asked for, and not the whole table.
 func TestKernelFilters(t *testing.T) {
-	inNamespace(t)
+	nodetest.Namespace(t, "link set lo up")
 	addFlows(t)
 	for _, tt := range []struct {
 		name   string
@@ -199,7 +173,7 @@ func TestKernelFilters(t *testing.T) {
 
 // TestNFTablesInKernel loads what the scenarios check as text, twice, and sees every kind of damage.
 func TestNFTablesInKernel(t *testing.T) {
-	inNamespace(t)
+	nodetest.Namespace(t, "link set lo up")
 	backend, err := NewNFTables(t.Context(), "kube-system.a-1")
 	if err != nil {
 		t.Fatal(err)
@@ -262,7 +236,7 @@ func TestNFTablesInKernel(t *testing.T) {
 		{"add chain " + table + " theirs", "foreign or changed chain theirs"},
 		{"delete table ip6 magic-ip-kube-system.a-1", "table ip6 magic-ip-kube-system.a-1: the whole table"},
 	} {
-		run(t, "nft", damage.command)
+		nodetest.Run(t, "nft", damage.command)
 		got := strings.Join(verify(), "; ")
 		if damage.want == "" && got != "" || !strings.Contains(got, damage.want) {
 			t.Errorf("after %q: verify says %q, want %q", damage.command, got, damage.want)
@@ -275,14 +249,14 @@ func TestNFTablesInKernel(t *testing.T) {
 	if !sync(plan.Input{}) || sync(plan.Input{}) {
 		t.Error("no magic IP left: want a change by the first sync and none by the second")
 	}
-	if got := run(t, "nft", "list", "tables"); strings.Contains(got, "magic-ip") {
+	if got := nodetest.Run(t, "nft", "list", "tables"); strings.Contains(got, "magic-ip") {
 		t.Errorf("tables left without a magic IP: %s", got)
 	}
 	sync(input)
 	if err := backend.Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got := run(t, "nft", "list", "tables"); got != "table ip unrelated\n" {
+	if got := nodetest.Run(t, "nft", "list", "tables"); got != "table ip unrelated\n" {
 		t.Errorf("tables left after Remove: %s", got)
 	}
 }

@@ -21,7 +21,9 @@ const (
 type Selected struct {
 	backend
 	// Reason is why it is this one, in a few words for people; empty where nothing was to be decided.
-	Reason    string
+	Reason string
+	// Fallback is why it is not nftables although it might be; empty where that was not wanted, or is.
+	Fallback  string
 	leftovers []leftover
 }
 
@@ -65,7 +67,8 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	}
 	s := &Selected{backend: ipt, Reason: ipt.version + ", " + ipt.variant.reason, leftovers: otherIPTables(agentName, &ipt.variant)}
 	if unusable != nil {
-		s.Reason += fmt.Sprintf("; nftables cannot be used: %v", unusable)
+		s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
+		s.Reason += "; " + s.Fallback
 	}
 	if nft, err := newNFTables(agentName); err == nil {
 		s.leftovers = append(s.leftovers, nft)
@@ -73,17 +76,26 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	return s, nil
 }
 
-// Sync brings the kernel to the plan, and then removes leftovers.
+// Sync brings the kernel to the plan, and then removes leftovers: a LeftoverError where only that has failed.
 func (s *Selected) Sync(ctx context.Context, p *plan.Plan) error {
 	if err := s.backend.Sync(ctx, p); err != nil {
 		return err
 	}
 	if err := s.removeLeftovers(ctx); err != nil {
-		return err
+		return &LeftoverError{err}
 	}
 	s.leftovers = nil
 	return nil
 }
+
+// LeftoverError says that rules of another backend are still there, beside those that were wanted.
+type LeftoverError struct{ err error }
+
+func (e *LeftoverError) Error() string { return e.err.Error() }
+func (e *LeftoverError) Unwrap() error { return e.err }
+
+// InPlace says that the rules of the plan are in the kernel.
+func (e *LeftoverError) InPlace() bool { return true }
 
 // Watch calls changed whenever the kernel tells that somebody has changed our rules, until ctx ends. It
 // tells that of nftables only; the rules of iptables are looked at with every poll.

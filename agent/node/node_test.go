@@ -3,41 +3,17 @@ package node_test
 import (
 	"net/netip"
 	"os/exec"
-	"runtime"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 )
 
 // inNamespace puts the test, and the commands it runs, into a network namespace of its own. The thread
 // is never unlocked, so it ends with the test, and the namespace with it.
-func inNamespace(t *testing.T, commands string) {
-	t.Helper()
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatalf("a network namespace (needs root): %v", err)
-	}
-	run(t, commands)
-}
-
-func run(t *testing.T, commands string) {
-	t.Helper()
-	for line := range strings.Lines(commands) {
-		fields := strings.Fields(line)
-		if len(fields) == 0 {
-			continue
-		}
-		if out, err := exec.CommandContext(t.Context(), "ip", fields...).CombinedOutput(); err != nil {
-			t.Fatalf("ip %s: %v\n%s", line, err, out)
-		}
-	}
-}
-
 // The node: eth0 and eth1 are uplinks, one of them by a routing table of its own; cni0 is a bridge with a
 // port; veth-pod is a routed pod; tap0 belongs to a VM; mac9 is what pods are never behind.
 const links = `
@@ -59,7 +35,7 @@ const links = `
 `
 
 func TestRead(t *testing.T) {
-	inNamespace(t, links+`
+	nodetest.Namespace(t, links+`
 		addr add 192.0.2.2/24 dev eth0
 		addr add 198.51.100.2/24 dev eth1
 		addr add 203.0.113.2/24 dev docker0
@@ -93,7 +69,7 @@ func TestRead(t *testing.T) {
 		t.Error("IPv6 although every IPv6 route is link-local")
 	}
 
-	run(t, `
+	nodetest.IP(t, `
 		route add default dev docker0 metric 5
 		-6 addr add fd00:1::1/64 dev cni0 nodad
 		link set cni0 up
@@ -108,7 +84,7 @@ func TestRead(t *testing.T) {
 }
 
 func TestBridgeFilters(t *testing.T) {
-	inNamespace(t, `
+	nodetest.Namespace(t, `
 		link add plain type bridge
 		link add own type bridge nf_call_iptables 1 nf_call_ip6tables 1
 	`)
@@ -148,7 +124,7 @@ func TestBridgeFilters(t *testing.T) {
 }
 
 func TestEnableHairpin(t *testing.T) {
-	inNamespace(t, `
+	nodetest.Namespace(t, `
 		link add cni0 type bridge
 		link add port type veth peer name pod
 		link set port master cni0

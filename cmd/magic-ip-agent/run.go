@@ -19,6 +19,7 @@ const defaultRuntimeDir = "/run/magic-ip-address"
 
 type runFlags struct {
 	config, runtimeDir, nodeName, kubeconfig, backend, logLevel string
+	metricsAddress                                              string
 	noAPI                                                       bool
 	daemonSet                                                   string
 }
@@ -43,6 +44,7 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
 	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
 	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this agent belongs to; when it is deleted, rules and files go")
+	f.StringVar(&flags.metricsAddress, "metrics-address", "", "`HOST:PORT` to serve metrics for Prometheus at, /metrics; nowhere where empty")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("kubeconfig", "no-api")
 	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
@@ -71,6 +73,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		Flows:        netfilter.Conntrack{},
 		Node:         node.Kernel{},
 		ForeignRules: netfilter.ForeignDNAT,
+		Bypasses:     node.Bypasses,
 		Watchers: []agent.Watcher{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {
@@ -82,8 +85,9 @@ func (f *runFlags) run(ctx context.Context) error {
 		},
 		Log: log,
 	}
+	var pods *kube.Pods
 	if !f.noAPI {
-		pods, err := kube.Connect(f.kubeconfig, f.nodeName)
+		pods, err = kube.Connect(f.kubeconfig, f.nodeName)
 		if err != nil {
 			return err
 		}
@@ -91,6 +95,10 @@ func (f *runFlags) run(ctx context.Context) error {
 		options.Watchers = append(options.Watchers, func(ctx context.Context, wake func(agent.Source)) error {
 			return pods.Run(ctx, func() { wake(agent.Pods) })
 		})
+		f.tellEvents(&options, pods, backend.Fallback)
+	}
+	if err := f.serveMetrics(&options, pods, config.Name); err != nil {
+		return err
 	}
 	if f.daemonSet != "" {
 		own, err := kube.ConnectDaemonSet(f.kubeconfig, f.daemonSet, log)

@@ -1,0 +1,178 @@
+package doctor
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+func (e *examination) runtimeDir() {
+	const check = "runtime directory"
+	info, err := os.Stat(e.RuntimeDir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		e.add(Fail, check, e.RuntimeDir+" is not there", "start the agent, or say where it is: --runtime-dir. In a container it has to be mounted")
+	case err != nil:
+		e.add(Fail, check, err.Error(), "run this as root")
+	case !info.IsDir():
+		e.add(Fail, check, e.RuntimeDir+" is no directory", "remove it")
+	default:
+		e.add(OK, check, e.RuntimeDir, "")
+	}
+}
+
+func (e *examination) stateFile() {
+	const check = "state file"
+	path := state.Path(e.RuntimeDir)
+	file, err := state.ReadFile(e.RuntimeDir)
+	e.records = file.Attachments
+	var newer *state.NewerVersionError
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		e.add(OK, check, "none yet: no selected pod has been added since the node was started", "")
+	case errors.As(err, &newer):
+		e.add(Fail, check, err.Error(), "upgrade this agent, or replace the plugin by the one of this version")
+	case err != nil:
+		e.add(Fail, check, err.Error(), "nothing: the plugin sets it aside with the next pod. If it happens again, look at the disk and at who writes "+path)
+	default:
+		e.add(OK, check, fmt.Sprintf("%s, %d records", path, len(e.records)), "")
+	}
+	if info, err := os.Stat(path + ".corrupt"); err == nil {
+		e.add(Warn, check, fmt.Sprintf("a corrupt one was set aside at %s", info.ModTime().Format(time.RFC3339)), "look at "+path+".corrupt, then remove it")
+	}
+}
+
+func (e *examination) liveAgents() {
+	const check = "agent"
+	status, err := agent.ReadStatus(e.RuntimeDir, e.Name)
+	if err != nil {
+		e.add(Fail, check, err.Error(), "start it")
+		return
+	}
+	e.agents = status.Agents
+	if len(e.agents) == 0 {
+		e.add(Fail, check, "none has ever run on this node", "start one: magic-ip-agent run")
+	}
+	for _, a := range e.agents {
+		name := check + " " + a.Name
+		switch reason := a.Unhealthy(e.now); {
+		case a.Unreadable != "":
+			e.add(Fail, name, reason, "upgrade this command, or restart that agent")
+		case reason != "":
+			e.add(Fail, name, reason, "look at its log; `kubectl get pods -o wide` in its namespace")
+		default:
+			e.add(OK, name, fmt.Sprintf("running since %s, polled %s ago", a.StartedAt.Format(time.RFC3339), e.now.Sub(a.Heartbeat).Round(time.Second)), "")
+		}
+		if a.LastError != "" {
+			e.add(Fail, name, "reports: "+a.LastError, "mend that; it tries again by itself")
+		}
+		for _, note := range a.Notes {
+			e.add(Warn, name, note, "")
+		}
+		e.installation(a.Name)
+	}
+}
+
+func (e *examination) installation(name string) {
+	check := "installer " + name
+	switch installed, err := published.Installation(e.RuntimeDir, name); {
+	case err != nil:
+		e.add(Fail, check, err.Error(), "restart the installer")
+	case installed == nil:
+	case installed.LastError != "":
+		e.add(Fail, check, "reports: "+installed.LastError, "mend that; it tries again by itself")
+	default:
+		e.add(OK, check, fmt.Sprintf("%s since %s", installed.Conflist, installed.InstalledAt.Format(time.RFC3339)), "")
+		for _, note := range installed.Notes {
+			e.add(Warn, check, note, "")
+		}
+	}
+}
+
+// most is how many magic IPs are named one by one.
+const most = 20
+
+func (e *examination) magicIPs() {
+	named, served := 0, 0
+	for _, a := range e.agents {
+		for _, m := range a.MagicIPs {
+			check := "magic IP " + frontendOf(m).String()
+			if m.Refused == "" && len(m.Endpoints) > 0 {
+				served++
+				continue
+			}
+			if named++; named > most {
+				continue
+			}
+			if m.Refused != "" {
+				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Refused, "change the configuration of one of the two")
+				continue
+			}
+			next := fmt.Sprintf("look whether a pod of namespace %s with %s runs on this node, and is ready where readiness is required", m.Namespace, m.Selector)
+			e.add(Warn, check, "has no endpoint; new connections: "+m.Action, next)
+		}
+	}
+	if named > most {
+		e.add(Warn, "magic IPs", fmt.Sprintf("%d more without an endpoint, or refused", named-most), "magic-ip-agent status")
+	}
+	if served > 0 {
+		e.add(OK, "magic IPs", fmt.Sprintf("%d ports with an endpoint", served), "")
+	}
+}
+
+func frontendOf(m published.MagicIP) plan.Frontend {
+	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
+}
+
+// logTime is how the plugin begins its lines (log/slog's text).
+var logTime = regexp.MustCompile(`^time=(\S+) `)
+
+const (
+	recent    = 24 * time.Hour
+	mostLines = 3
+)
+
+func (e *examination) pluginLog() {
+	const check = "plugin.log"
+	path := filepath.Join(e.RuntimeDir, "plugin.log")
+	file, err := os.Open(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		e.add(OK, check, "no warnings", "")
+		return
+	case err != nil:
+		e.add(Fail, check, err.Error(), "run this as root")
+		return
+	}
+	defer func() { _ = file.Close() }()
+	var lines []string
+	count := 0
+	for scanner := bufio.NewScanner(file); scanner.Scan(); {
+		line := scanner.Text()
+		match := logTime.FindStringSubmatch(line)
+		if match == nil {
+			continue
+		}
+		if at, err := time.Parse(time.RFC3339Nano, match[1]); err == nil && e.now.Sub(at) < recent {
+			count++
+			lines = append(lines, line)
+			lines = lines[max(0, len(lines)-mostLines):]
+		}
+	}
+	if count == 0 {
+		e.add(OK, check, "no warnings for a day", "")
+		return
+	}
+	e.add(Warn, check, fmt.Sprintf("%d warnings of the plugin within a day, the last: %s", count, strings.Join(lines, " | ")), "look at "+path)
+}

@@ -1,0 +1,136 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+func (e *examination) versions(ctx context.Context) {
+	var name unix.Utsname
+	kernel := "unknown"
+	if unix.Uname(&name) == nil {
+		kernel = unix.ByteSliceToString(name.Release[:])
+	}
+	tools := "no nft and no iptables command here"
+	if found := netfilter.Tools(ctx); len(found) > 0 {
+		tools = strings.Join(found, ", ")
+	}
+	e.add(OK, "versions", fmt.Sprintf("magic-ip-agent %s, Linux %s, %s", e.Version, kernel, tools), "")
+}
+
+// backend says which backend each agent uses and why, and whether nftables could be used.
+func (e *examination) backend(ctx context.Context) {
+	const check = "backend"
+	trial := netfilter.TrialLoad(ctx)
+	for _, a := range e.agents {
+		text := fmt.Sprintf("agent %s uses %s", a.Name, a.Backend)
+		if a.BackendNote != "" {
+			text += ": " + a.BackendNote
+		}
+		switch {
+		case a.Backend == netfilter.BackendNFTables && trial != nil:
+			e.add(Fail, check, fmt.Sprintf("agent %s uses nftables, which does not work from here: %v", a.Name, trial),
+				"run this as root in the network namespace of the node; if that is so, see that the nft command and the kernel are there still")
+		case a.Backend == netfilter.BackendIPTables && trial == nil:
+			e.add(OK, check, text+" (nftables could be used here)", "")
+		default:
+			e.add(OK, check, text, "")
+		}
+	}
+}
+
+// rules compares what is in the kernel with what the agents say they serve.
+func (e *examination) rules(ctx context.Context) {
+	const check = "rules"
+	for _, a := range e.agents {
+		if a.Unreadable != "" || a.LastSync.IsZero() {
+			continue
+		}
+		differs, err := inspect(ctx, a)
+		if len(differs) > 0 { // it may just have changed, or be mended
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+			if status, readErr := agent.ReadStatus(e.RuntimeDir, a.Name); readErr == nil {
+				differs, err = inspect(ctx, status.Agents[0])
+			}
+		}
+		switch {
+		case err != nil:
+			e.add(Hidden, check, fmt.Sprintf("those of agent %s cannot be read: %v", a.Name, err), "run this as root in the network namespace of the node")
+		case len(differs) > 0:
+			next := "see who changes them; the agent mends them"
+			if !a.Live {
+				next = "start the agent: nobody mends them while it does not run"
+			}
+			e.add(Fail, check, fmt.Sprintf("those of agent %s are not as it says: %s", a.Name, strings.Join(differs, "; ")), next)
+		default:
+			e.add(OK, check, fmt.Sprintf("those of agent %s are in the kernel (%s)", a.Name, a.Backend), "")
+		}
+	}
+}
+
+func inspect(ctx context.Context, a agent.NodeAgent) ([]string, error) {
+	var services []plan.Service
+	for _, m := range a.MagicIPs {
+		if m.Refused != "" {
+			continue
+		}
+		service := plan.Service{Frontend: frontendOf(m), HostClients: true, WithoutEndpoint: plan.Action(m.Action)}
+		for _, endpoint := range m.Endpoints {
+			service.Endpoints = append(service.Endpoints, endpoint.Address)
+		}
+		services = append(services, service)
+	}
+	return netfilter.Inspect(ctx, a.Backend, a.Name, services)
+}
+
+func (e *examination) addresses() (all []netip.Addr) {
+	seen := map[netip.Addr]bool{}
+	for _, a := range e.agents {
+		for _, m := range a.MagicIPs {
+			if !seen[m.Address] {
+				seen[m.Address] = true
+				all = append(all, m.Address)
+			}
+		}
+	}
+	return all
+}
+
+func (e *examination) foreignRules(ctx context.Context) {
+	const check = "rules of others"
+	found := netfilter.ForeignDNAT(ctx, e.addresses())
+	for _, rule := range found {
+		next := netfilter.RemoveForeign(ctx, rule)
+		if next == "" {
+			next = "remove it"
+		}
+		e.add(Warn, check, "somebody else translates a magic IP too: "+rule, next)
+	}
+	if len(found) == 0 {
+		e.add(OK, check, "none translates a magic IP", "")
+	}
+}
+
+func (e *examination) bypasses() {
+	const check = "data plane"
+	found := node.Bypasses()
+	for _, bypass := range found {
+		e.add(Warn, check, bypass, "")
+	}
+	if len(found) == 0 {
+		e.add(OK, check, "no eBPF program takes the packets of pods", "")
+	}
+}

@@ -1,0 +1,302 @@
+// Package metrics serves what an agent does to Prometheus.
+//
+// Series are made of the configuration alone, never of pods or clients; of more than MostPorts ports of magic IPs
+// only the sums are told.
+package metrics
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+)
+
+// MostPorts is how many ports of magic IPs have series of their own.
+const MostPorts = 500
+
+// API is the client of the Kubernetes API.
+type API interface {
+	Feeds() []kube.Feed
+	// Requests is how many have been made, by kind: list, watch, poll.
+	Requests() map[string]uint64
+}
+
+// Options of Metrics.
+type Options struct {
+	RuntimeDir, Name, Version string
+	API                       API // nil without one
+	Log                       *slog.Logger
+}
+
+// Metrics counts what an agent does. It is a prometheus.Collector of what is known when it is asked.
+type Metrics struct {
+	Options
+	registry *prometheus.Registry
+
+	syncs   *prometheus.HistogramVec
+	failed  *prometheus.CounterVec
+	synced  prometheus.Gauge
+	routed  prometheus.Histogram
+	deleted prometheus.Counter
+
+	mu      sync.Mutex
+	view    *published.Agent
+	problem string
+}
+
+// New makes metrics of which nothing is counted yet.
+func New(options Options) *Metrics {
+	m := &Metrics{
+		Options: options, registry: prometheus.NewRegistry(),
+		syncs: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "magic_ip_sync_duration_seconds", Help: "How long it took to bring the rules in the kernel to a new state, by backend.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
+		}, []string{"backend"}),
+		failed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "magic_ip_sync_failures_total", Help: "Attempts to bring the rules in the kernel to a new state that have failed, by backend.",
+		}, []string{"backend"}),
+		synced: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "magic_ip_last_successful_sync_timestamp_seconds", Help: "When the rules in the kernel were last changed with success; they are changed only where something has.",
+		}),
+		routed: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "magic_ip_record_to_rule_seconds", Help: "From the CNI plugin's record of a pod to its rule in the kernel, where the magic IP had no endpoint before.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
+		}),
+		deleted: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "magic_ip_flows_deleted_total", Help: "Conntrack entries deleted because their endpoint is gone.",
+		}),
+	}
+	m.registry.MustRegister(m, m.syncs, m.failed, m.synced, m.routed, m.deleted, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// Backend counts the syncs of b.
+func (m *Metrics) Backend(b agent.Backend) agent.Backend {
+	m.failed.WithLabelValues(b.Name())
+	return &backend{b, m}
+}
+
+type backend struct {
+	agent.Backend
+	metrics *Metrics
+}
+
+func (b *backend) Sync(ctx context.Context, p *plan.Plan) error {
+	begun := time.Now()
+	err := b.Backend.Sync(ctx, p)
+	b.metrics.syncs.WithLabelValues(b.Name()).Observe(time.Since(begun).Seconds())
+	if err != nil {
+		b.metrics.failed.WithLabelValues(b.Name()).Inc()
+	} else {
+		b.metrics.synced.SetToCurrentTime()
+	}
+	return err
+}
+
+// Flows counts what f deletes.
+func (m *Metrics) Flows(f agent.Flows) agent.Flows { return &flows{f, m} }
+
+type flows struct {
+	agent.Flows
+	metrics *Metrics
+}
+
+func (f *flows) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (int, error) {
+	deleted, err := f.Flows.Sweep(ctx, p, change)
+	f.metrics.deleted.Add(float64(deleted))
+	return deleted, err
+}
+
+// Published takes in what the agent has published instead of before.
+func (m *Metrics) Published(before, now *published.Agent) {
+	for _, added := range newlyRouted(before, now) {
+		m.routed.Observe(time.Since(added).Seconds())
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.view = now
+}
+
+// newlyRouted are the times of the ADDs that have ended a time without an endpoint.
+func newlyRouted(before, now *published.Agent) (added []time.Time) {
+	if before == nil {
+		return nil
+	}
+	without := map[plan.Frontend]bool{}
+	for _, m := range before.MagicIPs {
+		without[frontendOf(m)] = m.Refused == "" && len(m.Endpoints) == 0
+	}
+	for _, m := range now.MagicIPs {
+		if !without[frontendOf(m)] {
+			continue
+		}
+		for _, e := range m.Endpoints {
+			for _, record := range now.Records {
+				if e.Recorded && record.UID == e.UID && record.AddedAt.After(now.StartedAt) {
+					added = append(added, record.AddedAt)
+				}
+			}
+		}
+	}
+	return added
+}
+
+func frontendOf(m published.MagicIP) plan.Frontend {
+	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
+}
+
+// Problem is why nobody can ask for the metrics; empty where they can.
+func (m *Metrics) Problem() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.problem
+}
+
+// Serve answers GET /metrics at address until ctx ends. Where the address is taken, by the process before this one
+// say, it tries again.
+func (m *Metrics) Serve(ctx context.Context, address string) {
+	const retry = time.Second
+	for ctx.Err() == nil {
+		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		if err == nil {
+			m.note("")
+			err = m.serve(ctx, listener)
+		}
+		if ctx.Err() == nil {
+			m.note("metrics are not served: " + err.Error())
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(retry):
+		}
+	}
+}
+
+func (m *Metrics) note(problem string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if problem != "" && m.problem == "" {
+		m.Log.Warn(problem)
+	}
+	m.problem = problem
+}
+
+func (m *Metrics) serve(ctx context.Context, listener net.Listener) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", m.Handler())
+	server := &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10}
+	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+	m.Log.Info("metrics are served", "addr", listener.Addr())
+	return server.Serve(listener)
+}
+
+// Handler answers with the metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 3, ErrorHandling: promhttp.ContinueOnError})
+}
+
+// desc are what is told as of the moment of asking.
+type desc struct{ info, heartbeat, failing, endpoints, ports, healthy, heard, refused, requests, installed *prometheus.Desc }
+
+func descs() desc {
+	d := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(name, help, labels, nil)
+	}
+	return desc{
+		info:      d("magic_ip_agent_info", "Always 1: name, version and backend of the agent.", "name", "version", "backend"),
+		heartbeat: d("magic_ip_agent_heartbeat_timestamp_seconds", "When the agent last went through its loop; it does so every pollInterval."),
+		failing:   d("magic_ip_agent_failing", "1 where `magic-ip-agent status` shows an error, else 0."),
+		endpoints: d("magic_ip_endpoints", "Pods that the traffic to a port of a magic IP goes to now.", "magic_ip", "port", "protocol"),
+		ports:     d("magic_ip_ports", "Ports of magic IPs by state: served, without_endpoint, refused (claimed by another agent, or not allowed).", "state"),
+		healthy:   d("magic_ip_api_watch_healthy", "1 while the watch of a namespace's pods brings what it should, else 0.", "namespace"),
+		heard:     d("magic_ip_api_watch_last_event_timestamp_seconds", "When the watch last brought an event or a bookmark.", "namespace"),
+		refused:   d("magic_ip_api_forbidden", "1 where RBAC refuses the pods of a namespace, else 0.", "namespace"),
+		requests:  d("magic_ip_api_requests_total", "Requests to the Kubernetes API: list and watch, and poll, the lists made while the watch is not healthy.", "kind"),
+		installed: d("magic_ip_installed", "1 where the installer has put the plugin in place and reports no error, 0 where it reports one; absent without an installer."),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (m *Metrics) Describe(c chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, c) }
+
+// Collect implements prometheus.Collector.
+func (m *Metrics) Collect(c chan<- prometheus.Metric) {
+	m.mu.Lock()
+	view := m.view
+	m.mu.Unlock()
+	d := descs()
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	backendName := ""
+	if view != nil {
+		backendName = view.Backend
+		gauge(d.failing, one(view.LastError != ""))
+		collectPorts(view, d, gauge)
+	}
+	gauge(d.info, 1, m.Name, m.Version, backendName)
+	if info, err := os.Stat(published.Path(m.RuntimeDir, m.Name)); err == nil {
+		gauge(d.heartbeat, seconds(info.ModTime()))
+	}
+	if installed, problem := published.Installation(m.RuntimeDir, m.Name); installed != nil || problem != nil {
+		gauge(d.installed, one(problem == nil && installed.LastError == ""))
+	}
+	if m.API == nil {
+		return
+	}
+	for _, feed := range m.API.Feeds() {
+		gauge(d.healthy, one(feed.Healthy), feed.Namespace)
+		gauge(d.refused, one(feed.Refused), feed.Namespace)
+		if !feed.HeardAt.IsZero() {
+			gauge(d.heard, seconds(feed.HeardAt), feed.Namespace)
+		}
+	}
+	for kind, count := range m.API.Requests() {
+		c <- prometheus.MustNewConstMetric(d.requests, prometheus.CounterValue, float64(count), kind)
+	}
+}
+
+func collectPorts(view *published.Agent, d desc, gauge func(d *prometheus.Desc, value float64, labels ...string)) {
+	states := map[string]int{"served": 0, "without_endpoint": 0, "refused": 0}
+	seen := map[plan.Frontend]bool{}
+	for _, m := range view.MagicIPs {
+		switch {
+		case m.Refused != "":
+			states["refused"]++
+			continue
+		case len(m.Endpoints) == 0:
+			states["without_endpoint"]++
+		default:
+			states["served"]++
+		}
+		if !seen[frontendOf(m)] && len(view.MagicIPs) <= MostPorts {
+			seen[frontendOf(m)] = true
+			gauge(d.endpoints, float64(len(m.Endpoints)), m.Address.String(), strconv.Itoa(int(m.Port)), m.Protocol)
+		}
+	}
+	for state, count := range states {
+		gauge(d.ports, float64(count), state)
+	}
+}
+
+func one(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
+}
+
+func seconds(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }

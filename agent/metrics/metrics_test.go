@@ -1,0 +1,200 @@
+package metrics
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// failing is a backend of which every other sync fails, flows of which three are deleted, and an API of which RBAC
+// refuses one namespace.
+type failing struct{ syncs int }
+
+func (*failing) Name() string                             { return "nftables" }
+func (*failing) Verify(context.Context) ([]string, error) { return nil, nil }
+func (f *failing) Sync(context.Context, *plan.Plan) error {
+	if f.syncs++; f.syncs%2 == 0 {
+		return errors.New("broken")
+	}
+	return nil
+}
+
+func (*failing) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 3, nil }
+
+func (*failing) Feeds() []kube.Feed {
+	return []kube.Feed{{Namespace: "default", Healthy: true, HeardAt: time.UnixMilli(1500)}, {Namespace: "other", Refused: true}}
+}
+func (*failing) Requests() map[string]uint64 {
+	return map[string]uint64{"list": 1, "watch": 2, "poll": 3}
+}
+
+func magicIP(port uint16, endpoints ...published.Endpoint) published.MagicIP {
+	return published.MagicIP{Address: netip.MustParseAddr("169.254.210.210"), Port: port, Protocol: "tcp", Endpoints: endpoints}
+}
+
+// scrape returns the lines of our metrics, but for histogram buckets and times of now.
+func scrape(t *testing.T, m *Metrics) string {
+	t.Helper()
+	answer := httptest.NewRecorder()
+	m.Handler().ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	var lines []string
+	for line := range strings.Lines(answer.Body.String()) {
+		line = strings.TrimSpace(line)
+		varies := strings.Contains(line, "_bucket{") || strings.Contains(line, "_sum") || strings.HasPrefix(line, "magic_ip_last_successful")
+		if strings.HasPrefix(line, "magic_ip_") && !varies {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	parts := &failing{}
+	m := New(Options{RuntimeDir: dir, Name: "a", Version: "v1", API: parts, Log: slog.New(slog.DiscardHandler)})
+	backend, flows := m.Backend(parts), m.Flows(parts)
+	for range 3 {
+		_ = backend.Sync(t.Context(), nil)
+	}
+	_, _ = flows.Sweep(t.Context(), nil, plan.Change{})
+
+	start := time.Now().Add(-time.Minute)
+	endpoint := published.Endpoint{Address: netip.MustParseAddrPort("10.244.1.2:8080"), UID: "u", Recorded: true}
+	refused := magicIP(82)
+	refused.Refused = "claimed"
+	now := &published.Agent{
+		Version: published.Version, Name: "a", Backend: "nftables", StartedAt: start, MagicIPs: []published.MagicIP{magicIP(80, endpoint), magicIP(81), refused},
+		Records: []state.Attachment{{UID: "u", AddedAt: time.Now()}}, LastError: "broken",
+	}
+	m.Published(&published.Agent{StartedAt: start, MagicIPs: []published.MagicIP{magicIP(80), magicIP(81), refused}}, now)
+	m.Published(now, now)
+	lock, err := published.Lock(dir, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	if err := published.Write(dir, now); err != nil {
+		t.Fatal(err)
+	}
+	if err := published.Renew(dir, "a", time.UnixMilli(2500)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(published.Dir(dir)+"/a.install", []byte(`{"version": "v1", "lastError": "read-only"}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want := `magic_ip_agent_failing 1
+magic_ip_agent_heartbeat_timestamp_seconds 2.5
+magic_ip_agent_info{backend="nftables",name="a",version="v1"} 1
+magic_ip_api_forbidden{namespace="default"} 0
+magic_ip_api_forbidden{namespace="other"} 1
+magic_ip_api_requests_total{kind="list"} 1
+magic_ip_api_requests_total{kind="poll"} 3
+magic_ip_api_requests_total{kind="watch"} 2
+magic_ip_api_watch_healthy{namespace="default"} 1
+magic_ip_api_watch_healthy{namespace="other"} 0
+magic_ip_api_watch_last_event_timestamp_seconds{namespace="default"} 1.5
+magic_ip_endpoints{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
+magic_ip_endpoints{magic_ip="169.254.210.210",port="81",protocol="tcp"} 0
+magic_ip_flows_deleted_total 3
+magic_ip_installed 0
+magic_ip_ports{state="refused"} 1
+magic_ip_ports{state="served"} 1
+magic_ip_ports{state="without_endpoint"} 1
+magic_ip_record_to_rule_seconds_count 1
+magic_ip_sync_duration_seconds_count{backend="nftables"} 3
+magic_ip_sync_failures_total{backend="nftables"} 1`
+	if diff := cmp.Diff(want, scrape(t, m)); diff != "" {
+		t.Errorf("metrics (-want +got):\n%s", diff)
+	}
+}
+
+// TestConventions: every metric has a help text, and a name that Prometheus' own linter finds nothing wrong with.
+func TestConventions(t *testing.T) {
+	t.Parallel()
+	m := New(Options{RuntimeDir: t.TempDir(), API: &failing{}, Log: slog.New(slog.DiscardHandler)})
+	m.Published(nil, &published.Agent{MagicIPs: []published.MagicIP{magicIP(80)}})
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, problem := range problems {
+		t.Errorf("%s: %s", problem.Metric, problem.Text)
+	}
+}
+
+// TestManyPorts: ten thousand magic IPs do not make ten thousand series.
+func TestManyPorts(t *testing.T) {
+	t.Parallel()
+	m := New(Options{RuntimeDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	view := &published.Agent{}
+	for port := range 10000 {
+		view.MagicIPs = append(view.MagicIPs, magicIP(uint16(port+1)))
+	}
+	m.Published(nil, view)
+	got := scrape(t, m)
+	if lines := strings.Count(got, "\n"); lines > 20 || !strings.Contains(got, `magic_ip_ports{state="without_endpoint"} 10000`) {
+		t.Errorf("%d lines, want few and the sum:\n%.2000s", lines, got)
+	}
+}
+
+// TestServe: the address of the process before this one is taken over when that ends.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	before, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := before.Addr().String()
+	m := New(Options{RuntimeDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		m.Serve(ctx, address)
+	}()
+	eventually(t, func() bool { return strings.Contains(m.Problem(), "address already in use") })
+	_ = before.Close()
+	eventually(t, func() bool {
+		response, err := http.Get("http://" + address + "/metrics")
+		if err != nil {
+			return false
+		}
+		defer func() { _ = response.Body.Close() }()
+		body, _ := io.ReadAll(response.Body)
+		return strings.Contains(string(body), "process_resident_memory_bytes") && m.Problem() == ""
+	})
+	response, err := http.Get("http://" + address + "/debug/pprof/")
+	if err != nil || response.StatusCode != http.StatusNotFound {
+		t.Errorf("another path: %v, %v", response, err)
+	}
+	_ = response.Body.Close()
+	stop()
+	<-ended
+}
+
+func eventually(t *testing.T, is func() bool) {
+	t.Helper()
+	for until := time.Now().Add(10 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("not within 10 s")
+		}
+	}
+}

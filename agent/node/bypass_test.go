@@ -1,0 +1,105 @@
+package node_test
+
+import (
+	"strings"
+	"testing"
+	"unsafe"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+)
+
+func TestBypasses(t *testing.T) {
+	for _, test := range []struct {
+		name, commands, want string
+	}{
+		{"a bridge and pods", "link add cni0 type bridge\nlink add veth-a type veth peer name pod", ""},
+		{"Cilium", "link add cilium_net type veth peer name cilium_host", "Cilium is on this node"},
+		{"Calico", "link add bpfin.cali type veth peer name bpfout.cali", "Calico runs in eBPF mode"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			nodetest.Namespace(t, test.commands)
+			got := strings.Join(node.Bypasses(), "\n")
+			if test.want == "" && got != "" || !strings.Contains(got, test.want) {
+				t.Errorf("found %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// TestProgramsOfPods: whoever has attached them, and in whichever of the two ways.
+func TestProgramsOfPods(t *testing.T) {
+	nodetest.Namespace(t, "link add eth0 type veth peer name far\nlink set eth0 up\nlink set far up\naddr add 192.0.2.2/24 dev eth0\nroute add default via 192.0.2.1\nlink add veth-a type veth peer name pod-a\nlink add veth-b type veth peer name pod-b")
+	program := loadProgram(t)
+	attachTC(t, "eth0", program) // no pod's
+	if found := node.Bypasses(); len(found) > 0 {
+		t.Errorf("found %q at an uplink", found)
+	}
+	attachTC(t, "veth-a", program)
+	attachTCX(t, "veth-b", program)
+	found := strings.Join(node.Bypasses(), "\n")
+	for _, want := range []string{"veth-a: tc from_pod", "veth-b: 1 by tcx", "internalTrafficPolicy"} {
+		if !strings.Contains(found, want) {
+			t.Errorf("found %q, want %q in it", found, want)
+		}
+	}
+}
+
+// loadProgram loads `return 0` as a classifier (BPF_PROG_LOAD).
+func loadProgram(t *testing.T) int {
+	t.Helper()
+	instructions := []uint64{0x00000000_000000b7, 0x00000000_00000095} // r0 = 0; exit
+	license := []byte("GPL\x00")
+	load := struct {
+		kind, count           uint32
+		instructions, license uint64
+		_                     [96]byte
+	}{
+		kind: unix.BPF_PROG_TYPE_SCHED_CLS, count: uint32(len(instructions)),
+		instructions: uint64(uintptr(unsafe.Pointer(&instructions[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0]))),
+	}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&load)), unsafe.Sizeof(load))
+	if errno != 0 {
+		t.Fatalf("loading an eBPF program (needs root): %v", errno)
+	}
+	t.Cleanup(func() { _ = unix.Close(int(fd)) })
+	return int(fd)
+}
+
+func attachTC(t *testing.T, name string, program int) {
+	t.Helper()
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := link.Attrs().Index
+	if err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}); err != nil {
+		t.Fatal(err)
+	}
+	err = netlink.FilterAdd(&netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 1},
+		Fd:          program, Name: "from_pod", DirectAction: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// attachTCX makes a link of the other kind (BPF_PROG_ATTACH).
+func attachTCX(t *testing.T, name string, program int) {
+	t.Helper()
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach := struct {
+		target, program, attachType, flags, replace, relative uint32
+		revision                                              uint64
+	}{target: uint32(link.Attrs().Index), program: uint32(program), attachType: unix.BPF_TCX_INGRESS}
+	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_ATTACH, uintptr(unsafe.Pointer(&attach)), unsafe.Sizeof(attach)); errno != 0 {
+		t.Fatalf("attaching by tcx: %v", errno)
+	}
+}

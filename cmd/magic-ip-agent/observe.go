@@ -1,0 +1,63 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+
+	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/event"
+	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/metrics"
+)
+
+// tellEvents has the agent send Events about its own pod, where it knows which that is.
+func (f *runFlags) tellEvents(options *agent.Options, pods *kube.Pods, fallback string) {
+	self := kube.Self{Namespace: os.Getenv("POD_NAMESPACE"), Name: os.Getenv("POD_NAME"), UID: os.Getenv("POD_UID")}
+	if !self.Known() {
+		options.Log.Info("no Events: POD_NAME, POD_NAMESPACE and POD_UID do not say whom they are about")
+		return
+	}
+	recorder := event.New(event.Options{
+		Send: pods.Events(self), Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback, Log: options.Log, //nolint:gosec // spreads load
+	})
+	options.Published = append(options.Published, recorder.Published)
+	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", recorder.Problem()) })
+	options.Watchers = append(options.Watchers, func(ctx context.Context, _ func(agent.Source)) error {
+		recorder.Run(ctx)
+		return nil
+	})
+}
+
+// serveMetrics counts what the agent does, where --metrics-address says where to tell it.
+func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name string) error {
+	if f.metricsAddress == "" {
+		return nil
+	}
+	if _, err := net.ResolveTCPAddr("tcp", f.metricsAddress); err != nil {
+		return fmt.Errorf("--metrics-address %q is not allowed; allowed: HOST:PORT: %w", f.metricsAddress, err)
+	}
+	about := metrics.Options{RuntimeDir: f.runtimeDir, Name: name, Version: version, Log: options.Log}
+	if pods != nil {
+		about.API = pods
+	}
+	m := metrics.New(about)
+	options.Backend, options.Flows = m.Backend(options.Backend), m.Flows(options.Flows)
+	options.Published = append(options.Published, m.Published)
+	options.Notes = append(options.Notes, func() []string { return prefixed("", m.Problem()) })
+	options.Watchers = append(options.Watchers, func(ctx context.Context, _ func(agent.Source)) error {
+		m.Serve(ctx, f.metricsAddress)
+		return nil
+	})
+	return nil
+}
+
+// prefixed is text behind prefix; nothing where there is no text.
+func prefixed(prefix, text string) []string {
+	if text == "" {
+		return nil
+	}
+	return []string{prefix + text}
+}
