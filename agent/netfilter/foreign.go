@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+
+	"sigs.k8s.io/knftables"
 )
 
 // ForeignDNAT names the rules of others that translate one of these addresses, such as one that the bash
@@ -18,6 +20,13 @@ func ForeignDNAT(ctx context.Context, addresses []netip.Addr) []string {
 	for save, table := range map[string]string{
 		"iptables-nft-save": "ip nat", "ip6tables-nft-save": "ip6 nat", "iptables-legacy-save": "", "ip6tables-legacy-save": "",
 	} {
+		family := knftables.IPv4Family
+		if strings.HasPrefix(save, "ip6") {
+			family = knftables.IPv6Family
+		}
+		if table == "" && !legacyTable(family, "nat") {
+			continue // to ask would bring it into use
+		}
 		if out, err := exec.CommandContext(ctx, save, "-t", "nat").Output(); err == nil {
 			told[table] = true
 			found = append(found, foreignIPTables(save, string(out), addresses)...)
