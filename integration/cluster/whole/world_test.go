@@ -21,7 +21,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
@@ -38,14 +37,15 @@ const (
 )
 
 var magicIPs = map[string]string{
-	"start":  "169.254.210.1",
-	"older":  "169.254.210.2",
-	"flip":   "169.254.210.3",
-	"static": "169.254.210.4",
-	"host":   "169.254.210.5",
-	"forced": "169.254.210.6",
-	"outage": "169.254.210.7",
-	"reboot": "169.254.210.8",
+	"start":   "169.254.210.1",
+	"older":   "169.254.210.2",
+	"flip":    "169.254.210.3",
+	"static":  "169.254.210.4",
+	"host":    "169.254.210.5",
+	"forced":  "169.254.210.6",
+	"outage":  "169.254.210.7",
+	"reboot":  "169.254.210.8",
+	"rollout": "169.254.210.9",
 }
 
 // cluster is shared by all tests, one after the other.
@@ -224,15 +224,6 @@ func echoPod(n *whole.Node, namespace, name string) *corev1.Pod {
 			}},
 		},
 	}
-}
-
-// probed lets kubelet ask the server whether it is ready.
-func probed(pod *corev1.Pod) *corev1.Pod {
-	pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
-		PeriodSeconds: 1, FailureThreshold: 1,
-		ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(control)}},
-	}
-	return pod
 }
 
 func createPod(ctx context.Context, pod *corev1.Pod) (made *corev1.Pod, err error) {
