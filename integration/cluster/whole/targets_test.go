@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // TestStaticPod: the sandbox of a static pod has another UID than its object in the API.
@@ -161,10 +163,8 @@ func TestReboot(t *testing.T) {
 	target := w.create(echoPod(n, w.namespace, "echo"))
 	before := w.ready(target)
 	w.goesTo(target.Name)
+	lost := recordOf(n, before).Key()
 	w.must(n.Reboot(w.patience()))
-	if _, err := n.ReadFile(lab.RuntimeDir + "/state.json"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("reading the records after the reboot: %v", err)
-	}
 	w.must(startAgent(w.patience(), n))
 	w.must(lab.Eventually(w.patience(), func() error {
 		after, err := awaitReady(w.patience(), w.namespace+"/"+target.Name)
@@ -173,5 +173,10 @@ func TestReboot(t *testing.T) {
 		}
 		return err
 	}))
+	records, err := state.Read(n.Path(lab.RuntimeDir))
+	w.must(err)
+	if slices.ContainsFunc(records, func(a state.Attachment) bool { return a.Key() == lost }) {
+		t.Errorf("the record %+v has outlived the reboot", lost)
+	}
 	newWorld(t, n, "reboot").goesTo(target.Name)
 }
