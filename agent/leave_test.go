@@ -121,7 +121,7 @@ func (l *leaving) put(path string) {
 // files are all that is in the runtime dir.
 func (l *leaving) files() (files []string) {
 	l.Helper()
-	err := filepath.WalkDir(l.dir, func(path string, entry fs.DirEntry, err error) error {
+	err := filepath.WalkDir(l.dir, func(path string, _ fs.DirEntry, err error) error {
 		if err == nil && path != l.dir {
 			name, _ := filepath.Rel(l.dir, path)
 			files = append(files, name)

@@ -75,11 +75,11 @@ func (s *site) flags(command string, more ...string) []string {
 
 func (s *site) plugin() string { return filepath.Join(s.root, "bin", install.PluginType) }
 
-// cni calls a runtime's command for a pod called app, with the network configurations in a directory.
-func (s *site) cni(command, dir, pod, app string) {
+// cni calls a runtime's command for a target, with the network configurations in a directory.
+func (s *site) cni(command, dir, pod string) {
 	s.t.Helper()
 	cmd := s.Command(s.t.Context(), filepath.Join(s.root, "bin", "cnitool"), command, "bridge", "/run/netns/"+pod)
-	cmd.Env = append(cmd.Env, "NETCONFPATH="+dir, "CNI_PATH="+binDir, `CAP_ARGS={"labels": {"app": "`+app+`"}}`,
+	cmd.Env = append(cmd.Env, "NETCONFPATH="+dir, "CNI_PATH="+binDir, `CAP_ARGS={"labels": {"app": "echo"}}`,
 		fmt.Sprintf("CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=%s;K8S_POD_UID=uid-%[1]s", pod))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		s.t.Fatalf("%s of %s with the configurations in %s: %v: %s", command, pod, dir, err, out)
@@ -89,7 +89,7 @@ func (s *site) cni(command, dir, pod, app string) {
 func (s *site) add(pod string) {
 	s.t.Helper()
 	s.run("ip netns add " + pod)
-	s.cni("add", confDir, pod, "echo")
+	s.cni("add", confDir, pod)
 }
 
 func (s *site) conflist() string {
@@ -126,10 +126,10 @@ func (s *site) gone() error {
 // afterwards checks that pods of before can go, new ones come and go, and that none of it leaves a trace.
 func (s *site) afterwards(cached, pod string) {
 	s.t.Helper()
-	s.cni("del", cached, pod, "echo")
-	s.cni("del", cached, pod, "echo") // runtimes repeat it
+	s.cni("del", cached, pod)
+	s.cni("del", cached, pod) // runtimes repeat it
 	s.add("later")
-	s.cni("del", confDir, "later", "echo")
+	s.cni("del", confDir, "later")
 	if err := s.gone(); err != nil {
 		s.t.Errorf("after pods have come and gone: %v", err)
 	}
@@ -138,12 +138,12 @@ func (s *site) afterwards(cached, pod string) {
 	}
 }
 
-// serves waits until the agent leads to this pod.
-func (s *site) serves(pod string) {
+// serves waits until the agent leads to the pod called echo.
+func (s *site) serves() {
 	s.t.Helper()
 	err := lab.Eventually(patience(s.t), func() error {
 		agent, err := published.Read(s.Path(lab.RuntimeDir), agentName)
-		if err == nil && !hasEndpoint(agent, pod) {
+		if err == nil && !hasEndpoint(agent, "echo") {
 			err = fmt.Errorf("published is %+v", agent)
 		}
 		return err
@@ -168,14 +168,17 @@ func TestInstallAndUninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.add("echo")
-	s.serves("echo")
+	s.serves()
 	s.run("cp -r " + confDir + " /run/cached")
+	if out, err := s.RunAgent(t.Context(), "status"); err != nil || !strings.Contains(out, "installed: "+confDir+"/10-bridge.conflist since ") {
+		t.Errorf("status: %v\n%s", err, out)
+	}
 
 	_, err = s.RunAgent(t.Context(), s.flags("uninstall")...)
 	if err == nil || !strings.Contains(err.Error(), "is running on this node: stop it first") {
 		t.Errorf("uninstall beside a running agent: %v", err)
 	}
-	s.serves("echo")
+	s.serves()
 	if err := agent.Stop(patience(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +286,7 @@ func TestDaemonSetDeleted(t *testing.T) {
 	}
 	installer, agent := start()
 	s.add("echo")
-	s.serves("echo")
+	s.serves()
 	s.run("cp -r " + confDir + " /run/cached")
 
 	// An upgrade, while the API server refuses.
@@ -299,7 +302,7 @@ func TestDaemonSetDeleted(t *testing.T) {
 	}
 	api.set(http.StatusOK)
 	installer, agent = start()
-	s.serves("echo")
+	s.serves()
 
 	api.awaitWatchers(t, 2)
 	api.set(http.StatusNotFound)

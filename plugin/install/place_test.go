@@ -346,17 +346,17 @@ func TestReleasesOfSeveralVersions(t *testing.T) {
 func TestCompareVersions(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		a, b       string
-		order      int
-		comparable bool
+		a, b  string
+		order int
+		known bool
 	}{
 		{"v1.2.3", "v1.2.3", 0, true}, {"v1.2.3", "v1.2.10", -1, true}, {"v2.0.0", "v1.99.99", 1, true},
 		{"v1.2.3-4-g0123abc", "v1.2.3", 1, true}, {"v1.2.3-4-g0123abc", "v1.2.3-12-gfff", -1, true}, {"v1.2.3-4-g0123abc", "v1.2.4", -1, true},
 		{"devel", "v1.2.3", 0, false}, {"v1.2.3-rc1", "v1.2.3", 0, false}, {"0123abc-dirty", "0123abc-dirty", 0, false}, {"v1.2", "v1.2.0", 0, false}, {"v1.2.x", "v1.2.0", 0, false},
 	} {
-		order, comparable := compareVersions(test.a, test.b)
-		if comparable != test.comparable || order < 0 != (test.order < 0) || order > 0 != (test.order > 0) {
-			t.Errorf("%s and %s: %d, %t", test.a, test.b, order, comparable)
+		order, known := compareVersions(test.a, test.b)
+		if known != test.known || order < 0 != (test.order < 0) || order > 0 != (test.order > 0) {
+			t.Errorf("%s and %s: %d, %t", test.a, test.b, order, known)
 		}
 	}
 }
