@@ -56,7 +56,11 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var err error
+	before, err := snapshot()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	if cluster, err = whole.New(ctx, whole.Options{Name: "whole"}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -66,7 +70,7 @@ func run(m *testing.M) int {
 	if err = place(ctx); err == nil {
 		code = m.Run()
 	}
-	if err = errors.Join(err, failedLogs(code), cluster.Close()); err != nil {
+	if err = errors.Join(err, failedLogs(code), cluster.Close(), leftAlone(before, cluster)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
