@@ -19,8 +19,8 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// TestRollout rolls a DaemonSet with maxSurge, whose old pods take no more connections as soon as they are told to
-// end. In the same run clients ask at the magic IP, and at a Service with internalTrafficPolicy: Local.
+// TestRollout rolls a DaemonSet with maxSurge, whose old pods take connections for half a second after they are told
+// to end. In the same run clients ask at the magic IP, and at a Service with internalTrafficPolicy: Local.
 func TestRollout(t *testing.T) {
 	const namespace = "rollout"
 	first := newWorld(t, cluster.Nodes[0], namespace)
@@ -76,7 +76,9 @@ func rolledOut(w *world) netip.AddrPort {
 	meta := metav1.ObjectMeta{Namespace: w.namespace, Name: "echo", Labels: labels}
 	pod := echoPod(w.node, w.namespace, "")
 	pod.Spec.NodeName = ""
-	pod.Spec.Containers[0].Args = []string{"serve"} // answers with its hostname, the pod's name
+	grace := int64(5)
+	pod.Spec.TerminationGracePeriodSeconds = &grace
+	pod.Spec.Containers[0].Args = []string{"serve", "--drain", "500ms"} // answers with its hostname, the pod's name
 	pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
 		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(control)}},
 	}
@@ -102,11 +104,7 @@ func rolledOut(w *world) netip.AddrPort {
 	}, metav1.CreateOptions{})
 	w.must(err)
 	w.Cleanup(func() {
-		ctx, foreground := w.patience(), metav1.DeletePropagationForeground
-		err := cluster.Admin.AppsV1().DaemonSets(w.namespace).Delete(ctx, set.Name, metav1.DeleteOptions{PropagationPolicy: &foreground})
-		if err == nil {
-			err = cluster.Admin.CoreV1().Services(w.namespace).Delete(ctx, service.Name, metav1.DeleteOptions{})
-		}
+		_, err := cluster.Kubectl(w.patience(), "delete", "--namespace", w.namespace, "--cascade=foreground", "--wait", "daemonset/"+set.Name, "service/"+service.Name)
 		if err != nil {
 			w.Error(err)
 		}

@@ -56,7 +56,11 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var err error
+	before, err := snapshot()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	if cluster, err = whole.New(ctx, whole.Options{Name: "whole"}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -66,7 +70,7 @@ func run(m *testing.M) int {
 	if err = place(ctx); err == nil {
 		code = m.Run()
 	}
-	if err = errors.Join(err, failedLogs(code), cluster.Close()); err != nil {
+	if err = errors.Join(err, failedLogs(code), cluster.Close(), leftAlone(before, cluster)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -314,10 +318,16 @@ func onEachNode(t *testing.T, namespace string, test func(*world)) {
 
 func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 	w := &world{T: t, node: n, namespace: namespace}
-	pod, err := awaitReady(w.patience(), "clients/client-"+n.Name)
-	w.must(err)
-	w.client, err = n.PodNetNS(t.Context(), pod)
-	w.must(err)
+	// After a reboot the API tells of the containers before it for a while.
+	ctx := w.patience()
+	w.must(lab.Eventually(ctx, func() error {
+		pod, err := awaitReady(ctx, "clients/client-"+n.Name)
+		if err != nil {
+			return err
+		}
+		w.client, err = n.PodNetNS(ctx, pod)
+		return err
+	}))
 	t.Cleanup(func() {
 		if t.Failed() {
 			if agent, err := published.Read(n.Path(lab.RuntimeDir), agentName); err == nil {
@@ -329,7 +339,7 @@ func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 }
 
 func (w *world) patience() context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), time.Minute)
 	w.Cleanup(cancel)
 	return ctx
 }
