@@ -33,6 +33,7 @@ type leaving struct {
 	swept   plan.Change
 	deleted chan struct{}
 	log     bytes.Buffer
+	ended   chan error
 }
 
 const leavingName = "default.magic-ip"
@@ -68,9 +69,9 @@ magicIPs:
 - {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}
 `
 	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
+	l.ended = make(chan error, 1)
 	go func() {
-		ended <- Run(ctx, Options{
+		l.ended <- Run(ctx, Options{
 			RuntimeDir: l.dir, Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
 			Load:         func() (Config, error) { return Parse(strings.NewReader(config), true) },
 			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
@@ -96,7 +97,7 @@ magicIPs:
 	return func() {
 		l.Helper()
 		cancel()
-		if err := <-ended; err != nil && !errors.Is(err, ErrStandby) {
+		if err := <-l.ended; err != nil && !errors.Is(err, ErrStandby) {
 			l.Errorf("the agent ended with %v", err)
 		}
 	}
@@ -182,6 +183,9 @@ func TestLeave(t *testing.T) {
 		}
 		time.Sleep(time.Hour)
 		l.want("an hour later", false)
+		if len(l.ended) > 0 {
+			t.Error("it has ended")
+		}
 		sigterm()
 		l.want("stopped", false)
 	})

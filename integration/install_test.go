@@ -153,6 +153,20 @@ func (s *site) serves() {
 	}
 }
 
+// confined starts the agent's binary as root with no capabilities but these, as the containers of the pod have them.
+func (s *site) confined(capabilities string, args ...string) *lab.Process {
+	s.t.Helper()
+	binary := os.Getenv("MAGIC_IP_AGENT")
+	if binary == "" {
+		binary = filepath.Join(s.root, "bin", "magic-ip-agent")
+	}
+	process, err := s.Start("setpriv", append([]string{"--bounding-set=" + capabilities, "--inh-caps=-all", "--no-new-privs", "--", binary}, args...)...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return process
+}
+
 // TestInstallAndUninstall by hand: everything is as before, while a pod of before still runs.
 func TestInstallAndUninstall(t *testing.T) {
 	t.Parallel()
@@ -209,10 +223,7 @@ func TestInstallAndUninstall(t *testing.T) {
 func TestUninstallByForce(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	installer, err := s.Start(filepath.Join(s.root, "bin", "magic-ip-agent"), s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	installer := s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
 	s.awaitEntry(installer)
 	if err := installer.Freeze(); err != nil {
 		t.Fatal(err)
@@ -261,28 +272,23 @@ func TestReadOnlyDirectories(t *testing.T) {
 }
 
 // TestDaemonSetDeleted: agent and installer of a DaemonSet that is deleted take out all that they have put on the node, each
-// its own, and wait then. That they are refused before, or told to stop, leaves everything in place.
+// its own and without privileges, and wait then. That they are refused before, or told to stop, leaves everything in place.
 func TestDaemonSetDeleted(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	api := s.newAPI()
 	start := func() (installer, agent *lab.Process) {
 		t.Helper()
-		installer, err := s.Start(filepath.Join(s.root, "bin", "magic-ip-agent"), s.flags("install", "--watch", "--plugin", s.plugin(), "--daemonset", "kube-system/magic", "--kubeconfig", "/run/kubeconfig")...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		running, err := s.StartAgent([]byte(installConfig), "--daemonset", "kube-system/magic", "--kubeconfig", "/run/kubeconfig")
-		if err != nil {
-			t.Fatal(err)
-		}
+		own := []string{"--daemonset", "kube-system/magic", "--kubeconfig", "/run/kubeconfig"}
+		installer = s.confined("-all", s.flags("install", append(own, "--watch", "--plugin", s.plugin())...)...)
+		agent = s.confined("-all,+net_admin", append(own, "run", "--config", "/run/agent.yaml", "--runtime-dir", lab.RuntimeDir, "--node-name", "node")...)
 		s.awaitEntry(installer)
 		t.Cleanup(func() {
 			if t.Failed() {
-				t.Logf("installer:\n%s\nagent:\n%s", installer.Log(), running.Log())
+				t.Logf("installer:\n%s\nagent:\n%s", installer.Log(), agent.Log())
 			}
 		})
-		return installer, running.Process
+		return installer, agent
 	}
 	installer, agent := start()
 	s.add("echo")

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -22,7 +24,7 @@ func TestComeAndGo(t *testing.T) {
 	for i := range 8 {
 		group.Go(func() {
 			name := fmt.Sprintf("agent-%d", i)
-			for range 20 {
+			for range 100 {
 				if err := comeAndGo(dir, name); err != nil {
 					t.Errorf("%s: %v", name, err)
 					return
@@ -48,13 +50,47 @@ func comeAndGo(dir, name string) error {
 	if _, err := state.Update(dir, 5*time.Second, nil, state.Attachment{ContainerID: key.ContainerID, IfName: key.IfName}); err != nil {
 		return err
 	}
-	time.Sleep(time.Millisecond)
 	recorded, err := state.Recorded(dir, key)
 	_, readErr := published.Read(dir, name)
 	if !recorded || !published.Live(dir, name) || err != nil || readErr != nil {
 		return fmt.Errorf("recorded %t (%w), live %t, file %w", recorded, err, published.Live(dir, name), readErr)
 	}
 	return errors.Join(published.Leave(dir, name), published.Unlock(lock))
+}
+
+// TestOneAtATime: whoever comes waits until whoever leaves has gone, and the other way round.
+func TestOneAtATime(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, f := range map[string]func() error{
+		"come": func() error {
+			lock, err := published.Lock(dir, "a")
+			return errors.Join(err, published.Unlock(lock))
+		},
+		"go": func() error { return published.Leave(dir, "b") },
+	} {
+		other, err := os.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Flock(int(other.Fd()), unix.LOCK_EX); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- f() }()
+		select {
+		case err := <-done:
+			t.Errorf("%s does not wait: %v", name, err)
+			done <- err
+		case <-time.After(100 * time.Millisecond):
+		}
+		if err := other.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }
 
 // TestLeaveOfTheLast takes the remains of those who were killed along, and nothing that is not of this project.
