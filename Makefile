@@ -65,7 +65,7 @@ e2e-image: ## the same image without a registry, into bin/image.tar (needs root)
 	integration/cluster/image
 
 .PHONY: chart
-chart: chart-tools ## the chart: lint, schema, unit tests, its README, and whether the agent takes what it renders
+chart: build chart-tools ## the chart: lint, schema, unit tests, its README, and whether the agent takes what it renders
 	bin/chart/helm-unittest --strict charts/magic-ip-address
 	go test -C integration/chart -count=1 ./...
 

@@ -3,8 +3,10 @@ module github.com/magic-ip-address/magic-ip-address/integration/chart
 go 1.26.0
 
 require (
+	github.com/google/go-cmp v0.7.0
 	github.com/magic-ip-address/magic-ip-address v0.0.0
 	helm.sh/helm/v3 v3.21.4
+	sigs.k8s.io/yaml v1.6.0
 )
 
 require (
@@ -99,7 +101,6 @@ require (
 	sigs.k8s.io/json v0.0.0-20250730193827-2d320260d730 // indirect
 	sigs.k8s.io/randfill v1.0.0 // indirect
 	sigs.k8s.io/structured-merge-diff/v6 v6.4.2 // indirect
-	sigs.k8s.io/yaml v1.6.0 // indirect
 )
 
 replace (

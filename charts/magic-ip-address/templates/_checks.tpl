@@ -1,5 +1,11 @@
 {{/* What the schema cannot see: values that do not go together. The agent would refuse them too, on every node. */}}
 {{- define "magic-ip-address.checks" -}}
+{{- if not (and .Values.cni .Values.api .Values.metrics .Values.installer) -}}
+  {{- fail "these are the values of another version of this chart; say --reset-then-reuse-values instead of --reuse-values" -}}
+{{- end -}}
+{{- if hasSuffix "kube-magic-ip-assigner" .Values.image.repository -}}
+  {{- fail (printf "image.repository %s is the agent of chart 0.1.0; leave image.repository and image.tag out, or set them to the image of this chart" .Values.image.repository) -}}
+{{- end -}}
 {{- if not .Values.api.enabled -}}
   {{- if not .Values.cni.enabled -}}
     {{- fail "with api.enabled=false and cni.enabled=false nothing tells the agent of pods; one of the two must be true" -}}
