@@ -44,6 +44,8 @@ var magicIPs = map[string]string{
 	"static": "169.254.210.4",
 	"host":   "169.254.210.5",
 	"forced": "169.254.210.6",
+	"outage": "169.254.210.7",
+	"reboot": "169.254.210.8",
 }
 
 // cluster is shared by all tests, one after the other.
@@ -78,7 +80,7 @@ func failedLogs(code int) error {
 	return errors.New(cluster.LogTails())
 }
 
-// place makes the namespaces, the pods that are older than the plugin, and then puts plugin and agent in place.
+// place makes the namespaces and the client pods, and puts plugin and agent in place.
 func place(ctx context.Context) error {
 	manifests := `
 apiVersion: rbac.authorization.k8s.io/v1
@@ -99,17 +101,13 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: magic-ip-agen
 		return err
 	}
 	for _, n := range cluster.Nodes {
-		for _, pod := range []*corev1.Pod{echoPod(n, "older", "older-"+n.Name), echoPod(n, "clients", "client-"+n.Name)} {
-			if _, err := createPod(ctx, pod); err != nil {
-				return err
-			}
+		if _, err := createPod(ctx, echoPod(n, "clients", "client-"+n.Name)); err != nil {
+			return err
 		}
 	}
 	for _, n := range cluster.Nodes {
-		for _, name := range []string{"older/older-" + n.Name, "clients/client-" + n.Name} {
-			if _, err := awaitReady(ctx, name); err != nil {
-				return err
-			}
+		if _, err := awaitReady(ctx, "clients/client-"+n.Name); err != nil {
+			return err
 		}
 		if err := placeOn(ctx, n); err != nil {
 			return fmt.Errorf("%s: %w", n.Name, err)
@@ -142,7 +140,7 @@ func placeOn(ctx context.Context, n *whole.Node) error {
 	if err != nil {
 		return err
 	}
-	if err := startAgent(ctx, n, filepath.Join(root, "bin", "magic-ip-agent")); err != nil {
+	if err := startAgent(ctx, n); err != nil {
 		return err
 	}
 	if err := chain(n, map[string]any{
@@ -151,25 +149,37 @@ func placeOn(ctx context.Context, n *whole.Node) error {
 	}); err != nil {
 		return err
 	}
-	// The runtime says nowhere that it has read the conflist again.
+	pod, err := awaitConflist(ctx, n, "start", true)
+	if err != nil {
+		return err
+	}
+	return removePod(ctx, pod)
+}
+
+// awaitConflist makes pods until one is recorded, or is not: the runtime says nowhere that it has read the conflist
+// again. It returns that pod.
+func awaitConflist(ctx context.Context, n *whole.Node, namespace string, recorded bool) (*corev1.Pod, error) {
 	for attempt := 1; ; attempt++ {
-		pod, err := createPod(ctx, echoPod(n, "start", fmt.Sprintf("first-%d-%s", attempt, n.Name)))
+		pod, err := createPod(ctx, echoPod(n, namespace, fmt.Sprintf("attempt-%d-%s", attempt, n.Name)))
 		if err == nil {
-			pod, err = awaitReady(ctx, "start/"+pod.Name)
+			pod, err = awaitReady(ctx, namespace+"/"+pod.Name)
 		}
-		if err != nil {
-			return err
+		if err != nil || recorded == (recordOf(n, pod) != nil) {
+			return pod, err
 		}
-		recorded := recordOf(n, pod) != nil
-		if err := removePod(ctx, pod); err != nil || recorded {
-			return err
+		if err := removePod(ctx, pod); err != nil {
+			return nil, err
 		}
 	}
 }
 
 // startAgent starts the agent as a process of the node, and waits until it serves.
-func startAgent(ctx context.Context, n *whole.Node, program string) error {
-	_, err := n.StartProcess("agent", program, "run", "--config", "/etc/magic-ip-address/config.yaml", "--kubeconfig", "/etc/magic-ip-address/kubeconfig",
+func startAgent(ctx context.Context, n *whole.Node) error {
+	root, err := lab.ModuleRoot()
+	if err != nil {
+		return err
+	}
+	_, err = n.StartProcess("agent", filepath.Join(root, "bin", "magic-ip-agent"), "run", "--config", "/etc/magic-ip-address/config.yaml", "--kubeconfig", "/etc/magic-ip-address/kubeconfig",
 		"--node-name", n.Name, "--runtime-dir", lab.RuntimeDir, "--log-level", "debug")
 	if err != nil {
 		return err

@@ -1,0 +1,177 @@
+//go:build e2e
+
+package whole_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// TestStaticPod: the sandbox of a static pod has another UID than its object in the API.
+func TestStaticPod(t *testing.T) {
+	onEachNode(t, "static", func(w *world) {
+		pod := echoPod(w.node, w.namespace, "static")
+		pod.Spec.NodeName = ""
+		name := pod.Name + "-" + w.node.Name // of the object that kubelet makes
+		pod.Spec.Containers[0].Args = []string{"serve", "--name", name}
+		manifest, err := json.Marshal(pod)
+		w.must(err)
+		file := whole.ManifestDir + "/static.json"
+		w.must(w.node.WriteFile(file, manifest, 0o644))
+		w.Cleanup(func() { _ = os.Remove(w.node.Path(file)) })
+		ready, err := awaitReady(w.patience(), w.namespace+"/"+name)
+		w.must(err)
+		w.goesTo(name)
+		if record := recordOf(w.node, ready); record == nil || record.UID == string(ready.UID) {
+			w.Errorf("the record of pod %s is %+v", ready.UID, record)
+		}
+		if endpoints, err := w.endpoints(); err != nil || len(endpoints) != 1 || !endpoints[0].Recorded {
+			w.Errorf("endpoints %+v, %v: want one that is joined with its record", endpoints, err)
+		}
+		w.must(os.Remove(w.node.Path(file)))
+		w.goesTo("")
+	})
+}
+
+// TestOlderPod: a pod that was there before the plugin is known by the API alone, and leaves without a record.
+func TestOlderPod(t *testing.T) {
+	onEachNode(t, "older", func(w *world) {
+		with, err := w.node.ReadFile(whole.ConflistFile)
+		w.must(err)
+		var conflist map[string]any
+		w.must(json.Unmarshal(with, &conflist))
+		plugins := conflist["plugins"].([]any)
+		conflist["plugins"] = plugins[:len(plugins)-1]
+		without, err := json.Marshal(conflist)
+		w.must(err)
+
+		w.must(w.node.WriteFile(whole.ConflistFile, without, 0o644))
+		pod, errPod := awaitConflist(w.patience(), w.node, w.namespace, false)
+		w.must(errors.Join(errPod, w.node.WriteFile(whole.ConflistFile, with, 0o644)))
+		w.goesTo(pod.Name)
+		other, err := awaitConflist(w.patience(), w.node, "start", true)
+		w.must(err)
+		w.must(removePod(w.patience(), other))
+
+		w.must(removePod(w.patience(), pod)) // DEL reaches the plugin, which has never seen ADD
+		w.goesTo("")
+	})
+}
+
+// TestHostNetworkTarget: there is no ADD at all.
+func TestHostNetworkTarget(t *testing.T) {
+	onEachNode(t, "host", func(w *world) {
+		pod := echoPod(w.node, w.namespace, "host-"+w.node.Name)
+		pod.Spec.HostNetwork = true
+		// On all addresses it would answer datagrams from the one of cni0, and the reply would find no flow.
+		pod.Spec.Containers[0].Args = append(pod.Spec.Containers[0].Args, "--udp", netip.AddrPortFrom(w.node.Address, port).String())
+		made := w.create(pod)
+		w.ready(made)
+		w.goesTo(made.Name)
+		w.must(removePod(w.patience(), made))
+		w.goesTo("")
+	})
+}
+
+// TestForceDelete: the object is gone from the API at once, and the process lives on. No client hangs: requests are
+// answered by the old pod, refused, or answered by the new one. Datagrams may be lost in between, as the kernel limits
+// how many it refuses, but their socket finds the new pod.
+func TestForceDelete(t *testing.T) {
+	onEachNode(t, "forced", func(w *world) {
+		old := echoPod(w.node, w.namespace, "old-"+w.node.Name)
+		old.Spec.Containers[0].Args = append(old.Spec.Containers[0].Args, "--drain", "300ms")
+		old = w.create(old)
+		w.ready(old)
+		w.goesTo(old.Name)
+		probes := map[lab.Kind]*lab.Probe{}
+		for kind, load := range lab.Loads {
+			client := lab.Client{Kind: kind, From: w.client, To: w.magic(), Timeout: load.Timeout}
+			probes[kind] = w.node.Lab().StartProbe(client, load.Interval)
+			defer probes[kind].Stop()
+		}
+		for _, probe := range probes {
+			_, err := probe.Await(w.patience(), lab.AnsweredBy(old.Name))
+			w.must(err)
+		}
+		_, err := cluster.Kubectl(w.Context(), "delete", "pod", "--namespace", w.namespace, "--force", "--grace-period=0", "--wait=false", old.Name)
+		w.must(err)
+		fresh := w.create(echoPod(w.node, w.namespace, "new-"+w.node.Name))
+		for kind, probe := range probes {
+			if _, err := probe.Await(w.patience(), lab.AnsweredBy(fresh.Name)); err != nil {
+				w.Errorf("%s: %v", kind, err)
+			}
+		}
+		w.ready(fresh)
+		for kind, probe := range probes {
+			outcomes := probe.Stop()
+			w.Logf("%s: %d requests, %d failed, longest request %v, longest time without an answer %v", kind,
+				len(outcomes), len(outcomes.Failed()), outcomes.Longest().Round(time.Millisecond), outcomes.LongestGap().Round(time.Millisecond))
+			if kind != lab.UDP && outcomes.Longest() >= lab.Loads[lab.NewConnection].Timeout {
+				w.Errorf("%s: a request took %v", kind, outcomes.Longest())
+			}
+		}
+		w.must(removePod(w.patience(), old))
+		w.goesTo(fresh.Name)
+	})
+}
+
+// TestAPIServerOutage: clients notice nothing of an API server that hangs, or is gone, or comes back.
+func TestAPIServerOutage(t *testing.T) {
+	w := newWorld(t, cluster.Node("node2"), "outage")
+	target := w.create(echoPod(w.node, w.namespace, "before"))
+	w.ready(target)
+	w.goesTo(target.Name)
+	load := lab.Loads[lab.NewConnection]
+	probe := w.node.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: w.client, To: w.magic(), Timeout: load.Timeout}, load.Interval)
+	defer probe.Stop()
+	ask := func() {
+		t.Helper()
+		for range 100 {
+			_, err := probe.Await(w.patience(), lab.AnsweredBy(target.Name))
+			w.must(err)
+		}
+	}
+	w.must(cluster.FreezeAPIServer())
+	ask()
+	w.must(cluster.ThawAPIServer())
+	cluster.KillAPIServer()
+	ask()
+	w.must(cluster.StartAPIServer(w.patience()))
+	ask()
+	if failed := probe.Stop().Failed(); len(failed) > 0 {
+		t.Errorf("%d requests failed, the first with %v", len(failed), failed[0].Err)
+	}
+	fresh := w.create(echoPod(w.node, w.namespace, "after"))
+	w.ready(fresh)
+	w.goesTo(fresh.Name)
+}
+
+// TestReboot: /run is empty then, kubelet makes new sandboxes for its pods, and the agent begins with nothing.
+func TestReboot(t *testing.T) {
+	n := cluster.Node("node2")
+	w := newWorld(t, n, "reboot")
+	target := w.create(echoPod(n, w.namespace, "echo"))
+	before := w.ready(target)
+	w.goesTo(target.Name)
+	w.must(n.Reboot(w.patience()))
+	if _, err := n.ReadFile(lab.RuntimeDir + "/state.json"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("reading the records after the reboot: %v", err)
+	}
+	w.must(startAgent(w.patience(), n))
+	w.must(lab.Eventually(w.patience(), func() error {
+		after, err := awaitReady(w.patience(), w.namespace+"/"+target.Name)
+		if err == nil && (after.Status.PodIP == before.Status.PodIP || recordOf(n, after) == nil) {
+			err = fmt.Errorf("the pod has no new sandbox: %+v", after.Status)
+		}
+		return err
+	}))
+	newWorld(t, n, "reboot").goesTo(target.Name)
+}
