@@ -148,7 +148,9 @@ func (w *world) doctorOfNetwork(backend string) {
 	w.agent.Kill()
 	w.start(config())
 	w.awaitEndpoint("echo")
-	w.await("to notice", func(a *published.Agent) bool { return strings.Contains(strings.Join(a.Notes, "\n"), "Cilium is on this node") })
+	w.await("to notice", func(a *published.Agent) bool {
+		return strings.Contains(strings.Join(a.Notes, "\n"), "Cilium is on this node")
+	})
 	if !strings.Contains(w.agent.Log(), "Cilium is on this node") {
 		w.t.Errorf("the log does not tell of Cilium:\n%s", w.agent.Log())
 	}

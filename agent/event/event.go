@@ -99,6 +99,7 @@ type limit struct {
 // watched is a magic IP, what has been told of it, and what has not.
 type watched struct {
 	published.MagicIP
+	has       string // its endpoints, in the words of podsOf
 	told      string // the endpoints that were told, in the words of podsOf; empty is none
 	refused   string // the refusal that was told
 	refusedAt time.Time
@@ -131,7 +132,7 @@ func (r *Recorder) Published(before, now *published.Agent) {
 		// The agent was restarted: what was so before is no news. What is wrong still is.
 		for _, m := range before.MagicIPs {
 			pods := podsOf(m)
-			r.watched[frontendOf(m)] = &watched{MagicIP: m, told: pods, lost: pods, ever: pods != "", noneFrom: at}
+			r.watched[frontendOf(m)] = &watched{MagicIP: m, has: pods, told: pods, lost: pods, ever: pods != "", noneFrom: at}
 		}
 	}
 	here := map[plan.Frontend]bool{}
@@ -166,8 +167,13 @@ func (w *watched) take(m published.MagicIP, at time.Time) {
 	if m.Refused == "" {
 		w.refused = ""
 	}
-	had, has := podsOf(w.MagicIP), podsOf(m)
+	same := slices.Equal(m.Endpoints, w.Endpoints)
 	w.MagicIP = m
+	if same {
+		return // before anything is made of it: there may be thousands
+	}
+	had, has := w.has, podsOf(m)
+	w.has = has
 	if had == has {
 		return
 	}
@@ -193,13 +199,12 @@ func (w *watched) take(m published.MagicIP, at time.Time) {
 
 // settled notes that all of w has been told.
 func (w *watched) settled(reason string) {
-	w.told, w.toldNone = podsOf(w.MagicIP), reason == EndpointLost || reason == NoEndpoint
+	w.told, w.toldNone = w.has, reason == EndpointLost || reason == NoEndpoint
 	w.changes, w.without = 0, 0
 }
 
 // due says what there is to tell of w and when; an empty reason where there is nothing.
 func (w *watched) due(delay time.Duration) (reason string, at time.Time) {
-	has := podsOf(w.MagicIP)
 	switch {
 	case w.Refused != "":
 		if w.Refused != w.refused {
@@ -208,13 +213,13 @@ func (w *watched) due(delay time.Duration) (reason string, at time.Time) {
 		return "", time.Time{}
 	case w.changes >= unstable:
 		reason, at = EndpointUnstable, earlier(w.last.Add(Settle), w.first.Add(NoneFor))
-	case has == "" && w.toldNone:
+	case w.has == "" && w.toldNone:
 		return "", time.Time{}
-	case has == "" && w.ever:
+	case w.has == "" && w.ever:
 		reason, at = EndpointLost, w.noneFrom.Add(NoneFor)
-	case has == "":
+	case w.has == "":
 		reason, at = NoEndpoint, w.noneFrom.Add(NoneFor)
-	case has != w.told:
+	case w.has != w.told:
 		reason, at = EndpointGained, earlier(w.last.Add(Settle), w.first.Add(NoneFor))
 	default:
 		return "", time.Time{} // as it was told
@@ -327,7 +332,7 @@ func (w *watched) alike(reason string) string {
 	if reason == ClaimRefused {
 		return ""
 	}
-	return strings.Join([]string{w.Namespace, w.Selector, podsOf(w.MagicIP), w.told, w.Action}, "\n")
+	return strings.Join([]string{w.Namespace, w.Selector, w.has, w.told, w.Action}, "\n")
 }
 
 func (r *Recorder) limit(frontend plan.Frontend, reason string) *bucket {

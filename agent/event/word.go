@@ -43,14 +43,14 @@ func (r *Recorder) word(now time.Time, reason string, alike []*watched) Event {
 		}
 	case EndpointUnstable:
 		at := "to no pod now"
-		if has := podsOf(w.MagicIP); has != "" {
-			at = "to pod " + has + " now"
+		if w.has != "" {
+			at = "to pod " + w.has + " now"
 		}
 		e.Message = fmt.Sprintf("%s: the endpoint has changed %d times in %s, of which this is the only word; traffic goes %s. Look at the restarts and the readiness probe of the pods: %s",
 			names, e.Count, since(w.first, now), at, r.look(w.MagicIP))
 	case EndpointGained:
-		e.Message = fmt.Sprintf("%s: traffic goes to pod %s", names, podsOf(w.MagicIP))
-		if w.told != "" && w.told != podsOf(w.MagicIP) {
+		e.Message = fmt.Sprintf("%s: traffic goes to pod %s", names, w.has)
+		if w.told != "" && w.told != w.has {
 			e.Message += ", and no more to " + w.told
 		}
 		if w.without > 0 && w.lost != "" {

@@ -139,16 +139,17 @@ func newlyRouted(before, now *published.Agent) (added []time.Time) {
 	for _, m := range before.MagicIPs {
 		without[frontendOf(m)] = m.Refused == "" && len(m.Endpoints) == 0
 	}
+	routed := map[string]bool{} // pods
 	for _, m := range now.MagicIPs {
-		if !without[frontendOf(m)] {
-			continue
-		}
 		for _, e := range m.Endpoints {
-			for _, record := range now.Records {
-				if e.Recorded && record.UID == e.UID && record.AddedAt.After(now.StartedAt) {
-					added = append(added, record.AddedAt)
-				}
+			if without[frontendOf(m)] && e.Recorded {
+				routed[e.UID] = true
 			}
+		}
+	}
+	for _, record := range now.Records {
+		if routed[record.UID] && record.AddedAt.After(now.StartedAt) {
+			added = append(added, record.AddedAt)
 		}
 	}
 	return added

@@ -149,7 +149,10 @@ func (c *ControlPlane) ThawAPIServer() error { return c.apiserver.Thaw() }
 func (c *ControlPlane) Allow(ctx context.Context) error {
 	role := &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: AgentUser},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}}},
+		Rules: []rbacv1.PolicyRule{
+			{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}},
+			{APIGroups: []string{corev1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create"}},
+		},
 	}
 	binding := &rbacv1.RoleBinding{
 		ObjectMeta: role.ObjectMeta,

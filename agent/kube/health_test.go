@@ -1,0 +1,57 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/fake"
+)
+
+// TestHealth: what is told of each watch, and what has been asked.
+func TestHealth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &Pods{client: fake.NewClientset(examplePod()), node: "node1", feeds: map[string]*feed{}}
+		p.Select([]string{"default"})
+		want := func(when string, want Feed) {
+			t.Helper()
+			if diff := cmp.Diff([]Feed{want}, p.Feeds()); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", when, diff)
+			}
+		}
+		want("before anything", Feed{Namespace: "default"})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- p.Run(ctx, func() {}) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		f := p.feeds["default"]
+		f.heard(nil)
+		heard := time.Now()
+		want("watching", Feed{Namespace: "default", Healthy: true, HeardAt: heard})
+		time.Sleep(watchSilence)
+		want("silent", Feed{Namespace: "default", HeardAt: heard})
+		f.heard(apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no")))
+		want("refused", Feed{Namespace: "default", Refused: true, HeardAt: heard})
+		before := p.Requests()
+		if before["watch"] == 0 || before["poll"] != 0 {
+			t.Errorf("requests before a poll: %v", before)
+		}
+		p.Poll(ctx)
+		synctest.Wait()
+		if after := p.Requests(); after["poll"] != 1 {
+			t.Errorf("requests after a poll: %v", after)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+	})
+}
