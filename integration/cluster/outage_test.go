@@ -140,7 +140,7 @@ func TestNoFlapAfterOutage(t *testing.T) {
 	w.must(plane.StartAPIServer(w.patience()))
 	fresh.running(true)
 	w.goesTo("new")
-	probe := node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, time.Millisecond)
+	probe := w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, time.Millisecond)
 	w.watchesAgain(watches)
 	w.settle()
 	for _, outcome := range probe.Stop() {
@@ -169,7 +169,7 @@ func TestForbidden(t *testing.T) {
 	w.start()
 	w.problem(missing)
 	w.goesToWithin(soon, "echo")
-	status, err := node.RunAgent(w.Context(), "status")
+	status, err := w.node.RunAgent(w.Context(), "status")
 	if w.must(err); !strings.Contains(status, missing) || !strings.Contains(status, "default/echo") {
 		t.Errorf("status:\n%s", status)
 	}
@@ -227,7 +227,7 @@ func (w *world) waitPolls(during time.Duration) {
 	w.Helper()
 	until := time.Now().Add(during)
 	w.must(lab.Eventually(w.Context(), func() error {
-		info, err := os.Stat(published.Path(node.Path(lab.RuntimeDir), agentName))
+		info, err := os.Stat(published.Path(w.node.Path(lab.RuntimeDir), agentName))
 		if err == nil && info.ModTime().Before(until) {
 			err = errors.New("not yet")
 		}
