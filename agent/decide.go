@@ -15,7 +15,7 @@ import (
 func (a *Agent) decide(now time.Time) (next time.Duration) {
 	targets := endpoint.NewIndex(endpoint.Targets(endpoint.Sources{
 		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
-		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
+		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, Told: a.pods.told, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
 	}))
 	services := map[plan.Frontend]*service{}
 	for _, port := range a.config.Ports {

@@ -40,6 +40,8 @@ type Sources struct {
 	// Pods is what the API said last; HasAPI says that it has been asked at all and has answered.
 	Pods   []Pod
 	HasAPI bool
+	// Told is what it said last of pods with a record, by the UID in it: it counts where Pods lists them no more.
+	Told map[string]Pod
 	// APIReachable: what the API does not list is not there (as opposed to: not known).
 	APIReachable bool
 	// Withdrawn are addresses that DEL has taken from a pod, by pod UID: its podIP counts no more
@@ -129,6 +131,8 @@ func Targets(s Sources) []Target {
 			target.tell(s.Pods[j])
 		} else if s.HasAPI && s.APIReachable && !s.counts(record) {
 			continue
+		} else if told, was := s.Told[record.UID]; was {
+			target.remember(told)
 		}
 		targets = append(targets, target)
 	}
@@ -166,11 +170,17 @@ func (s Sources) counts(record state.Attachment) bool {
 
 // tell adds what the API knows; labels may change on a running pod, so the API's are the truth.
 func (t *Target) tell(pod Pod) {
-	t.Labels, t.Owner, t.CreatedAt, t.Ports = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports
+	t.remember(pod)
+	t.Running, t.Ready, t.Terminating = pod.Running, pod.Ready, pod.Terminating
+}
+
+// remember adds what the API knew of a pod that it has forgotten, such as one that was deleted by force: what it is, and
+// not how it is.
+func (t *Target) remember(pod Pod) {
+	t.Labels, t.Owner, t.CreatedAt, t.Ports, t.Finished = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports, pod.Finished
 	if t.Labels == nil {
 		t.Labels = map[string]string{}
 	}
-	t.Running, t.Ready, t.Terminating, t.Finished = pod.Running, pod.Ready, pod.Terminating, pod.Finished
 }
 
 // Readiness says how a pod's Ready condition counts.

@@ -6,8 +6,10 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/netip"
 	"slices"
 	"sync"
@@ -78,6 +80,7 @@ func New(config *rest.Config, node string) (*Pods, error) {
 		config.BearerToken, config.BearerTokenFile = "", ""
 		config.Wrap(transport.ResettableTokenSourceWrapTransport(token))
 	}
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return patience{next} })
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	config.UserAgent = "magic-ip-agent"
@@ -365,11 +368,14 @@ func (f *feed) watched() (pods []endpoint.Pod) {
 
 func (f *feed) poll(ctx context.Context) {
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, isPoll{}, true), pollTimeout)
 	defer cancel()
 	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache
 	f.options(&options)
 	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, options)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("the API server has not answered within %s", pollTimeout)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
@@ -383,6 +389,24 @@ func (f *feed) poll(ctx context.Context) {
 		f.polled = append(f.polled, convert(&list.Items[i]))
 	}
 }
+
+// isPoll marks the context of a poll.
+type isPoll struct{}
+
+// patience does not let client-go wait where the API server asks a poll to come later (429, 503): the next poll does,
+// and what the API server has said is told.
+type patience struct{ http.RoundTripper }
+
+func (p patience) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := p.RoundTripper.RoundTrip(request)
+	if err == nil && request.Context().Value(isPoll{}) != nil {
+		response.Header.Del("Retry-After")
+	}
+	return response, err
+}
+
+// WrappedRoundTripper is how client-go finds what is beneath.
+func (p patience) WrappedRoundTripper() http.RoundTripper { return p.RoundTripper }
 
 // trim drops what convert does not read.
 func trim(object any) (any, error) {

@@ -3,6 +3,7 @@
 package cluster
 
 import (
+	"fmt"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -217,4 +218,27 @@ func TestNamedPort(t *testing.T) {
 	w.staysWith("new")
 	fresh.del()
 	w.goesTo("old")
+}
+
+// TestForgotten: what the API has told of a pod counts for as long as its sandbox stands, although the API has
+// forgotten the pod: labels that nobody knew at ADD, the owner and the number of a port's name.
+func TestForgotten(t *testing.T) {
+	for name, settings := range map[string]string{
+		"labels": "readiness: prefer", "owner": "owner: DaemonSet/echo", "port": fmt.Sprintf("ports: [{port: %d, targetPort: http}]", port),
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := serving(t, settings)
+			w.agent.Kill()
+			pod := w.create("echo", ownedBy("DaemonSet", "echo", true)).add()
+			w.start()
+			w.goesTo("echo")
+			pod.forceDelete()
+			w.staysWith("echo")
+			w.agent.Kill()
+			w.start()
+			w.staysWith("echo")
+			pod.del()
+			w.goesTo("")
+		})
+	}
 }

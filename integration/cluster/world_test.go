@@ -220,15 +220,22 @@ func (w *world) goesToWithin(limit time.Duration, pod string) {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(w.Context(), limit)
 	defer cancel()
-	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a) == pod })
+	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == pod })
 	w.answers(pod)
+}
+
+// goesToOf is goesTo for another magic IP.
+func (w *world) goesToOf(address netip.Addr, pod string) {
+	w.Helper()
+	w.await("to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, address) == pod })
+	w.answersOf(address, pod)
 }
 
 // staysWith says that the traffic goes to this pod still, now that the agent has heard all that the API has said.
 func (w *world) staysWith(pod string) {
 	w.Helper()
 	agent := w.settle()
-	if got := endpointOf(agent); got != pod {
+	if got := endpointOf(agent, magic().Addr()); got != pod {
 		w.Errorf("endpoint is %q, want %q", got, pod)
 	}
 	w.answers(pod)
@@ -237,13 +244,18 @@ func (w *world) staysWith(pod string) {
 // answers asks once.
 func (w *world) answers(pod string) {
 	w.Helper()
-	if err := w.answeredBy(pod); err != nil {
+	w.answersOf(magic().Addr(), pod)
+}
+
+func (w *world) answersOf(address netip.Addr, pod string) {
+	w.Helper()
+	if err := w.answeredBy(address, pod); err != nil {
 		w.Error(err)
 	}
 }
 
-func (w *world) answeredBy(pod string) error {
-	answer, err := w.node.Ask(w.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: magic(), Timeout: time.Second})
+func (w *world) answeredBy(address netip.Addr, pod string) error {
+	answer, err := w.node.Ask(w.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(address, port), Timeout: time.Second})
 	switch {
 	case pod == "" && err != nil:
 		return nil
@@ -257,10 +269,13 @@ func (w *world) answeredBy(pod string) error {
 
 func magic() netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(magicIP), port) }
 
-// endpointOf is the name of the pod that traffic goes to; empty for none.
-func endpointOf(a *published.Agent) string {
+// endpointOf is the name of the pod that traffic to the magic IP goes to; empty for none.
+func endpointOf(a *published.Agent, address netip.Addr) string {
 	var names []string
 	for _, m := range a.MagicIPs {
+		if m.Address != address {
+			continue
+		}
 		for _, e := range m.Endpoints {
 			names = append(names, e.Pod[strings.Index(e.Pod, "/")+1:])
 		}
