@@ -28,7 +28,7 @@ func splitPod(pod string) (namespace, name string) {
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Told: a.told(), Dead: a.dead(now),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Told: a.toldPods(), Dead: a.dead(now),
 		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
 		Withdrawn: maps.Clone(a.pods.withdrawn),
 	}
@@ -86,13 +86,12 @@ func (a *Agent) endpointRecords() (list []state.Attachment) {
 
 // labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
 func (a *Agent) labels() map[string]map[string]string {
-	if restored := a.restoredLabels(); restored != nil {
-		return restored
-	}
-	if len(a.pods.Pods)+len(a.pods.told) == 0 {
+	restored := a.restoredLabels()
+	if len(restored)+len(a.pods.Pods)+len(a.pods.told) == 0 {
 		return nil
 	}
 	labels := map[string]map[string]string{}
+	maps.Copy(labels, restored)
 	tell := func(uid string, pod endpoint.Pod) {
 		labels[uid] = pod.Labels
 		if pod.Labels == nil {
@@ -108,7 +107,7 @@ func (a *Agent) labels() map[string]map[string]string {
 	return labels
 }
 
-func (a *Agent) told() map[string]published.Pod {
+func (a *Agent) toldPods() map[string]published.Pod {
 	if len(a.pods.told) == 0 {
 		return nil
 	}

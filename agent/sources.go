@@ -158,9 +158,6 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 	}
 	a.note("Kubernetes API", problem)
 	a.remember()
-	if !a.pods.Spoken || !a.pods.Reachable {
-		return
-	}
 	listed := map[string]endpoint.Pod{}
 	for _, pod := range a.pods.Pods {
 		listed[pod.UID] = pod
@@ -171,7 +168,7 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 	for uid, taken := range a.pods.withdrawn {
 		pod, here := listed[uid]
 		another := slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return !slices.Contains(taken, ip) })
-		if !here || another {
+		if another || !here && a.pods.Spoken && a.pods.Reachable {
 			delete(a.pods.withdrawn, uid)
 		}
 	}
@@ -182,6 +179,9 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 		}
 		since, known := a.pods.missing[record.Key()]
 		if !known {
+			if !endpoint.Covers(a.pods.Current, record.Namespace) {
+				continue
+			}
 			since = time.Now()
 		}
 		missing[record.Key()] = since
@@ -346,7 +346,7 @@ func (a *Agent) labelled() []state.Attachment {
 // restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or
 // the source that told of them has not spoken yet.
 func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
-	if a.restored == nil || a.settled() {
+	if a.restored == nil || a.records.known && a.told(port.Namespace) {
 		return nil
 	}
 	var endpoints []published.Endpoint
@@ -369,6 +369,11 @@ func (a *Agent) recorded(address netip.Addr) bool {
 	return slices.ContainsFunc(endpoint.Standing(a.records.list, a.network.Interfaces), func(r state.Attachment) bool {
 		return slices.Contains(r.IPs, address)
 	})
+}
+
+// told says whether the API has told of a namespace's pods, where it is asked.
+func (a *Agent) told(namespace string) bool {
+	return a.API == nil || endpoint.Covers(a.pods.Told, namespace)
 }
 
 // settled says whether every source has spoken.

@@ -37,13 +37,13 @@ type Pod struct {
 // Sources is all that is known of the node's pods at one moment.
 type Sources struct {
 	Records []state.Attachment
-	// Pods is what the API said last; HasAPI says that it has been asked at all and has answered.
-	Pods   []Pod
-	HasAPI bool
+	// Pods is what the API said last.
+	Pods []Pod
 	// Told is what it said last of pods with a record, by the UID in it: it counts where Pods lists them no more.
 	Told map[string]Pod
-	// APIReachable: what the API does not list is not there (as opposed to: not known).
-	APIReachable bool
+	// Current are the namespaces of which the API has told, and can be asked now: what it does not list there is
+	// not there (as opposed to: not known).
+	Current []string
 	// Withdrawn are addresses that DEL has taken from a pod, by pod UID: its podIP counts no more
 	// until the API reports another one.
 	Withdrawn map[string][]netip.Addr
@@ -129,7 +129,7 @@ func Targets(s Sources) []Target {
 		if j, known := pods[record.UID]; known && record.UID != "" {
 			recorded[j] = true
 			target.tell(s.Pods[j])
-		} else if s.HasAPI && s.APIReachable && !s.counts(record) {
+		} else if Covers(s.Current, record.Namespace) && !s.counts(record) {
 			continue
 		} else if told, was := s.Told[record.UID]; was {
 			target.remember(told)
@@ -143,13 +143,18 @@ func Targets(s Sources) []Target {
 		target := Target{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
 		target.tell(pod)
 		for _, ip := range pod.IPs {
-			if _, taken := holder[ip]; !taken && !slices.Contains(withdrawn[pod.UID], ip) {
+			if _, taken := holder[ip]; !taken && !pod.Without(ip, withdrawn) {
 				target.IPs = append(target.IPs, ip)
 			}
 		}
 		targets = append(targets, target)
 	}
 	return targets
+}
+
+// Without says whether DEL has taken this address from the pod.
+func (p Pod) Without(ip netip.Addr, withdrawn map[string][]netip.Addr) bool {
+	return slices.Contains(withdrawn[p.UID], ip) || p.ConfigHash != "" && slices.Contains(withdrawn[p.ConfigHash], ip)
 }
 
 // Standing are the records whose sandbox can still be reached: whose host interface, where the record names
@@ -198,6 +203,11 @@ const (
 
 // AllNamespaces as Selection.Namespace selects pods of every namespace.
 const AllNamespaces = "*"
+
+// Covers says whether a namespace is among these.
+func Covers(namespaces []string, namespace string) bool {
+	return slices.Contains(namespaces, namespace) || slices.Contains(namespaces, AllNamespaces)
+}
 
 // Selection is which targets a magic IP is for, and how the endpoint is chosen among them.
 type Selection struct {
@@ -334,8 +344,10 @@ func (s Selection) rank(t Target) int {
 // View is what the Kubernetes API said last.
 type View struct {
 	Pods []Pod
-	// Spoken: it has answered for every namespace. Reachable: it can be asked now.
+	// Spoken: it has answered for every namespace. Reachable: it can be asked now for every one.
 	Spoken, Reachable bool
+	// Told are the namespaces that it has answered for, Current those of them that it can be asked for now.
+	Told, Current []string
 	// Problems are why it cannot, one sentence each.
 	Problems []string
 }

@@ -138,6 +138,12 @@ func (p *Pods) View() endpoint.View {
 		pods, spoken, problem := f.view()
 		view.Pods = append(view.Pods, pods...)
 		view.Spoken = view.Spoken && spoken
+		if spoken {
+			view.Told = append(view.Told, f.namespace)
+		}
+		if spoken && problem == "" {
+			view.Current = append(view.Current, f.namespace)
+		}
 		if problem != "" {
 			view.Reachable = false
 			view.Problems = append(view.Problems, problem)

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -106,8 +104,9 @@ func TestLongOutage(t *testing.T) {
 	for name, outage := range longOutages {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w := apart(t, strings.ReplaceAll(name, " ", "-"))
-			second := w.servingTwo()
+			namespace := strings.ReplaceAll(name, " ", "-")
+			w := apart(t, namespace, namespace)
+			second := w.servingAPIOnly()
 			first := w.create("first").add().running(true)
 			known := w.create("known")
 			w.goesTo("first")
@@ -145,12 +144,18 @@ func TestLongOutage(t *testing.T) {
 	}
 }
 
-// servingTwo starts the agent with a second magic IP, which leads to a pod that the API alone knows.
-func (w *world) servingTwo() *pod {
+// servingTwo starts the agent with a second magic IP, for app=api-only in this namespace.
+func (w *world) servingTwo(namespace string) {
 	w.Helper()
-	w.serve(fmt.Sprintf("namespace: %s, ports: [{port: %d}]}\n- {ipAddress: %s, selector: app=api-only, namespace: %[1]s, ports: [{port: %[2]d}]",
-		w.namespace, port, apiOnly))
-	second := w.create("second", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "api-only"} }).addUnrecorded().running(true)
+	w.serve(fmt.Sprintf("namespace: %s, ports: [{port: %d}]}\n- {ipAddress: %s, selector: app=api-only, namespace: %s, ports: [{port: %[2]d}]",
+		w.namespace, port, apiOnly, namespace))
+}
+
+// servingAPIOnly is servingTwo, and the second magic IP leads to a pod that the API alone knows.
+func (w *world) servingAPIOnly() *pod {
+	w.Helper()
+	w.servingTwo(w.namespace)
+	second := w.create("second", labelled("api-only")).addUnrecorded().running(true)
 	w.goesToOf(apiOnly, "second")
 	return second
 }
@@ -227,8 +232,8 @@ func (w *world) watchesThrough(watches int) {
 // TestSilentWatch: a watch that says nothing, not even that it is there, is not believed for longer than 90 s.
 func TestSilentWatch(t *testing.T) {
 	t.Parallel()
-	w := apart(t, "silent")
-	second := w.servingTwo()
+	w := apart(t, "silent", "silent")
+	second := w.servingAPIOnly()
 	first := w.create("first").add().running(true)
 	fresh := w.create("fresh").add().running(false)
 	w.goesTo("first")
@@ -258,7 +263,7 @@ func TestSilentWatch(t *testing.T) {
 // TestSlow: an API server that takes its time, longer than a poll waits, is heard all the same; CNI does not wait for it.
 func TestSlow(t *testing.T) {
 	t.Parallel()
-	w := apart(t, "slow")
+	w := apart(t, "slow", "slow")
 	w.proxy.set(func() { w.proxy.slow = slowness{delay: 5 * time.Second, pause: 200 * time.Millisecond, piece: 200} })
 	w.serve()
 	until := time.Now().Add(beyondPauses)
@@ -285,7 +290,7 @@ func TestSlow(t *testing.T) {
 // TestGone: where every watch is answered that what it asks for is too old, the agent goes by lists.
 func TestGone(t *testing.T) {
 	t.Parallel()
-	w := apart(t, "gone")
+	w := apart(t, "gone", "gone")
 	w.serve()
 	old := w.create("old").add().running(true)
 	w.goesTo("old")

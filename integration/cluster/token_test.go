@@ -28,7 +28,10 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// allowAccount makes a namespace and a service account in it, which may do there what the README names.
+// podReader are the rights that the README names.
+var podReader = []rbacv1.PolicyRule{{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}}}
+
+// allowAccount makes a namespace and a service account in it, which has these rights there.
 func allowAccount(ctx context.Context, namespace string) (*corev1.ServiceAccount, error) {
 	core, rbac := plane.Admin.CoreV1(), plane.Admin.RbacV1()
 	made := func(err error) error {
@@ -41,7 +44,7 @@ func allowAccount(ctx context.Context, namespace string) (*corev1.ServiceAccount
 	_, errAccount := core.ServiceAccounts(namespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: AgentUser}}, metav1.CreateOptions{})
 	role := &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: AgentUser},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}}},
+		Rules:      podReader,
 	}
 	_, errRole := rbac.Roles(namespace).Create(ctx, role, metav1.CreateOptions{})
 	binding := &rbacv1.RoleBinding{

@@ -4,6 +4,7 @@ package cluster
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -140,8 +141,9 @@ func (w *world) serve(settings ...string) {
 	w.create("marker", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "marker"} })
 }
 
-// apart is a world with a node, a namespace and a proxy of its own, so that it can run beside others.
-func apart(t testing.TB, namespace string) *world {
+// apart is a world with a node, a namespace and a proxy of its own, so that it can run beside others. The plugin records
+// pods of the namespace recorded.
+func apart(t testing.TB, namespace, recorded string) *world {
 	t.Helper()
 	w := &world{TB: t, namespace: namespace, kubeconfig: tokenKubecfg}
 	ctx := t.Context()
@@ -149,7 +151,7 @@ func apart(t testing.TB, namespace string) *world {
 	w.must(err)
 	token, err := newToken(ctx, account)
 	w.must(err)
-	w.node, err = newNode(ctx, namespace, namespace)
+	w.node, err = newNode(ctx, namespace, recorded)
 	w.must(err)
 	t.Cleanup(func() {
 		if err := w.node.Close(); err != nil {
@@ -299,6 +301,7 @@ type pod struct {
 	name      string
 	namespace string
 	uid       types.UID
+	sandbox   types.UID // by which CNI knows the pod, where that is another
 	network   string
 	netns     string            // name of its network namespace
 	labels    map[string]string // that the runtime passes; containerd passes none
@@ -336,7 +339,7 @@ func (w *world) unheardOf(name string) *pod {
 
 // lab is what the runtime tells CNI.
 func (p *pod) lab() lab.Pod {
-	return lab.Pod{Name: p.name, Namespace: p.namespace, UID: string(p.uid), Labels: p.labels, NetNS: p.netns}
+	return lab.Pod{Name: p.name, Namespace: p.namespace, UID: string(cmp.Or(p.sandbox, p.uid)), Labels: p.labels, NetNS: p.netns}
 }
 
 // add attaches the pod, on whose address a server then listens.
@@ -444,7 +447,7 @@ func (p *pod) record() (state.Attachment, bool) {
 	}
 	p.w.must(err)
 	for _, record := range file.Attachments {
-		if record.UID == string(p.uid) {
+		if record.UID == string(cmp.Or(p.sandbox, p.uid)) {
 			return record, true
 		}
 	}
