@@ -15,7 +15,7 @@ import (
 func (a *Agent) decide(now time.Time) (next time.Duration) {
 	targets := endpoint.NewIndex(endpoint.Targets(endpoint.Sources{
 		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
-		Pods: a.pods.Pods, HasAPI: a.pods.Spoken, APIReachable: a.pods.Reachable, Withdrawn: a.pods.withdrawn,
+		Pods: a.pods.Pods, Told: a.pods.told, Current: a.pods.Current, Withdrawn: a.pods.withdrawn,
 	}))
 	services := map[plan.Frontend]*service{}
 	for _, port := range a.config.Ports {
@@ -146,7 +146,7 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 	}
 	for _, pod := range a.pods.Pods {
 		for _, ip := range pod.IPs {
-			if !pod.Finished && !slices.Contains(a.pods.withdrawn[pod.UID], ip) {
+			if !pod.Finished && !pod.Without(ip, a.pods.withdrawn) {
 				in.Sandboxes = append(in.Sandboxes, ip)
 			}
 		}

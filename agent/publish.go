@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"maps"
 	"reflect"
 	"slices"
@@ -27,7 +28,7 @@ func splitPod(pod string) (namespace, name string) {
 func (a *Agent) publish(now time.Time, heartbeat bool) {
 	view := &published.Agent{
 		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Dead: a.dead(now),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Told: a.toldPods(), Dead: a.dead(now),
 		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
 		Withdrawn: maps.Clone(a.pods.withdrawn),
 	}
@@ -92,24 +93,36 @@ func (a *Agent) endpointRecords() (list []state.Attachment) {
 
 // labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
 func (a *Agent) labels() map[string]map[string]string {
-	if restored := a.restoredLabels(); restored != nil {
-		return restored
-	}
-	if len(a.pods.Pods) == 0 {
+	restored := a.restoredLabels()
+	if len(restored)+len(a.pods.Pods)+len(a.pods.told) == 0 {
 		return nil
 	}
 	labels := map[string]map[string]string{}
-	for _, pod := range a.pods.Pods {
-		uid := pod.UID
-		if pod.ConfigHash != "" {
-			uid = pod.ConfigHash
-		}
+	maps.Copy(labels, restored)
+	tell := func(uid string, pod endpoint.Pod) {
 		labels[uid] = pod.Labels
 		if pod.Labels == nil {
 			labels[uid] = map[string]string{}
 		}
 	}
+	for uid, pod := range a.pods.told {
+		tell(uid, pod)
+	}
+	for _, pod := range a.pods.Pods {
+		tell(cmp.Or(pod.ConfigHash, pod.UID), pod)
+	}
 	return labels
+}
+
+func (a *Agent) toldPods() map[string]published.Pod {
+	if len(a.pods.told) == 0 {
+		return nil
+	}
+	told := map[string]published.Pod{}
+	for uid, pod := range a.pods.told {
+		told[uid] = published.Pod{CreatedAt: pod.CreatedAt, Owner: pod.Owner, Ports: pod.Ports, Finished: pod.Finished}
+	}
+	return told
 }
 
 // notes are the conditions that an operator should know of.

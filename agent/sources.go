@@ -63,6 +63,9 @@ type pods struct {
 	// withdrawn are the addresses that DEL has taken from a pod, by UID: its podIP counts no more until the
 	// API reports another one.
 	withdrawn map[string][]netip.Addr
+	// told is what the API has said of pods with a record, by the UID in it: it counts for as long as the record
+	// does, although the API may have forgotten the pod.
+	told map[string]endpoint.Pod
 	// missing is since when the pod of a record is not in the API.
 	missing map[state.Key]time.Time
 }
@@ -147,15 +150,14 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 		a.API.Select(a.namespaces())
 		a.API.Poll(ctx)
 	}
+	a.remember() // a new record's pod may be gone from the API by now
 	a.pods.View = a.API.View()
 	var problem error
 	if len(a.pods.Problems) > 0 {
 		problem = errors.New(strings.Join(a.pods.Problems, "; "))
 	}
 	a.note("Kubernetes API", problem)
-	if !a.pods.Spoken || !a.pods.Reachable {
-		return
-	}
+	a.remember()
 	listed := map[string]endpoint.Pod{}
 	for _, pod := range a.pods.Pods {
 		listed[pod.UID] = pod
@@ -166,7 +168,7 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 	for uid, taken := range a.pods.withdrawn {
 		pod, here := listed[uid]
 		another := slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return !slices.Contains(taken, ip) })
-		if !here || another {
+		if another || !here && a.pods.Spoken && a.pods.Reachable {
 			delete(a.pods.withdrawn, uid)
 		}
 	}
@@ -177,11 +179,37 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 		}
 		since, known := a.pods.missing[record.Key()]
 		if !known {
+			if !endpoint.Covers(a.pods.Current, record.Namespace) {
+				continue
+			}
 			since = time.Now()
 		}
 		missing[record.Key()] = since
 	}
 	a.pods.missing = missing
+}
+
+// remember keeps what the API tells of the pods with a record.
+func (a *Agent) remember() {
+	told := map[string]endpoint.Pod{}
+	if !a.records.known {
+		maps.Copy(told, a.pods.told)
+	}
+	recorded := map[string]bool{}
+	for _, record := range a.records.list {
+		recorded[record.UID] = record.UID != ""
+		if pod, before := a.pods.told[record.UID]; before {
+			told[record.UID] = pod
+		}
+	}
+	for _, pod := range a.pods.Pods {
+		for _, uid := range []string{pod.UID, pod.ConfigHash} {
+			if recorded[uid] {
+				told[uid] = pod
+			}
+		}
+	}
+	a.pods.told = told
 }
 
 // dead are the records that the plugin may drop: their pod has been gone from the API for a minute, and
@@ -277,6 +305,12 @@ func (a *Agent) restore() {
 	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
 	if a.API != nil {
 		maps.Copy(a.pods.withdrawn, restored.Withdrawn)
+		a.pods.told = map[string]endpoint.Pod{}
+		for uid, pod := range restored.Told {
+			a.pods.told[uid] = endpoint.Pod{
+				Labels: restored.Labels[uid], CreatedAt: pod.CreatedAt, Owner: pod.Owner, Ports: pod.Ports, Finished: pod.Finished,
+			}
+		}
 	}
 	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
 	for _, m := range restored.MagicIPs {
@@ -312,7 +346,7 @@ func (a *Agent) labelled() []state.Attachment {
 // restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or
 // the source that told of them has not spoken yet.
 func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
-	if a.restored == nil || a.settled() {
+	if a.restored == nil || a.records.known && a.told(port.Namespace) {
 		return nil
 	}
 	var endpoints []published.Endpoint
@@ -335,6 +369,11 @@ func (a *Agent) recorded(address netip.Addr) bool {
 	return slices.ContainsFunc(endpoint.Standing(a.records.list, a.network.Interfaces), func(r state.Attachment) bool {
 		return slices.Contains(r.IPs, address)
 	})
+}
+
+// told says whether the API has told of a namespace's pods, where it is asked.
+func (a *Agent) told(namespace string) bool {
+	return a.API == nil || endpoint.Covers(a.pods.Told, namespace)
 }
 
 // settled says whether every source has spoken.

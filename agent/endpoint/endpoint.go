@@ -37,11 +37,13 @@ type Pod struct {
 // Sources is all that is known of the node's pods at one moment.
 type Sources struct {
 	Records []state.Attachment
-	// Pods is what the API said last; HasAPI says that it has been asked at all and has answered.
-	Pods   []Pod
-	HasAPI bool
-	// APIReachable: what the API does not list is not there (as opposed to: not known).
-	APIReachable bool
+	// Pods is what the API said last.
+	Pods []Pod
+	// Told is what it said last of pods with a record, by the UID in it: it counts where Pods lists them no more.
+	Told map[string]Pod
+	// Current are the namespaces of which the API has told, and can be asked now: what it does not list there is
+	// not there (as opposed to: not known).
+	Current []string
 	// Withdrawn are addresses that DEL has taken from a pod, by pod UID: its podIP counts no more
 	// until the API reports another one.
 	Withdrawn map[string][]netip.Addr
@@ -127,8 +129,10 @@ func Targets(s Sources) []Target {
 		if j, known := pods[record.UID]; known && record.UID != "" {
 			recorded[j] = true
 			target.tell(s.Pods[j])
-		} else if s.HasAPI && s.APIReachable && !s.counts(record) {
+		} else if Covers(s.Current, record.Namespace) && !s.counts(record) {
 			continue
+		} else if told, was := s.Told[record.UID]; was {
+			target.remember(told)
 		}
 		targets = append(targets, target)
 	}
@@ -139,13 +143,18 @@ func Targets(s Sources) []Target {
 		target := Target{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
 		target.tell(pod)
 		for _, ip := range pod.IPs {
-			if _, taken := holder[ip]; !taken && !slices.Contains(withdrawn[pod.UID], ip) {
+			if _, taken := holder[ip]; !taken && !pod.Without(ip, withdrawn) {
 				target.IPs = append(target.IPs, ip)
 			}
 		}
 		targets = append(targets, target)
 	}
 	return targets
+}
+
+// Without says whether DEL has taken this address from the pod.
+func (p Pod) Without(ip netip.Addr, withdrawn map[string][]netip.Addr) bool {
+	return slices.Contains(withdrawn[p.UID], ip) || p.ConfigHash != "" && slices.Contains(withdrawn[p.ConfigHash], ip)
 }
 
 // Standing are the records whose sandbox can still be reached: whose host interface, where the record names
@@ -166,11 +175,17 @@ func (s Sources) counts(record state.Attachment) bool {
 
 // tell adds what the API knows; labels may change on a running pod, so the API's are the truth.
 func (t *Target) tell(pod Pod) {
-	t.Labels, t.Owner, t.CreatedAt, t.Ports = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports
+	t.remember(pod)
+	t.Running, t.Ready, t.Terminating = pod.Running, pod.Ready, pod.Terminating
+}
+
+// remember adds what the API knew of a pod that it has forgotten, such as one that was deleted by force: what it is, and
+// not how it is.
+func (t *Target) remember(pod Pod) {
+	t.Labels, t.Owner, t.CreatedAt, t.Ports, t.Finished = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports, pod.Finished
 	if t.Labels == nil {
 		t.Labels = map[string]string{}
 	}
-	t.Running, t.Ready, t.Terminating, t.Finished = pod.Running, pod.Ready, pod.Terminating, pod.Finished
 }
 
 // Readiness says how a pod's Ready condition counts.
@@ -188,6 +203,11 @@ const (
 
 // AllNamespaces as Selection.Namespace selects pods of every namespace.
 const AllNamespaces = "*"
+
+// Covers says whether a namespace is among these.
+func Covers(namespaces []string, namespace string) bool {
+	return slices.Contains(namespaces, namespace) || slices.Contains(namespaces, AllNamespaces)
+}
 
 // Selection is which targets a magic IP is for, and how the endpoint is chosen among them.
 type Selection struct {
@@ -324,8 +344,10 @@ func (s Selection) rank(t Target) int {
 // View is what the Kubernetes API said last.
 type View struct {
 	Pods []Pod
-	// Spoken: it has answered for every namespace. Reachable: it can be asked now.
+	// Spoken: it has answered for every namespace. Reachable: it can be asked now for every one.
 	Spoken, Reachable bool
+	// Told are the namespaces that it has answered for, Current those of them that it can be asked for now.
+	Told, Current []string
 	// Problems are why it cannot, one sentence each.
 	Problems []string
 }

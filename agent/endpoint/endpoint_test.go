@@ -39,9 +39,16 @@ func TestChoose(t *testing.T) {
 	old, fresh := time.Hour, time.Minute
 	type sources = endpoint.Sources
 	api := func(s sources) sources {
-		s.HasAPI, s.APIReachable = true, true
+		s.Current = []string{"default"}
 		return s
 	}
+	static := func(n byte) endpoint.Pod {
+		p := pod("a", n, old, "ready")
+		p.ConfigHash = "hash"
+		return p
+	}
+	unlabelled := record("a", 1, fresh)
+	unlabelled.Labels = nil
 	for _, tt := range []struct {
 		name    string
 		sources sources
@@ -85,15 +92,14 @@ func TestChoose(t *testing.T) {
 			p.Labels = map[string]string{"app": "other"}
 			return p
 		}()}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, ""},
-		{"a static pod is joined by its config hash", api(sources{Pods: []endpoint.Pod{func() endpoint.Pod {
-			p := pod("a", 9, old, "ready")
-			p.ConfigHash = "hash"
-			return p
-		}()}, Records: []state.Attachment{func() state.Attachment {
+		{"a static pod is joined by its config hash", api(sources{Pods: []endpoint.Pod{static(9)}, Records: []state.Attachment{func() state.Attachment {
 			r := record("a", 1, fresh)
 			r.UID, r.Labels = "hash", nil
 			return r
 		}()}}), nil, "10.0.0.1:80"},
+		{"an address that DEL has taken from it", api(sources{Pods: []endpoint.Pod{static(1)}, Withdrawn: map[string][]netip.Addr{"hash": {netip.AddrFrom4([4]byte{10, 0, 0, 1})}}}), nil, ""},
+		{"a pod that the API has forgotten", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{unlabelled}, Told: map[string]endpoint.Pod{"uid-a": pod("a", 1, old, "ready")}}), nil, "10.0.0.1:80"},
+		{"a pod that it has forgotten after it had finished", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{record("a", 1, fresh)}, Told: map[string]endpoint.Pod{"uid-a": pod("a", 1, old, "finished")}}), nil, ""},
 
 		{"the host interface of the record is gone", sources{Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}, nil, ""},
 		{"and with it the podIP", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, ""},
@@ -101,7 +107,7 @@ func TestChoose(t *testing.T) {
 		{"a record that the API does not know yet", api(sources{Records: []state.Attachment{record("a", 1, 59*time.Second)}}), nil, "10.0.0.1:80"},
 		{"the same after a minute", api(sources{Records: []state.Attachment{record("a", 1, time.Minute)}}), nil, ""},
 		{"the same while its host interface stands", api(sources{Records: []state.Attachment{record("a", 1, time.Hour)}, Interfaces: map[string]bool{"veth-a": true}}), nil, "10.0.0.1:80"},
-		{"the same while the API is unreachable", sources{HasAPI: true, Records: []state.Attachment{record("a", 1, time.Hour)}}, nil, "10.0.0.1:80"},
+		{"the same while the API is unreachable", sources{Current: []string{"other"}, Records: []state.Attachment{record("a", 1, time.Hour)}}, nil, "10.0.0.1:80"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			selector, err := labels.Parse("app=echo")

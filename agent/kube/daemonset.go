@@ -47,7 +47,11 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if !found || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return nil, fmt.Errorf("DaemonSet %q is not allowed; allowed: NAMESPACE/NAME", namespace+"/"+name)
 	}
-	client, err := connect(kubeconfig)
+	config, err := credentials(kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	client, err := connect(config)
 	if err != nil {
 		return nil, err
 	}

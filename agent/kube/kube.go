@@ -6,8 +6,10 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/netip"
 	"slices"
 	"sync"
@@ -25,6 +27,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 )
@@ -52,21 +55,28 @@ type Pods struct {
 }
 
 // Connect makes the client: from a kubeconfig file, or where that is empty from the pod's service account,
-// whose token is read again as kubelet rotates it.
+// whose token is read again as kubelet rotates it: every minute, and when the API server refuses it.
 func Connect(kubeconfig, node string) (*Pods, error) {
-	client, err := connect(kubeconfig)
+	config, err := credentials(kubeconfig)
 	if err != nil {
 		return nil, err
 	}
+	return New(config, node)
+}
+
+// New makes the client from a configuration, which it completes.
+func New(config *rest.Config, node string) (*Pods, error) {
 	if node == "" {
 		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
+	}
+	client, err := connect(config)
+	if err != nil {
+		return nil, err
 	}
 	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
 }
 
-func connect(kubeconfig string) (kubernetes.Interface, error) {
-	var config *rest.Config
-	var err error
+func credentials(kubeconfig string) (config *rest.Config, err error) {
 	if kubeconfig != "" {
 		config, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
 	} else {
@@ -75,6 +85,18 @@ func connect(kubeconfig string) (kubernetes.Interface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("credentials for the Kubernetes API: %w", err)
 	}
+	return config, nil
+}
+
+// connect makes the client that everything here uses from a configuration, which it completes.
+func connect(config *rest.Config) (kubernetes.Interface, error) {
+	if config.BearerTokenFile != "" {
+		// Left to itself, client-go reads the file once a minute, and sends an expired token until then.
+		token := transport.NewCachedFileTokenSource(config.BearerTokenFile)
+		config.BearerToken, config.BearerTokenFile = "", ""
+		config.Wrap(transport.ResettableTokenSourceWrapTransport(token))
+	}
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return patience{next} })
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	config.UserAgent = "magic-ip-agent"
@@ -132,6 +154,12 @@ func (p *Pods) View() endpoint.View {
 		pods, spoken, problem := f.view()
 		view.Pods = append(view.Pods, pods...)
 		view.Spoken = view.Spoken && spoken
+		if spoken {
+			view.Told = append(view.Told, f.namespace)
+		}
+		if spoken && problem == "" {
+			view.Current = append(view.Current, f.namespace)
+		}
 		if problem != "" {
 			view.Reachable = false
 			view.Problems = append(view.Problems, problem)
@@ -170,6 +198,10 @@ type feed struct {
 	polling   atomic.Bool
 
 	mu sync.Mutex
+	// watching is the watch that stands; nil for none. endedAt is when the last one ended: client-go waits before it
+	// begins another, for minutes where the API server asks for that.
+	watching watch.Interface
+	endedAt  time.Time
 	// heardAt is when the watch last brought an event or a bookmark, or was begun.
 	heardAt time.Time
 	err     error // of the last list or watch; nil where it went well
@@ -207,18 +239,11 @@ func (p *Pods) newFeed(namespace string) *feed {
 			f.options(&options)
 			p.requests.watch.Add(1)
 			w, err := pods.Watch(ctx, options)
-			f.heard(err)
 			if err != nil {
+				f.heard(err)
 				return nil, err
 			}
-			return watch.Filter(w, func(event watch.Event) (watch.Event, bool) {
-				if event.Type == watch.Error {
-					f.heard(apierrors.FromObject(event.Object))
-				} else {
-					f.heard(nil)
-				}
-				return event, true
-			}), nil
+			return f.follow(w), nil
 		},
 	}
 	f.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, p.client), &corev1.Pod{}, 0, cache.Indexers{})
@@ -241,17 +266,63 @@ func (f *feed) start(ctx context.Context) {
 	}()
 }
 
+// follow passes on what a watch brings, and notes when it is heard of and when it ends.
+func (f *feed) follow(w watch.Interface) watch.Interface {
+	events := make(chan watch.Event)
+	followed := watch.NewProxyWatcher(events)
+	f.mu.Lock()
+	f.watching = followed
+	f.mu.Unlock()
+	f.heard(nil)
+	go func() {
+		defer func() {
+			w.Stop()
+			f.mu.Lock()
+			if f.watching == followed {
+				f.watching, f.endedAt = nil, time.Now()
+			}
+			f.mu.Unlock()
+			close(events)
+		}()
+		for {
+			select {
+			case <-followed.StopChan():
+				return
+			case event, open := <-w.ResultChan():
+				if !open {
+					return
+				}
+				if event.Type == watch.Error {
+					f.heard(apierrors.FromObject(event.Object))
+				} else {
+					f.heard(nil)
+				}
+				select {
+				case <-followed.StopChan():
+					return
+				case events <- event:
+				}
+			}
+		}
+	}()
+	return followed
+}
+
 // heard notes that the API server has answered, or has failed to.
 func (f *feed) heard(err error) {
 	f.mu.Lock()
 	recovered := err == nil && f.err != nil
 	failed := err != nil && f.err == nil
-	if err == nil && !f.healthyLocked() {
-		f.healthySince = time.Now()
-	}
+	healthy := f.healthyLocked()
 	f.err = err
 	if err == nil {
 		f.heardAt = time.Now()
+		if f.endedAt.IsZero() {
+			f.endedAt = f.heardAt // a list has been answered, and no watch was ever begun
+		}
+	}
+	if !healthy && f.healthyLocked() {
+		f.healthySince = time.Now()
 	}
 	f.mu.Unlock()
 	if recovered || failed {
@@ -265,7 +336,9 @@ func (f *feed) healthy() bool {
 	return f.healthyLocked()
 }
 
-func (f *feed) healthyLocked() bool { return f.err == nil && time.Since(f.heardAt) < watchSilence }
+func (f *feed) healthyLocked() bool {
+	return f.err == nil && f.watching != nil && time.Since(f.heardAt) < watchSilence
+}
 
 // polledCounts says whether a poll knows more than the watch. A watch that begins anew answers before it has told
 // everything: what it told last, before it broke, must not come back meanwhile.
@@ -299,7 +372,9 @@ func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
 		problem = fmt.Sprintf("pods of namespace %s: %v", f.namespace, f.err)
 	case f.heardAt.IsZero():
 		problem = fmt.Sprintf("pods of namespace %s: the API server has not answered yet", f.namespace)
-	case !f.healthyLocked():
+	case f.watching == nil && time.Since(f.endedAt) > pollTimeout: // one watch ends every few minutes, and another begins
+		problem = fmt.Sprintf("pods of namespace %s: the watch ended %s ago, and no other has begun", f.namespace, time.Since(f.endedAt).Round(time.Second))
+	case f.watching != nil && !f.healthyLocked():
 		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.heardAt).Round(time.Second))
 	}
 	return pods, spoken, problem
@@ -317,12 +392,15 @@ func (f *feed) watched() (pods []endpoint.Pod) {
 
 func (f *feed) poll(ctx context.Context) {
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, isPoll{}, true), pollTimeout)
 	defer cancel()
 	options := metav1.ListOptions{ResourceVersion: "0"} // from the watch cache
 	f.options(&options)
 	f.pods.requests.poll.Add(1)
 	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, options)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("the API server has not answered within %s", pollTimeout)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
@@ -336,6 +414,24 @@ func (f *feed) poll(ctx context.Context) {
 		f.polled = append(f.polled, convert(&list.Items[i]))
 	}
 }
+
+// isPoll marks the context of a poll.
+type isPoll struct{}
+
+// patience does not let client-go wait where the API server asks a poll to come later (429, 503): the next poll does,
+// and what the API server has said is told.
+type patience struct{ http.RoundTripper }
+
+func (p patience) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := p.RoundTripper.RoundTrip(request)
+	if err == nil && request.Context().Value(isPoll{}) != nil {
+		response.Header.Del("Retry-After")
+	}
+	return response, err
+}
+
+// WrappedRoundTripper is how client-go finds what is beneath.
+func (p patience) WrappedRoundTripper() http.RoundTripper { return p.RoundTripper }
 
 // trim drops what convert does not read.
 func trim(object any) (any, error) {

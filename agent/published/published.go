@@ -41,6 +41,8 @@ type Agent struct {
 	MagicIPs     []MagicIP `json:"magicIPs"`
 	// Labels of the node's pods in the namespaces that the agent serves, by pod UID.
 	Labels map[string]map[string]string `json:"labels,omitempty"`
+	// Told is what else the API has told of pods with a record, by the UID in it.
+	Told map[string]Pod `json:"told,omitempty"`
 	// Dead are attachments whose pod and host interface are both gone: the plugin drops their records.
 	Dead []Attachment `json:"dead,omitempty"`
 	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
@@ -80,6 +82,14 @@ type Endpoint struct {
 	UID     string         `json:"uid,omitempty"`
 	// Recorded: the CNI plugin has recorded the pod's sandbox.
 	Recorded bool `json:"recorded,omitempty"`
+}
+
+// Pod is what the API has told of a pod, besides its labels.
+type Pod struct {
+	CreatedAt time.Time         `json:"createdAt"`
+	Owner     string            `json:"owner,omitempty"` // Kind/name of the controller
+	Ports     map[string]uint16 `json:"ports,omitempty"` // by name
+	Finished  bool              `json:"finished,omitempty"`
 }
 
 // Attachment identifies a record of the state file.

@@ -64,14 +64,29 @@ func Start(ctx context.Context, node *lab.Node) (*ControlPlane, error) {
 	if err := c.writeFiles(); err != nil {
 		return nil, err
 	}
-	c.etcd, err = node.Start(filepath.Join(c.bin, "etcd"), "--data-dir", dir+"/etcd", "--unsafe-no-fsync", "--log-level", "warn")
+	return c, c.start(ctx)
+}
+
+// start starts etcd, the API server, and what the tests expect in it.
+func (c *ControlPlane) start(ctx context.Context) (err error) {
+	c.etcd, err = c.node.Start(filepath.Join(c.bin, "etcd"), "--data-dir", dir+"/etcd", "--unsafe-no-fsync", "--log-level", "warn")
 	if err != nil {
-		return nil, fmt.Errorf("cluster: %w: run `make e2e-binaries`", err)
+		return fmt.Errorf("cluster: %w: run `make e2e-binaries`", err)
 	}
 	if err := c.StartAPIServer(ctx); err != nil {
-		return nil, err
+		return err
 	}
-	return c, c.Allow(ctx)
+	return c.Allow(ctx)
+}
+
+// Wipe replaces etcd by one without any data, and starts the API server again.
+func (c *ControlPlane) Wipe(ctx context.Context) error {
+	c.KillAPIServer()
+	c.etcd.Kill()
+	if err := os.RemoveAll(c.node.Path(dir + "/etcd")); err != nil {
+		return err
+	}
+	return c.start(ctx)
 }
 
 // writeFiles makes keys, certificates, kubeconfig and policy, and the client of the tests.

@@ -23,7 +23,7 @@ func TestReadinessLatency(t *testing.T) {
 		want := map[bool]string{false: "old", true: "new"}[ready]
 		fresh.running(ready)
 		acknowledged := time.Now()
-		w.must(lab.Eventually(w.patience(), func() error { return w.answeredBy(want) }))
+		w.must(lab.Eventually(w.patience(), func() error { return w.answeredBy(magic().Addr(), want) }))
 		took = append(took, time.Since(acknowledged))
 	}
 	slices.Sort(took)

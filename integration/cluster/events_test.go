@@ -72,7 +72,7 @@ func TestEventsOfAFlappingPod(t *testing.T) {
 		ready := i%2 == 0
 		pod.running(ready)
 		want := map[bool]string{true: "echo"}[ready]
-		w.await("to follow", func(a *published.Agent) bool { return endpointOf(a) == want })
+		w.await("to follow", func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == want })
 	}
 	unstable := w.awaitEvent(100*time.Second, "EndpointUnstable")
 	lost := w.awaitEvent(100*time.Second, "EndpointLost")
@@ -94,7 +94,7 @@ func TestEventsOfAFlappingPod(t *testing.T) {
 		t.Errorf("%s does not name %s: %s", lost.Reason, who, lost.Message)
 	}
 	for _, e := range []corev1.Event{unstable, lost} {
-		for _, word := range []string{magicIP, "kubectl get pods", "spec.nodeName=" + node.Name} {
+		for _, word := range []string{magicIP, "kubectl get pods", "spec.nodeName=" + w.node.Name} {
 			if !strings.Contains(e.Message, word) {
 				t.Errorf("%s does not say %q: %s", e.Reason, word, e.Message)
 			}
@@ -120,7 +120,7 @@ func TestEventsForbidden(t *testing.T) {
 	w.awaitFor(ctx, "to say what right is missing", func(a *published.Agent) bool {
 		return strings.Contains(strings.Join(a.Notes, "\n"), missing) && a.LastError == ""
 	})
-	if status, err := node.RunAgent(w.Context(), "status"); err != nil || !strings.Contains(status, "note: "+missing) {
+	if status, err := w.node.RunAgent(w.Context(), "status"); err != nil || !strings.Contains(status, "note: "+missing) {
 		t.Errorf("status: %v\n%s", err, status)
 	}
 	pod.del()

@@ -140,7 +140,7 @@ func TestNoFlapAfterOutage(t *testing.T) {
 	w.must(plane.StartAPIServer(w.patience()))
 	fresh.running(true)
 	w.goesTo("new")
-	probe := node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, time.Millisecond)
+	probe := w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, time.Millisecond)
 	w.watchesAgain(watches)
 	w.settle()
 	for _, outcome := range probe.Stop() {
@@ -169,7 +169,7 @@ func TestForbidden(t *testing.T) {
 	w.start()
 	w.problem(missing)
 	w.goesToWithin(soon, "echo")
-	status, err := node.RunAgent(w.Context(), "status")
+	status, err := w.node.RunAgent(w.Context(), "status")
 	if w.must(err); !strings.Contains(status, missing) || !strings.Contains(status, "default/echo") {
 		t.Errorf("status:\n%s", status)
 	}
@@ -227,10 +227,73 @@ func (w *world) waitPolls(during time.Duration) {
 	w.Helper()
 	until := time.Now().Add(during)
 	w.must(lab.Eventually(w.Context(), func() error {
-		info, err := os.Stat(published.Path(node.Path(lab.RuntimeDir), agentName))
+		info, err := os.Stat(published.Path(w.node.Path(lab.RuntimeDir), agentName))
 		if err == nil && info.ModTime().Before(until) {
 			err = errors.New("not yet")
 		}
 		return err
 	}))
+}
+
+// TestCompacted: what an agent asks for after an outage is too old, the API server says (410 Gone); it lists.
+func TestCompacted(t *testing.T) {
+	w := apart(t, "compacted", "compacted")
+	w.serve()
+	old := w.create("old").add().running(true)
+	fresh := w.create("new").add().running(false)
+	w.goesTo("old")
+	w.settle()
+	w.must(w.proxy.close())
+	w.problem("refused")
+	for i := range 10 {
+		fresh.running(i%2 == 0)
+	}
+	plane.KillAPIServer() // what it remembers begins anew
+	w.must(plane.StartAPIServer(w.patience()))
+	old.running(false)
+	fresh.running(true)
+	watches := w.proxy.count("watch")
+	w.must(w.proxy.open())
+	w.goesTo("new")
+	w.watchesThrough(watches)
+	w.must(lab.Eventually(w.patience(), func() error {
+		if w.proxy.wasGone() == 0 {
+			return errors.New("no watch was answered 410 Gone")
+		}
+		return nil
+	}))
+	w.mended()
+	old.running(true)
+	fresh.running(false)
+	w.goesTo("old")
+}
+
+// TestEmptyEtcd: an API server that has lost all of its data knows no pod of the node. Those whose sandbox stands serve on,
+// also where the API alone knew their labels; what only the API knew is gone.
+func TestEmptyEtcd(t *testing.T) {
+	w := serving(t)
+	w.agent.Kill()
+	w.create("old").add().running(true)
+	serving := w.create("echo").add().running(true) // recorded without labels
+	w.start()
+	w.goesTo("echo")
+	w.settle()
+	before, err := plane.Requests("watch")
+	w.must(err)
+	w.must(plane.Wipe(w.patience()))
+	w.watchesAgain(before)
+	w.create("marker", labelled("marker"))
+	w.staysWith("echo")
+	w.agent.Kill()
+	w.start()
+	w.staysWith("echo")
+	fresh := w.unheardOf("unheard").add()
+	w.goesTo("unheard")
+	fresh.del()
+	w.goesTo("echo")
+	// The pods are made anew.
+	w.create("new").add().running(true)
+	w.goesTo("new")
+	serving.del()
+	w.staysWith("new")
 }

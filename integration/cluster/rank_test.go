@@ -3,12 +3,20 @@
 package cluster
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
 // The rows of the README's table, "Which pod is the endpoint", and what stands below it.
@@ -217,4 +225,250 @@ func TestNamedPort(t *testing.T) {
 	w.staysWith("new")
 	fresh.del()
 	w.goesTo("old")
+}
+
+// TestForgotten: what the API has told of a pod counts for as long as its sandbox stands, although the API has
+// forgotten the pod: labels that nobody knew at ADD, the owner and the number of a port's name.
+func TestForgotten(t *testing.T) {
+	for name, settings := range map[string]string{
+		"labels": "readiness: prefer", "owner": "owner: DaemonSet/echo", "port": fmt.Sprintf("ports: [{port: %d, targetPort: http}]", port),
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := serving(t, settings)
+			w.agent.Kill()
+			pod := w.create("echo", ownedBy("DaemonSet", "echo", true)).add()
+			w.start()
+			w.goesTo("echo")
+			pod.forceDelete()
+			w.staysWith("echo")
+			w.agent.Kill()
+			w.start()
+			w.staysWith("echo")
+			pod.del()
+			w.goesTo("")
+		})
+	}
+}
+
+// TestStaticPod: the sandbox of a static pod has another UID than its mirror in the API, which kubelet makes, and makes
+// again when somebody deletes it.
+func TestStaticPod(t *testing.T) {
+	w := serving(t)
+	const hash = "8f0f2d0d1c3a4b5c6d7e8f9012345678"
+	mirror := func(p *corev1.Pod) {
+		p.Annotations = map[string]string{
+			"kubernetes.io/config.hash": hash, "kubernetes.io/config.mirror": hash,
+			"kubernetes.io/config.seen": "2026-01-01T00:00:00.000000000Z", "kubernetes.io/config.source": "file",
+		}
+		controller := true
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: w.node.Name, UID: "node-uid", Controller: &controller}}
+	}
+	old := w.create("old").add().running(true)
+	w.goesTo("old")
+	static := w.create("static-node1", mirror)
+	static.sandbox = hash
+	w.await("to publish the labels", func(a *published.Agent) bool { return a.Labels[hash]["app"] == "echo" })
+	static.add()
+	if record, _ := static.record(); record.Labels["app"] != "echo" {
+		t.Errorf("record %+v, want label app=echo", record)
+	}
+	w.staysWith("old")
+	static.running(true)
+	w.goesTo("static-node1") // ready, and newer
+	static.running(false)
+	w.goesTo("old")
+	static.running(true)
+	w.goesTo("static-node1")
+	old.del()
+	old.forceDelete()
+
+	static.forceDelete()
+	w.staysWith("static-node1")
+	again := w.create("static-node1", mirror)
+	again.sandbox, again.ip = hash, static.ip
+	w.staysWith("static-node1")
+	again.running(true)
+	w.staysWith("static-node1")
+	static.del()
+	w.goesTo("")
+	w.staysWith("")
+}
+
+// TestHostNetwork: a pod in the node's own network has no ADD; its address is the node's.
+func TestHostNetwork(t *testing.T) {
+	w := serving(t)
+	pod := w.create("echo", func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+	pod.netns, pod.ip = lab.Host, netip.MustParseAddr(lab.NodeIPv4)
+	pod.listen(port)
+	t.Cleanup(func() { _ = pod.echos[0].Close() })
+	w.staysWith("")
+	pod.running(false)
+	w.goesTo("echo")
+	pod.running(true)
+	w.staysWith("echo")
+	fresh := w.create("new").add().running(false)
+	w.staysWith("echo")
+	fresh.running(true)
+	w.goesTo("new")
+	fresh.del()
+	w.goesTo("echo")
+	pod.forceDelete()
+	fresh.forceDelete()
+	w.goesTo("")
+}
+
+// TestSameName: a pod that comes again under its name, and perhaps its address, is another pod (StatefulSet).
+func TestSameName(t *testing.T) {
+	w := serving(t)
+	before := w.create("echo-0").add().running(true)
+	w.goesTo("echo-0")
+	before.terminate()
+	before.running(false)
+	before.del()
+	w.goesTo("")
+	before.forceDelete()
+	again := w.create("echo-0")
+	w.staysWith("")
+	again.add()
+	w.goesTo("echo-0")
+	again.running(true)
+	w.staysWith("echo-0")
+
+	// And where the node hears late: the new object is there while the old sandbox still is.
+	again.forceDelete()
+	last := w.create("echo-0")
+	last.netns = "echo-0-again"
+	w.staysWith("echo-0")
+	last.add().running(true)
+	w.settle()
+	w.await("to go to the new sandbox", func(a *published.Agent) bool { return a.MagicIPs[0].Endpoints[0].UID == string(last.uid) })
+	again.del()
+	w.staysWith("echo-0")
+	last.del()
+	w.goesTo("")
+}
+
+// TestRandom: new connections are spread over all targets of the best rank, and no other.
+func TestRandom(t *testing.T) {
+	w := serving(t, "distribution: random")
+	w.create("a").add().running(true)
+	b := w.create("b").add().running(true)
+	w.create("c").add().running(false)
+	meets := func(want ...string) {
+		t.Helper()
+		w.settle()
+		met := map[string]bool{}
+		for range 40 {
+			answer, err := w.node.Ask(t.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: magic()})
+			w.must(err)
+			met[answer.Server] = true
+		}
+		if got := slices.Sorted(maps.Keys(met)); !slices.Equal(got, want) {
+			t.Errorf("answered by %v, want %v", got, want)
+		}
+	}
+	meets("a", "b")
+	b.running(false)
+	meets("a")
+	b.running(true)
+	meets("a", "b")
+	b.terminate()
+	meets("a")
+}
+
+// TestNamespaces: one agent serves several namespaces, each with its own pods. One that it may not read does not
+// keep it from the others, after a restart neither.
+func TestNamespaces(t *testing.T) {
+	t.Parallel()
+	w := apart(t, "several", "*")
+	other := in("several-too")
+	revoke := w.grant("several-too")
+	w.grant("several-not")
+	w.servingTwo("several-too")
+	second := w.create("second", other, labelled("api-only")).add().running(true)
+	w.goesToOf(apiOnly, "second")
+	w.staysWith("")
+	w.create("first", in("several")).add().running(true)
+	w.goesTo("first")
+	w.create("third", in("several-not")).add().running(true)
+	w.create("fourth", in("several-too")).add().running(true)
+	w.create("fifth", labelled("api-only")).add().running(true)
+	w.staysWith("first")
+	w.answersOf(apiOnly, "second")
+
+	revoke()
+	w.agent.Kill()
+	w.start()
+	w.problem("the API server refuses pods of namespace several-too: allow get, list and watch of pods there")
+	w.staysWith("first")
+	w.answersOf(apiOnly, "second")
+	last := w.create("last").add().running(true)
+	w.goesTo("last")
+	last.del()
+	w.goesTo("first")
+	last.forceDelete()
+	w.answersOf(apiOnly, "second")
+
+	w.grant("several-too")
+	w.mended()
+	second.running(false)
+	w.create("third-too", other, labelled("api-only")).add().running(true)
+	w.goesToOf(apiOnly, "third-too")
+}
+
+// TestEveryNamespace: `namespace: "*"` is every one, also one that is made later.
+func TestEveryNamespace(t *testing.T) {
+	t.Parallel()
+	w := apart(t, "every", "*")
+	w.grant("*")
+	w.serve(`namespace: "*"`)
+	first := w.create("first").add().running(true)
+	w.goesTo("first")
+	w.grant("every-later")
+	fresh := w.create("second", in("every-later")).add().running(true)
+	w.goesTo("second")
+	fresh.running(false)
+	w.goesTo("first")
+	first.running(false)
+	unrecorded := w.create("third", in("every-later")).addUnrecorded().running(true)
+	w.goesTo("third")
+	unrecorded.forceDelete()
+	w.goesTo("second")
+}
+
+// grant lets the agent's account read the pods of another namespace too, or with "*" of all, until the test ends or it
+// is taken back.
+func (w *world) grant(namespace string) (revoke func()) {
+	w.Helper()
+	ctx, rbac := context.WithoutCancel(w.Context()), plane.Admin.RbacV1()
+	meta := metav1.ObjectMeta{Name: w.namespace}
+	subjects := []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Name: AgentUser, Namespace: w.namespace}}
+	var err error
+	if namespace == "*" {
+		role := &rbacv1.ClusterRole{ObjectMeta: meta, Rules: podReader}
+		_, errRole := rbac.ClusterRoles().Create(ctx, role, metav1.CreateOptions{})
+		_, errBinding := rbac.ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
+			ObjectMeta: meta, Subjects: subjects, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role.Name},
+		}, metav1.CreateOptions{})
+		err = errors.Join(errRole, errBinding)
+		revoke = func() { _ = rbac.ClusterRoleBindings().Delete(ctx, meta.Name, metav1.DeleteOptions{}) }
+	} else {
+		_, errRole := allowAccount(ctx, namespace)
+		_, errBinding := rbac.RoleBindings(namespace).Create(ctx, &rbacv1.RoleBinding{
+			ObjectMeta: meta, Subjects: subjects, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: AgentUser},
+		}, metav1.CreateOptions{})
+		err = errors.Join(errRole, errBinding)
+		revoke = func() { _ = rbac.RoleBindings(namespace).Delete(ctx, meta.Name, metav1.DeleteOptions{}) }
+	}
+	w.must(err)
+	w.Cleanup(revoke)
+	return revoke
+}
+
+func in(namespace string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.Namespace = namespace }
+}
+
+func labelled(app string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.Labels = map[string]string{"app": app} }
 }

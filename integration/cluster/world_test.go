@@ -3,6 +3,8 @@
 package cluster
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -38,11 +40,9 @@ const (
 		"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.244.2.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`
 )
 
-// The node and its control plane, which all tests share one after the other.
-var (
-	node  *lab.Node
-	plane *ControlPlane
-)
+// plane is the control plane. The tests that stop it, and those that need no node of their own, share its node one after
+// the other.
+var plane *ControlPlane
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -51,15 +51,28 @@ func TestMain(m *testing.M) {
 func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var err error
-	if node, err = lab.NewNode(ctx, lab.NodeOptions{Name: "node1"}); err != nil {
+	node, err := newNode(ctx, "node1", metav1.NamespaceDefault)
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer func() { _ = node.Close() }()
+	if plane, err = Start(ctx, node); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// newNode is a node with both networks, whose plugin records pods of this namespace, and a client.
+func newNode(ctx context.Context, name, namespace string) (*lab.Node, error) {
+	node, err := lab.NewNode(ctx, lab.NodeOptions{Name: name})
+	if err != nil {
+		return nil, err
+	}
 	conflist, err := lab.Conflist("10-bridge.conflist")
 	if err == nil {
-		err = node.AddConf("10-bridge.conflist", conflist)
+		err = node.AddConf("10-bridge.conflist", bytes.ReplaceAll(conflist, []byte(`"namespace": "default"`), fmt.Appendf(nil, `"namespace": %q`, namespace)))
 	}
 	if err == nil {
 		err = node.AddConf("without.conflist", []byte(conflistWithout))
@@ -67,49 +80,88 @@ func run(m *testing.M) int {
 	if err == nil {
 		_, err = node.Add(ctx, network, lab.Pod{Name: "client", Namespace: "elsewhere"})
 	}
-	if err == nil {
-		plane, err = Start(ctx, node)
-	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+		return nil, errors.Join(err, node.Close())
 	}
-	return m.Run()
+	return node, nil
 }
 
-// world is an agent on the shared node, and helpers that wait for it to have acted.
+// world is an agent on a node, and helpers that wait for it to have acted.
 type world struct {
-	*testing.T
-	agent *lab.Agent
-	conf  []byte
-	steps int
+	testing.TB
+	node       *lab.Node
+	namespace  string // of the pods
+	kubeconfig string // of the agent
+	proxy      *proxy // between agent and API server; nil for none
+	agent      *lab.Agent
+	conf       []byte
+	steps      int
 }
 
-// serving starts an agent with one magic IP; settings are those that differ from the defaults, in YAML. A pod
-// that nobody selects, the marker, is there to tell what the agent has heard.
-func serving(t *testing.T, settings ...string) *world {
+// serving starts an agent on the shared node, with one magic IP; settings are those that differ from the defaults,
+// in YAML.
+func serving(t testing.TB, settings ...string) *world {
 	t.Helper()
-	w := &world{T: t}
-	text := fmt.Sprintf("name: %s\npollInterval: 1s\nmagicIPs:\n- {ipAddress: %s, namespace: default, selector: app=echo", agentName, magicIP)
-	if !strings.Contains(strings.Join(settings, ""), "ports:") {
-		settings = append(settings, fmt.Sprintf("ports: [{port: %d}]", port))
-	}
-	w.conf = []byte(text + ", " + strings.Join(settings, ", ") + "}\n")
+	return servingBy(t, AgentKubeconfig, settings...)
+}
+
+// servingBy is serving with another kubeconfig; empty for the service account's.
+func servingBy(t testing.TB, kubeconfig string, settings ...string) *world {
+	t.Helper()
+	w := &world{TB: t, node: plane.node, namespace: metav1.NamespaceDefault, kubeconfig: kubeconfig}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
-		_, err := node.Run(ctx, "sh", "-c", "nft delete table ip magic-ip-"+agentName+"; rm -r "+lab.RuntimeDir)
+		_, err := w.node.Run(ctx, "sh", "-c", "nft delete table ip magic-ip-"+agentName+"; rm -r "+lab.RuntimeDir)
 		if err != nil {
 			t.Error(err)
 		}
 	})
+	w.serve(settings...)
+	return w
+}
+
+// serve starts the agent. A pod that nobody selects, the marker, is there to tell what the agent has heard.
+func (w *world) serve(settings ...string) {
+	w.Helper()
+	if !strings.Contains(strings.Join(settings, ""), "ports:") {
+		settings = append(settings, fmt.Sprintf("ports: [{port: %d}]", port))
+	}
+	if !strings.Contains(strings.Join(settings, ""), "namespace:") {
+		settings = append(settings, "namespace: "+w.namespace)
+	}
+	w.conf = fmt.Appendf(nil, "name: %s\npollInterval: 1s\nmagicIPs:\n- {ipAddress: %s, selector: app=echo, %s}\n",
+		agentName, magicIP, strings.Join(settings, ", "))
 	w.start()
-	t.Cleanup(func() {
+	w.Cleanup(func() {
 		w.agent.Kill()
-		if t.Failed() {
-			t.Logf("log of the agent:\n%s", w.agent.Log())
+		if w.Failed() {
+			w.Logf("log of the agent:\n%s", w.agent.Log())
 		}
 	})
 	w.create("marker", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "marker"} })
+}
+
+// apart is a world with a node, a namespace and a proxy of its own, so that it can run beside others. The plugin records
+// pods of the namespace recorded.
+func apart(t testing.TB, namespace, recorded string) *world {
+	t.Helper()
+	w := &world{TB: t, namespace: namespace, kubeconfig: tokenKubecfg}
+	ctx := t.Context()
+	account, err := allowAccount(ctx, namespace)
+	w.must(err)
+	token, err := newToken(ctx, account)
+	w.must(err)
+	w.node, err = newNode(ctx, namespace, recorded)
+	w.must(err)
+	t.Cleanup(func() {
+		if err := w.node.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	w.must(giveToken(w.node, token))
+	w.proxy, err = startProxy(w.node)
+	w.must(err)
+	t.Cleanup(func() { _ = w.proxy.close() })
 	return w
 }
 
@@ -118,7 +170,7 @@ func (w *world) start() {
 	w.Helper()
 	before := time.Now()
 	var err error
-	if w.agent, err = node.StartAgent(w.conf, "--kubeconfig", AgentKubeconfig, "--backend", "nftables", "--log-level", "debug"); err != nil {
+	if w.agent, err = w.node.StartAgent(w.conf, "--kubeconfig", w.kubeconfig, "--backend", "nftables", "--log-level", "debug"); err != nil {
 		w.Fatal(err)
 	}
 	w.await("to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
@@ -146,7 +198,7 @@ func (w *world) await(what string, wanted func(*published.Agent) bool) *publishe
 func (w *world) awaitFor(ctx context.Context, what string, wanted func(*published.Agent) bool) (agent *published.Agent) {
 	w.Helper()
 	err := lab.Eventually(ctx, func() (err error) {
-		if agent, err = published.Read(node.Path(lab.RuntimeDir), agentName); err != nil {
+		if agent, err = published.Read(w.node.Path(lab.RuntimeDir), agentName); err != nil {
 			return err
 		}
 		if !wanted(agent) {
@@ -170,15 +222,22 @@ func (w *world) goesToWithin(limit time.Duration, pod string) {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(w.Context(), limit)
 	defer cancel()
-	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a) == pod })
+	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == pod })
 	w.answers(pod)
+}
+
+// goesToOf is goesTo for another magic IP.
+func (w *world) goesToOf(address netip.Addr, pod string) {
+	w.Helper()
+	w.await("to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, address) == pod })
+	w.answersOf(address, pod)
 }
 
 // staysWith says that the traffic goes to this pod still, now that the agent has heard all that the API has said.
 func (w *world) staysWith(pod string) {
 	w.Helper()
 	agent := w.settle()
-	if got := endpointOf(agent); got != pod {
+	if got := endpointOf(agent, magic().Addr()); got != pod {
 		w.Errorf("endpoint is %q, want %q", got, pod)
 	}
 	w.answers(pod)
@@ -187,13 +246,18 @@ func (w *world) staysWith(pod string) {
 // answers asks once.
 func (w *world) answers(pod string) {
 	w.Helper()
-	if err := w.answeredBy(pod); err != nil {
+	w.answersOf(magic().Addr(), pod)
+}
+
+func (w *world) answersOf(address netip.Addr, pod string) {
+	w.Helper()
+	if err := w.answeredBy(address, pod); err != nil {
 		w.Error(err)
 	}
 }
 
-func (w *world) answeredBy(pod string) error {
-	answer, err := node.Ask(w.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: magic(), Timeout: time.Second})
+func (w *world) answeredBy(address netip.Addr, pod string) error {
+	answer, err := w.node.Ask(w.Context(), lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(address, port), Timeout: time.Second})
 	switch {
 	case pod == "" && err != nil:
 		return nil
@@ -207,12 +271,15 @@ func (w *world) answeredBy(pod string) error {
 
 func magic() netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(magicIP), port) }
 
-// endpointOf is the name of the pod that traffic goes to; empty for none.
-func endpointOf(a *published.Agent) string {
+// endpointOf is the name of the pod that traffic to the magic IP goes to; empty for none.
+func endpointOf(a *published.Agent, address netip.Addr) string {
 	var names []string
 	for _, m := range a.MagicIPs {
+		if m.Address != address {
+			continue
+		}
 		for _, e := range m.Endpoints {
-			names = append(names, strings.TrimPrefix(e.Pod, "default/"))
+			names = append(names, e.Pod[strings.Index(e.Pod, "/")+1:])
 		}
 	}
 	return strings.Join(names, ",")
@@ -224,53 +291,61 @@ func (w *world) settle() *published.Agent {
 	w.Helper()
 	w.steps++
 	step := fmt.Sprint(w.steps)
-	marker := w.patch("marker", "", map[string]any{"metadata": map[string]any{"labels": map[string]any{"step": step}}})
+	marker := w.patch(w.namespace, "marker", "", map[string]any{"metadata": map[string]any{"labels": map[string]any{"step": step}}})
 	return w.await("to hear of the marker", func(a *published.Agent) bool { return a.Labels[string(marker.UID)]["step"] == step })
 }
 
 // pod is a pod of the node: an object in the API, and once it is attached a network namespace.
 type pod struct {
-	w       *world
-	name    string
-	uid     types.UID
-	network string
-	labels  map[string]string // that the runtime passes; containerd passes none
-	ip      netip.Addr
-	echos   []*lab.Echo
+	w         *world
+	name      string
+	namespace string
+	uid       types.UID
+	sandbox   types.UID // by which CNI knows the pod, where that is another
+	network   string
+	netns     string            // name of its network namespace
+	labels    map[string]string // that the runtime passes; containerd passes none
+	ip        netip.Addr
+	echos     []*lab.Echo
 }
 
 // create makes the object of a pod: pending, app=echo and with the port "http" where edit does not say otherwise.
 func (w *world) create(name string, edit ...func(*corev1.Pod)) *pod {
 	w.Helper()
 	object := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": "echo"}},
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: w.namespace, Labels: map[string]string{"app": "echo"}},
 		Spec: corev1.PodSpec{
-			NodeName:   node.Name,
+			NodeName:   w.node.Name,
 			Containers: []corev1.Container{{Name: "echo", Image: "none", Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: port}}}},
 		},
 	}
 	for _, edit := range edit {
 		edit(object)
 	}
-	made, err := plane.Admin.CoreV1().Pods(metav1.NamespaceDefault).Create(w.Context(), object, metav1.CreateOptions{})
+	made, err := plane.Admin.CoreV1().Pods(object.Namespace).Create(w.Context(), object, metav1.CreateOptions{})
 	w.must(err)
-	p := &pod{w: w, name: name, uid: made.UID, network: network}
+	p := &pod{w: w, name: name, namespace: made.Namespace, uid: made.UID, network: network, netns: name}
 	w.Cleanup(func() { p.forceDelete() })
 	return p
 }
 
 // unheardOf is a pod that the API server has not been told of, whose labels the runtime passes.
 func (w *world) unheardOf(name string) *pod {
-	return &pod{w: w, name: name, uid: types.UID("unheard-of-" + name), network: network, labels: map[string]string{"app": "echo"}}
+	return &pod{
+		w: w, name: name, namespace: w.namespace, uid: types.UID("unheard-of-" + name), network: network, netns: name,
+		labels: map[string]string{"app": "echo"},
+	}
 }
 
 // lab is what the runtime tells CNI.
-func (p *pod) lab() lab.Pod { return lab.Pod{Name: p.name, UID: string(p.uid), Labels: p.labels} }
+func (p *pod) lab() lab.Pod {
+	return lab.Pod{Name: p.name, Namespace: p.namespace, UID: string(cmp.Or(p.sandbox, p.uid)), Labels: p.labels, NetNS: p.netns}
+}
 
 // add attaches the pod, on whose address a server then listens.
 func (p *pod) add() *pod {
 	p.w.Helper()
-	attached, err := node.Add(p.w.Context(), p.network, p.lab())
+	attached, err := p.w.node.Add(p.w.Context(), p.network, p.lab())
 	p.w.must(err)
 	p.w.Cleanup(func() { p.del() })
 	p.ip = attached.IPs[0]
@@ -285,7 +360,7 @@ func (p *pod) addUnrecorded() *pod {
 
 func (p *pod) listen(port uint16) *pod {
 	p.w.Helper()
-	echo, err := node.StartEcho(p.name, p.name, port)
+	echo, err := p.w.node.StartEcho(p.netns, p.name, port)
 	p.w.must(err)
 	p.echos = append(p.echos, echo)
 	return p
@@ -307,16 +382,16 @@ func (p *pod) status(phase corev1.PodPhase, ready bool) *pod {
 	if p.ip.IsValid() {
 		status["podIP"], status["podIPs"] = p.ip, []map[string]any{{"ip": p.ip}}
 	}
-	p.w.patch(p.name, "status", map[string]any{"status": status})
+	p.w.patch(p.namespace, p.name, "status", map[string]any{"status": status})
 	return p
 }
 
 func (p *pod) label(key string, value any) {
 	p.w.Helper()
-	p.w.patch(p.name, "", map[string]any{"metadata": map[string]any{"labels": map[string]any{key: value}}})
+	p.w.patch(p.namespace, p.name, "", map[string]any{"metadata": map[string]any{"labels": map[string]any{key: value}}})
 }
 
-func (w *world) patch(name, subresource string, change any) *corev1.Pod {
+func (w *world) patch(namespace, name, subresource string, change any) *corev1.Pod {
 	w.Helper()
 	data, err := json.Marshal(change)
 	w.must(err)
@@ -324,7 +399,7 @@ func (w *world) patch(name, subresource string, change any) *corev1.Pod {
 	if subresource != "" {
 		sub = []string{subresource}
 	}
-	pod, err := plane.Admin.CoreV1().Pods(metav1.NamespaceDefault).Patch(w.Context(), name, types.MergePatchType, data, metav1.PatchOptions{}, sub...)
+	pod, err := plane.Admin.CoreV1().Pods(namespace).Patch(w.Context(), name, types.MergePatchType, data, metav1.PatchOptions{}, sub...)
 	w.must(err)
 	return pod
 }
@@ -344,7 +419,7 @@ func (p *pod) forceDelete() {
 func (p *pod) delete(grace int64) {
 	p.w.Helper()
 	ctx := context.WithoutCancel(p.w.Context())
-	err := plane.Admin.CoreV1().Pods(metav1.NamespaceDefault).Delete(ctx, p.name, metav1.DeleteOptions{
+	err := plane.Admin.CoreV1().Pods(p.namespace).Delete(ctx, p.name, metav1.DeleteOptions{
 		GracePeriodSeconds: &grace, Preconditions: &metav1.Preconditions{UID: &p.uid},
 	})
 	if err != nil && !apierrors.IsNotFound(err) {
@@ -358,7 +433,7 @@ func (p *pod) del() {
 	for _, echo := range p.echos {
 		_ = echo.Close()
 	}
-	if err := node.Del(context.WithoutCancel(p.w.Context()), p.network, p.lab()); err != nil {
+	if err := p.w.node.Del(context.WithoutCancel(p.w.Context()), p.network, p.lab()); err != nil {
 		p.w.Error(err)
 	}
 }
@@ -366,13 +441,13 @@ func (p *pod) del() {
 // record is what the plugin has recorded of the pod.
 func (p *pod) record() (state.Attachment, bool) {
 	p.w.Helper()
-	file, err := state.ReadFile(node.Path(lab.RuntimeDir))
+	file, err := state.ReadFile(p.w.node.Path(lab.RuntimeDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return state.Attachment{}, false
 	}
 	p.w.must(err)
 	for _, record := range file.Attachments {
-		if record.UID == string(p.uid) {
+		if record.UID == string(cmp.Or(p.sandbox, p.uid)) {
 			return record, true
 		}
 	}
