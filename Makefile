@@ -50,7 +50,7 @@ e2e-binaries: ## kube-apiserver and etcd from source, into bin/e2e/ (minutes wit
 e2e: build tools e2e-binaries ## the agent against a real Kubernetes API server (needs root)
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 -tags e2e ./integration/cluster/...
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 -parallel 16 -tags e2e ./integration/cluster/...
 
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml

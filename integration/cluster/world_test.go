@@ -427,12 +427,17 @@ func (p *pod) delete(grace int64) {
 	}
 }
 
-// del ends the pod's process, and takes its sandbox away.
-func (p *pod) del() {
-	p.w.Helper()
+// end ends the pod's process.
+func (p *pod) end() {
 	for _, echo := range p.echos {
 		_ = echo.Close()
 	}
+}
+
+// del ends the pod's process, and takes its sandbox away.
+func (p *pod) del() {
+	p.w.Helper()
+	p.end()
 	if err := p.w.node.Del(context.WithoutCancel(p.w.Context()), p.network, p.lab()); err != nil {
 		p.w.Error(err)
 	}
