@@ -196,8 +196,8 @@ func (w *world) cniGoesOn(first, second *pod, until time.Time) {
 func (w *world) restarts(first, second string) {
 	w.Helper()
 	probes := map[string]*lab.Probe{
-		first:  w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, 5*time.Millisecond),
-		second: w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(apiOnly, port)}, 5*time.Millisecond),
+		first:  w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, 50*time.Millisecond),
+		second: w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(apiOnly, port)}, 50*time.Millisecond),
 	}
 	w.agent.Kill()
 	w.start()
