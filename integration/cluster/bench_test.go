@@ -282,7 +282,7 @@ func largePod(name, node string) *corev1.Pod {
 // of what 5,000 pods on other nodes cost it.
 func BenchmarkFullNode(b *testing.B) {
 	const onNode, recorded, real, elsewhere = 250, 100, 5, 5000
-	const idle, storm = time.Minute, 20 * time.Second
+	const idle, storm = 40 * time.Second, 20 * time.Second
 	w := apart(b, "full", "full")
 	w.poll = "5s"
 	for b.Loop() {
