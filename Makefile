@@ -52,6 +52,11 @@ e2e: build tools e2e-binaries ## the agent against a real Kubernetes API server 
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 -parallel 16 -tags e2e ./integration/cluster/...
 
+.PHONY: e2e-bench
+e2e-bench: build tools e2e-binaries ## measure the agent and the API server, each against the other (needs root; 15 minutes)
+	integration/prerequisites nft ip nsenter
+	go test -count=1 -tags e2e -run '^$$' -bench . -benchtime 1x -timeout 30m ./integration/cluster
+
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
