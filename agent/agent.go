@@ -86,8 +86,9 @@ type Options struct {
 	// ForeignRules names the rules of others that translate one of these addresses.
 	ForeignRules func(context.Context, []netip.Addr) []string
 	Watchers     []Watcher
-	Uninstall    Uninstall
 	Log          *slog.Logger
+
+	Uninstall Uninstall
 }
 
 // Agent is one running agent. Its methods but wake are called by one goroutine only.

@@ -47,11 +47,11 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if !found || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return nil, fmt.Errorf("DaemonSet %q is not allowed; allowed: NAMESPACE/NAME", namespace+"/"+name)
 	}
-	client, err := connect(kubeconfig)
+	pods, err := Connect(kubeconfig, name) // for its client alone: no pods are asked for
 	if err != nil {
 		return nil, err
 	}
-	return &DaemonSet{client: client, namespace: namespace, name: name, log: log}, nil
+	return &DaemonSet{client: pods.client, namespace: namespace, name: name, log: log}, nil
 }
 
 // Deleted waits until the DaemonSet is deleted, or being deleted with its pods, and returns true then. When ctx ends before

@@ -53,17 +53,6 @@ type Pods struct {
 // Connect makes the client: from a kubeconfig file, or where that is empty from the pod's service account,
 // whose token is read again as kubelet rotates it.
 func Connect(kubeconfig, node string) (*Pods, error) {
-	client, err := connect(kubeconfig)
-	if err != nil {
-		return nil, err
-	}
-	if node == "" {
-		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
-	}
-	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
-}
-
-func connect(kubeconfig string) (kubernetes.Interface, error) {
 	var config *rest.Config
 	var err error
 	if kubeconfig != "" {
@@ -74,6 +63,9 @@ func connect(kubeconfig string) (kubernetes.Interface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("credentials for the Kubernetes API: %w", err)
 	}
+	if node == "" {
+		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
+	}
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	config.UserAgent = "magic-ip-agent"
@@ -81,7 +73,7 @@ func connect(kubeconfig string) (kubernetes.Interface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client for the Kubernetes API: %w", err)
 	}
-	return client, nil
+	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
 }
 
 // Run calls wake after each change of what View returns, until ctx ends.
