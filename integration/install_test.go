@@ -271,6 +271,24 @@ func TestReadOnlyDirectories(t *testing.T) {
 	}
 }
 
+// TestDirectoryRemovedOnTheNode: a container whose mount leads nowhere ends, so that it is started again with what is there now.
+func TestDirectoryRemovedOnTheNode(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.run("mkdir /run/mounted && mount --bind " + confDir + " /run/mounted")
+	installer := s.confined("-all", append(s.flags("install", "--watch", "--no-api", "--plugin", s.plugin()), "--cni-conf-dir", "/run/mounted")...)
+	s.awaitEntry(installer)
+	s.run("rm -r " + confDir + " && mkdir " + confDir)
+	select {
+	case <-installer.Exited():
+	case <-patience(t).Done():
+		t.Fatal("it goes on")
+	}
+	if err := installer.Stop(t.Context()); err == nil || !strings.Contains(installer.Log(), "/run/mounted was removed on the node") {
+		t.Errorf("ended with %v; log:\n%s", err, installer.Log())
+	}
+}
+
 // TestDaemonSetDeleted: agent and installer of a DaemonSet that is deleted take out all that they have put on the node, each
 // its own and without privileges, and wait then. That they are refused before, or told to stop, leaves everything in place.
 func TestDaemonSetDeleted(t *testing.T) {
