@@ -213,15 +213,13 @@ func (w *world) touch(pod *corev1.Pod, i int) error {
 }
 
 // storm writes the status of every pod once a second.
-func (w *world) storm(pods []*corev1.Pod, during time.Duration) (written int) {
+func (w *world) storm(pods []*corev1.Pod, during time.Duration) {
 	w.Helper()
 	for until := time.Now().Add(during); time.Now().Before(until); {
 		second := time.After(time.Second)
 		w.inParallel(len(pods), func(i int) error { return w.touch(pods[i], i) })
-		written += len(pods)
 		<-second
 	}
-	return written
 }
 
 func (w *world) inParallel(count int, f func(i int) error) {
@@ -281,19 +279,19 @@ func largePod(name, node string) *corev1.Pod {
 // BenchmarkFullNode: memory and CPU of an agent on a node with 250 pods in the namespace, 100 of them with a record, and
 // of what 5,000 pods on other nodes cost it.
 func BenchmarkFullNode(b *testing.B) {
-	const onNode, recorded, real, elsewhere = 250, 100, 5, 5000
+	const onNode, recorded, attached, elsewhere = 250, 100, 5, 5000
 	const idle, storm = 40 * time.Second, 20 * time.Second
 	w := apart(b, "full", "full")
 	w.poll = "5s"
 	for b.Loop() {
 		w.serve()
 		w.measure(b, "with one pod in the namespace, idle", idle, nil)
-		for i := range real {
+		for i := range attached {
 			w.create(fmt.Sprint("echo-", i)).add().running(true)
 		}
-		pods := w.filler(onNode-real-1, func(int) string { return w.node.Name }) // and the marker
+		pods := w.filler(onNode-attached-1, func(int) string { return w.node.Name }) // and the marker
 		var records []state.Attachment
-		for i, pod := range pods[:recorded-real] {
+		for i, pod := range pods[:recorded-attached] {
 			records = append(records, state.Attachment{
 				ContainerID: fmt.Sprint("c", i), IfName: "eth0", Network: network, Namespace: w.namespace, Name: pod.Name, UID: string(pod.UID),
 				Labels: pod.Labels, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 251, 0, byte(i)})}, AddedAt: time.Now(),
@@ -301,7 +299,7 @@ func BenchmarkFullNode(b *testing.B) {
 		}
 		_, err := state.Update(w.node.Path(lab.RuntimeDir), time.Second, nil, records...)
 		w.must(err)
-		w.goesTo(fmt.Sprint("echo-", real-1))
+		w.goesTo(fmt.Sprint("echo-", attached-1))
 		w.measure(b, "with 250, idle (targets ≤ 40 MiB, ≤ 0.5 %)", idle, nil)
 		w.measure(b, "with 250, each written once a second", storm, func() { w.storm(pods, storm) })
 		others := w.filler(elsewhere, func(i int) string { return fmt.Sprint("other-", i/50) })
