@@ -47,15 +47,11 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if !found || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return nil, fmt.Errorf("DaemonSet %q is not allowed; allowed: NAMESPACE/NAME", namespace+"/"+name)
 	}
-	config, err := credentials(kubeconfig)
+	pods, err := Connect(kubeconfig, name) // for its client alone: no pods are asked for
 	if err != nil {
 		return nil, err
 	}
-	client, err := connect(config)
-	if err != nil {
-		return nil, err
-	}
-	return &DaemonSet{client: client, namespace: namespace, name: name, log: log}, nil
+	return &DaemonSet{client: pods.client, namespace: namespace, name: name, log: log}, nil
 }
 
 // Deleted waits until the DaemonSet is deleted, or being deleted with its pods, and returns true then. When ctx ends before
@@ -140,7 +136,7 @@ func (d *DaemonSet) get(ctx context.Context) (version string, deleted bool, err 
 		return "", false, err
 	case d.own == "" || d.orphaned:
 		d.own, d.orphaned = "", false
-		return "", false, err // whatever comes under this name adopts us
+		return "", false, err
 	}
 	return "", true, nil
 }
@@ -166,11 +162,12 @@ func (d *DaemonSet) event(event watch.Event) (deleted bool, err error) {
 		return false, nil
 	case event.Type == watch.Bookmark:
 		return false, nil
+	case event.Type == watch.Deleted && object.UID != d.own:
+		return false, nil
+	case event.Type == watch.Deleted && (d.orphaned || orphans(object)):
+		d.own, d.orphaned = "", false // whatever comes under this name adopts us
+		return false, nil
 	case event.Type == watch.Deleted:
-		if object.UID != d.own || d.orphaned || orphans(object) {
-			d.own, d.orphaned = "", false
-			return false, nil
-		}
 		return true, nil
 	}
 	return d.seen(object), nil
