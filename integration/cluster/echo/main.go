@@ -68,7 +68,7 @@ func pause(ctx context.Context) {
 	}
 }
 
-// serve answers with the pod's name and the client's address until SIGTERM. Its first line of output is when it was
+// serve answers with the pod's name and the client's address until SIGTERM, and then what it has been asked. Its first line of output is when it was
 // started. The control address says so too (/started), is what kubelet asks whether the pod is ready (/ready), and
 // is told whether it is (PUT /ready or DELETE /ready).
 func serve(ctx context.Context, started time.Time, args []string) error {
@@ -114,7 +114,9 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	<-ctx.Done()
 	fmt.Println("terminated", time.Now().UTC().Format(time.RFC3339Nano))
 	time.Sleep(*drain)
-	return errors.Join(echo.Close(), server.Close())
+	limited, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return errors.Join(echo.Shutdown(limited), server.Close())
 }
 
 // request is a line of output for a request.
