@@ -25,7 +25,7 @@ func Installation(runtimeDir, name string) (*Installed, error) {
 	path := filepath.Join(Dir(runtimeDir), name+".install")
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil //nolint:nilnil // no installer is no error
+		return nil, nil
 	}
 	if err != nil {
 		return nil, err
