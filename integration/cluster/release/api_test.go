@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
@@ -24,38 +26,57 @@ import (
 // their tokens (401). None of that is an uninstall: entry, rules and traffic stay all the time.
 func TestRefusedDuringRollOut(t *testing.T) {
 	w := newWorld(t)
-	w.targets(system, "apm-server")
+	w.targets(system)
 	w.upgrade(apm, apmValues()...)
-	w.servedBy(magic, system, "apm-server")
+	w.servedBy(magic, system)
 	load, stays := w.load(magic, lab.NewConnection, lab.KeepAlive), w.staysInstalled(apm)
+
+	w.lap("installed")
 
 	// 403: the rights go, as with helm uninstall, but the DaemonSet stays.
 	w.kubectl("delete", "rolebindings", "--namespace", system, "--selector", "release="+name)
 	w.restart(apm)
 	w.errs(apm, "forbidden")
-	w.servedBy(magic, system, "apm-server")
+	w.servedBy(magic, system)
 	w.upgrade(apm, apmValues()...)
 	w.errs(apm, "")
+	w.lap("403")
 
-	// 401: the key that tokens are signed with is another one after the restart. What has a token goes on with it.
+	// 401: half of the pods are replaced when the API server goes, and comes back with another key for tokens. The rest of the
+	// roll-out is of pods whose tokens it does not know.
+	w.upgrade(apm, apmValues("minReadySeconds=8")...)
+	w.kubectl("rollout", "status", "--namespace", system, "daemonset/"+daemonSet) // pods that have been ready for so long go one by one
+	before := w.agents(apm)
 	w.kubectl("rollout", "restart", "--namespace", system, "daemonset/"+daemonSet)
+	var old *whole.Node
+	w.eventually("half of the roll-out", func() error {
+		d, err := cluster.Admin.AppsV1().DaemonSets(system).Get(w.ctx, daemonSet, metav1.GetOptions{})
+		if err == nil && (d.Status.UpdatedNumberScheduled != 1 || int(d.Status.NumberReady) != len(cluster.Nodes)) {
+			err = fmt.Errorf("%+v", d.Status)
+		}
+		return err
+	})
+	for i, n := range cluster.Nodes {
+		if w.podOn(n, system, daemonSet).UID == before[i] {
+			old = n
+		}
+	}
 	cluster.KillAPIServer()
-	w.must(cluster.Node("node1").WriteFile("/etc/kubernetes/sa.key", newKey(t), 0o600))
+	w.must(cluster.Nodes[0].WriteFile("/etc/kubernetes/sa.key", newKey(t), 0o600))
 	load.some(50)
 	w.must(cluster.StartAPIServer(w.within(time.Minute)))
+	w.lap("a restart")
+	w.errsOn(old, apm, "nauthorized")
+	w.lap("401 seen")
 	w.rolledOut(apm)
+	w.lap("rolled out")
+	w.restart(apm) // who was first in the roll-out has a token of before
 	w.errs(apm, "")
-
-	// And again, for the agents of both nodes at once.
-	cluster.KillAPIServer()
-	w.must(cluster.Node("node1").WriteFile("/etc/kubernetes/sa.key", newKey(t), 0o600))
-	w.must(cluster.StartAPIServer(w.within(time.Minute)))
-	w.errs(apm, "nauthorized")
-	w.restart(apm)
-	w.errs(apm, "")
-	w.servedBy(magic, system, "apm-server")
+	w.lap("tokens of the new key")
+	w.servedBy(magic, system)
 	stays()
-	load.unbroken("roll-outs with 403, 401 and two restarts of the API server")
+	load.unbroken("roll-outs with 403, with 401 and with a restart of the API server")
+	w.lap("the last look")
 }
 
 // restart replaces all pods of a release.
@@ -68,17 +89,19 @@ func (w *world) restart(r release) {
 // errs waits until what the agents of both nodes say is wrong contains this text; empty for nothing is wrong.
 func (w *world) errs(r release, text string) {
 	w.Helper()
-	w.eventually(fmt.Sprintf("agents with the error %q", text), func() error {
-		for _, n := range cluster.Nodes {
-			agent, err := published.Read(n.Path(runtimeDir), r.agent())
-			if err == nil && (text == "" && agent.LastError != "" || !strings.Contains(agent.LastError, text)) {
-				err = fmt.Errorf("%s: the agent's error is %q", n.Name, agent.LastError)
-			}
-			if err != nil {
-				return err
-			}
+	for _, n := range cluster.Nodes {
+		w.errsOn(n, r, text)
+	}
+}
+
+func (w *world) errsOn(n *whole.Node, r release, text string) {
+	w.Helper()
+	w.eventually(fmt.Sprintf("error %q of the agent of %s", text, n.Name), func() error {
+		agent, err := published.Read(n.Path(runtimeDir), r.agent())
+		if err == nil && (text == "" && agent.LastError != "" || !strings.Contains(agent.LastError, text)) {
+			err = fmt.Errorf("it is %q", agent.LastError)
 		}
-		return nil
+		return err
 	})
 }
 

@@ -37,10 +37,10 @@ func TestCommand(t *testing.T) {
 		w.refused(n, magic)
 	}
 
-	w.targets(system, "apm-server")
-	w.servedBy(magic, system, "apm-server")
+	w.targets(system)
+	w.servedBy(magic, system)
 	for _, n := range cluster.Nodes {
-		if !recorded(n, w.podOn(n, system, "apm-server")) {
+		if !recorded(n, w.podOn(n, system, servers)) {
 			t.Errorf("%s: the target, newer than the release, has no record", n.Name)
 		}
 	}
@@ -135,7 +135,7 @@ func (w *world) pidOf(n *whole.Node, pod *corev1.Pod, container string) int {
 // events: what the agent says of its magic IP stands with its pod.
 func (w *world) events(n *whole.Node) {
 	w.Helper()
-	pod, target := w.podOn(n, system, daemonSet), w.podOn(n, system, "apm-server")
+	pod, target := w.podOn(n, system, daemonSet), w.podOn(n, system, servers)
 	said := "169.254.210.210:9200/tcp: traffic goes to pod kube-system/" + target.Name
 	w.eventually("events of "+pod.Name, func() error {
 		for _, args := range [][]string{{"get", "events", "-n", system}, {"describe", "pod", "-n", system, pod.Name}} {
@@ -155,7 +155,7 @@ func (w *world) events(n *whole.Node) {
 // were there before.
 func TestServedSoon(t *testing.T) {
 	w := newWorld(t)
-	w.targets(system, "apm-server")
+	w.targets(system)
 	began := time.Now()
 	probes := map[string]*lab.Probe{}
 	for _, n := range cluster.Nodes {
@@ -168,7 +168,7 @@ func TestServedSoon(t *testing.T) {
 		answer, err := probes[n.Name].Await(w.within(30*time.Second), func(o lab.Outcome) bool { return o.Err == nil })
 		w.must(err)
 		figures.add("from helm install to the first answer on %s (%s): %v", n.Name, n.Runtime(), answer.Sent.Sub(began).Round(10*time.Millisecond))
-		if want := w.podOn(n, system, "apm-server").Name; answer.Server != want {
+		if want := w.podOn(n, system, servers).Name; answer.Server != want {
 			t.Errorf("%s was served by %s, want %s", n.Name, answer.Server, want)
 		}
 	}
@@ -176,5 +176,5 @@ func TestServedSoon(t *testing.T) {
 	uninstalled := time.Now()
 	w.uninstall(apm)
 	figures.add("helm uninstall, until all pods were gone: %v", time.Since(uninstalled).Round(10*time.Millisecond))
-	w.nodesPristine(soon)
+	w.nodesPristine()
 }

@@ -45,7 +45,7 @@ func TestConflistRewritten(t *testing.T) {
 		figures.add("conflist written anew %s: the entry was back after %v", step.name, time.Since(began).Round(time.Millisecond))
 		for _, n := range cluster.Nodes {
 			pod := "target-" + n.Name
-			made, _ := w.pod(n, system, pod, map[string]string{"app": "apm-server"})
+			made, _ := w.pod(n, system, pod, map[string]string{"app": servers})
 			if !recorded(n, made) {
 				t.Errorf("%s: pod %s has no record", step.name, pod)
 			}
@@ -112,7 +112,7 @@ func TestQuarrel(t *testing.T) {
 		}
 	}
 	w.uninstall(apm)
-	w.nodesPristine(soon)
+	w.nodesPristine()
 }
 
 // cpu is the processor time that a process has used.
@@ -135,36 +135,41 @@ func (w *world) cpu(n *whole.Node, pid int) time.Duration {
 func TestAgentAbsent(t *testing.T) {
 	w := newWorld(t)
 	usual := w.startAndStop("usual")
-	w.begin(apm, apmValues("image.tag=missing")...)
-	w.waiting(len(cluster.Nodes), "ErrImagePull", "ImagePullBackOff")
+	w.begin(apm, apmValues("image.tag=missing", "image.pullPolicy=Never")...)
+	w.waiting(len(cluster.Nodes), "ErrImageNeverPull")
 	w.unhindered("no image, first roll-out", usual)
 	w.uninstall(apm)
-	w.nodesPristine(soon)
+	w.nodesPristine()
 
-	w.targets(system, "apm-server")
+	w.lap("first roll-out without an image")
+
+	w.targets(system)
 	w.upgrade(apm, apmValues()...)
-	w.servedBy(magic, system, "apm-server")
+	w.servedBy(magic, system)
+	w.lap("installed")
 	load, stays := w.load(magic, lab.NewConnection, lab.KeepAlive), w.staysInstalled(apm)
-	w.begin(apm, apmValues("image.tag=missing")...)
-	w.waiting(1, "ErrImagePull", "ImagePullBackOff")
+	w.begin(apm, apmValues("image.tag=missing", "image.pullPolicy=Never")...)
+	w.waiting(1, "ErrImageNeverPull")
 	w.unhindered("no image on a node that is served", usual)
+	w.lap("no image")
 	w.begin(apm, apmValues("config.selector=app in (apm-server")...)
 	w.kubectl("delete", "pods", "--namespace", system, "--selector", "release="+name) // else only where the image was missing is the new configuration seen
 	w.waiting(1, "CrashLoopBackOff")
 	w.unhindered("a crash loop", usual)
+	w.lap("crash loop")
 	stays()
 	load.unbroken("agents absent: no image, then a crash loop")
-	w.upgrade(apm, apmValues()...)
-	w.servedBy(magic, system, "apm-server")
+	w.upgrade(apm, apmValues("podAnnotations.mended=now")...) // else the containers wait for the end of their back-off
+	w.servedBy(magic, system)
 }
 
-// startAndStop starts and stops a pod on each node, with the labels of the targets in the namespace that is served, and returns
-// how long the slowest took for both.
+// startAndStop starts and stops a pod on each node, in the namespace that is served, where the plugin has to look at it. It
+// returns how long the slowest took for both.
 func (w *world) startAndStop(prefix string) (slowest time.Duration) {
 	w.Helper()
 	for _, n := range cluster.Nodes {
 		pod := prefix + "-" + n.Name
-		_, started := w.pod(n, system, pod, map[string]string{"app": "apm-server"})
+		_, started := w.pod(n, system, pod, map[string]string{"app": "bystander"})
 		slowest = max(slowest, started+w.removePod(system, pod))
 	}
 	return slowest
@@ -182,10 +187,10 @@ func (w *world) unhindered(when string, usual time.Duration) {
 	w.noWarnings(began)
 }
 
-// waiting waits until so many pods of the release have a container that waits for one of these reasons.
-func (w *world) waiting(pods int, reasons ...string) {
+// waiting waits until so many pods of the release have a container that waits for this reason.
+func (w *world) waiting(pods int, reason string) {
 	w.Helper()
-	w.eventually(fmt.Sprintf("%d pods with %v", pods, reasons), func() error {
+	w.eventually(fmt.Sprintf("%d pods with %s", pods, reason), func() error {
 		printed, err := cluster.Kubectl(w.ctx, "get", "pods", "--namespace", system, "--selector", "release="+name, "--no-headers",
 			"--output=custom-columns=REASON:.status.containerStatuses[*].state.waiting.reason")
 		if err != nil {
@@ -193,11 +198,8 @@ func (w *world) waiting(pods int, reasons ...string) {
 		}
 		found := 0
 		for line := range strings.Lines(printed) {
-			for _, reason := range reasons {
-				if strings.Contains(line, reason) {
-					found++
-					break
-				}
+			if strings.Contains(line, reason) {
+				found++
 			}
 		}
 		if found < pods {

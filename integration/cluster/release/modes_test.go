@@ -22,14 +22,14 @@ import (
 func TestWhoIsTarget(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues("config.owner=DaemonSet/apm-server", "metrics.enabled=true")...)
-	w.targets(system, "apm-server")
-	w.servedBy(magic, system, "apm-server")
+	w.targets(system)
+	w.servedBy(magic, system)
 	for _, n := range cluster.Nodes { // newer than the targets
-		w.pod(n, team, "elsewhere-"+n.Name, map[string]string{"app": "apm-server"})
-		w.pod(n, system, "orphan-"+n.Name, map[string]string{"app": "apm-server"})
+		w.pod(n, team, "elsewhere-"+n.Name, map[string]string{"app": servers})
+		w.pod(n, system, "orphan-"+n.Name, map[string]string{"app": servers})
 	}
 	for _, n := range cluster.Nodes {
-		client, target := w.client(n), w.podOn(n, system, "apm-server").Name
+		client, target := w.client(n), w.podOn(n, system, servers).Name
 		for range 50 {
 			answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: client, To: magic, Timeout: 2 * time.Second})
 			if err != nil || answer.Server != target {
@@ -38,7 +38,7 @@ func TestWhoIsTarget(t *testing.T) {
 		}
 		w.metrics(n)
 	}
-	w.removeTargets(system, "apm-server")
+	w.removeTargets(system)
 	for _, n := range cluster.Nodes {
 		w.refused(n, magic)
 	}
@@ -66,8 +66,8 @@ func (w *world) metrics(n *whole.Node) {
 func TestWithoutCNI(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues("cni.enabled=false")...)
-	w.targets(system, "apm-server")
-	w.servedBy(magic, system, "apm-server")
+	w.targets(system)
+	w.servedBy(magic, system)
 	for _, n := range cluster.Nodes {
 		if pod := w.podOn(n, system, daemonSet); len(pod.Spec.Containers) != 1 {
 			t.Errorf("%s: the pod has %d containers", n.Name, len(pod.Spec.Containers))
@@ -78,12 +78,12 @@ func TestWithoutCNI(t *testing.T) {
 		if fmt.Sprint(now.Conflists, now.Plugins) != fmt.Sprint(was.Conflists, was.Plugins) {
 			t.Errorf("%s: the CNI directories are not as before: %+v", n.Name, now)
 		}
-		w.removePod(system, w.podOn(n, system, "apm-server").Name)
+		w.removePod(system, w.podOn(n, system, servers).Name)
 	}
-	w.eventually("new targets", func() error { return w.daemonSetDone(system, "apm-server") })
-	w.servedBy(magic, system, "apm-server")
+	w.targetsReady(system)
+	w.servedBy(magic, system)
 	w.uninstall(apm)
-	w.nodesPristine(soon)
+	w.nodesPristine()
 }
 
 // TestWithoutAPI: api.enabled=false. A runtime that passes labels, here cnitool in its place, is enough. containerd passes none:
@@ -94,7 +94,7 @@ func TestWithoutAPI(t *testing.T) {
 	if !strings.Contains(notes, "helm uninstall is not noticed on the nodes") {
 		t.Errorf("helm does not say what API off means:\n%s", notes)
 	}
-	w.targets(system, "apm-server")
+	w.targets(system)
 	n := cluster.Node("node2")
 	for _, n := range cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
@@ -103,7 +103,7 @@ func TestWithoutAPI(t *testing.T) {
 				t.Errorf("%s: the pod has a token", n.Name)
 			}
 		}
-		if !recorded(n, w.podOn(n, system, "apm-server")) {
+		if !recorded(n, w.podOn(n, system, servers)) {
 			t.Errorf("%s: the target has no record", n.Name)
 		}
 		w.refused(n, magic)
@@ -113,9 +113,9 @@ func TestWithoutAPI(t *testing.T) {
 	w.served(n, magic, server)
 
 	w.upgrade(apm, apmValues()...)
-	w.servedBy(magic, system, "apm-server")
+	w.servedBy(magic, system)
 	w.uninstall(apm)
-	w.nodesPristine(soon)
+	w.nodesPristine()
 }
 
 // labelled is a pod that cnitool adds to the node's own network with the labels of the targets. It is removed after the

@@ -15,9 +15,9 @@ import (
 // new pod are answered.
 func TestReboot(t *testing.T) {
 	w := newWorld(t)
-	w.targets(system, "apm-server")
+	w.targets(system)
 	w.upgrade(apm, apmValues()...)
-	w.servedBy(magic, system, "apm-server")
+	w.servedBy(magic, system)
 	for _, n := range cluster.Nodes {
 		began := time.Now()
 		w.must(n.Reboot(w.within(time.Minute)))
@@ -36,8 +36,8 @@ func TestReboot(t *testing.T) {
 		figures.add("reboot of %s (%s): ready after %v, a client pod that was made then was answered %v later", n.Name, n.Runtime(),
 			up.Sub(began).Round(10*time.Millisecond), answer.Sent.Sub(up).Round(10*time.Millisecond))
 		w.rolledOut(apm)
-		w.eventually("targets", func() error { return w.daemonSetDone(system, "apm-server") })
-		w.served(n, magic, w.podOn(n, system, "apm-server").Name)
+		w.targetsReady(system)
+		w.served(n, magic, w.podOn(n, system, servers).Name)
 		if err := installed(n, apm); err != nil {
 			t.Errorf("%s: %v", n.Name, err)
 		}

@@ -16,8 +16,8 @@ func TestReleases(t *testing.T) {
 	w := newWorld(t)
 	other, namesake := release{system, "other"}, release{team, name}
 	addresses := map[release]string{other: second.Addr().String(), namesake: third.Addr().String()}
-	w.targets(system, "apm-server")
-	w.targets(team, "apm-server")
+	w.targets(system)
+	w.targets(team)
 	w.upgrade(apm, apmValues()...)
 	for r, address := range addresses {
 		w.begin(r, apmValues("config.ipAddress="+address)...)
@@ -25,11 +25,11 @@ func TestReleases(t *testing.T) {
 	for r := range addresses {
 		w.rolledOut(r)
 	}
-	w.servedBy(magic, system, "apm-server")
-	w.servedBy(second, system, "apm-server")
-	w.servedBy(third, team, "apm-server")
+	w.servedBy(magic, system)
+	w.servedBy(second, system)
+	w.servedBy(third, team)
 
-	load := w.load(magic, lab.NewConnection, lab.UDP)
+	load := w.load(magic, lab.NewConnection, lab.KeepAlive)
 	loadOfNamesake := w.load(third, lab.NewConnection, lab.KeepAlive)
 	w.uninstall(other)
 	w.left(other, apm, namesake)
@@ -42,7 +42,7 @@ func TestReleases(t *testing.T) {
 	w.left(apm, namesake)
 	loadOfNamesake.unbroken("a release of the same name in another namespace is uninstalled")
 	w.uninstall(namesake)
-	w.nodesPristine(soon)
+	w.nodesPristine()
 }
 
 // left checks that a release has left the nodes, and that these others have not.

@@ -38,11 +38,8 @@ type nodeSnapshot struct {
 var counters = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]`)
 
 func takeSnapshot(ctx context.Context) (s snapshot, err error) {
-	s.Nodes = map[string]nodeSnapshot{}
-	for _, n := range cluster.Nodes {
-		if s.Nodes[n.Name], err = takeNodeSnapshot(ctx, n); err != nil {
-			return s, fmt.Errorf("%s: %w", n.Name, err)
-		}
+	if s.Nodes, err = takeNodeSnapshots(ctx); err != nil {
+		return s, err
 	}
 	kinds, err := cluster.Kubectl(ctx, "api-resources", "--verbs=list", "--output=name")
 	if err != nil {
@@ -57,6 +54,16 @@ func takeSnapshot(ctx context.Context) (s snapshot, err error) {
 	s.Objects = strings.Split(strings.TrimSpace(objects), "\n")
 	slices.Sort(s.Objects)
 	return s, err
+}
+
+func takeNodeSnapshots(ctx context.Context) (all map[string]nodeSnapshot, err error) {
+	all = map[string]nodeSnapshot{}
+	for _, n := range cluster.Nodes {
+		if all[n.Name], err = takeNodeSnapshot(ctx, n); err != nil {
+			return nil, fmt.Errorf("%s: %w", n.Name, err)
+		}
+	}
+	return all, nil
 }
 
 func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err error) {
@@ -112,24 +119,24 @@ func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err e
 }
 
 // pristine waits until the cluster is as it was before the first release.
-func (w *world) pristine(limit time.Duration) {
+func (w *world) pristine() {
 	w.Helper()
-	w.as(limit, func(ctx context.Context) (string, error) {
+	w.asBefore(20*time.Second, func(ctx context.Context) (string, error) {
 		now, err := takeSnapshot(ctx)
 		return cmp.Diff(pristine, now), err
 	})
 }
 
 // nodesPristine is pristine where targets of the test are still there: what they are in the API does not count.
-func (w *world) nodesPristine(limit time.Duration) {
+func (w *world) nodesPristine() {
 	w.Helper()
-	w.as(limit, func(ctx context.Context) (string, error) {
-		now, err := takeSnapshot(ctx)
-		return cmp.Diff(pristine.Nodes, now.Nodes), err
+	w.asBefore(10*time.Second, func(ctx context.Context) (string, error) {
+		now, err := takeNodeSnapshots(ctx)
+		return cmp.Diff(pristine.Nodes, now), err
 	})
 }
 
-func (w *world) as(limit time.Duration, difference func(context.Context) (string, error)) {
+func (w *world) asBefore(limit time.Duration, difference func(context.Context) (string, error)) {
 	w.Helper()
 	err := lab.Eventually(w.within(limit), func() error {
 		diff, err := difference(w.ctx)

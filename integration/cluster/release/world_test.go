@@ -39,11 +39,11 @@ const (
 	agentName   = system + "." + name
 	clients     = "clients"
 	team        = "team"
+	servers     = "apm-server" // the DaemonSets of the targets, and their label app
 	image       = "docker.io/magic-ip-address/magic-ip-address"
 	runtimeDir  = lab.RuntimeDir
 	pluginFile  = whole.CNIBinDir + "/magic-ip-address"
 	longestTest = 3 * time.Minute
-	soon        = 10 * time.Second
 )
 
 var (
@@ -132,7 +132,7 @@ type world struct {
 	*testing.T
 	ctx      context.Context
 	releases []release
-	began    time.Time
+	began    time.Time // of the present lap
 }
 
 type release struct{ namespace, name string }
@@ -153,7 +153,8 @@ func newWorld(t *testing.T) *world {
 		for len(w.releases) > 0 {
 			w.uninstall(w.releases[len(w.releases)-1])
 		}
-		w.pristine(20 * time.Second)
+		w.pristine()
+		w.lap("the end")
 	})
 	return w
 }
@@ -169,6 +170,13 @@ func (w *world) within(limit time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(w.ctx, limit)
 	w.Cleanup(cancel)
 	return ctx
+}
+
+// lap logs how long it took since the last lap.
+func (w *world) lap(what string) {
+	w.Helper()
+	w.Logf("%s: %v", what, time.Since(w.began).Round(10*time.Millisecond))
+	w.began = time.Now()
 }
 
 // eventually waits, for at most a minute.
@@ -330,32 +338,37 @@ func (w *world) podsGone(namespace, selector string) {
 	}
 }
 
-// targets makes a DaemonSet of servers, app=NAME, that answer at port 9200, and waits for them. They are removed after
-// the test, before the release is.
-func (w *world) targets(namespace, name string) {
+// targets makes a DaemonSet of servers, app=apm-server, that answer at port 9200, and waits for them. They are removed
+// after the test, before the release is.
+func (w *world) targets(namespace string) {
 	w.Helper()
 	// Another label, so that it does not adopt pods of the test.
-	labels := map[string]string{"app": name, "daemon-set": name}
+	labels := map[string]string{"app": servers, "daemon-set": servers}
 	pod := echoPod(nil, namespace, "", labels)
 	_, err := cluster.Admin.AppsV1().DaemonSets(namespace).Create(w.ctx, &appsv1.DaemonSet{
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: servers},
 		Spec: appsv1.DaemonSetSpec{
 			Selector: &metav1.LabelSelector{MatchLabels: labels},
 			Template: corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: labels}, Spec: pod.Spec},
 		},
 	}, metav1.CreateOptions{})
 	w.must(err)
-	w.Cleanup(func() { w.removeTargets(namespace, name) })
-	w.eventually("targets "+name, func() error { return w.daemonSetDone(namespace, name) })
+	w.Cleanup(func() { w.removeTargets(namespace) })
+	w.targetsReady(namespace)
 }
 
-func (w *world) removeTargets(namespace, name string) {
+func (w *world) targetsReady(namespace string) {
 	w.Helper()
-	err := cluster.Admin.AppsV1().DaemonSets(namespace).Delete(w.ctx, name, metav1.DeleteOptions{})
+	w.eventually("targets", func() error { return w.daemonSetDone(namespace, servers) })
+}
+
+func (w *world) removeTargets(namespace string) {
+	w.Helper()
+	err := cluster.Admin.AppsV1().DaemonSets(namespace).Delete(w.ctx, servers, metav1.DeleteOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
 		w.Error(err)
 	}
-	w.podsGone(namespace, "daemon-set="+name)
+	w.podsGone(namespace, "daemon-set="+servers)
 }
 
 // echoPod answers with its name at port 9200, by HTTP and by datagrams.
@@ -454,11 +467,11 @@ func (w *world) served(n *whole.Node, to netip.AddrPort, server string) {
 	}
 }
 
-// servedBy is served on all nodes, by the pods of a DaemonSet.
-func (w *world) servedBy(to netip.AddrPort, namespace, name string) {
+// servedBy is served on all nodes, by the targets of a namespace.
+func (w *world) servedBy(to netip.AddrPort, namespace string) {
 	w.Helper()
 	for _, n := range cluster.Nodes {
-		w.served(n, to, w.podOn(n, namespace, name).Name)
+		w.served(n, to, w.podOn(n, namespace, servers).Name)
 	}
 }
 
