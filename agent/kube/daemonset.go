@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -36,7 +37,10 @@ const (
 	getTimeout = 10 * time.Second
 	// lastTimeout bounds the last look after SIGTERM.
 	lastTimeout = 2 * time.Second
-	// After a failure, and after a watch that ended, it is asked again after these times.
+	// watchTime is how long a watch lasts at least, and half of how long at most: agents that have begun together do not
+	// begin anew together.
+	watchTime = 30 * time.Minute
+	// After a failure it is asked again after these times.
 	minPause = time.Second
 	maxPause = 30 * time.Second
 )
@@ -47,15 +51,11 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if !found || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return nil, fmt.Errorf("DaemonSet %q is not allowed; allowed: NAMESPACE/NAME", namespace+"/"+name)
 	}
-	config, err := credentials(kubeconfig)
+	pods, err := Connect(kubeconfig, name) // for its client alone: no pods are asked for
 	if err != nil {
 		return nil, err
 	}
-	client, err := connect(config)
-	if err != nil {
-		return nil, err
-	}
-	return &DaemonSet{client: client, namespace: namespace, name: name, log: log}, nil
+	return &DaemonSet{client: pods.client, namespace: namespace, name: name, log: log}, nil
 }
 
 // Deleted waits until the DaemonSet is deleted, or being deleted with its pods, and returns true then. When ctx ends before
@@ -69,7 +69,14 @@ func (d *DaemonSet) Deleted(ctx context.Context) bool {
 		if deleted {
 			return true
 		}
-		if err == nil || time.Since(begun) > maxPause { // it went well for a while
+		lasted := time.Since(begun)
+		if err == nil && lasted > minPause {
+			// The server has ended the watch, as it does with all of them in time. Nobody looks until the next one, and who
+			// deletes a release takes the right to look a moment after the DaemonSet: that must not fall into a pause.
+			pause, said = minPause, ""
+			continue
+		}
+		if err == nil || lasted > maxPause { // it went well for a while
 			pause = minPause
 		}
 		if err != nil && ctx.Err() == nil && err.Error() != said {
@@ -98,7 +105,7 @@ func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	seconds := int64(300)
+	seconds := int64((watchTime + rand.N(watchTime)) / time.Second) //nolint:gosec // spreads load
 	events, err := d.client.AppsV1().DaemonSets(d.namespace).Watch(ctx, metav1.ListOptions{
 		FieldSelector:   fields.OneTermEqualSelector("metadata.name", d.name).String(),
 		ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds,

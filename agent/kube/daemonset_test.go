@@ -413,6 +413,33 @@ func TestSilentWatch(t *testing.T) {
 	})
 }
 
+// TestEndedWatch: the API server ends each watch in time. The next one begins at once: were the DaemonSet deleted in a pause, and
+// with it the right to ask for it, nobody would ever know.
+func TestEndedWatch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset(daemonSet("u1"))
+		var begun []time.Time
+		var watches []*watch.FakeWatcher
+		client.PrependWatchReactor("daemonsets", func(clienttesting.Action) (bool, watch.Interface, error) {
+			begun, watches = append(begun, time.Now()), append(watches, watch.NewFake())
+			return true, watches[len(watches)-1], nil
+		})
+		own := &DaemonSet{client: client, namespace: "kube-system", name: daemonSetName, log: slog.New(slog.DiscardHandler)}
+		answer, sigterm := following(t, own)
+		for n := range 5 {
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if len(watches) != n+1 || time.Since(begun[n]) != time.Minute {
+				t.Fatalf("watches began at %v, the last has ended a minute before %v", begun, time.Now())
+			}
+			watches[n].Stop()
+		}
+		sigterm()
+		want(t, answer, false)
+	})
+}
+
 func TestNameOfTheDaemonSet(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"", "magic", "/magic", "kube-system/", "a/b/c"} {

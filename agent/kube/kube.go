@@ -57,26 +57,8 @@ type Pods struct {
 // Connect makes the client: from a kubeconfig file, or where that is empty from the pod's service account,
 // whose token is read again as kubelet rotates it: every minute, and when the API server refuses it.
 func Connect(kubeconfig, node string) (*Pods, error) {
-	config, err := credentials(kubeconfig)
-	if err != nil {
-		return nil, err
-	}
-	return New(config, node)
-}
-
-// New makes the client from a configuration, which it completes.
-func New(config *rest.Config, node string) (*Pods, error) {
-	if node == "" {
-		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
-	}
-	client, err := connect(config)
-	if err != nil {
-		return nil, err
-	}
-	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
-}
-
-func credentials(kubeconfig string) (config *rest.Config, err error) {
+	var config *rest.Config
+	var err error
 	if kubeconfig != "" {
 		config, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
 	} else {
@@ -85,11 +67,14 @@ func credentials(kubeconfig string) (config *rest.Config, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("credentials for the Kubernetes API: %w", err)
 	}
-	return config, nil
+	if node == "" {
+		return nil, fmt.Errorf("the name of this node is needed to ask the Kubernetes API for its pods: --node-name or NODE_NAME")
+	}
+	return New(config, node)
 }
 
-// connect makes the client that everything here uses from a configuration, which it completes.
-func connect(config *rest.Config) (kubernetes.Interface, error) {
+// New makes the client from a configuration, which it completes.
+func New(config *rest.Config, node string) (*Pods, error) {
 	if config.BearerTokenFile != "" {
 		// Left to itself, client-go reads the file once a minute, and sends an expired token until then.
 		token := transport.NewCachedFileTokenSource(config.BearerTokenFile)
@@ -104,7 +89,7 @@ func connect(config *rest.Config) (kubernetes.Interface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client for the Kubernetes API: %w", err)
 	}
-	return client, nil
+	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
 }
 
 // Run calls wake after each change of what View returns, until ctx ends.

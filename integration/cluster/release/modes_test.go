@@ -1,0 +1,156 @@
+//go:build e2e
+
+package release_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// TestWhoIsTarget: who bears the labels in another namespace, or in the right one without belonging to the owner, receives
+// nothing, not even when there is nobody else.
+func TestWhoIsTarget(t *testing.T) {
+	w := newWorld(t)
+	w.upgrade(apm, apmValues("config.owner=DaemonSet/apm-server", "metrics.enabled=true")...)
+	w.targets(system)
+	w.servedBy(magic, system)
+	for _, n := range cluster.Nodes { // newer than the targets
+		w.pod(n, team, "elsewhere-"+n.Name, map[string]string{"app": servers})
+		w.pod(n, system, "orphan-"+n.Name, map[string]string{"app": servers})
+	}
+	for _, n := range cluster.Nodes {
+		client, target := w.client(n), w.podOn(n, system, servers).Name
+		for range 50 {
+			answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: client, To: magic, Timeout: 2 * time.Second})
+			if err != nil || answer.Server != target {
+				t.Fatalf("%s: answered by %q, %v; want %s", n.Name, answer.Server, err, target)
+			}
+		}
+		w.metrics(n)
+	}
+	w.removeTargets(system)
+	for _, n := range cluster.Nodes {
+		w.refused(n, magic)
+	}
+}
+
+// metrics are served at the node's address, and not elsewhere.
+func (w *world) metrics(n *whole.Node) {
+	w.Helper()
+	client := http.Client{Transport: &http.Transport{DialContext: n.Lab().Dial(lab.Host), DisableKeepAlives: true}, Timeout: 5 * time.Second}
+	response, err := client.Get(fmt.Sprintf("http://%s:9641/metrics", n.Address))
+	w.must(err)
+	defer func() { _ = response.Body.Close() }()
+	body, err := io.ReadAll(response.Body)
+	w.must(err)
+	if response.StatusCode != http.StatusOK || !strings.Contains(string(body), "\nmagic_ip_") {
+		w.Errorf("%s: metrics: %s\n%s", n.Name, response.Status, body)
+	}
+	if response, err := client.Get("http://127.0.0.1:9641/metrics"); err == nil {
+		_ = response.Body.Close()
+		w.Errorf("%s: metrics are served at 127.0.0.1 too", n.Name)
+	}
+}
+
+// TestWithoutCNI: cni.enabled=false touches nothing of CNI. What the API tells is enough, a little later.
+func TestWithoutCNI(t *testing.T) {
+	w := newWorld(t)
+	w.upgrade(apm, apmValues("cni.enabled=false")...)
+	w.targets(system)
+	w.servedBy(magic, system)
+	for _, n := range cluster.Nodes {
+		if pod := w.podOn(n, system, daemonSet); len(pod.Spec.Containers) != 1 {
+			t.Errorf("%s: the pod has %d containers", n.Name, len(pod.Spec.Containers))
+		}
+		now, err := takeNodeSnapshot(w.ctx, n)
+		w.must(err)
+		was := pristine.Nodes[n.Name]
+		if fmt.Sprint(now.Conflists, now.Plugins) != fmt.Sprint(was.Conflists, was.Plugins) {
+			t.Errorf("%s: the CNI directories are not as before: %+v", n.Name, now)
+		}
+		w.removePod(system, w.podOn(n, system, servers).Name)
+	}
+	w.targetsReady(system)
+	w.servedBy(magic, system)
+	w.uninstall(apm)
+	w.nodesPristine()
+}
+
+// TestWithoutAPI: api.enabled=false. A runtime that passes labels, here cnitool in its place, is enough. containerd passes none:
+// its pods are recorded, and are no target. To uninstall, the API is switched on before, as the chart's README says.
+func TestWithoutAPI(t *testing.T) {
+	w := newWorld(t)
+	notes := w.upgrade(apm, apmValues("api.enabled=false")...)
+	if !strings.Contains(notes, "helm uninstall is not noticed on the nodes") {
+		t.Errorf("helm does not say what API off means:\n%s", notes)
+	}
+	w.targets(system)
+	n := cluster.Node("node2")
+	for _, n := range cluster.Nodes {
+		pod := w.podOn(n, system, daemonSet)
+		for _, volume := range pod.Spec.Volumes {
+			if volume.Projected != nil {
+				t.Errorf("%s: the pod has a token", n.Name)
+			}
+		}
+		if !recorded(n, w.podOn(n, system, servers)) {
+			t.Errorf("%s: the target has no record", n.Name)
+		}
+		w.refused(n, magic)
+	}
+
+	server := w.labelled(n, "by-cnitool")
+	w.served(n, magic, server)
+
+	w.upgrade(apm, apmValues()...)
+	w.servedBy(magic, system)
+	w.uninstall(apm)
+	w.nodesPristine()
+}
+
+// labelled is a pod that cnitool adds to the node's own network with the labels of the targets. It is removed after the
+// test.
+func (w *world) labelled(n *whole.Node, name string) string {
+	w.Helper()
+	cnitool := func(command string) string {
+		printed, err := n.Exec(w.ctx, "env", "CNI_PATH="+whole.CNIBinDir, "NETCONFPATH="+whole.CNIConfDir,
+			"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+system+";K8S_POD_NAME="+name+";K8S_POD_UID="+name,
+			`CAP_ARGS={"labels": {"app": "apm-server"}}`, filepath.Join(root, "bin", "cnitool"), command, "pods", "/run/netns/"+name)
+		w.must(err)
+		return printed
+	}
+	_, err := n.Exec(w.ctx, "ip", "netns", "add", name)
+	w.must(err)
+	added := cnitool("add")
+	listener, err := n.Lab().Listen("/run/netns/"+name, "tcp", fmt.Sprintf(":%d", magic.Port()))
+	w.must(err)
+	packets, err := n.Lab().ListenPacket("/run/netns/"+name, "udp", fmt.Sprintf(":%d", magic.Port()))
+	w.must(err)
+	echo := lab.NewEcho(name, listener, packets)
+	remove := func() {
+		_ = echo.Close()
+		cnitool("del")
+		_, err := n.Exec(w.ctx, "ip", "netns", "delete", name)
+		w.must(err)
+	}
+	w.Cleanup(remove)
+	records, err := state.Read(n.Path(runtimeDir))
+	w.must(err)
+	for _, record := range records {
+		if record.UID == name && record.Labels["app"] == "apm-server" && len(record.IPs) == 1 && record.IPs[0] != (netip.Addr{}) {
+			return name
+		}
+	}
+	w.Fatalf("no record of %s after %s: %+v", name, added, records)
+	return ""
+}
