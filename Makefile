@@ -49,8 +49,7 @@ e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minu
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -race -count=1 -parallel 16 -tags e2e ./integration/cluster
-	go test -v -p 1 -race -count=1 -tags e2e ./integration/cluster/whole ./integration/cluster/release
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -tags e2e ./integration/cluster/...
 
 .PHONY: cluster
 cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
