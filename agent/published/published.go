@@ -222,6 +222,13 @@ func LockFile(path string) (locked *os.File, err error) {
 	return locked, err
 }
 
+// Unlock lets go of a lock and closes its file. To close it alone leaves the lock to a child that is just being forked,
+// until that has executed its program.
+func Unlock(locked *os.File) error {
+	err := unix.FcntlFlock(locked.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK})
+	return errors.Join(err, locked.Close())
+}
+
 // Held says whether somebody holds the lock on a file. It takes no lock itself.
 func Held(path string) bool {
 	file, err := os.Open(path)

@@ -169,7 +169,7 @@ func (d directory) rename(before, after File) (File, error) {
 		}
 	}
 	return after, fmt.Errorf("%s holds a single plugin, and as %s it would not be the file that the runtime takes, or replace another one: rename or remove the others",
-		filepath.Join(d.path, before.Name), short)
+		before.Name, short)
 }
 
 // harmless checks that a runtime loads the file after a change, and that nothing but our own entry differs.

@@ -105,7 +105,7 @@ func Once(ctx context.Context, options Options) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = locked.Close() }()
+	defer func() { _ = published.Unlock(locked) }()
 	i.begin()
 	for {
 		again, err := i.sync(ctx, nil)
@@ -215,7 +215,7 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 		after, err = d.rename(chosen.File, after)
 	}
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("%s: %w", i.ConfDir, err)
 	}
 	if after.Name != chosen.Name || !bytes.Equal(after.Data, chosen.Data) {
 		if wait := i.lost(chosen); wait > 0 {

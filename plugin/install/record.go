@@ -83,7 +83,7 @@ func writeRecord(runtimeDir, name string, record Record) error {
 	return os.Rename(path+".tmp", path)
 }
 
-// otherInstallers are the installers of other agents that run on this node.
+// otherInstallers are the installers of other agents that run on this node; an error where one is of a newer build.
 func otherInstallers(runtimeDir, name string) (others []*Record, err error) {
 	entries, err := os.ReadDir(published.Dir(runtimeDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -94,9 +94,11 @@ func otherInstallers(runtimeDir, name string) (others []*Record, err error) {
 		if !ok || other == name || !Live(runtimeDir, other) {
 			continue
 		}
-		if record, err := ReadRecord(runtimeDir, other); err == nil { // else it is of a build that this one cannot judge
-			others = append(others, record)
+		record, err := ReadRecord(runtimeDir, other)
+		if err != nil {
+			return nil, err
 		}
+		others = append(others, record)
 	}
 	return others, nil
 }

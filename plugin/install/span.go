@@ -153,8 +153,12 @@ func (s span) append(data []byte, text func(style) string) []byte {
 	if len(bounds) == 0 {
 		return splice(data, s.start+1, s.start+1, []byte(text(st)))
 	}
+	separator := "," + st.before
+	if len(bounds) == 1 && st.before == "" {
+		separator = st.comma
+	}
 	end := bounds[len(bounds)-1][1]
-	return splice(data, end, end, []byte(","+st.before+text(st)))
+	return splice(data, end, end, []byte(separator+text(st)))
 }
 
 func splice(data []byte, from, to int, replacement []byte) []byte {

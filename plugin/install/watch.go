@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -61,7 +62,9 @@ func Watch(ctx context.Context, options Options) error {
 	if err := i.leave(ctx); err != nil {
 		return err
 	}
-	_ = locked.Close()
+	if err := published.Unlock(locked); err != nil {
+		return err
+	}
 	// A container of a DaemonSet that ends is started again, and would install again.
 	i.Log.Info("uninstalled; waiting to be stopped")
 	<-ctx.Done()
@@ -69,7 +72,7 @@ func Watch(ctx context.Context, options Options) error {
 }
 
 // standBy waits until no other process installs for this agent; nil where ctx has ended before.
-func (i *installer) standBy(ctx context.Context) (locked interface{ Close() error }, err error) {
+func (i *installer) standBy(ctx context.Context) (locked *os.File, err error) {
 	for first := true; ; first = false {
 		file, err := Lock(i.RuntimeDir, i.config.Name)
 		if err == nil {
