@@ -64,3 +64,11 @@ func ReadRequests(r io.Reader) (map[Target]Outcomes, error) {
 		all[target] = append(all[target], o)
 	}
 }
+
+// Path is how long exchanges by an address took, as ratios to another address of the same server.
+type Path struct {
+	To         netip.AddrPort `json:"to"`
+	Connection float64        `json:"connection"`
+	Request    float64        `json:"request"`
+	Datagram   float64        `json:"datagram"`
+}

@@ -110,7 +110,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 		m.witness = max(m.witness, witness.Longest())
 		m.costs[by] = map[lab.Kind]cost{}
 		for _, kind := range kinds {
-			m.costs[by][kind] = assess(outcomes[kind], witness, m.lives, fresh)
+			m.costs[by][kind] = assess(kind, outcomes[kind], witness, m.lives, fresh)
 		}
 	}
 	records, err := recordsOf(n)
@@ -188,8 +188,8 @@ func (m measured) String() string {
 	for _, by := range []way{byService, byMagicIP} {
 		for _, kind := range kinds {
 			c := m.costs[by][kind]
-			fmt.Fprintf(&text, "  %-8s %-14s %4d requests, %3d failed (%d while a process listened, %d cut, %d stalled), gap %v, excess %v\n",
-				by, kind, c.sent, c.failed, len(c.blamed), c.cut, c.stalled, c.gap.Round(time.Millisecond), c.excess.Round(100*time.Microsecond))
+			fmt.Fprintf(&text, "  %-8s %-14s %4d requests, %3d failed (%d while a process listened, %d cut, %d moved, %d stalled), gap %v, excess %v\n",
+				by, kind, c.sent, c.failed, len(c.blamed), c.cut, c.moved, c.stalled, c.gap.Round(time.Millisecond), c.excess.Round(100*time.Microsecond))
 			if by == byMagicIP {
 				for _, o := range c.blamed {
 					fmt.Fprintf(&text, "    sent %v, after %v: %v\n", o.Sent.Sub(m.at), o.Took, o.Err)

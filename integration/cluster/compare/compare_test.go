@@ -4,22 +4,20 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// TestCompare is the short form of the comparison: one run of each update on each node. It fails where the limit that
-// is broken is no mere time. What the Service costs is not judged.
+// TestCompare is the short form of the comparison: one run of each update, on one node after the other. It fails where
+// a limit is broken that is no mere time. What the Service costs is not judged.
 func TestCompare(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
-	w, err := newWorld(ctx, "compare", func(format string, args ...any) { t.Logf(format, args...) })
+	w, err := newWorld(ctx, "compare", t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,33 +29,30 @@ func TestCompare(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	var rows []row
-	for _, u := range updates() {
-		t.Run(u.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-			defer cancel()
-			var all []measured
-			for _, n := range w.Nodes {
-				runs, err := w.runs(ctx, n, u, 1)
-				if err != nil {
-					t.Fatal(err)
-				}
-				all = append(all, runs...)
-			}
-			for _, m := range all {
-				judge(t, m)
-			}
-			rows = append(rows, rowsOf(u, all)...)
-		})
+	r, err := w.measure(ctx, extent{runs: 1, rest: 10 * time.Second, rounds: 20})
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Run("nothing happens", func(t *testing.T) {
-		more, err := w.still(t.Context(), 10*time.Second)
-		if err != nil {
-			t.Fatal(err)
+	for _, runs := range r.runs {
+		for _, m := range runs {
+			judge(t, m)
 		}
-		rows = append(rows, more...)
-	})
-	if err := printTable(os.Stdout, rows); err != nil {
+	}
+	for _, a := range r.absences {
+		switch {
+		case a.by == byService:
+		case a.kind == lab.NewConnection && len(a.refused) < a.sent:
+			t.Errorf("%s: not each was refused", a)
+		case len(a.refused) == 0 || a.answered > 0:
+			t.Errorf("%s: none was refused, or some were answered", a)
+		}
+	}
+	for _, rest := range r.rests {
+		if rest.requests > 0 || rest.watches != len(w.Nodes) {
+			t.Errorf("at rest: %d requests and %d watches of pods, want none and one for each node", rest.requests, rest.watches)
+		}
+	}
+	if err := printTable(os.Stdout, r.rows(len(w.Nodes))); err != nil {
 		t.Error(err)
 	}
 }

@@ -15,9 +15,9 @@ import (
 
 func main() { os.Exit(run()) }
 
-func run() (code int) {
-	times := flag.Int("runs", 3, "how often each update is measured, on each node")
-	only := flag.String("only", "", "measure the updates alone whose `NAME` contains this")
+func run() int {
+	runs := flag.Int("runs", 3, "how often each update is measured, on each node")
+	only := flag.String("only", "", "measure nothing but the updates whose `NAME` contains this")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -25,39 +25,14 @@ func run() (code int) {
 	log := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%6.1fs "+format+"\n", append([]any{time.Since(began).Seconds()}, args...)...)
 	}
-	if err := compare(ctx, *times, *only, log); err != nil {
+	if err := compare(ctx, extent{runs: *runs, everyNode: true, only: *only, rest: time.Minute, rounds: 200}, log); err != nil {
 		fmt.Fprintln(os.Stderr, "compare:", err)
 		return 1
 	}
 	return 0
 }
 
-const restFor = time.Minute
-
-// still measures what no update is needed for.
-func (w *world) still(ctx context.Context, restFor time.Duration) ([]row, error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute+2*restFor)
-	defer cancel()
-	var absences []absence
-	for _, n := range w.Nodes {
-		some, err := w.absent(ctx, n)
-		if err != nil {
-			return nil, err
-		}
-		absences = append(absences, some...)
-	}
-	var rests []rest
-	for _, n := range w.Nodes {
-		r, err := w.atRest(ctx, n, restFor)
-		if err != nil {
-			return nil, err
-		}
-		rests = append(rests, r)
-	}
-	return append(absentRows(absences), restRows(rests, len(w.Nodes))...), nil
-}
-
-func compare(ctx context.Context, times int, only string, log func(string, ...any)) (err error) {
+func compare(ctx context.Context, e extent, log func(string, ...any)) (err error) {
 	limited, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	w, err := newWorld(limited, "compare", log)
@@ -69,33 +44,29 @@ func compare(ctx context.Context, times int, only string, log func(string, ...an
 			err = errClose
 		}
 	}()
-	log("the cluster is up, and the chart is installed")
-	var rows []row
-	for _, u := range updates() {
-		if !strings.Contains(u.name, only) {
-			continue
-		}
-		var all []measured
-		for _, n := range w.Nodes {
-			limited, cancel := context.WithTimeout(ctx, time.Duration(times+1)*time.Minute)
-			defer cancel()
-			ms, err := w.runs(limited, n, u, times)
-			if err != nil {
-				return err
-			}
-			all = append(all, ms...)
-		}
-		rows = append(rows, rowsOf(u, all)...)
-		if u.first {
-			rows = append(rows, ruledRow(u, all))
-		}
+	before, err := w.describe(ctx)
+	if err != nil {
+		return err
 	}
-	if only == "" {
-		more, err := w.still(ctx, restFor)
-		if err != nil {
-			return err
-		}
-		rows = append(rows, more...)
+	log("%s", before)
+	r, err := w.measure(ctx, e)
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, w.LogTails())
 	}
-	return printTable(os.Stdout, rows)
+	fmt.Printf("%s, at the end %s\n\n", before, loadAverage())
+	return printTable(os.Stdout, r.rows(len(w.Nodes)))
+}
+
+// describe says what is measured and where, in one line: without it the figures mean nothing.
+func (w *world) describe(ctx context.Context) (string, error) {
+	kubernetes, err := w.Admin.Discovery().ServerVersion()
+	if err != nil {
+		return "", err
+	}
+	nodes, err := w.nodeInfos(ctx)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s: Kubernetes %s, %s; %s; load at the start %s",
+		time.Now().UTC().Format(time.DateOnly), kubernetes.GitVersion, strings.Join(nodes, " and "), processor(), loadAverage()), nil
 }

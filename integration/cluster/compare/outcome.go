@@ -18,30 +18,37 @@ type cost struct {
 	// blamed are the failed ones that neither the pod nor the machine can be blamed for: a process of the node
 	// listened when they were sent.
 	blamed []lab.Outcome
-	// cut are failed ones that the server had when it stopped, stalled those that failed while the machine stood still.
-	cut, stalled int
+	// cut are failed ones that the server had when it stopped, moved are datagrams that it had when their flow moved to
+	// the next one, stalled those that failed while the machine stood still.
+	cut, moved, stalled int
 }
 
-// cutWithin is how long before a server stops it may have taken a request that is never answered.
+// cutWithin is how long before a server stops, or loses a flow, it may have taken a request that is never answered.
 const cutWithin = 10 * time.Millisecond
 
 // stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
 // has no time for client or server.
-const stall = 50 * time.Millisecond
+const stall = 20 * time.Millisecond
 
 const never = time.Duration(-1)
 
 // assess says what an update has cost. fresh is the pod that was new in it.
-func assess(outcomes, witness lab.Outcomes, servers []life, fresh string) cost {
+func assess(kind lab.Kind, outcomes, witness lab.Outcomes, servers []life, fresh string) cost {
 	c := cost{sent: len(outcomes), excess: never, gap: outcomes.LongestGap(), failed: len(outcomes.Failed())}
+	var toFresh time.Time // when the first request was sent that the new server has answered
 	for _, server := range servers {
 		if server.pod != fresh {
 			continue
 		}
 		for _, o := range outcomes {
-			after := o.Sent.Add(o.Took).Sub(server.listening)
-			if o.Err == nil && o.Server == fresh && (c.excess == never || after < c.excess) {
-				c.excess = max(after, 0)
+			if o.Err != nil || o.Server != fresh {
+				continue
+			}
+			if after := max(0, o.Sent.Add(o.Took).Sub(server.listening)); c.excess == never || after < c.excess {
+				c.excess = after
+			}
+			if toFresh.IsZero() || o.Sent.Before(toFresh) {
+				toFresh = o.Sent
 			}
 		}
 	}
@@ -52,6 +59,8 @@ func assess(outcomes, witness lab.Outcomes, servers []life, fresh string) cost {
 		case !listened(o.Sent, servers):
 		case isStalled(o, witness):
 			c.stalled++
+		case kind == lab.UDP && isMoved(o, toFresh, servers, fresh):
+			c.moved++
 		default:
 			c.blamed = append(c.blamed, o)
 		}
@@ -83,6 +92,20 @@ func isCut(o lab.Outcome, servers []life) bool {
 
 func timedOut(o lab.Outcome) bool {
 	return o.Err != nil && strings.Contains(o.Err.Error(), "deadline exceeded")
+}
+
+// isMoved says whether the one server had a datagram when the other had got the next.
+func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) bool {
+	before := toFresh.Sub(o.Sent)
+	if !timedOut(o) || before < 0 || before > cutWithin {
+		return false
+	}
+	for _, server := range servers {
+		if server.pod != fresh && (server.closed.IsZero() || toFresh.Before(server.closed)) {
+			return true
+		}
+	}
+	return false
 }
 
 // isStalled says whether the witness has waited too, at the same time.

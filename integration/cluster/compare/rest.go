@@ -18,7 +18,8 @@ type rest struct {
 	// cpu is the time that processes of one node took: those of the chart's pod, and kube-proxy, which serves all
 	// Services.
 	agent, installer, proxy time.Duration
-	// requests are those that the API server had for pods and DaemonSets, apart from watches, of the whole cluster.
+	// requests are the agents' kinds of request that the API server had, apart from watches: lists of the pods of one
+	// namespace, gets of DaemonSets, and events.
 	requests int
 	// watches of pods in one namespace are the agents' own.
 	watches int
@@ -89,22 +90,30 @@ func cpuOf(n *whole.Node, pid string) (time.Duration, error) {
 	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(errUser, errSystem)
 }
 
-// parseMetrics counts, in the API server's metrics, requests for pods and DaemonSets that were no watches, and the
-// watches of the pods of one namespace.
+// parseMetrics counts, in the API server's metrics, what agents and installers may ask it, and the watches of the pods
+// of one namespace, which nobody else keeps.
 func parseMetrics(text string) (requests, watches int) {
 	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
 		series, value, _ := strings.Cut(lines.Text(), "} ")
 		name, labels, _ := strings.Cut(series, "{")
 		number, err := strconv.ParseFloat(value, 64)
-		ours := strings.Contains(labels, `resource="pods"`) || strings.Contains(labels, `resource="daemonsets"`)
-		if err != nil || !ours {
+		if err != nil {
 			continue
 		}
+		has := func(all ...string) bool {
+			for _, label := range all {
+				if !strings.Contains(labels, label) {
+					return false
+				}
+			}
+			return true
+		}
 		switch {
-		case name == "apiserver_request_total" && !strings.Contains(labels, `verb="WATCH"`):
-			requests += int(number)
-		case name == "apiserver_longrunning_requests" && strings.Contains(labels, `resource="pods"`) && strings.Contains(labels, `scope="namespace"`):
+		case name == "apiserver_longrunning_requests" && has(`resource="pods"`, `scope="namespace"`, `verb="WATCH"`):
 			watches += int(number)
+		case name != "apiserver_request_total":
+		case has(`resource="pods"`, `scope="namespace"`, `verb="LIST"`), has(`resource="daemonsets"`, `verb="GET"`), has(`resource="events"`, `verb="POST"`):
+			requests += int(number)
 		}
 	}
 	return requests, watches

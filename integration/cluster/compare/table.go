@@ -36,13 +36,19 @@ func rowsOf(u update, runs []measured) []row {
 		service, magic := of(byService, value), of(byMagicIP, value)
 		r := row{name: u.name, figure: figure, service: three(service, median), magic: three(magic, median), worst: three(magic, slices.Max[[]float64]), limit: limit}
 		for _, values := range magic {
-			r.missed = r.missed || limit != "" && (judged(values) < 0 || judged(values) > most)
+			r.missed = r.missed || limit != "" && judged(values) > most
 		}
 		return append(rows, r)
 	}
 	var rows []row
 	if most := inMilliseconds(u.limits.excess); most > 0 {
-		rows = add(rows, "excess, ms", func(c cost) float64 { return inMilliseconds(c.excess) }, fmt.Sprintf("≤ %.0f", most), median, most)
+		excess := func(c cost) float64 {
+			if c.excess == never {
+				return math.Inf(1)
+			}
+			return inMilliseconds(c.excess)
+		}
+		rows = add(rows, "excess, ms", excess, fmt.Sprintf("≤ %.0f", most), median, most)
 	}
 	limit := ""
 	if u.limits.none {
@@ -106,7 +112,7 @@ func restRows(all []rest, nodes int) []row {
 	return []row{
 		{name: name, figure: "CPU, ms a minute", service: figure(median(proxy)) + " (kube-proxy)", magic: figure(median(agent)) + " (agent and installer)", worst: figure(slices.Max(agent))},
 		{name: name, figure: "watches of pods", service: "–", magic: fmt.Sprintf("%g", float64(watches)/float64(nodes)), limit: "1", missed: watches > nodes},
-		{name: name, figure: "requests for pods and DaemonSets, of all", service: "–", magic: fmt.Sprint(requests), limit: "0", missed: requests > 0},
+		{name: name, figure: "lists of pods, gets of DaemonSets, events", service: "–", magic: fmt.Sprint(requests), limit: "0", missed: requests > 0},
 	}
 }
 
@@ -119,10 +125,10 @@ func three(values [3][]float64, of func([]float64) float64) string {
 	return strings.Join(texts, " / ")
 }
 
-// figure is a number as short as it may be; what is below zero has not happened.
+// figure is a number as short as it may be.
 func figure(v float64) string {
 	switch {
-	case v < 0:
+	case math.IsInf(v, 1):
 		return "never"
 	case v == math.Trunc(v) || v >= 10:
 		return fmt.Sprintf("%.0f", v)
@@ -145,7 +151,7 @@ func quantile(values []time.Duration, part float64) time.Duration {
 
 // printTable writes Markdown that can be read as it stands.
 func printTable(out io.Writer, rows []row) error {
-	lines := [][]string{{"", "", "Service", "magic IP", "worst run", "limit", ""}}
+	lines := [][]string{{"", "", "Service", "magic IP", "worst run", "limit", "verdict"}}
 	last := ""
 	for _, r := range rows {
 		verdict := ""

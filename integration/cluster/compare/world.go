@@ -121,7 +121,33 @@ func newWorld(ctx context.Context, name string, log func(string, ...any)) (w *wo
 			return nil, err
 		}
 	}
-	return w, w.install(ctx)
+	if err := w.install(ctx); err != nil {
+		return nil, err
+	}
+	for _, n := range w.Nodes {
+		err := lab.Eventually(ctx, func() error {
+			pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
+			if err == nil {
+				_, err = addressOf(pod)
+			}
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// echo is the program of the images, which clients run in the network namespace of their pod.
+func (w *world) echo() string { return filepath.Join(w.root, "bin", "pods", "echo") }
+
+func addressOf(pod *corev1.Pod) (netip.AddrPort, error) {
+	address, err := netip.ParseAddr(pod.Status.PodIP)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	return netip.AddrPortFrom(address, port), nil
 }
 
 // install installs the chart as a user does.
@@ -187,18 +213,15 @@ func (w *world) startLoad(ctx context.Context, n *whole.Node, by way, kinds []la
 	if err != nil {
 		return nil, err
 	}
-	var witness netip.AddrPort
-	err = lab.Eventually(ctx, func() error {
-		pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
-		if err == nil {
-			witness, err = netip.ParseAddrPort(fmt.Sprintf("%s:%d", pod.Status.PodIP, port))
-		}
-		return err
-	})
+	pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
 	if err != nil {
 		return nil, err
 	}
-	args := append([]string{"--net=" + namespace, filepath.Join(w.root, "bin", "pods", "echo"), "load", "--lines", "--for", "1h"}, flags...)
+	witness, err := addressOf(pod)
+	if err != nil {
+		return nil, err
+	}
+	args := append([]string{"--net=" + namespace, w.echo(), "load", "--lines", "--for", "1h"}, flags...)
 	for _, kind := range kinds {
 		args = append(args, fmt.Sprintf("%s=%v", kind, by.address()))
 	}

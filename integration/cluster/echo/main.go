@@ -23,7 +23,8 @@ import (
 
 const usage = `usage: echo pause
        echo serve [--tcp ADDRESS] [--udp ADDRESS] [--control ADDRESS] [--ready-after D] [--drain D] [--journal FILE]
-       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT...   (KIND: new-connection, keep-alive, udp)`
+       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT...   (KIND: new-connection, keep-alive, udp)
+       echo path [--rounds N] ADDRESS:PORT...`
 
 func main() { os.Exit(run(time.Now(), os.Args[1:])) }
 
@@ -42,6 +43,8 @@ func run(started time.Time, args []string) int {
 		err = serve(ctx, started, args[1:])
 	case "load":
 		err = load(ctx, args[1:])
+	case "path":
+		err = path(ctx, args[1:])
 	default:
 		err = errors.New(usage)
 	}
