@@ -49,7 +49,7 @@ e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minu
 e2e: build tools e2e-binaries ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
 	integration/prerequisites nft iptables conntrack ip nsenter gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -p 1 -race -count=1 -tags e2e ./integration/cluster/...
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 1 -race -count=1 -parallel 16 -tags e2e ./integration/cluster/...
 
 .PHONY: cluster
 cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
@@ -72,6 +72,11 @@ chart: build chart-tools ## the chart: lint, schema, unit tests, its README, and
 .PHONY: chart-tools
 chart-tools: ## helm-unittest and helm-docs, into bin/chart/
 	CGO_ENABLED=0 go build -C integration/chart $(STATIC) -o ../../bin/chart/ github.com/helm-unittest/helm-unittest/cmd/helm-unittest github.com/norwoodj/helm-docs/cmd/helm-docs
+
+.PHONY: e2e-bench
+e2e-bench: build tools e2e-binaries ## measure the agent and the API server, each against the other (needs root; 15 minutes)
+	integration/prerequisites nft ip nsenter
+	go test -count=1 -tags e2e -run '^$$' -bench . -benchtime 1x -timeout 30m ./integration/cluster
 
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml

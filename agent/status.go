@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 )
 
 // Status is what a node's agents have published, and whether they live.
@@ -27,6 +28,8 @@ type NodeAgent struct {
 	Heartbeat time.Time `json:"heartbeat"`
 	// Unreadable is why its file cannot be read; empty where it can.
 	Unreadable string `json:"unreadable,omitempty"`
+	// Installed is what its installer has put on the node; nil where it has none.
+	Installed *install.Record `json:"installed,omitempty"`
 }
 
 // ReadStatus reads the status of all agents of a node, or of the one called name.
@@ -49,6 +52,9 @@ func ReadStatus(runtimeDir, name string) (Status, error) {
 			s.Unreadable = err.Error()
 		default:
 			s.Agent = *agent
+		}
+		if s.Installed, err = install.ReadRecord(runtimeDir, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.Installed = &install.Record{LastError: err.Error()}
 		}
 		if info, err := os.Stat(published.Path(runtimeDir, name)); err == nil {
 			s.Heartbeat = info.ModTime()
@@ -76,6 +82,21 @@ func (s NodeAgent) Unhealthy(now time.Time) string {
 	return ""
 }
 
+func (s NodeAgent) writeInstalled(out *bytes.Buffer) {
+	if s.Installed == nil {
+		return
+	}
+	if s.Installed.Conflist != "" {
+		fmt.Fprintf(out, "installed: %s since %s\n", s.Installed.Conflist, s.Installed.InstalledAt.Format(time.RFC3339))
+	}
+	if s.Installed.LastError != "" {
+		fmt.Fprintf(out, "installer's error: %s\n", s.Installed.LastError)
+	}
+	for _, note := range s.Installed.Notes {
+		fmt.Fprintf(out, "installer's note: %s\n", note)
+	}
+}
+
 // Write prints the status as a table for people.
 func (s Status) Write(w io.Writer, now time.Time) error {
 	var out bytes.Buffer
@@ -97,6 +118,7 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 		for _, note := range agent.Notes {
 			fmt.Fprintf(&out, "note: %s\n", note)
 		}
+		agent.writeInstalled(&out)
 		table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 		row := func(cells ...string) { _, _ = io.WriteString(table, strings.Join(cells, "\t")+"\n") }
 		row("MAGIC IP", "PROTOCOL", "NAMESPACE", "SELECTOR", "ENDPOINT", "POD")

@@ -136,6 +136,11 @@ func (w *world) doctorOfCNI() {
 	w.run("rm /run/cni/net.d/00-empty.conf; chmod 644 /run/cni/bin/magic-ip-address")
 	w.finds("FAIL", "plugin binary", "cannot be executed")
 	w.run("chmod 755 /run/cni/bin/magic-ip-address")
+	// The binary is that of the agent that runs.
+	unprivileged := "setpriv --bounding-set -net_admin --inh-caps -all $(readlink /proc/[0-9]*/exe | grep -m1 /magic-ip-agent) doctor "
+	if out := w.run(unprivileged + strings.Join(cniDirs, " ")); !strings.Contains(out, "cannot be looked at without CAP_NET_ADMIN") {
+		w.t.Errorf("without rights:\n%s", out)
+	}
 	if out, failed := w.doctor("--cni-conf-dir", "/nowhere", "--cni-bin-dir", "/nowhere"); failed || strings.Count(out, "not visible from here") < 3 {
 		w.t.Errorf("without CNI folders (failed %t):\n%s", failed, out)
 	}

@@ -51,6 +51,8 @@ type examination struct {
 }
 
 func (e *examination) add(level Level, check, text, next string) {
+	// What nft and the like have to say comes in several lines.
+	text = strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r == '\n' }), "; ")
 	e.found = append(e.found, Finding{Level: level, Check: check, Text: text, Next: next})
 }
 
@@ -64,10 +66,14 @@ func Examine(ctx context.Context, options Options) []Finding {
 	e.magicIPs()
 	e.pluginLog()
 	e.cni()
-	e.backend(ctx)
-	e.rules(ctx)
-	e.foreignRules(ctx)
-	e.bypasses()
+	if mayLook() {
+		e.backend(ctx)
+		e.rules(ctx)
+		e.foreignRules(ctx)
+		e.bypasses()
+	} else {
+		e.add(Hidden, "rules", "they, and eBPF programs, cannot be looked at without CAP_NET_ADMIN", "run this as root, or in the agent's container")
+	}
 	e.bridges()
 	e.reversePath()
 	e.hostRoutes()

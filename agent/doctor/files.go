@@ -80,23 +80,22 @@ func (e *examination) liveAgents() {
 		for _, note := range a.Notes {
 			e.add(Warn, name, note, "")
 		}
-		e.installation(a.Name)
+		e.installation(a)
 	}
 }
 
-func (e *examination) installation(name string) {
-	check := "installer " + name
-	switch installed, err := published.Installation(e.RuntimeDir, name); {
-	case err != nil:
-		e.add(Fail, check, err.Error(), "restart the installer")
-	case installed == nil:
-	case installed.LastError != "":
-		e.add(Fail, check, "reports: "+installed.LastError, "mend that; it tries again by itself")
-	default:
-		e.add(OK, check, fmt.Sprintf("%s since %s", installed.Conflist, installed.InstalledAt.Format(time.RFC3339)), "")
-		for _, note := range installed.Notes {
-			e.add(Warn, check, note, "")
-		}
+func (e *examination) installation(a agent.NodeAgent) {
+	if a.Installed == nil {
+		return
+	}
+	check := "installer " + a.Name
+	if a.Installed.LastError != "" {
+		e.add(Fail, check, "reports: "+a.Installed.LastError, "mend that; it tries again by itself")
+	} else {
+		e.add(OK, check, fmt.Sprintf("%s since %s", a.Installed.Conflist, a.Installed.InstalledAt.Format(time.RFC3339)), "")
+	}
+	for _, note := range a.Installed.Notes {
+		e.add(Warn, check, note, "")
 	}
 }
 

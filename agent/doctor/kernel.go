@@ -28,6 +28,14 @@ func (e *examination) versions(ctx context.Context) {
 	e.add(OK, "versions", fmt.Sprintf("magic-ip-agent %s, Linux %s, %s", e.Version, kernel, tools), "")
 }
 
+// mayLook says whether this process has CAP_NET_ADMIN: nft and iptables-save need it to read, too.
+func mayLook() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	err := unix.Capget(&header, &data[0])
+	return err == nil && data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0
+}
+
 // backend says which backend each agent uses and why, and whether nftables could be used.
 func (e *examination) backend(ctx context.Context) {
 	const check = "backend"

@@ -140,7 +140,7 @@ func (d *DaemonSet) get(ctx context.Context) (version string, deleted bool, err 
 		return "", false, err
 	case d.own == "" || d.orphaned:
 		d.own, d.orphaned = "", false
-		return "", false, err // whatever comes under this name adopts us
+		return "", false, err
 	}
 	return "", true, nil
 }
@@ -166,11 +166,12 @@ func (d *DaemonSet) event(event watch.Event) (deleted bool, err error) {
 		return false, nil
 	case event.Type == watch.Bookmark:
 		return false, nil
+	case event.Type == watch.Deleted && object.UID != d.own:
+		return false, nil
+	case event.Type == watch.Deleted && (d.orphaned || orphans(object)):
+		d.own, d.orphaned = "", false // whatever comes under this name adopts us
+		return false, nil
 	case event.Type == watch.Deleted:
-		if object.UID != d.own || d.orphaned || orphans(object) {
-			d.own, d.orphaned = "", false
-			return false, nil
-		}
 		return true, nil
 	}
 	return d.seen(object), nil

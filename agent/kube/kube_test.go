@@ -3,7 +3,12 @@ package kube
 import (
 	"context"
 	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -17,7 +22,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
@@ -219,4 +226,122 @@ func TestFeed(t *testing.T) {
 		time.Sleep(time.Minute) // for the reflectors' back-off
 		synctest.Wait()
 	})
+}
+
+// TestWatchEnds: between a watch that has ended and the next, which may be long in coming, polls list.
+func TestWatchEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &Pods{client: fake.NewClientset(examplePod()), node: "node1", feeds: map[string]*feed{}}
+		p.Select([]string{"default"})
+		f := p.feeds["default"]
+		begin := func() *watch.FakeWatcher {
+			w := watch.NewFake()
+			followed := f.follow(w)
+			go func() {
+				for range followed.ResultChan() { //nolint:revive // until it ends
+				}
+			}()
+			return w
+		}
+		expect := func(when string, healthy bool, problem string) {
+			t.Helper()
+			synctest.Wait()
+			_, _, got := f.view()
+			if f.healthy() != healthy || (got == "") != (problem == "") || !strings.Contains(got, problem) {
+				t.Errorf("%s: healthy is %v, problem %q", when, f.healthy(), got)
+			}
+		}
+		f.heard(nil)
+		expect("listed", false, "")
+		time.Sleep(pollTimeout + time.Second)
+		expect("listed, and no watch has begun", false, "no other has begun")
+		first := begin()
+		expect("watching", true, "")
+		first.Stop()
+		expect("the watch has ended", false, "")
+		time.Sleep(pollTimeout + time.Second)
+		expect("and no other has begun", false, "no other has begun")
+		f.poll(t.Context())
+		expect("polled", false, "")
+		time.Sleep(time.Second)
+		second := begin()
+		third := begin()
+		second.Stop()
+		expect("an older watch has ended after another had begun", true, "")
+		time.Sleep(watchSilence)
+		expect("a silent watch", false, "silent")
+		third.Modify(examplePod())
+		expect("an event", true, "")
+		third.Stop()
+		synctest.Wait()
+	})
+}
+
+// TestPatience: a poll takes no for an answer at once, and others wait as they are told to.
+func TestPatience(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Retry-After", "20")
+		http.Error(w, "come later", http.StatusServiceUnavailable)
+	}))
+	defer server.Close()
+	p, err := New(&rest.Config{Host: server.URL}, "node1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Select([]string{"default"})
+	f := p.feeds["default"]
+	begun := time.Now()
+	f.poll(t.Context())
+	if _, _, problem := f.view(); !strings.Contains(problem, "unable to handle the request") || time.Since(begun) > pollTimeout {
+		t.Errorf("after %v: %q", time.Since(begun), problem)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := p.client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{}); err == nil || !strings.Contains(err.Error(), "deadline") {
+		t.Errorf("a request that waits: %v", err)
+	}
+}
+
+// TestTokenFile: a token that is refused is read again, and another one in the file is taken at once.
+func TestTokenFile(t *testing.T) {
+	var want atomic.Value
+	want.Store("Bearer first")
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != want.Load() {
+			http.Error(w, "no", http.StatusUnauthorized)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, `{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"1"},"items":[]}`)
+	}))
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(token string) {
+		if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("first")
+	p, err := New(&rest.Config{Host: server.URL, BearerToken: "first", BearerTokenFile: file}, "node1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Select([]string{"default"})
+	f := p.feeds["default"]
+	problem := func() string {
+		f.poll(t.Context())
+		_, _, problem := f.view()
+		return problem
+	}
+	if got := problem(); got != "" {
+		t.Errorf("with the token: %s", got)
+	}
+	want.Store("Bearer second")
+	if got := problem(); got == "" {
+		t.Error("a token that is refused has no problem")
+	}
+	write("second")
+	if got := problem(); got != "" {
+		t.Errorf("with another token: %s", got)
+	}
 }

@@ -6,6 +6,8 @@ package metrics
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -22,6 +24,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 )
 
 // MostPorts is how many ports of magic IPs have series of their own.
@@ -252,8 +255,8 @@ func (m *Metrics) Collect(c chan<- prometheus.Metric) {
 	if info, err := os.Stat(published.Path(m.RuntimeDir, m.Name)); err == nil {
 		gauge(d.heartbeat, seconds(info.ModTime()))
 	}
-	if installed, problem := published.Installation(m.RuntimeDir, m.Name); installed != nil || problem != nil {
-		gauge(d.installed, one(problem == nil && installed.LastError == ""))
+	if installed, err := install.ReadRecord(m.RuntimeDir, m.Name); !errors.Is(err, fs.ErrNotExist) {
+		gauge(d.installed, one(err == nil && installed.LastError == ""))
 	}
 	if m.API == nil {
 		return

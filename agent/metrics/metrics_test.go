@@ -97,7 +97,7 @@ func TestMetrics(t *testing.T) {
 	if err := published.Renew(dir, "a", time.UnixMilli(2500)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(published.Dir(dir)+"/a.install", []byte(`{"version": "v1", "lastError": "read-only"}`), 0o644); err != nil {
+	if err := os.WriteFile(published.Dir(dir)+"/a.install", []byte(`{"version": 1, "lastError": "read-only"}`), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	want := `magic_ip_agent_failing 1

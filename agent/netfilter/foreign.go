@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+
+	"sigs.k8s.io/knftables"
 )
 
 // ForeignDNAT names the rules of others that translate one of these addresses, such as one that the bash
@@ -15,13 +17,24 @@ import (
 func ForeignDNAT(ctx context.Context, addresses []netip.Addr) []string {
 	var found []string
 	told := map[string]bool{} // nft tables that a save command has told of
-	for save, table := range map[string]string{
-		"iptables-nft-save": "ip nat", "ip6tables-nft-save": "ip6 nat", "iptables-legacy-save": "", "ip6tables-legacy-save": "",
-	} {
+	for save, table := range map[string]string{"iptables-nft-save": "ip nat", "ip6tables-nft-save": "ip6 nat"} {
 		if out, err := exec.CommandContext(ctx, save, "-t", "nat").Output(); err == nil {
 			told[table] = true
 			found = append(found, foreignIPTables(save, string(out), addresses)...)
 		}
+	}
+	for family, l := range map[knftables.Family]layout{knftables.IPv4Family: layout4, knftables.IPv6Family: layout6} {
+		if !legacyTable(family, "nat") {
+			continue
+		}
+		save := map[knftables.Family]string{knftables.IPv4Family: "iptables-legacy-save", knftables.IPv6Family: "ip6tables-legacy-save"}[family]
+		rules := ""
+		if out, err := exec.CommandContext(ctx, save, "-t", "nat").Output(); err == nil {
+			rules = string(out)
+		} else if rules, err = legacyDNAT(l); err != nil { // the command is missing, or CAP_NET_RAW is
+			continue
+		}
+		found = append(found, foreignIPTables(save, rules, addresses)...)
 	}
 	if out, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "ruleset").Output(); err == nil {
 		found = append(found, foreignNFT(string(out), told, addresses)...)

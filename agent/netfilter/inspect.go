@@ -136,8 +136,12 @@ func (l *xlisting) leads(rule plan.Rule, endpoint string) bool {
 	return false
 }
 
-// RemoveForeign is the command that removes a rule which ForeignDNAT has named; empty where it takes two.
+// RemoveForeign is the command that removes a rule which ForeignDNAT has named; empty where it takes two, or
+// where a part of the rule is not known.
 func RemoveForeign(ctx context.Context, rule string) string {
+	if strings.Contains(rule, unknown) {
+		return ""
+	}
 	if save, line, ok := strings.Cut(rule, " -t nat: -A "); ok {
 		return strings.TrimSuffix(save, "-save") + " -t nat -D " + line
 	}

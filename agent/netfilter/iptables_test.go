@@ -2,6 +2,7 @@ package netfilter
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -390,5 +392,21 @@ func TestIPTablesWithoutIP6Tables(t *testing.T) {
 	}
 	if err := backend.Remove(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestForeignDNATLooksOnly: a look at rules does not bring a table into use.
+func TestForeignDNATLooksOnly(t *testing.T) {
+	inIPTablesNamespace(t)
+	if found := ForeignDNAT(t.Context(), []netip.Addr{netip.MustParseAddr("169.254.210.210")}); len(found) > 0 {
+		t.Errorf("found %q on an empty node", found)
+	}
+	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+		if legacyTable(family, "nat") {
+			t.Errorf("%s: the legacy table nat is in use now", family)
+		}
+	}
+	if tables := nodetest.Run(t, "nft", "list", "tables"); tables != "" {
+		t.Errorf("tables that were not there: %s", tables)
 	}
 }

@@ -17,7 +17,11 @@ const instead = "Cilium's Local Redirect Policy does the same there, and else a 
 // Bypasses names, one sentence each, the eBPF data planes of this node that may take packets past netfilter, and
 // so past the rules. What cannot be looked at is not named. It reads the network namespace of the calling thread.
 func Bypasses() []string {
-	links, err := netlink.LinkList()
+	var links []netlink.Link
+	err := whole(func() (err error) {
+		links, err = netlink.LinkList()
+		return err
+	})
 	if err != nil {
 		return nil
 	}

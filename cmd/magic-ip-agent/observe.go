@@ -21,7 +21,7 @@ func (f *runFlags) tellEvents(options *agent.Options, pods *kube.Pods, fallback 
 		return
 	}
 	recorder := event.New(event.Options{
-		Send: pods.Events(self), Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback, Log: options.Log, //nolint:gosec // spreads load
+		Send: pods.Events(self), Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback, Log: options.Log,
 	})
 	options.Published = append(options.Published, recorder.Published)
 	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", recorder.Problem()) })

@@ -3,9 +3,12 @@
 package cluster
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -31,27 +34,29 @@ func TestReadinessLatency(t *testing.T) {
 		flips, took[flips/2], took[flips*99/100], took[flips-1])
 }
 
-// TestIdleAgent: an agent whose watch is healthy asks the API server for nothing.
+// TestIdleAgent: an agent whose watch is healthy asks the API server for nothing, and of pods on other nodes it hears
+// nothing.
 func TestIdleAgent(t *testing.T) {
-	const during = 10 * time.Second
-	w := serving(t)
+	t.Parallel()
+	const during, updates = time.Minute, 200
+	w := apart(t, "idle", "idle")
+	w.serve()
 	w.create("echo").add().running(true)
 	w.goesTo("echo")
+	elsewhere := w.create("elsewhere", func(p *corev1.Pod) { p.Spec.NodeName = "another" })
 	w.settle()
-	before := w.requests()
+	requests, bytes := w.proxy.total(), w.proxy.bytes.Load()
+	for i := range updates {
+		elsewhere.label("step", fmt.Sprint(i))
+	}
 	w.waitPolls(during)
-	t.Logf("requests in %v of polling every second: %d", during, w.requests()-before)
-	if got := w.requests(); got != before {
-		t.Errorf("%d requests of an idle agent", got-before)
+	t.Logf("in %v of polling every second, beside %d changes of a pod on another node: %d requests, %d bytes from the API server",
+		during, updates, w.proxy.total()-requests, w.proxy.bytes.Load()-bytes)
+	if got := w.proxy.total(); got != requests {
+		t.Errorf("%d requests of an idle agent", got-requests)
 	}
-}
-
-func (w *world) requests() (sum int) {
-	w.Helper()
-	for _, verb := range []string{"get", "list", "watch"} {
-		n, err := plane.Requests(verb)
-		w.must(err)
-		sum += n
+	// A bookmark each minute, and the connection's own pings.
+	if got := w.proxy.bytes.Load() - bytes; got > 2000 {
+		t.Errorf("%d bytes to an idle agent", got)
 	}
-	return sum
 }

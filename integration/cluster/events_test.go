@@ -23,17 +23,19 @@ const (
 	agentUID = "99999999-2222-3333-4444-555555555555"
 )
 
-// asPod has the agents of the test know their pod.
-func asPod(t *testing.T) {
-	t.Setenv("POD_NAME", agentPod)
-	t.Setenv("POD_NAMESPACE", metav1.NamespaceDefault)
-	t.Setenv("POD_UID", agentUID)
+// servingAsPod starts an agent that knows its pod, on a node of its own.
+func servingAsPod(t *testing.T, namespace string, settings ...string) *world {
+	t.Helper()
+	w := apart(t, namespace, namespace)
+	w.node.Env = []string{"POD_NAME=" + agentPod, "POD_NAMESPACE=" + namespace, "POD_UID=" + agentUID}
+	w.serve(settings...)
+	return w
 }
 
-// events are those of the agent's pod so far, and none from another test.
+// events are those of the agent's pod so far.
 func (w *world) events() []corev1.Event {
 	w.Helper()
-	list, err := plane.Admin.CoreV1().Events(metav1.NamespaceDefault).List(w.Context(), metav1.ListOptions{FieldSelector: "involvedObject.uid=" + agentUID})
+	list, err := plane.Admin.CoreV1().Events(w.namespace).List(w.Context(), metav1.ListOptions{FieldSelector: "involvedObject.uid=" + agentUID})
 	w.must(err)
 	return list.Items
 }
@@ -57,22 +59,16 @@ func (w *world) awaitEvent(limit time.Duration, reason string) (found corev1.Eve
 // TestEventsOfAFlappingPod: 200 changes of readiness make a few Events, which count all of them; that no endpoint has
 // come back is told too.
 func TestEventsOfAFlappingPod(t *testing.T) {
+	t.Parallel()
 	const flaps, most = 200, 4
-	asPod(t)
-	before, err := plane.Requests("create")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := serving(t, "readiness: require")
-	t.Cleanup(func() {
-		_ = plane.Admin.CoreV1().Events(metav1.NamespaceDefault).DeleteCollection(context.WithoutCancel(t.Context()), metav1.DeleteOptions{}, metav1.ListOptions{})
-	})
+	w := servingAsPod(t, "flapping", "readiness: require")
+	w.mayCreateEvents()
 	pod := w.create("echo").add()
 	for i := range flaps {
 		ready := i%2 == 0
 		pod.running(ready)
 		want := map[bool]string{true: "echo"}[ready]
-		w.await("to follow", func(a *published.Agent) bool { return endpointOf(a) == want })
+		w.await("to follow", func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == want })
 	}
 	unstable := w.awaitEvent(100*time.Second, "EndpointUnstable")
 	lost := w.awaitEvent(100*time.Second, "EndpointLost")
@@ -82,24 +78,22 @@ func TestEventsOfAFlappingPod(t *testing.T) {
 		t.Logf("%s %s x%d: %s", e.Type, e.Reason, e.Count, e.Message)
 		changes += int(e.Count)
 	}
-	created, err := plane.Requests("create")
-	w.must(err)
-	if len(events) > most || created-before > most {
-		t.Errorf("%d events of %d requests, want at most %d", len(events), created-before, most)
+	if created := w.proxy.count("post"); len(events) > most || created > most {
+		t.Errorf("%d events of %d requests, want at most %d", len(events), created, most)
 	}
 	if changes < flaps {
 		t.Errorf("the events stand for %d changes, want %d", changes, flaps)
 	}
-	if who := "default/echo (" + pod.ip.String() + ")"; !strings.Contains(lost.Message, who) {
+	if who := "flapping/echo (" + pod.ip.String() + ")"; !strings.Contains(lost.Message, who) {
 		t.Errorf("%s does not name %s: %s", lost.Reason, who, lost.Message)
 	}
 	for _, e := range []corev1.Event{unstable, lost} {
-		for _, word := range []string{magicIP, "kubectl get pods", "spec.nodeName=" + node.Name} {
+		for _, word := range []string{magicIP, "kubectl get pods", "spec.nodeName=" + w.node.Name} {
 			if !strings.Contains(e.Message, word) {
 				t.Errorf("%s does not say %q: %s", e.Reason, word, e.Message)
 			}
 		}
-		about := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: metav1.NamespaceDefault, Name: agentPod, UID: agentUID}
+		about := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: w.namespace, Name: agentPod, UID: agentUID}
 		if e.InvolvedObject != about || e.Type != corev1.EventTypeWarning || e.ReportingController != "magic-ip-agent" {
 			t.Errorf("%s is a %s of %s about %+v", e.Reason, e.Type, e.ReportingController, e.InvolvedObject)
 		}
@@ -108,11 +102,9 @@ func TestEventsOfAFlappingPod(t *testing.T) {
 
 // TestEventsForbidden: without the right to create them there are none. The agent says so once, and goes on.
 func TestEventsForbidden(t *testing.T) {
-	asPod(t)
-	w := serving(t)
-	w.whenBack(func(w *world) { w.mayCreateEvents(true) })
-	w.mayCreateEvents(false)
-	const missing = "Events are not sent: the API server refuses Events in namespace default: allow create of events there"
+	t.Parallel()
+	w := servingAsPod(t, "silenced")
+	const missing = "Events are not sent: the API server refuses Events in namespace silenced: allow create of events there"
 	pod := w.create("echo").add().running(true)
 	w.goesTo("echo")
 	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
@@ -120,7 +112,7 @@ func TestEventsForbidden(t *testing.T) {
 	w.awaitFor(ctx, "to say what right is missing", func(a *published.Agent) bool {
 		return strings.Contains(strings.Join(a.Notes, "\n"), missing) && a.LastError == ""
 	})
-	if status, err := node.RunAgent(w.Context(), "status"); err != nil || !strings.Contains(status, "note: "+missing) {
+	if status, err := w.node.RunAgent(w.Context(), "status"); err != nil || !strings.Contains(status, "note: "+missing) {
 		t.Errorf("status: %v\n%s", err, status)
 	}
 	pod.del()
@@ -132,14 +124,10 @@ func TestEventsForbidden(t *testing.T) {
 	}
 }
 
-// mayCreateEvents gives or takes one right of the agent.
-func (w *world) mayCreateEvents(may bool) {
+// mayCreateEvents gives the agent that right.
+func (w *world) mayCreateEvents() {
 	w.Helper()
-	verbs := `["get"]` // a rule needs one
-	if may {
-		verbs = `["create"]`
-	}
-	patch := `[{"op": "replace", "path": "/rules/1/verbs", "value": ` + verbs + `}]`
-	_, err := plane.Admin.RbacV1().Roles(metav1.NamespaceDefault).Patch(context.WithoutCancel(w.Context()), AgentUser, types.JSONPatchType, []byte(patch), metav1.PatchOptions{})
+	const patch = `[{"op": "add", "path": "/rules/-", "value": {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}}]`
+	_, err := plane.Admin.RbacV1().Roles(w.namespace).Patch(w.Context(), AgentUser, types.JSONPatchType, []byte(patch), metav1.PatchOptions{})
 	w.must(err)
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // What is longer than any time-out of the agent: where the API server says nothing, it takes 90 s to see that a watch
@@ -195,8 +196,8 @@ func (w *world) cniGoesOn(first, second *pod, until time.Time) {
 func (w *world) restarts(first, second string) {
 	w.Helper()
 	probes := map[string]*lab.Probe{
-		first:  w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, 5*time.Millisecond),
-		second: w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(apiOnly, port)}, 5*time.Millisecond),
+		first:  w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: magic()}, 50*time.Millisecond),
+		second: w.node.StartProbe(lab.Client{Kind: lab.NewConnection, From: "client", To: netip.AddrPortFrom(apiOnly, port)}, 50*time.Millisecond),
 	}
 	w.agent.Kill()
 	w.start()
@@ -313,4 +314,49 @@ func TestGone(t *testing.T) {
 	old.running(false)
 	w.create("last").add().running(true)
 	w.goesTo("last")
+}
+
+// TestUnknownToAPI: a record whose pod the API has never heard of counts for a minute, and then for as long as its host
+// interface stands. Where that is gone too, the agent says that the record is dead, and the plugin drops it.
+func TestUnknownToAPI(t *testing.T) {
+	t.Parallel()
+	w := apart(t, "unknown", "unknown")
+	w.servingTwo(w.namespace)
+	standing := w.unheardOf("standing").add()
+	vanished := w.unheardOf("vanished").add()
+	// A record without a host interface, as of a CNI plugin that names none.
+	runtimeDir := w.node.Path(lab.RuntimeDir)
+	_, err := state.Update(runtimeDir, time.Second, nil, state.Attachment{
+		ContainerID: "nameless", IfName: "eth0", Network: network, Namespace: w.namespace, Name: "nameless", UID: "nameless",
+		Labels: map[string]string{"app": "api-only"}, IPs: []netip.Addr{netip.MustParseAddr("10.244.1.250")}, AddedAt: time.Now(),
+	})
+	w.must(err)
+	added := time.Now()
+	apiOnlyIs := func(pod string) func(*published.Agent) bool {
+		return func(a *published.Agent) bool { return endpointOf(a, apiOnly) == pod }
+	}
+	w.await("to serve the record without an interface", apiOnlyIs("nameless"))
+	vanished.end()
+	_, err = w.node.Run(t.Context(), "ip", "netns", "delete", vanished.netns) // and DEL never comes
+	w.must(err)
+	w.goesTo("standing")
+
+	ctx, cancel := context.WithTimeout(t.Context(), 65*time.Second)
+	defer cancel()
+	w.awaitFor(ctx, "to drop it", apiOnlyIs(""))
+	if after := time.Since(added); after < 59*time.Second {
+		t.Errorf("dropped after %v", after)
+	}
+	w.awaitFor(ctx, "to name the dead record", func(a *published.Agent) bool { return len(a.Dead) == 1 })
+	w.staysWith("standing")
+	if _, recorded := vanished.record(); !recorded {
+		t.Error("the dead record is gone before the plugin has written")
+	}
+	w.create("next").add()
+	if _, recorded := vanished.record(); recorded {
+		t.Error("the plugin has kept the dead record")
+	}
+	if _, recorded := standing.record(); !recorded {
+		t.Error("the plugin has dropped the record of a pod that stands")
+	}
 }

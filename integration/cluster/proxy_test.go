@@ -150,6 +150,16 @@ func (p *proxy) count(verb string) int {
 	return p.requests[verb]
 }
 
+// total is how many requests have come.
+func (p *proxy) total() (sum int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, count := range p.requests {
+		sum += count
+	}
+	return sum
+}
+
 func (p *proxy) wasGone() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -195,16 +195,16 @@ func TestLabelsAfterADD(t *testing.T) {
 func TestOwner(t *testing.T) {
 	w := serving(t, "owner: DaemonSet/echo")
 	w.create("impostor").add().running(true)
-	w.create("other", ownedBy("ReplicaSet", "echo", true)).add().running(true)
-	w.create("referenced", ownedBy("DaemonSet", "echo", false)).add().running(true)
+	w.create("other", ownedBy("ReplicaSet", true)).add().running(true)
+	w.create("referenced", ownedBy("DaemonSet", false)).add().running(true)
 	w.staysWith("")
-	w.create("echo", ownedBy("DaemonSet", "echo", true)).add().running(false)
+	w.create("echo", ownedBy("DaemonSet", true)).add().running(false)
 	w.goesTo("echo")
 }
 
-func ownedBy(kind, name string, controller bool) func(*corev1.Pod) {
+func ownedBy(kind string, controller bool) func(*corev1.Pod) {
 	return func(p *corev1.Pod) {
-		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: name, UID: "11111111-2222-3333-4444-555555555555", Controller: &controller}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: "echo", UID: "11111111-2222-3333-4444-555555555555", Controller: &controller}}
 	}
 }
 
@@ -236,7 +236,7 @@ func TestForgotten(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := serving(t, settings)
 			w.agent.Kill()
-			pod := w.create("echo", ownedBy("DaemonSet", "echo", true)).add()
+			pod := w.create("echo", ownedBy("DaemonSet", true)).add()
 			w.start()
 			w.goesTo("echo")
 			pod.forceDelete()

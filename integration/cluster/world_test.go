@@ -95,6 +95,7 @@ type world struct {
 	proxy      *proxy // between agent and API server; nil for none
 	agent      *lab.Agent
 	conf       []byte
+	poll       string // pollInterval; 1s where empty
 	steps      int
 }
 
@@ -129,8 +130,8 @@ func (w *world) serve(settings ...string) {
 	if !strings.Contains(strings.Join(settings, ""), "namespace:") {
 		settings = append(settings, "namespace: "+w.namespace)
 	}
-	w.conf = fmt.Appendf(nil, "name: %s\npollInterval: 1s\nmagicIPs:\n- {ipAddress: %s, selector: app=echo, %s}\n",
-		agentName, magicIP, strings.Join(settings, ", "))
+	w.conf = fmt.Appendf(nil, "name: %s\npollInterval: %s\nmagicIPs:\n- {ipAddress: %s, selector: app=echo, %s}\n",
+		agentName, cmp.Or(w.poll, "1s"), magicIP, strings.Join(settings, ", "))
 	w.start()
 	w.Cleanup(func() {
 		w.agent.Kill()
@@ -427,12 +428,17 @@ func (p *pod) delete(grace int64) {
 	}
 }
 
-// del ends the pod's process, and takes its sandbox away.
-func (p *pod) del() {
-	p.w.Helper()
+// end ends the pod's process.
+func (p *pod) end() {
 	for _, echo := range p.echos {
 		_ = echo.Close()
 	}
+}
+
+// del ends the pod's process, and takes its sandbox away.
+func (p *pod) del() {
+	p.w.Helper()
+	p.end()
 	if err := p.w.node.Del(context.WithoutCancel(p.w.Context()), p.network, p.lab()); err != nil {
 		p.w.Error(err)
 	}

@@ -120,6 +120,11 @@ func (e *Echo) serveUDP(name string) {
 	}
 }
 
+// Shutdown takes no more connections and closes the others when their requests are answered.
+func (e *Echo) Shutdown(ctx context.Context) error {
+	return errors.Join(e.http.Shutdown(ctx), e.udp.Close())
+}
+
 // Close closes all sockets at once, connections included, as a killed process does: clients are told,
 // unless the interface has gone before (see Node.Del).
 func (e *Echo) Close() error { return errors.Join(e.http.Close(), e.udp.Close()) }

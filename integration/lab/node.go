@@ -86,7 +86,9 @@ type NodeOptions struct {
 
 // Node is one node. Its methods may be called from several goroutines.
 type Node struct {
-	Name     string
+	Name string
+	// Env are variables ("KEY=value") of every command, beside those of this process.
+	Env      []string
 	binaries Binaries
 	pid      int // of the holder, which is process 1 inside
 	close    func() error
@@ -163,7 +165,7 @@ func environment() []string {
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	enter := []string{"--target", strconv.Itoa(n.pid), "--net", "--mount", "--pid", "--uts", "--cgroup", "--", name}
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, args...)...)
-	cmd.Env = environment()
+	cmd.Env = append(environment(), n.Env...)
 	cmd.Cancel = func() error { return signal(cmd.Process, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
 	return cmd

@@ -105,7 +105,7 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*Record, error)) (
 // preferred says whether the plugin with this digest, which is in place, is another installer's that stands against version.
 func preferred(digest, version string, others []*Record) bool {
 	for _, other := range others {
-		if order, comparable := compareVersions(other.PluginVersion, version); other.PluginSHA256 == digest && (!comparable || order >= 0) {
+		if order, known := compareVersions(other.PluginVersion, version); other.PluginSHA256 == digest && (!known || order >= 0) {
 			return true
 		}
 	}
@@ -187,7 +187,7 @@ func call(ctx context.Context, path, command string, stdin []byte) ([]byte, erro
 
 // compareVersions compares two of the form v1.2.3, and what git describe puts behind: v1.2.3-4-g0123abc is four commits
 // later. Others cannot be compared.
-func compareVersions(a, b string) (order int, comparable bool) {
+func compareVersions(a, b string) (order int, known bool) {
 	x, okA := parseVersion(a)
 	y, okB := parseVersion(b)
 	if !okA || !okB {

@@ -35,6 +35,7 @@ type node struct {
 	options Options
 	config  Config
 	log     *lockedBuffer
+	ended   <-chan error // of the last installer that was started
 }
 
 func newNode(t *testing.T) *node {

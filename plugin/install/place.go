@@ -105,9 +105,6 @@ func (d directory) write(name string, data []byte, mode fs.FileMode) error {
 // other writer holds no lock of ours, so the two files change places, and what was there is looked at before it goes.
 func (d directory) replace(name string, old, data []byte, mode fs.FileMode) error {
 	path := filepath.Join(d.path, name)
-	if there, err := os.ReadFile(path); err != nil || !bytes.Equal(there, old) {
-		return errors.Join(err, fmt.Errorf("%s: %w", name, errChanged))
-	}
 	temp, err := d.temp(name, data, mode)
 	if err != nil {
 		return err
@@ -115,13 +112,10 @@ func (d directory) replace(name string, old, data []byte, mode fs.FileMode) erro
 	copyOwner(temp, path)
 	err = unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // a file system that cannot do that
-		if err := os.Rename(temp, path); err != nil {
-			return err
-		}
-		return syncDir(d.path)
+		return errors.Join(os.Rename(temp, path), syncDir(d.path))
 	}
 	if err != nil {
-		return &fs.PathError{Op: "exchange", Path: path, Err: err}
+		return errors.Join(&fs.PathError{Op: "exchange", Path: path, Err: err}, os.Remove(temp))
 	}
 	if there, err := os.ReadFile(temp); err != nil || !bytes.Equal(there, old) {
 		back := unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)

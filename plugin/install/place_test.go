@@ -94,6 +94,10 @@ func TestReplaceOnlyWhatWasRead(t *testing.T) {
 		t.Errorf("replace: %v", err)
 	}
 	n.want("the file", map[string]string{"10-a.conflist": "new"}, n.confs())
+	if err := d.replace("20-gone.conflist", []byte("old"), []byte("ours"), 0o644); err == nil {
+		t.Error("a file that is gone is made anew")
+	}
+	n.want("no file", map[string]string{"10-a.conflist": "new"}, n.confs())
 	if err := d.replace("10-a.conflist", []byte("new"), []byte("ours"), 0o640); err != nil {
 		t.Error(err)
 	}
@@ -346,17 +350,17 @@ func TestReleasesOfSeveralVersions(t *testing.T) {
 func TestCompareVersions(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		a, b       string
-		order      int
-		comparable bool
+		a, b  string
+		order int
+		known bool
 	}{
 		{"v1.2.3", "v1.2.3", 0, true}, {"v1.2.3", "v1.2.10", -1, true}, {"v2.0.0", "v1.99.99", 1, true},
 		{"v1.2.3-4-g0123abc", "v1.2.3", 1, true}, {"v1.2.3-4-g0123abc", "v1.2.3-12-gfff", -1, true}, {"v1.2.3-4-g0123abc", "v1.2.4", -1, true},
 		{"devel", "v1.2.3", 0, false}, {"v1.2.3-rc1", "v1.2.3", 0, false}, {"0123abc-dirty", "0123abc-dirty", 0, false}, {"v1.2", "v1.2.0", 0, false}, {"v1.2.x", "v1.2.0", 0, false},
 	} {
-		order, comparable := compareVersions(test.a, test.b)
-		if comparable != test.comparable || order < 0 != (test.order < 0) || order > 0 != (test.order > 0) {
-			t.Errorf("%s and %s: %d, %t", test.a, test.b, order, comparable)
+		order, known := compareVersions(test.a, test.b)
+		if known != test.known || order < 0 != (test.order < 0) || order > 0 != (test.order > 0) {
+			t.Errorf("%s and %s: %d, %t", test.a, test.b, order, known)
 		}
 	}
 }
@@ -375,6 +379,35 @@ func TestDirectoryOfPlugins(t *testing.T) {
 		if _, err := ReadRecord(n.options.RuntimeDir, n.config.Name); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: a record of what is not installed: %v", dir, err)
 		}
+	}
+}
+
+// TestRecordComesFirst: what is on the node has been noted before, so that whoever is killed in between leaves a note.
+func TestRecordComesFirst(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.conf("10-a.conflist", simple)
+	script := fmt.Sprintf(plugin, "v1.0.0")
+	n.put(n.options.Plugin, strings.Replace(script, "case", "test -e "+RecordPath(n.options.RuntimeDir, n.config.Name)+" || exit 1\ncase", 1))
+	n.install()
+}
+
+// TestHarmless: a change that a loader would notice beyond our entry is none.
+func TestHarmless(t *testing.T) {
+	t.Parallel()
+	before := File{Name: "10-a.conflist", Data: []byte(simple)}
+	for _, change := range [][2]string{
+		{`"a"`, `"b"`}, {"1.0.0", "1.1.0"}, {"bridge", "ptp"}, {`{"type": "bridge"}`, `{"type": "bridge", "mtu": 1}`}, {`"name"`, `"disableCheck": true, "name"`},
+		{`"name"`, `"disableGC": true, "name"`}, {`{"type": "bridge"}`, ""}, {`{"type": "bridge"}`, `{"type": "bridge"}, {"type": "tuning"}`}, {"]", ""},
+	} {
+		after := File{Name: before.Name, Data: []byte(strings.Replace(simple, change[0], change[1], 1))}
+		if err := harmless(before, after); err == nil {
+			t.Errorf("%s to %s is taken for harmless", change[0], change[1])
+		}
+	}
+	after := File{Name: before.Name, Data: []byte(strings.Replace(simple, `{"type": "bridge"}`, `{"type":"bridge"},{"type": "magic-ip-address"}`, 1))}
+	if err := harmless(before, after); err != nil {
+		t.Error(err)
 	}
 }
 

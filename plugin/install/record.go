@@ -77,6 +77,9 @@ func writeRecord(runtimeDir, name string, record Record) error {
 		return err
 	}
 	path := RecordPath(runtimeDir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { // somebody may have removed it
+		return err
+	}
 	if err := os.WriteFile(path+".tmp", append(data, '\n'), 0o644); err != nil {
 		return err
 	}

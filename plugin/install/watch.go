@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 )
@@ -95,10 +96,13 @@ func (i *installer) standBy(ctx context.Context) (locked *os.File, err error) {
 // serve is the loop.
 func (i *installer) serve(ctx context.Context) error {
 	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return err
+	if err != nil { // most likely fs.inotify.max_user_instances
+		i.Log.Warn("directories cannot be watched; they are looked at again and again", "every", poll, "error", err)
+		watcher = &fsnotify.Watcher{}
+	} else {
+		defer func() { _ = watcher.Close() }()
 	}
-	defer func() { _ = watcher.Close() }()
+	watching := err == nil
 	folders := []string{i.ConfDir, i.BinDir}
 	if i.ConfigFile != "" {
 		folders = append(folders, filepath.Dir(i.ConfigFile)) // a ConfigMap changes by a link beside the file
@@ -107,7 +111,9 @@ func (i *installer) serve(ctx context.Context) error {
 	// by then too: it is looked at after arming.
 	arm := func() {
 		for _, folder := range folders {
-			_ = watcher.Add(folder) // what is wrong with it, sync says
+			if watching {
+				_ = watcher.Add(folder) // what is wrong with it, sync says
+			}
 		}
 	}
 	timer := time.NewTimer(0)
@@ -132,6 +138,11 @@ func (i *installer) serve(ctx context.Context) error {
 			return nil
 		}
 		arm()
+		for _, folder := range folders {
+			if replaced(folder) {
+				return fmt.Errorf("%s was removed on the node, and what is mounted here is what was there before: ending, so that a container that is started again has the new one", folder)
+			}
+		}
 		again, err := i.look(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -159,6 +170,12 @@ func (i *installer) serve(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// replaced says whether a path leads to a directory that has no name any more: a mount of one that was removed.
+func replaced(path string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(path, &stat) == nil && stat.Nlink == 0
 }
 
 // pause lets whoever is writing finish, and takes their events together.

@@ -27,10 +27,6 @@
 {{- ternary "debug" "info" (has (.Values.config.verbose | toString) (list "true" "1")) -}}
 {{- end -}}
 
-{{- define "magic-ip-address.status" -}}
-magic-ip-agent status --runtime-dir={{ .Values.runtimeDir }} --name={{ include "magic-ip-address.agentName" . }}
-{{- end -}}
-
 {{/* What both containers are refused. They are root, since host directories and netlink are root's. */}}
 {{- define "magic-ip-address.confinement" -}}
 runAsUser: 0

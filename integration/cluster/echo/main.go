@@ -71,10 +71,11 @@ func pause(ctx context.Context) {
 	}
 }
 
-// serve answers with the pod's name and the client's address until SIGTERM. Its first line of output is when it was
-// started. The control address says so too (/started), is what kubelet asks whether the pod is ready (/ready), and
-// is told whether it is (PUT /ready or DELETE /ready). The journal, a file that outlives the pod, has a line for each
-// thing that happens and when: started, listening, terminated (was told to stop), closed (listens no more).
+// serve answers with the pod's name and the client's address until SIGTERM, and then what it has been asked. Its first
+// line of output is when it was started. The control address says so too (/started), is what kubelet asks whether the
+// pod is ready (/ready), and is told whether it is (PUT /ready or DELETE /ready). The journal, a file that outlives the
+// pod, has a line for each thing that happens and when: started, listening, terminated (was told to stop), closed
+// (listens no more).
 func serve(ctx context.Context, started time.Time, args []string) error {
 	fmt.Println("started", started.UTC().Format(time.RFC3339Nano))
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
@@ -129,7 +130,9 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	write("terminated", terminated)
 	time.Sleep(*drain)
 	write("closed", time.Now())
-	return errors.Join(echo.Close(), server.Close(), journal.Close())
+	limited, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return errors.Join(echo.Shutdown(limited), server.Close(), journal.Close())
 }
 
 // summary is the line of output for a target where requests have none.

@@ -113,7 +113,7 @@ func (n *Node) command(component string) []string {
 	}
 	switch component {
 	case Etcd:
-		return []string{"--data-dir=/var/lib/etcd", "--unsafe-no-fsync", "--log-level=warn"}
+		return []string{"--data-dir=/var/lib/etcd", "--unsafe-no-fsync", "--log-level=error"}
 	case APIServer:
 		return []string{
 			"--etcd-servers=http://127.0.0.1:2379", "--bind-address=0.0.0.0", "--advertise-address=" + apiAddress, "--secure-port=6443",

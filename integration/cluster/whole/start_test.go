@@ -127,7 +127,9 @@ func report(starts []start) string {
 	return text.String()
 }
 
-func milliseconds(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond)) }
+func milliseconds(d time.Duration) string {
+	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+}
 
 // percentile is the nearest-rank percentile: that of 20 and 99 is the greatest.
 func percentile(took []time.Duration, p int) time.Duration {
@@ -252,4 +254,3 @@ func (l *podLog) first(after time.Time, uid types.UID, is func(*corev1.Pod) bool
 	}
 	return time.Time{}, errors.New("the API server has not told of it")
 }
-

@@ -21,7 +21,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
@@ -38,14 +37,15 @@ const (
 )
 
 var magicIPs = map[string]string{
-	"start":  "169.254.210.1",
-	"older":  "169.254.210.2",
-	"flip":   "169.254.210.3",
-	"static": "169.254.210.4",
-	"host":   "169.254.210.5",
-	"forced": "169.254.210.6",
-	"outage": "169.254.210.7",
-	"reboot": "169.254.210.8",
+	"start":   "169.254.210.1",
+	"older":   "169.254.210.2",
+	"flip":    "169.254.210.3",
+	"static":  "169.254.210.4",
+	"host":    "169.254.210.5",
+	"forced":  "169.254.210.6",
+	"outage":  "169.254.210.7",
+	"reboot":  "169.254.210.8",
+	"rollout": "169.254.210.9",
 }
 
 // cluster is shared by all tests, one after the other.
@@ -56,7 +56,11 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var err error
+	before, err := snapshot()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	if cluster, err = whole.New(ctx, whole.Options{Name: "whole"}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -66,7 +70,7 @@ func run(m *testing.M) int {
 	if err = place(ctx); err == nil {
 		code = m.Run()
 	}
-	if err = errors.Join(err, failedLogs(code), cluster.Close()); err != nil {
+	if err = errors.Join(err, failedLogs(code), cluster.Close(), leftAlone(before, cluster)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -226,15 +230,6 @@ func echoPod(n *whole.Node, namespace, name string) *corev1.Pod {
 	}
 }
 
-// probed lets kubelet ask the server whether it is ready.
-func probed(pod *corev1.Pod) *corev1.Pod {
-	pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
-		PeriodSeconds: 1, FailureThreshold: 1,
-		ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(control)}},
-	}
-	return pod
-}
-
 func createPod(ctx context.Context, pod *corev1.Pod) (made *corev1.Pod, err error) {
 	// The default service account of a new namespace takes its time.
 	err = lab.Eventually(ctx, func() (err error) {
@@ -323,10 +318,16 @@ func onEachNode(t *testing.T, namespace string, test func(*world)) {
 
 func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 	w := &world{T: t, node: n, namespace: namespace}
-	pod, err := awaitReady(w.patience(), "clients/client-"+n.Name)
-	w.must(err)
-	w.client, err = n.PodNetNS(t.Context(), pod)
-	w.must(err)
+	// After a reboot the API tells of the containers before it for a while.
+	ctx := w.patience()
+	w.must(lab.Eventually(ctx, func() error {
+		pod, err := awaitReady(ctx, "clients/client-"+n.Name)
+		if err != nil {
+			return err
+		}
+		w.client, err = n.PodNetNS(ctx, pod)
+		return err
+	}))
 	t.Cleanup(func() {
 		if t.Failed() {
 			if agent, err := published.Read(n.Path(lab.RuntimeDir), agentName); err == nil {
@@ -338,7 +339,7 @@ func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 }
 
 func (w *world) patience() context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), time.Minute)
 	w.Cleanup(cancel)
 	return ctx
 }

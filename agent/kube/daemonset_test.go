@@ -1,0 +1,423 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
+)
+
+// apiServer plays the API server for one DaemonSet. A test says what it answers.
+type apiServer struct {
+	t *testing.T
+
+	mu     sync.Mutex
+	get    func(w http.ResponseWriter) // nil: never answers
+	events chan watch.Event            // of the watch that is open
+	gets   int
+	asked  []string // what it was asked for that it should not have been
+	opened chan struct{}
+	closed chan struct{}
+}
+
+const (
+	daemonSetPath = "/apis/apps/v1/namespaces/kube-system/daemonsets"
+	daemonSetName = "magic"
+)
+
+func newAPIServer(t *testing.T) (*apiServer, *DaemonSet) {
+	t.Helper()
+	s := &apiServer{t: t, opened: make(chan struct{}, 100), closed: make(chan struct{})}
+	server := httptest.NewServer(s)
+	t.Cleanup(func() { close(s.closed); server.Close() })
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	config := fmt.Sprintf(`{"apiVersion":"v1","kind":"Config","clusters":[{"name":"c","cluster":{"server":%q}}],`+
+		`"contexts":[{"name":"c","context":{"cluster":"c"}}],"current-context":"c"}`, server.URL)
+	if err := os.WriteFile(kubeconfig, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	own, err := ConnectDaemonSet(kubeconfig, "kube-system/"+daemonSetName, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.answer(exists("u1"))
+	return s, own
+}
+
+func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	get, closed := s.get, s.closed
+	s.mu.Unlock()
+	w.Header().Set("Content-Type", "application/json")
+	switch {
+	case r.Method == http.MethodGet && r.URL.Path == daemonSetPath+"/"+daemonSetName:
+		s.mu.Lock()
+		s.gets++
+		s.mu.Unlock()
+		if get == nil {
+			select {
+			case <-r.Context().Done():
+			case <-closed:
+			}
+			return
+		}
+		get(w)
+	case r.Method == http.MethodGet && r.URL.Path == daemonSetPath && r.URL.Query().Get("watch") == "true" &&
+		r.URL.Query().Get("fieldSelector") == "metadata.name="+daemonSetName: // what resourceNames can allow
+		events := make(chan watch.Event)
+		s.mu.Lock()
+		s.events = events
+		s.mu.Unlock()
+		w.(http.Flusher).Flush()
+		s.opened <- struct{}{}
+		for {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-closed:
+				return
+			case event, open := <-events:
+				if !open {
+					return
+				}
+				object, err := json.Marshal(event.Object)
+				if err != nil {
+					s.t.Error(err)
+				}
+				_ = json.NewEncoder(w).Encode(metav1.WatchEvent{Type: string(event.Type), Object: runtime.RawExtension{Raw: object}})
+				w.(http.Flusher).Flush()
+			}
+		}
+	default:
+		s.mu.Lock()
+		s.asked = append(s.asked, r.Method+" "+r.URL.String())
+		s.mu.Unlock()
+		w.WriteHeader(http.StatusForbidden)
+	}
+}
+
+func (s *apiServer) answer(get func(http.ResponseWriter)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.get = get
+}
+
+// send sends an event; endWatch closes the connection. Both need a watch that is open.
+func (s *apiServer) send(kind watch.EventType, object runtime.Object) {
+	s.t.Helper()
+	s.mu.Lock()
+	events := s.events
+	s.mu.Unlock()
+	select {
+	case events <- watch.Event{Type: kind, Object: object}:
+	case <-time.After(10 * time.Second):
+		s.t.Fatal("nobody watches")
+	}
+}
+
+func (s *apiServer) endWatch() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.events)
+}
+
+func (s *apiServer) awaitWatch() {
+	s.t.Helper()
+	select {
+	case <-s.opened:
+	case <-time.After(20 * time.Second):
+		s.t.Fatal("nobody watches")
+	}
+}
+
+// daemonSet is ours with this UID, after these changes.
+func daemonSet(uid string, changes ...func(*appsv1.DaemonSet)) *appsv1.DaemonSet {
+	object := &appsv1.DaemonSet{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "apps/v1", Kind: "DaemonSet"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: daemonSetName, UID: types.UID(uid), ResourceVersion: "5"},
+	}
+	for _, change := range changes {
+		change(object)
+	}
+	return object
+}
+
+func deleting(finalizers ...string) func(*appsv1.DaemonSet) {
+	return func(d *appsv1.DaemonSet) {
+		now := metav1.Now()
+		d.DeletionTimestamp, d.Finalizers = &now, finalizers
+	}
+}
+
+func updated(d *appsv1.DaemonSet) { d.Generation++ }
+
+func exists(uid string, changes ...func(*appsv1.DaemonSet)) func(http.ResponseWriter) {
+	return func(w http.ResponseWriter) { _ = json.NewEncoder(w).Encode(daemonSet(uid, changes...)) }
+}
+
+// status answers as the API server does; details may be nil.
+func status(code int, reason metav1.StatusReason, details *metav1.StatusDetails) func(http.ResponseWriter) {
+	return func(w http.ResponseWriter) {
+		w.WriteHeader(code)
+		_ = json.NewEncoder(w).Encode(errorStatus(code, reason, details))
+	}
+}
+
+func errorStatus(code int, reason metav1.StatusReason, details *metav1.StatusDetails) *metav1.Status {
+	return &metav1.Status{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
+		Status:   metav1.StatusFailure, Code: int32(code), Reason: reason, Details: details, Message: string(reason),
+	}
+}
+
+var (
+	notFound     = status(404, metav1.StatusReasonNotFound, &metav1.StatusDetails{Group: "apps", Kind: "daemonsets", Name: daemonSetName})
+	unauthorized = status(401, metav1.StatusReasonUnauthorized, nil)
+	forbidden    = status(403, metav1.StatusReasonForbidden, &metav1.StatusDetails{Group: "apps", Kind: "daemonsets", Name: daemonSetName})
+	// Of an API server that does not serve the kind yet, and of a proxy before it.
+	noSuchKind = status(404, metav1.StatusReasonNotFound, &metav1.StatusDetails{})
+	proxy      = func(w http.ResponseWriter) {
+		w.Header().Set("Content-Type", "text/plain")
+		w.WriteHeader(http.StatusNotFound)
+		_, _ = w.Write([]byte("404 page not found"))
+	}
+	broken = status(500, metav1.StatusReasonInternalError, nil)
+)
+
+// following waits for the deletion of own in the background.
+func following(t *testing.T, own *DaemonSet) (answer <-chan bool, sigterm func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	result := make(chan bool, 1)
+	go func() { result <- own.Deleted(ctx) }()
+	return result, cancel
+}
+
+func want(t *testing.T, answer <-chan bool, deleted bool) {
+	t.Helper()
+	select {
+	case got := <-answer:
+		if got != deleted {
+			t.Errorf("deleted: %t, want %t", got, deleted)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatalf("no answer, want deleted: %t", deleted)
+	}
+}
+
+// TestDeletion: what the API server says while it is watched, and whether that is the deletion of ours.
+func TestDeletion(t *testing.T) {
+	t.Parallel()
+	orphan := deleting(metav1.FinalizerOrphanDependents)
+	for name, test := range map[string]struct {
+		says    func(s *apiServer)
+		deleted bool
+	}{
+		"deleted": {func(s *apiServer) { s.send(watch.Deleted, daemonSet("u1")) }, true},
+		"being deleted, foreground": {func(s *apiServer) {
+			s.send(watch.Modified, daemonSet("u1", deleting(metav1.FinalizerDeleteDependents)))
+		}, true},
+		"another one comes": {func(s *apiServer) {
+			s.answer(exists("u2"))
+			s.endWatch()
+		}, true},
+		"another one is deleted, of which nothing is known": {func(s *apiServer) { s.send(watch.Deleted, daemonSet("u0")) }, false},
+		"changed": {func(s *apiServer) {
+			s.send(watch.Modified, daemonSet("u1", updated))
+			s.send(watch.Bookmark, &appsv1.DaemonSet{TypeMeta: daemonSet("").TypeMeta, ObjectMeta: metav1.ObjectMeta{ResourceVersion: "9"}})
+		}, false},
+		"deleted without its pods": {func(s *apiServer) {
+			s.answer(notFound)
+			s.send(watch.Modified, daemonSet("u1", orphan))
+			s.send(watch.Deleted, daemonSet("u1", deleting()))
+		}, false},
+		"deleted without its pods, and the next one adopts them": {func(s *apiServer) {
+			s.answer(exists("u2"))
+			s.send(watch.Modified, daemonSet("u1", orphan))
+			s.send(watch.Deleted, daemonSet("u1", deleting()))
+			s.send(watch.Added, daemonSet("u2"))
+			s.send(watch.Modified, daemonSet("u2", updated))
+		}, false},
+		"the next one that has adopted them is deleted": {func(s *apiServer) {
+			s.answer(exists("u2"))
+			s.send(watch.Modified, daemonSet("u1", orphan))
+			s.send(watch.Deleted, daemonSet("u1", deleting()))
+			s.send(watch.Added, daemonSet("u2"))
+			s.send(watch.Deleted, daemonSet("u2"))
+		}, true},
+		"expired (410), and still there": {func(s *apiServer) {
+			s.send(watch.Error, errorStatus(410, metav1.StatusReasonExpired, nil))
+			s.awaitWatch()
+		}, false},
+		"expired (410), and gone meanwhile": {func(s *apiServer) {
+			s.answer(notFound)
+			s.send(watch.Error, errorStatus(410, metav1.StatusReasonExpired, nil))
+		}, true},
+		"gone while nobody watched":   {func(s *apiServer) { s.answer(notFound); s.endWatch() }, true},
+		"refused (401)":               {func(s *apiServer) { s.refuse(unauthorized) }, false},
+		"refused (403)":               {func(s *apiServer) { s.refuse(forbidden) }, false},
+		"broken (500)":                {func(s *apiServer) { s.refuse(broken) }, false},
+		"404 of a proxy":              {func(s *apiServer) { s.refuse(proxy) }, false},
+		"404 of a server that begins": {func(s *apiServer) { s.refuse(noSuchKind) }, false},
+		"refused, and then gone": {func(s *apiServer) {
+			s.refuse(forbidden)
+			s.answer(notFound)
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, own := newAPIServer(t)
+			answer, sigterm := following(t, own)
+			s.awaitWatch()
+			test.says(s)
+			if !test.deleted {
+				select {
+				case <-answer:
+					t.Error("took it for the deletion of ours")
+					return
+				case <-time.After(300 * time.Millisecond):
+				}
+				sigterm()
+			}
+			want(t, answer, test.deleted)
+			if len(s.asked) > 0 {
+				t.Errorf("asked for more than it may: %s", strings.Join(s.asked, "; "))
+			}
+		})
+	}
+}
+
+// refuse ends the watch, and answers so until it has been asked again.
+func (s *apiServer) refuse(get func(http.ResponseWriter)) {
+	s.t.Helper()
+	s.mu.Lock()
+	before := s.gets
+	s.mu.Unlock()
+	s.answer(get)
+	s.endWatch()
+	for begun := time.Now(); ; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		gets := s.gets
+		s.mu.Unlock()
+		if gets > before {
+			return
+		}
+		if time.Since(begun) > 20*time.Second {
+			s.t.Fatal("it does not ask again")
+		}
+	}
+}
+
+// TestNeverSeen: that it is not there when the process starts says nothing.
+func TestNeverSeen(t *testing.T) {
+	t.Parallel()
+	s, own := newAPIServer(t)
+	s.answer(notFound)
+	answer, sigterm := following(t, own)
+	time.Sleep(300 * time.Millisecond)
+	sigterm()
+	want(t, answer, false)
+}
+
+// TestBeingDeletedAtTheStart counts.
+func TestBeingDeletedAtTheStart(t *testing.T) {
+	t.Parallel()
+	s, own := newAPIServer(t)
+	s.answer(exists("u1", deleting()))
+	answer, _ := following(t, own)
+	want(t, answer, true)
+}
+
+// TestSIGTERM: told to stop, it asks once more, and shortly; only a deletion counts.
+func TestSIGTERM(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		get     func(http.ResponseWriter)
+		deleted bool
+	}{
+		"upgrade: it is still there": {exists("u1", updated), false},
+		"gone":                       {notFound, true},
+		"being deleted":              {exists("u1", deleting()), true},
+		"another one":                {exists("u2"), true},
+		"orphaned":                   {exists("u1", deleting(metav1.FinalizerOrphanDependents)), false},
+		"401":                        {unauthorized, false},
+		"403":                        {forbidden, false},
+		"500":                        {broken, false},
+		"404 of a proxy":             {proxy, false},
+		"no answer":                  {nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, own := newAPIServer(t)
+			answer, sigterm := following(t, own)
+			s.awaitWatch()
+			s.answer(test.get)
+			begun := time.Now()
+			sigterm()
+			want(t, answer, test.deleted)
+			if took := time.Since(begun); took > lastTimeout+3*time.Second {
+				t.Errorf("took %s", took)
+			}
+		})
+	}
+}
+
+// TestSilentWatch: a connection that has died without a word is given up, and what has happened meanwhile is found out.
+func TestSilentWatch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset(daemonSet("u1"))
+		var watches atomic.Int32
+		client.PrependWatchReactor("daemonsets", func(clienttesting.Action) (bool, watch.Interface, error) {
+			watches.Add(1)
+			return true, watch.NewFake(), nil
+		})
+		own := &DaemonSet{client: client, namespace: "kube-system", name: daemonSetName, log: slog.New(slog.DiscardHandler)}
+		answer, _ := following(t, own)
+		time.Sleep(10 * time.Minute)
+		if n := watches.Load(); n < 4 || n > 7 {
+			t.Errorf("%d watches within ten silent minutes", n)
+		}
+		if err := client.Tracker().Delete(appsv1.SchemeGroupVersion.WithResource("daemonsets"), "kube-system", daemonSetName); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(watchSilence + maxPause)
+		synctest.Wait()
+		select {
+		case deleted := <-answer:
+			if !deleted {
+				t.Error("not taken for a deletion")
+			}
+		default:
+			t.Error("no answer")
+		}
+	})
+}
+
+func TestNameOfTheDaemonSet(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", "magic", "/magic", "kube-system/", "a/b/c"} {
+		if _, err := ConnectDaemonSet("", name, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "NAMESPACE/NAME") {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,284 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// leaving is an agent of a DaemonSet that can be deleted, with one target, 10.244.1.7.
+type leaving struct {
+	*testing.T
+	dir     string
+	backend *netfilter.Fake
+	failing int // how often the rules cannot be removed yet
+	swept   plan.Change
+	deleted chan struct{}
+	log     bytes.Buffer
+	ended   chan error
+}
+
+const leavingName = "default.magic-ip"
+
+func newLeaving(t *testing.T) *leaving {
+	l := &leaving{T: t, dir: t.TempDir(), backend: netfilter.NewFake(leavingName), deleted: make(chan struct{})}
+	_, err := state.Update(l.dir, time.Second, nil, state.Attachment{
+		ContainerID: "c1", IfName: "eth0", Namespace: "default", Name: "echo", Labels: map[string]string{"app": "echo"},
+		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, AddedAt: time.Now(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log:\n%s", &l.log)
+		}
+	})
+	return l
+}
+
+func (l *leaving) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (int, error) {
+	l.swept = change
+	return 0, nil
+}
+
+// run starts the agent; sigterm stops it and waits for its end.
+func (l *leaving) run() (sigterm func()) {
+	l.Helper()
+	const config = `
+name: default.magic-ip
+magicIPs:
+- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}
+`
+	ctx, cancel := context.WithCancel(context.Background())
+	l.ended = make(chan error, 1)
+	go func() {
+		l.ended <- Run(ctx, Options{
+			RuntimeDir: l.dir, Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
+			Load:         func() (Config, error) { return Parse(strings.NewReader(config), true) },
+			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
+			Uninstall: Uninstall{
+				Wanted: func(ctx context.Context) bool {
+					select {
+					case <-l.deleted:
+						return true
+					case <-ctx.Done():
+						return false
+					}
+				},
+				Rules: func(ctx context.Context) error {
+					if l.failing--; l.failing >= 0 {
+						return errors.New("busy")
+					}
+					return l.backend.Remove(ctx)
+				},
+			},
+		})
+	}()
+	synctest.Wait()
+	return func() {
+		l.Helper()
+		cancel()
+		if err := <-l.ended; err != nil && !errors.Is(err, ErrStandby) {
+			l.Errorf("the agent ended with %v", err)
+		}
+	}
+}
+
+type fixedNode struct{}
+
+func (fixedNode) Read() (node.Network, error) {
+	return node.Network{PodInterfaces: []string{"cni0"}}, nil
+}
+func (fixedNode) EnableHairpin(string) (bool, error) { return false, nil }
+
+func (l *leaving) rules() bool { return strings.Contains(l.backend.Dump(), "10.244.1.7") }
+
+func (l *leaving) put(path string) {
+	l.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte("{}"), 0o644)); err != nil {
+		l.Fatal(err)
+	}
+}
+
+// files are all that is in the runtime dir.
+func (l *leaving) files() (files []string) {
+	l.Helper()
+	err := filepath.WalkDir(l.dir, func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && path != l.dir {
+			name, _ := filepath.Rel(l.dir, path)
+			files = append(files, name)
+		}
+		return err
+	})
+	if err != nil {
+		l.Fatal(err)
+	}
+	return files
+}
+
+func (l *leaving) want(when string, rules bool, files ...string) {
+	l.Helper()
+	if l.rules() != rules {
+		l.Errorf("%s: rules there: %t, want %t", when, !rules, rules)
+	}
+	if diff := cmp.Diff(files, l.files()); diff != "" {
+		l.Errorf("%s: runtime dir (-want +got):\n%s", when, diff)
+	}
+}
+
+const (
+	stateFiles = "state.json state.lock"
+	agentFiles = "agents agents/default.magic-ip.json agents/default.magic-ip.lock"
+)
+
+func all(lists ...string) []string { return strings.Fields(strings.Join(lists, " ")) }
+
+// TestLeave: the installer first, then rules and files; and then it waits, because a container that ends is started again.
+func TestLeave(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		record := install.RecordPath(l.dir, leavingName)
+		l.put(record)
+		for _, name := range []string{"plugin.log", "plugin.log.1", "state.json.corrupt", "agents/default.magic-ip.json.corrupt"} {
+			l.put(filepath.Join(l.dir, name))
+		}
+		sigterm := l.run()
+		if !l.rules() {
+			t.Fatal("no rules")
+		}
+		close(l.deleted)
+		time.Sleep(5 * time.Second)
+		if !l.rules() || !published.Live(l.dir, leavingName) {
+			t.Error("gone before the installer")
+		}
+		if err := os.Remove(record); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		l.want("left", false)
+		frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}
+		if diff := cmp.Diff(plan.Change{Removed: []plan.Frontend{frontend}}, l.swept, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+			t.Errorf("swept (-want +got):\n%s", diff)
+		}
+		time.Sleep(time.Hour)
+		l.want("an hour later", false)
+		if len(l.ended) > 0 {
+			t.Error("it has ended")
+		}
+		sigterm()
+		l.want("stopped", false)
+	})
+}
+
+// TestLeaveWithoutTheInstaller: it is not waited for without end. What it has left stays, and the records with it.
+func TestLeaveWithoutTheInstaller(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		l.put(install.RecordPath(l.dir, leavingName))
+		sigterm := l.run()
+		close(l.deleted)
+		time.Sleep(installerPatience - time.Second)
+		synctest.Wait()
+		if !l.rules() {
+			t.Error("gone before the time")
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		l.want("left", false, all("agents agents/default.magic-ip.install", stateFiles)...)
+		sigterm()
+	})
+}
+
+func TestLeaveBesideOthers(t *testing.T) {
+	t.Parallel()
+	for _, other := range []string{"agents/other.json", "agents/other.install"} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newLeaving(t)
+			l.put(filepath.Join(l.dir, other))
+			sigterm := l.run()
+			close(l.deleted)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			l.want(other, false, all("agents", other, stateFiles)...)
+			sigterm()
+		})
+	}
+}
+
+// TestLeaveTriesAgain: rules that cannot be removed at once; until then it holds its name.
+func TestLeaveTriesAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		l.failing = 3
+		sigterm := l.run()
+		close(l.deleted)
+		time.Sleep(1500 * time.Millisecond)
+		synctest.Wait()
+		l.want("in between", true, all(agentFiles, stateFiles)...)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		l.want("left", false)
+		sigterm()
+	})
+}
+
+// TestSIGTERMIsNotUninstall.
+func TestSIGTERMIsNotUninstall(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		l.run()()
+		l.want("stopped", true, all(agentFiles, stateFiles)...)
+	})
+}
+
+// TestLeaveWhileStandingBy: who was only waiting for the name puts nothing back.
+func TestLeaveWhileStandingBy(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		lock, err := published.Lock(l.dir, leavingName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sigterm := l.run()
+		close(l.deleted)
+		time.Sleep(time.Minute)
+		if l.rules() {
+			t.Error("rules although another has the name")
+		}
+		if err := published.Unlock(lock); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		l.want("left", false)
+		if n := l.backend.Transactions(); n > 2 { // one of each family removes
+			t.Errorf("%d transactions", n)
+		}
+		sigterm()
+	})
+}
