@@ -13,11 +13,11 @@ import (
 
 // absence is what clients meet on a node without a target, while another node has one.
 type absence struct {
-	node  *whole.Node
-	by    way
-	kind  lab.Kind
-	every time.Duration // a request
-	sent  int
+	node *whole.Node
+	by   way
+	kind lab.Kind
+	sent int
+	rate float64 // requests a second that came of it
 	// refused is how long it took until a client was told, of those who were.
 	refused []time.Duration
 	// answered are requests that somebody answered.
@@ -26,7 +26,11 @@ type absence struct {
 	other error
 }
 
-const absentFor = 3 * time.Second
+const (
+	absentFor = 3 * time.Second
+	// noticed is how long kube-proxy takes at most to notice that a pod is gone.
+	noticed = 3 * time.Second
+)
 
 // absent measures a node without a target. Clients by magic IP also come at ten times the rate.
 func (w *world) absent(ctx context.Context, n *whole.Node) (all []absence, err error) {
@@ -40,6 +44,7 @@ func (w *world) absent(ctx context.Context, n *whole.Node) (all []absence, err e
 			}
 		}
 	}
+	sleep(ctx, noticed)
 	interval := lab.Loads[lab.NewConnection].Interval
 	for _, every := range []time.Duration{interval, interval / 10} {
 		for _, by := range []way{byService, byMagicIP} {
@@ -60,7 +65,7 @@ func (w *world) absent(ctx context.Context, n *whole.Node) (all []absence, err e
 }
 
 func (w *world) absentOnce(ctx context.Context, n *whole.Node, by way, kind lab.Kind, every time.Duration) (absence, error) {
-	a := absence{node: n, by: by, kind: kind, every: every}
+	a := absence{node: n, by: by, kind: kind}
 	load, err := w.startLoad(ctx, n, by, []lab.Kind{kind}, "--every", every.String())
 	if err != nil {
 		return a, err
@@ -70,6 +75,7 @@ func (w *world) absentOnce(ctx context.Context, n *whole.Node, by way, kind lab.
 	if err != nil {
 		return a, err
 	}
+	a.rate = float64(len(outcomes[kind])) / absentFor.Seconds()
 	for _, o := range outcomes[kind] {
 		a.sent++
 		switch {
@@ -85,7 +91,7 @@ func (w *world) absentOnce(ctx context.Context, n *whole.Node, by way, kind lab.
 }
 
 func (a absence) String() string {
-	text := fmt.Sprintf("no pod on %s, %s, %s, once in %v: %d requests, %d refused, %d answered", a.node.Name, a.by, a.kind, a.every, a.sent, len(a.refused), a.answered)
+	text := fmt.Sprintf("no pod on %s, %s, %s, %.0f a second: %d requests, %d refused, %d answered", a.node.Name, a.by, a.kind, a.rate, a.sent, len(a.refused), a.answered)
 	if len(a.refused) > 0 {
 		text += fmt.Sprintf("; refused after %v, p99 %v, at most %v", quantile(a.refused, 0.5), quantile(a.refused, 0.99), quantile(a.refused, 1))
 	}

@@ -127,7 +127,8 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	return m, fresh, err
 }
 
-// answered waits until both ways lead to this pod; with an empty name it waits for nothing.
+// answered waits until both ways lead to this pod, and to no other: a Service may have an endpoint for a while that is
+// gone, and take it every other time. With an empty name it waits for nothing.
 func (w *world) answered(ctx context.Context, n *whole.Node, pod string) error {
 	if pod == "" {
 		return nil
@@ -138,12 +139,18 @@ func (w *world) answered(ctx context.Context, n *whole.Node, pod string) error {
 	}
 	for _, by := range []way{byService, byMagicIP} {
 		for _, kind := range kinds {
+			client := lab.Client{Kind: kind, From: namespace, To: by.address(), Timeout: lab.Loads[kind].Timeout}
 			err := lab.Eventually(ctx, func() error {
-				answer, err := n.Lab().Ask(ctx, lab.Client{Kind: kind, From: namespace, To: by.address(), Timeout: lab.Loads[kind].Timeout})
-				if err == nil && answer.Server != pod {
-					err = fmt.Errorf("answered by %s, not by %s", answer.Server, pod)
+				for range 10 {
+					answer, err := n.Lab().Ask(ctx, client)
+					if err != nil {
+						return err
+					}
+					if answer.Server != pod {
+						return fmt.Errorf("answered by %s, not by %s", answer.Server, pod)
+					}
 				}
-				return err
+				return nil
 			})
 			if err != nil {
 				return fmt.Errorf("%s by %s: %w", kind, by, err)

@@ -72,12 +72,12 @@ func ruledRow(u update, runs []measured) row {
 	return row{name: u.name, figure: "rule before the process, ms", service: "–", magic: figure(median(all)), worst: figure(least), limit: "> 0", missed: least <= 0}
 }
 
+// absentRows join the nodes: what is refused slowly on one of them is.
 func absentRows(all []absence) (rows []row) {
-	const name = "no pod here, one elsewhere"
 	texts := map[way]map[lab.Kind][]string{byService: {}, byMagicIP: {}}
 	missed := map[lab.Kind]bool{}
 	for _, a := range all {
-		text := fmt.Sprintf("%d of %d refused at %.0f/s", len(a.refused), a.sent, float64(time.Second)/float64(a.every))
+		text := fmt.Sprintf("%d of %d refused at %.0f/s", len(a.refused), a.sent, a.rate)
 		if len(a.refused) > 0 {
 			text += fmt.Sprintf(", p50 %s, p99 %s ms", figure(inMilliseconds(quantile(a.refused, 0.5))), figure(inMilliseconds(quantile(a.refused, 0.99))))
 		}
@@ -89,10 +89,10 @@ func absentRows(all []absence) (rows []row) {
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
 		limit := "all refused, p99 < 1 ms"
 		if kind == lab.UDP {
-			limit = "refused, as far as the kernel's limit of ICMP goes"
+			limit = "refused, as often as the kernel lets ICMP go"
 		}
 		rows = append(rows, row{
-			name: name, figure: string(kind), service: strings.Join(texts[byService][kind], "; "), magic: strings.Join(texts[byMagicIP][kind], "; "),
+			name: "no pod here, one elsewhere", figure: string(kind), service: strings.Join(texts[byService][kind], "; "), magic: strings.Join(texts[byMagicIP][kind], "; "),
 			limit: limit, missed: missed[kind],
 		})
 	}
