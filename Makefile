@@ -51,6 +51,11 @@ e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, 
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -tags e2e ./integration/cluster/...
 
+.PHONY: compare
+compare: build e2e-binaries e2e-image ## what an update costs clients by a magic IP and by a Service, on a whole cluster (needs root; 12 minutes)
+	integration/prerequisites nft conntrack ip nsenter
+	go run ./integration/cluster/compare $(COMPARE)
+
 .PHONY: cluster
 cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
 	integration/prerequisites nft ip nsenter

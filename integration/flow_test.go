@@ -212,6 +212,96 @@ END`, ip, service(six, 80).Addr(), pod, port, streams))
 	})
 }
 
+// TestPortsUsedAgain: a closed connection's entry outlives its target, for two minutes, and leads no new connection with
+// the same ports astray: the kernel takes it for what it is. What the target has reset goes with it.
+func TestPortsUsedAgain(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := serving(t, backend, "bridge", config())
+		w.addClient()
+		w.addTarget("old")
+		server, err := w.Listen("old", "tcp", fmt.Sprintf(":%d", port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		dial := func(six, reset bool) (conn *net.TCPConn, err error) {
+			from := 40000
+			if reset {
+				from++
+			}
+			err = w.In("client", func() error {
+				dialer := net.Dialer{LocalAddr: &net.TCPAddr{Port: from}, Timeout: time.Second}
+				dialed, err := dialer.DialContext(t.Context(), "tcp", magic(six).String())
+				if err == nil {
+					conn = dialed.(*net.TCPConn)
+				}
+				return err
+			})
+			return conn, err
+		}
+		each := func(f func(six, reset bool) error) {
+			t.Helper()
+			for _, six := range []bool{false, true} {
+				for _, reset := range []bool{false, true} {
+					if err := f(six, reset); err != nil {
+						t.Fatalf("IPv6 %v, reset %v: %v", six, reset, err)
+					}
+				}
+			}
+		}
+		// The entries of the client's connections that are closed, by state.
+		entries := func(state string) int {
+			return strings.Count(w.run("conntrack -L -f ipv4 -p tcp; conntrack -L -f ipv6 -p tcp"), " "+state+" ")
+		}
+		each(func(six, reset bool) error {
+			client, err := dial(six, reset)
+			if err != nil {
+				return err
+			}
+			conn, err := server.Accept()
+			if err != nil {
+				return err
+			}
+			if reset {
+				err = conn.(*net.TCPConn).SetLinger(0)
+			}
+			_ = conn.Close()
+			_, _ = client.Read(make([]byte, 1))
+			return errors.Join(err, client.Close())
+		})
+		if err := lab.Eventually(patience(t), func() error {
+			if closed, reset := entries("TIME_WAIT"), entries("CLOSE"); closed != 2 || reset != 2 {
+				return fmt.Errorf("%d entries of closed connections and %d of reset ones, want two each", closed, reset)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		w.delTarget("old")
+		_ = server.Close()
+		w.awaitEndpoint("")
+		w.addTarget("new")
+		w.echo("new")
+		if closed, reset := entries("TIME_WAIT"), entries("CLOSE"); closed != 2 || reset != 0 {
+			t.Errorf("after the target has gone: %d entries of closed connections and %d of reset ones, want two and none", closed, reset)
+		}
+		each(func(six, reset bool) error {
+			conn, err := dial(six, reset)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = conn.Close() }()
+			if _, err := conn.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+				return err
+			}
+			answer, err := io.ReadAll(conn)
+			if err == nil && !strings.Contains(string(answer), "\r\n\r\nnew ") {
+				err = fmt.Errorf("answered %q", answer)
+			}
+			return err
+		})
+	})
+}
+
 // TestReplacement replaces the target under load, as a rolling update does: the old one's sandbox goes,
 // a new one comes, its process listens a moment later. Times are measured, so it has the machine to itself.
 func TestReplacement(t *testing.T) {

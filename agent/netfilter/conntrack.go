@@ -26,6 +26,7 @@ const (
 	ctaFilterOrigFlags  = 1
 	ctaFilterReplyFlags = 2
 	ctaStatusMask       = 26
+	ipsSeenReply        = 1 << 1 // IPS_SEEN_REPLY
 	ipsDstNAT           = 1 << 5 // IPS_DST_NAT
 
 	filterIPSource      = 1 << 0
@@ -66,14 +67,26 @@ func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (d
 		}
 		return s.deleted, err
 	}
+	// What waits the least comes first: each datagram is lost until its flow is gone, and the next segment of an
+	// established connection too; a SYN comes again after a second.
 	for _, f := range frontends {
-		err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
-	}
-	for _, f := range change.Untranslated {
-		err = errors.Join(err, s.dump(ctx, family(f.Address), reversedFilter(f)...))
+		if f.Protocol != plan.TCP {
+			err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
+		}
 	}
 	for _, address := range change.Gone {
 		err = errors.Join(err, s.dump(ctx, family(address), serverFilter(address)...))
+	}
+	for _, f := range frontends {
+		if f.Protocol == plan.TCP && !slices.Contains(change.Untranslated, f) {
+			err = errors.Join(err, s.dump(ctx, family(f.Address), halfOpenFilter(f)...))
+		}
+	}
+	for _, f := range change.Untranslated {
+		if f.Protocol == plan.TCP {
+			err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
+		}
+		err = errors.Join(err, s.dump(ctx, family(f.Address), reversedFilter(f)...))
 	}
 	return s.deleted, err
 }
@@ -97,11 +110,11 @@ func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) er
 	var parseErr error
 	err := request.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(message []byte) bool {
 		s.seen++
-		e, err := parseEntry(message)
+		flow, err := parseFlow(message)
 		if err != nil {
 			parseErr = err
-		} else if s.plan.Stale(e.flow, s.change) {
-			stale = append(stale, e)
+		} else if s.plan.Stale(flow, s.change) {
+			stale = append(stale, entry{flow, message})
 		}
 		return true
 	})
@@ -113,10 +126,14 @@ func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) er
 			return err
 		}
 		request := s.request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, family)
-		for _, attribute := range e.identity {
+		identity, err := e.identity()
+		if err != nil {
+			return err
+		}
+		for _, attribute := range identity {
 			request.AddData(attribute)
 		}
-		_, err := request.Execute(unix.NETLINK_NETFILTER, 0)
+		_, err = request.Execute(unix.NETLINK_NETFILTER, 0)
 		if errors.Is(err, unix.ENOENT) {
 			continue // ended by itself
 		}
@@ -149,6 +166,12 @@ func frontendFilter(f plan.Frontend) []*nl.RtAttr {
 	return tupleAt(f, nl.CTA_IP_V4_DST, nl.CTA_PROTO_DST_PORT, filterIPDestination, filterPort)
 }
 
+// halfOpenFilter lets flows through whose client sent to f and has heard nothing yet (CTA_STATUS_MASK since Linux 5.12).
+// An established TCP flow goes with its sandbox and not with its frontend, unless it was not translated.
+func halfOpenFilter(f plan.Frontend) []*nl.RtAttr {
+	return append(frontendFilter(f), statusFilter(0, ipsSeenReply)...)
+}
+
 // reversedFilter lets flows through whose first packet came from f; see frontendFilter for IPv6.
 func reversedFilter(f plan.Frontend) []*nl.RtAttr {
 	return tupleAt(f, nl.CTA_IP_V4_SRC, nl.CTA_PROTO_SRC_PORT, filterIPSource, filterSourcePort)
@@ -173,13 +196,20 @@ func tupleAt(f plan.Frontend, address, port int, addressFlag, portFlag uint32) [
 // translated (CTA_STATUS_MASK since Linux 5.12).
 func serverFilter(address netip.Addr) []*nl.RtAttr {
 	if address.Is6() {
-		destinationNAT := binary.BigEndian.AppendUint32(nil, ipsDstNAT)
-		return []*nl.RtAttr{nl.NewRtAttr(nl.CTA_STATUS, destinationNAT), nl.NewRtAttr(ctaStatusMask, destinationNAT)}
+		return statusFilter(ipsDstNAT, ipsDstNAT)
 	}
 	tuple := nl.NewRtAttr(nl.CTA_TUPLE_REPLY|unix.NLA_F_NESTED, nil)
 	ip := tuple.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
 	ip.AddRtAttr(nl.CTA_IP_V4_SRC, address.AsSlice())
 	return []*nl.RtAttr{tuple, tupleFilter(0, filterIPSource)}
+}
+
+// statusFilter lets flows through whose bits of the mask have this value.
+func statusFilter(value, mask uint32) []*nl.RtAttr {
+	return []*nl.RtAttr{
+		nl.NewRtAttr(nl.CTA_STATUS, binary.BigEndian.AppendUint32(nil, value)),
+		nl.NewRtAttr(ctaStatusMask, binary.BigEndian.AppendUint32(nil, mask)),
+	}
 }
 
 // tupleFilter says which parts of the tuples that go with it count.
@@ -190,108 +220,117 @@ func tupleFilter(original, reply uint32) *nl.RtAttr {
 	return filter
 }
 
-// entry is a conntrack entry and the attributes by which the kernel finds it again: the tuple, the zone
-// and the ID, so that a new entry with the same tuple is not taken for it.
+// entry is a conntrack entry, and the message that told of it.
 type entry struct {
-	flow     plan.Flow
-	identity []*nl.RtAttr
+	flow    plan.Flow
+	message []byte
 }
 
-func parseEntry(message []byte) (entry, error) {
-	var e entry
-	if len(message) < nl.SizeofNfgenmsg {
-		return e, errors.New("short message")
-	}
-	attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
-	if err != nil {
-		return e, err
-	}
-	for _, attribute := range attributes {
-		value := attribute.Value
-		switch kind := attribute.Attr.Type & nl.NLA_TYPE_MASK; kind {
+// identity is by what the kernel finds the entry again: the tuple, the zone and the ID, so that a new entry with the
+// same tuple is not taken for it.
+func (e entry) identity() (identity []*nl.RtAttr, err error) {
+	err = attributes(e.message[nl.SizeofNfgenmsg:], func(kind int, value []byte) error {
+		switch kind {
 		case nl.CTA_TUPLE_ORIG:
-			e.flow.Source, e.flow.Destination, e.flow.Protocol, err = parseTuple(value)
-			e.identity = append(e.identity, nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, value))
-		case nl.CTA_TUPLE_REPLY:
-			e.flow.Server, _, _, err = parseTuple(value)
+			identity = append(identity, nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, value))
 		case nl.CTA_ID, nl.CTA_ZONE:
-			e.identity = append(e.identity, nl.NewRtAttr(int(kind), value))
-		case nl.CTA_PROTOINFO:
-			e.flow.SynSent, err = parseSynSent(value)
+			identity = append(identity, nl.NewRtAttr(kind, value))
 		}
-		if err != nil {
-			return e, err
-		}
-	}
-	return e, nil
+		return nil
+	})
+	return identity, err
 }
 
-func parseTuple(value []byte) (source, destination netip.AddrPort, protocol plan.Protocol, err error) {
+// parseFlow reads a message. There may be hundreds of thousands, so it allocates nothing.
+func parseFlow(message []byte) (flow plan.Flow, err error) {
+	if len(message) < nl.SizeofNfgenmsg {
+		return flow, errors.New("short message")
+	}
+	err = attributes(message[nl.SizeofNfgenmsg:], func(kind int, value []byte) (err error) {
+		switch kind {
+		case nl.CTA_TUPLE_ORIG:
+			flow.Source, flow.Destination, flow.Protocol, err = parseTuple(value)
+		case nl.CTA_TUPLE_REPLY:
+			flow.Server, _, _, err = parseTuple(value)
+		case nl.CTA_PROTOINFO:
+			var state byte
+			state, err = parseState(value)
+			flow.SynSent, flow.Closed = state == nl.TCP_CONNTRACK_SYN_SENT, state == nl.TCP_CONNTRACK_TIME_WAIT
+		}
+		return err
+	})
+	return flow, err
+}
+
+func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan.Protocol, err error) {
 	var addresses [2]netip.Addr
 	var ports [2]uint16
-	err = nested(value, func(kind uint16, value []byte) error {
-		switch kind {
-		case nl.CTA_TUPLE_IP:
-			return nested(value, func(kind uint16, value []byte) error {
+	err = attributes(tuple, func(kind int, part []byte) error {
+		return attributes(part, func(inner int, value []byte) error {
+			switch {
+			case kind == nl.CTA_TUPLE_IP:
 				address, ok := netip.AddrFromSlice(value)
 				if !ok {
 					return fmt.Errorf("address of %d bytes", len(value))
 				}
-				switch kind {
+				switch inner {
 				case nl.CTA_IP_V4_SRC, nl.CTA_IP_V6_SRC:
 					addresses[0] = address
 				case nl.CTA_IP_V4_DST, nl.CTA_IP_V6_DST:
 					addresses[1] = address
 				}
-				return nil
-			})
-		case nl.CTA_TUPLE_PROTO:
-			return nested(value, func(kind uint16, value []byte) error {
-				switch {
-				case kind == nl.CTA_PROTO_NUM && len(value) >= 1:
-					for _, p := range []plan.Protocol{plan.TCP, plan.UDP, plan.SCTP} {
-						if p.Number() == value[0] {
-							protocol = p
-						}
-					}
-				case kind == nl.CTA_PROTO_SRC_PORT && len(value) >= 2:
-					ports[0] = binary.BigEndian.Uint16(value)
-				case kind == nl.CTA_PROTO_DST_PORT && len(value) >= 2:
-					ports[1] = binary.BigEndian.Uint16(value)
-				}
-				return nil
-			})
-		}
-		return nil
-	})
-	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, err
-}
-
-func parseSynSent(value []byte) (synSent bool, err error) {
-	err = nested(value, func(kind uint16, value []byte) error {
-		if kind != nl.CTA_PROTOINFO_TCP {
-			return nil
-		}
-		return nested(value, func(kind uint16, value []byte) error {
-			if kind == nl.CTA_PROTOINFO_TCP_STATE && len(value) >= 1 {
-				synSent = value[0] == nl.TCP_CONNTRACK_SYN_SENT
+			case kind != nl.CTA_TUPLE_PROTO: // the zone of one direction
+			case inner == nl.CTA_PROTO_NUM && len(value) >= 1:
+				protocol = protocolOf(value[0])
+			case inner == nl.CTA_PROTO_SRC_PORT && len(value) >= 2:
+				ports[0] = binary.BigEndian.Uint16(value)
+			case inner == nl.CTA_PROTO_DST_PORT && len(value) >= 2:
+				ports[1] = binary.BigEndian.Uint16(value)
 			}
 			return nil
 		})
 	})
-	return synSent, err
+	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, err
 }
 
-// nested calls f for each attribute in value.
-func nested(value []byte, f func(kind uint16, value []byte) error) error {
-	attributes, err := nl.ParseRouteAttr(value)
-	if err != nil {
-		return err
+// protocolOf is the protocol with this number, empty for one that frontends do not have.
+func protocolOf(number byte) plan.Protocol {
+	for _, p := range [...]plan.Protocol{plan.TCP, plan.UDP, plan.SCTP} {
+		if p.Number() == number {
+			return p
+		}
 	}
-	for _, attribute := range attributes {
-		if err := f(attribute.Attr.Type&nl.NLA_TYPE_MASK, attribute.Value); err != nil {
+	return ""
+}
+
+// parseState is the TCP state of an entry (enum tcp_conntrack), 0 of another protocol.
+func parseState(info []byte) (state byte, err error) {
+	err = attributes(info, func(kind int, part []byte) error {
+		if kind != nl.CTA_PROTOINFO_TCP {
+			return nil
+		}
+		return attributes(part, func(kind int, value []byte) error {
+			if kind == nl.CTA_PROTOINFO_TCP_STATE && len(value) >= 1 {
+				state = value[0]
+			}
+			return nil
+		})
+	})
+	return state, err
+}
+
+// attributes calls f for each netlink attribute in data, without the flags of its type.
+func attributes(data []byte, f func(kind int, value []byte) error) error {
+	for len(data) >= unix.SizeofNlAttr {
+		length := int(binary.NativeEndian.Uint16(data))
+		if length < unix.SizeofNlAttr || length > len(data) {
+			return fmt.Errorf("attribute of %d bytes in %d", length, len(data))
+		}
+		kind := int(binary.NativeEndian.Uint16(data[2:]) & nl.NLA_TYPE_MASK)
+		if err := f(kind, data[unix.SizeofNlAttr:length]); err != nil {
 			return err
 		}
+		data = data[min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(data)):]
 	}
 	return nil
 }

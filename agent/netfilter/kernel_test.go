@@ -21,33 +21,44 @@ func frontend(address string, protocol plan.Protocol, port uint16) plan.Frontend
 // addFlows makes conntrack entries, as if clients had been at work for a while.
 func addFlows(t *testing.T) {
 	t.Helper()
-	for _, flow := range []struct{ protocol, source, destination, server string }{
+	for _, flow := range []struct{ protocol, source, destination, server string }{ // protocol: with a state, if it is not ESTABLISHED
 		// To the frontends of the test: the client ports tell them apart.
-		{"udp", "10.0.0.9:1001", "169.254.210.210:80", "10.0.0.2:8080"}, // the endpoint
-		{"udp", "10.0.0.9:1002", "169.254.210.210:80", "10.0.0.3:8080"}, // stale
-		{"udp", "10.0.0.9:1003", "169.254.210.210:80", ""},              // stale: from before the rule
-		{"udp", "10.0.0.9:1004", "169.254.210.210:81", "10.0.0.3:8080"}, // another port
-		{"udp", "10.0.0.9:1005", "169.254.210.211:80", "10.0.0.3:8080"}, // another address
-		{"udp", "10.0.0.9:1006", "10.0.0.3:80", ""},                     // straight to the pod
-		{"tcp", "10.0.0.9:1007", "169.254.210.210:80", "10.0.0.4:8080"}, // stale: the sandbox is gone
-		{"tcp", "10.0.0.9:1008", "169.254.210.210:80", "10.0.0.3:8080"}, // the sandbox stands
-		{"tcp", "10.0.0.9:1009", "10.96.0.1:443", "10.0.0.4:8080"},      // another service on the gone sandbox
-		{"udp", "169.254.210.210:80", "10.0.0.9:1010", ""},              // stale: begun by a late reply
-		{"udp", "169.254.210.211:80", "10.0.0.9:1011", ""},              // the same of another address
-		{"udp", "[fd00::9]:2001", "[fd00:a::1]:80", "[fd00::2]:8080"},   // the endpoint
-		{"udp", "[fd00::9]:2002", "[fd00:a::1]:80", "[fd00::3]:8080"},   // stale
-		{"udp", "[fd00::9]:2003", "[fd00:a::1]:80", ""},                 // stale: from before the rule
-		{"udp", "[fd00::9]:2004", "[fd00:a::2]:80", "[fd00::3]:8080"},   // another address
-		{"tcp", "[fd00::9]:2005", "[fd00:a::1]:80", "[fd00::4]:8080"},   // stale: the sandbox is gone
-		{"tcp", "[fd00::9]:2006", "[fd00:b::1]:443", "[fd00::4]:8080"},  // another service on the gone sandbox
-		{"tcp", "[fd00::9]:2007", "[fd00:a::1]:80", "[fd00::3]:8080"},   // the sandbox stands
-		{"udp", "[fd00:a::1]:80", "[fd00::9]:2008", ""},                 // stale: begun by a late reply
+		{"udp", "10.0.0.9:1001", "169.254.210.210:80", "10.0.0.2:8080"},           // the endpoint
+		{"udp", "10.0.0.9:1002", "169.254.210.210:80", "10.0.0.3:8080"},           // stale
+		{"udp", "10.0.0.9:1003", "169.254.210.210:80", ""},                        // stale: from before the rule
+		{"udp", "10.0.0.9:1004", "169.254.210.210:81", "10.0.0.3:8080"},           // another port
+		{"udp", "10.0.0.9:1005", "169.254.210.211:80", "10.0.0.3:8080"},           // another address
+		{"udp", "10.0.0.9:1006", "10.0.0.3:80", ""},                               // straight to the pod
+		{"tcp", "10.0.0.9:1007", "169.254.210.210:80", "10.0.0.4:8080"},           // stale: the sandbox is gone
+		{"tcp", "10.0.0.9:1008", "169.254.210.210:80", "10.0.0.3:8080"},           // the sandbox stands
+		{"tcp", "10.0.0.9:1009", "10.96.0.1:443", "10.0.0.4:8080"},                // another service on the gone sandbox
+		{"udp", "169.254.210.210:80", "10.0.0.9:1010", ""},                        // stale: begun by a late reply
+		{"udp", "169.254.210.211:80", "10.0.0.9:1011", ""},                        // the same of another address
+		{"tcp SYN_SENT", "10.0.0.9:1012", "169.254.210.210:80", "10.0.0.3:8080"},  // stale: half-open
+		{"tcp SYN_SENT", "10.0.0.9:1013", "169.254.210.210:80", "10.0.0.2:8080"},  // half-open, to the endpoint
+		{"tcp TIME_WAIT", "10.0.0.9:1014", "169.254.210.210:80", "10.0.0.4:8080"}, // closed
+		{"udp", "[fd00::9]:2001", "[fd00:a::1]:80", "[fd00::2]:8080"},             // the endpoint
+		{"udp", "[fd00::9]:2002", "[fd00:a::1]:80", "[fd00::3]:8080"},             // stale
+		{"udp", "[fd00::9]:2003", "[fd00:a::1]:80", ""},                           // stale: from before the rule
+		{"udp", "[fd00::9]:2004", "[fd00:a::2]:80", "[fd00::3]:8080"},             // another address
+		{"tcp", "[fd00::9]:2005", "[fd00:a::1]:80", "[fd00::4]:8080"},             // stale: the sandbox is gone
+		{"tcp", "[fd00::9]:2006", "[fd00:b::1]:443", "[fd00::4]:8080"},            // another service on the gone sandbox
+		{"tcp", "[fd00::9]:2007", "[fd00:a::1]:80", "[fd00::3]:8080"},             // the sandbox stands
+		{"udp", "[fd00:a::1]:80", "[fd00::9]:2008", ""},                           // stale: begun by a late reply
+		{"tcp SYN_SENT", "[fd00::9]:2009", "[fd00:a::1]:80", "[fd00::3]:8080"},    // stale: half-open
 	} {
 		source, destination := netip.MustParseAddrPort(flow.source), netip.MustParseAddrPort(flow.destination)
-		args := []string{"-I", "-t", "1000", "-p", flow.protocol, "-s", source.Addr().String(), "-d", destination.Addr().String(),
+		protocol, state, _ := strings.Cut(flow.protocol, " ")
+		args := []string{"-I", "-t", "1000", "-p", protocol, "-s", source.Addr().String(), "-d", destination.Addr().String(),
 			"--sport", fmt.Sprint(source.Port()), "--dport", fmt.Sprint(destination.Port())}
-		if flow.protocol == "tcp" {
+		switch {
+		case protocol != "tcp":
+		case state == "SYN_SENT":
+			args = append(args, "--state", state)
+		case state == "":
 			args = append(args, "--state", "ESTABLISHED", "-u", "SEEN_REPLY,ASSURED")
+		default:
+			args = append(args, "--state", state, "-u", "SEEN_REPLY,ASSURED")
 		}
 		if flow.server != "" {
 			args = append(args, "--dst-nat", flow.server)
@@ -87,10 +98,11 @@ func TestSweep(t *testing.T) {
 		Sandboxes: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("fd00::2"), addr("fd00::3")},
 		Settled:   true,
 	})
-	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008"}
+	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "1012", "1013", "1014", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008", "2009"}
 	without := func(gone ...string) []string {
 		return slices.DeleteFunc(slices.Clone(all), func(port string) bool { return slices.Contains(gone, port) })
 	}
+	tcp := []plan.Frontend{frontend("169.254.210.210", plan.TCP, 80)}
 	// More changes than are worth a filtered dump each.
 	many := plan.Change{Gone: []netip.Addr{addr("10.0.0.4"), addr("fd00::4")}}
 	for i := range mostFilteredDumps {
@@ -105,12 +117,14 @@ func TestSweep(t *testing.T) {
 		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003")},
 		{"flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1010")},
 		{"IPv6 flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2008")},
-		{"TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.TCP, 80)}}, without("1007")},
+		{"TCP frontend", plan.Change{Frontends: tcp}, without("1012")},
+		{"TCP frontend of which nothing was known", plan.Change{Frontends: tcp, Untranslated: tcp}, without("1007", "1012")},
+		{"IPv6 TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.TCP, 80)}}, without("2009")},
 		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007")},
 		{"removed frontend", plan.Change{Removed: []plan.Frontend{frontend("169.254.210.211", plan.UDP, 80)}}, without("1005")},
 		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003")},
-		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005")},
-		{"many", many, without("1002", "1003", "1007", "1010", "2002", "2003", "2005", "2008")},
+		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005", "2009")},
+		{"many", many, without("1002", "1003", "1007", "1010", "1012", "2002", "2003", "2005", "2008", "2009")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			nodetest.Namespace(t, "link set lo up")
@@ -151,15 +165,21 @@ func TestKernelFilters(t *testing.T) {
 		{"IPv6 late reply", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, reversedFilter(frontend("fd00:a::1", plan.UDP, 80))...)
 		}, 1},
+		{"half-open", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET, halfOpenFilter(frontend("169.254.210.210", plan.TCP, 80))...)
+		}, 2},
+		{"IPv6 half-open", func(s *sweep) error {
+			return s.dump(t.Context(), unix.AF_INET6, halfOpenFilter(frontend("fd00:a::1", plan.TCP, 80))...)
+		}, 1},
 		{"server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)
-		}, 2},
+		}, 3},
 		{"IPv6 frontend", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, frontendFilter(frontend("fd00:a::1", plan.UDP, 80))...)
 		}, 4},
 		{"IPv6 server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, serverFilter(netip.MustParseAddr("fd00::4"))...)
-		}, 6},
+		}, 7},
 	} {
 		s := &sweep{plan: &plan.Plan{}}
 		if err := tt.dump(s); err != nil {

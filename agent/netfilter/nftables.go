@@ -42,6 +42,7 @@ func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
 
 func newNFTables(agentName string) (*NFTables, error) {
 	n := &NFTables{}
+	var socket elementSocket
 	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
 		name := tablePrefix + agentName
 		nft, err := knftables.New(family, name)
@@ -50,7 +51,8 @@ func newNFTables(agentName string) (*NFTables, error) {
 		}
 		n.tables = append(n.tables, &table{
 			family: family, name: name, nft: nft, generation: newGeneration(),
-			list: func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
+			list:     func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
+			elements: func(changes []setChange) error { return socket.apply(family, name, changes) },
 		})
 	}
 	for _, t := range n.tables {
@@ -105,6 +107,8 @@ type table struct {
 	nft        knftables.Interface
 	generation func() (uint32, error)
 	list       func(context.Context) (*listing, error)
+	// elements does changes without nft; nil where there is no kernel.
+	elements func([]setChange) error
 
 	known bool // false until the first sync, and after a failed one
 	rules *ruleset
@@ -141,14 +145,12 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 			return err
 		}
 	case t.known && t.rules != nil && wanted.sameStructure(t.rules):
-		tx := t.nft.NewTransaction()
-		wanted.update(tx, t.rules)
-		if tx.NumOperations() > 0 {
+		if changes := wanted.changes(t.rules); len(changes) > 0 {
 			before, err := t.generation()
 			if err != nil {
 				return err
 			}
-			if err := t.nft.Run(ctx, tx); err != nil {
+			if err := t.change(ctx, changes); err != nil {
 				// Somebody has changed the table since we looked: put all of it in place.
 				t.known, t.mended = false, true
 				return t.apply(ctx, wanted)
@@ -161,6 +163,22 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 		}
 	}
 	t.known, t.rules = true, wanted
+	return nil
+}
+
+// change does these changes in one transaction: by netlink, and where the kernel does not take that, by nft.
+func (t *table) change(ctx context.Context, changes []setChange) error {
+	var err error
+	if t.elements != nil {
+		if err = t.elements(changes); err == nil {
+			return nil
+		}
+	}
+	tx := t.nft.NewTransaction()
+	writeChanges(tx, changes)
+	if errNFT := t.nft.Run(ctx, tx); errNFT != nil {
+		return errors.Join(err, errNFT)
+	}
 	return nil
 }
 

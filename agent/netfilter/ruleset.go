@@ -314,33 +314,14 @@ func (rs *ruleset) tidy(tx *knftables.Transaction, there []object) {
 	}
 }
 
-// update is the transaction from before to rs, which has the same structure.
-func (rs *ruleset) update(tx *knftables.Transaction, before *ruleset) {
-	for i, s := range rs.sets {
-		old := before.sets[i]
-		var gone, added []string
-		stay := 0
-		for key, value := range s.elements {
-			if was, there := old.elements[key]; there && was == value {
-				stay++
-			} else {
-				added = append(added, key)
-			}
+// writeChanges is the transaction that does these changes.
+func writeChanges(tx *knftables.Transaction, changes []setChange) {
+	for _, change := range changes {
+		for _, key := range change.gone {
+			tx.Delete(change.old.element(key))
 		}
-		if stay < len(old.elements) {
-			for key, value := range old.elements {
-				if now, there := s.elements[key]; !there || now != value {
-					gone = append(gone, key)
-				}
-			}
-		}
-		slices.Sort(gone)
-		slices.Sort(added)
-		for _, key := range gone {
-			tx.Delete(old.element(key))
-		}
-		for _, key := range added {
-			tx.Add(s.element(key))
+		for _, key := range change.added {
+			tx.Add(change.wanted.element(key))
 		}
 	}
 }

@@ -15,6 +15,8 @@ type Flow struct {
 	Server netip.AddrPort
 	// SynSent: TCP, and nothing has come back yet (TCP_CONNTRACK_SYN_SENT).
 	SynSent bool
+	// Closed: TCP, and both ends are through with it (TCP_CONNTRACK_TIME_WAIT).
+	Closed bool
 }
 
 // Stale says whether a flow must be deleted so that its client reaches the present endpoint, or is
@@ -25,12 +27,17 @@ type Flow struct {
 //   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
 //   - An established TCP flow stays for as long as the sandbox that serves it stands, so that a
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
+//   - A closed TCP flow stays: nobody waits for it, a SYN that uses its ports again begins it anew (nf_conntrack_tcp_packet),
+//     and of clients with a connection for each request there are more of them than of all others.
 //   - Flows that are left alone on purpose stay, and what a removed frontend never translated.
 //   - A flow from a frontend is one the wrong way round: an answer that was on its way when the flow was deleted
 //     that it belonged to. All that its client sends is taken for replies and never translated: it goes.
 //
 // change names the frontends that p has no more; the flows of all others than these and p's are not ours.
 func (p *Plan) Stale(f Flow, change Change) bool {
+	if f.Closed {
+		return false
+	}
 	if reversed := (Frontend{f.Source.Addr(), f.Protocol, f.Source.Port()}); f.Server == f.Destination {
 		if rule, ours := p.Find(reversed); ours {
 			return !p.alone(rule, f.Destination.Addr())

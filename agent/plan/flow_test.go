@@ -54,6 +54,7 @@ func TestStale(t *testing.T) {
 		destination string
 		server      string
 		synSent     bool
+		closed      bool
 		unsettled   bool
 		want        bool
 	}{
@@ -77,6 +78,7 @@ func TestStale(t *testing.T) {
 		{name: "the same without an endpoint", protocol: plan.TCP, destination: "169.254.210.211:80", server: "10.0.0.4:8080", want: true},
 		{name: "the same, but not every source has spoken", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", unsettled: true},
 		{name: "nor has it to, where the sandbox was seen to go", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.5:8080", unsettled: true, want: true},
+		{name: "closed TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", closed: true},
 		{name: "TCP that was not translated", protocol: plan.TCP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
 		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
 		{name: "the target's own, left alone", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
@@ -94,7 +96,7 @@ func TestStale(t *testing.T) {
 				tt.source = "10.0.0.9:999"
 			}
 			flow := plan.Flow{
-				Protocol: tt.protocol, SynSent: tt.synSent, Source: netip.MustParseAddrPort(tt.source),
+				Protocol: tt.protocol, SynSent: tt.synSent, Closed: tt.closed, Source: netip.MustParseAddrPort(tt.source),
 				Destination: netip.MustParseAddrPort(tt.destination), Server: netip.MustParseAddrPort(tt.server),
 			}
 			if got := p.Stale(flow, removed); got != tt.want {

@@ -204,9 +204,13 @@ func (p *Probe) ask(ctx context.Context, ask asker) {
 	if ctx.Err() != nil {
 		return // the probe was stopped in the middle of this request, which says nothing
 	}
+	p.note(Outcome{Sent: sent, Took: time.Since(sent), Answer: answer, Err: err})
+}
+
+func (p *Probe) note(outcome Outcome) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.outcomes = append(p.outcomes, Outcome{Sent: sent, Took: time.Since(sent), Answer: answer, Err: err})
+	p.outcomes = append(p.outcomes, outcome)
 	close(p.news)
 	p.news = make(chan struct{})
 }

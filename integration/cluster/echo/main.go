@@ -22,8 +22,9 @@ import (
 )
 
 const usage = `usage: echo pause
-       echo serve [--tcp ADDRESS] [--udp ADDRESS] [--control ADDRESS] [--ready-after D] [--drain D]
-       echo load [--for D] [--lines] KIND=ADDRESS:PORT...   (KIND: new-connection, keep-alive, udp)`
+       echo serve [--tcp ADDRESS] [--udp ADDRESS] [--control ADDRESS] [--ready-after D] [--drain D] [--journal FILE]
+       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT...   (KIND: new-connection, keep-alive, udp)
+       echo path [--rounds N] ADDRESS:PORT...`
 
 func main() { os.Exit(run(time.Now(), os.Args[1:])) }
 
@@ -42,6 +43,8 @@ func run(started time.Time, args []string) int {
 		err = serve(ctx, started, args[1:])
 	case "load":
 		err = load(ctx, args[1:])
+	case "path":
+		err = path(ctx, args[1:])
 	default:
 		err = errors.New(usage)
 	}
@@ -68,9 +71,11 @@ func pause(ctx context.Context) {
 	}
 }
 
-// serve answers with the pod's name and the client's address until SIGTERM, and then what it has been asked. Its first line of output is when it was
-// started. The control address says so too (/started), is what kubelet asks whether the pod is ready (/ready), and
-// is told whether it is (PUT /ready or DELETE /ready).
+// serve answers with the pod's name and the client's address until SIGTERM, and then what it has been asked. Its first
+// line of output is when it was started. The control address says so too (/started), is what kubelet asks whether the
+// pod is ready (/ready), and is told whether it is (PUT /ready or DELETE /ready). The journal, a file that outlives the
+// pod, has a line for each thing that happens and when: started, listening, terminated (was told to stop), closed
+// (listens no more).
 func serve(ctx context.Context, started time.Time, args []string) error {
 	fmt.Println("started", started.UTC().Format(time.RFC3339Nano))
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
@@ -80,9 +85,16 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	readyAfter := flags.Duration("ready-after", 0, "be ready after this time")
 	drain := flags.Duration("drain", 0, "go on for this time after SIGTERM")
 	name := flags.String("name", os.Getenv("POD_NAME"), "what to answer with; else the hostname")
+	journalFile := flags.String("journal", os.DevNull, "`FILE` to append to")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	journal, err := os.OpenFile(*journalFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	write := func(what string, at time.Time) { fmt.Fprintln(journal, what, at.UTC().Format(time.RFC3339Nano)) }
+	write("started", started)
 	if *name == "" {
 		*name, _ = os.Hostname()
 	}
@@ -96,6 +108,7 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	if err := errors.Join(errTCP, errUDP, errControl); err != nil {
 		return err
 	}
+	write("listening", time.Now())
 	echo := lab.NewEcho(*name, listener, packets)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /started", func(w http.ResponseWriter, _ *http.Request) {
@@ -112,24 +125,17 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	go func() { _ = server.Serve(asked) }()
 
 	<-ctx.Done()
-	fmt.Println("terminated", time.Now().UTC().Format(time.RFC3339Nano))
+	terminated := time.Now()
+	fmt.Println("terminated", terminated.UTC().Format(time.RFC3339Nano))
+	write("terminated", terminated)
 	time.Sleep(*drain)
+	write("closed", time.Now())
 	limited, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	return errors.Join(echo.Shutdown(limited), server.Close())
+	return errors.Join(echo.Shutdown(limited), server.Close(), journal.Close())
 }
 
-// request is a line of output for a request.
-type request struct {
-	Kind   lab.Kind       `json:"kind"`
-	To     netip.AddrPort `json:"to"`
-	Sent   time.Time      `json:"sent"`
-	Took   time.Duration  `json:"took"` // ns
-	Server string         `json:"server,omitempty"`
-	Error  string         `json:"error,omitempty"`
-}
-
-// summary is the line of output for a target.
+// summary is the line of output for a target where requests have none.
 type summary struct {
 	Kind       lab.Kind       `json:"kind"`
 	To         netip.AddrPort `json:"to"`
@@ -143,7 +149,8 @@ type summary struct {
 func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	during := flags.Duration("for", 10*time.Second, "how long")
-	lines := flags.Bool("lines", false, "print a line for each request too")
+	every := flags.Duration("every", 0, "ask once per this time; else as often as outages are measured with")
+	lines := flags.Bool("lines", false, "print a line for each request instead of one for each target")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -159,7 +166,14 @@ func load(ctx context.Context, args []string) error {
 	}
 	var probes []*lab.Probe
 	for _, client := range clients {
-		probes = append(probes, lab.StartProbe(new(net.Dialer).DialContext, client, lab.Loads[client.Kind].Interval))
+		start, interval := lab.StartProbe, lab.Loads[client.Kind].Interval
+		if client.Kind == lab.UDP {
+			start = lab.StartStream
+		}
+		if *every > 0 {
+			interval = *every
+		}
+		probes = append(probes, start(new(net.Dialer).DialContext, client, interval))
 	}
 	select {
 	case <-ctx.Done():
@@ -168,23 +182,16 @@ func load(ctx context.Context, args []string) error {
 	out := json.NewEncoder(os.Stdout)
 	for i, probe := range probes {
 		outcomes := probe.Stop()
-		sum := summary{
-			Kind: clients[i].Kind, To: clients[i].To, Sent: len(outcomes), Failed: len(outcomes.Failed()),
-			LongestGap: outcomes.LongestGap(), Servers: outcomes.Servers(),
-		}
-		for _, o := range outcomes {
-			if !*lines {
-				break
-			}
-			line := request{Kind: sum.Kind, To: sum.To, Sent: o.Sent, Took: o.Took, Server: o.Server}
-			if o.Err != nil {
-				line.Error = o.Err.Error()
-			}
-			if err := out.Encode(line); err != nil {
+		if *lines {
+			if err := lab.WriteRequests(out, clients[i], outcomes); err != nil {
 				return err
 			}
+			continue
 		}
-		if err := out.Encode(sum); err != nil {
+		if err := out.Encode(summary{
+			Kind: clients[i].Kind, To: clients[i].To, Sent: len(outcomes), Failed: len(outcomes.Failed()),
+			LongestGap: outcomes.LongestGap(), Servers: outcomes.Servers(),
+		}); err != nil {
 			return err
 		}
 	}

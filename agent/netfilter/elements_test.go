@@ -1,0 +1,151 @@
+package netfilter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// noNFT is an nft that cannot change anything.
+type noNFT struct{ knftables.Interface }
+
+func (noNFT) Run(context.Context, *knftables.Transaction) error { return errors.New("nft was started") }
+
+// TestElementsWithoutNFT changes elements of all sets, in both families, and has nft say what is in them.
+func TestElementsWithoutNFT(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend, err := NewNFTables(t.Context(), "kube-system.a-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Two states that differ in each set, with the same chains: what one adds the other deletes.
+	input := func(second bool) plan.Input {
+		in := plan.Input{PodInterfaces: []string{"veth0"}, Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}}}
+		for _, ip := range []struct{ magic, other, endpoint, another string }{
+			{"169.254.210.210", "169.254.210.211", "10.0.0.2:8080", "10.0.0.3:8081"},
+			{"fd00:a::1", "fd00:a::2", "[fd00::2]:8080", "[fd00::3]:8081"},
+		} {
+			served := plan.Service{Frontend: frontend(ip.magic, plan.TCP, 80), HostClients: true, ExcludeTarget: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort(ip.endpoint)}}
+			held := plan.Service{Frontend: frontend(ip.magic, plan.UDP, 65535), HostClients: false, WithoutEndpoint: plan.Hold}
+			if second {
+				served.Endpoints[0] = netip.MustParseAddrPort(ip.another)
+				held = plan.Service{Frontend: frontend(ip.other, plan.SCTP, 1), HostClients: true, WithoutEndpoint: plan.Pass}
+			}
+			in.Services = append(in.Services, served, held)
+		}
+		if second {
+			in.PodInterfaces = []string{"fifteen-letters", "cni0"}
+			in.Bridges[0].Name = "docker0"
+		}
+		return in
+	}
+	first, second := plan.Build(input(false)), plan.Build(input(true))
+	if err := backend.Sync(t.Context(), &first); err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range backend.tables {
+		table.nft = noNFT{table.nft}
+		before, after := render(&first, table.family), render(&second, table.family)
+		changed := map[string]bool{"spread": true} // never without its chains
+		for _, change := range after.changes(&before) {
+			changed[change.wanted.name] = true
+		}
+		for _, s := range after.sets {
+			if !changed[s.name] {
+				t.Errorf("%s: this test does not change the elements of %s", table.family, s.name)
+			}
+		}
+	}
+	for i, p := range []*plan.Plan{&second, &first} {
+		if err := backend.Sync(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("after change %d: %v, %v", i, differs, err)
+		}
+		for _, table := range backend.tables {
+			listed, err := table.list(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if missing := listed.compare(table.rules, table.structure); len(missing) > 0 {
+				t.Errorf("after change %d: %v", i, missing)
+			}
+		}
+	}
+}
+
+// TestManyElementsWithoutNFT: more than one message holds.
+func TestManyElementsWithoutNFT(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend, err := NewNFTables(t.Context(), "many")
+	if err != nil {
+		t.Fatal(err)
+	}
+	many := func(endpoint string) *plan.Plan {
+		var in plan.Input
+		for port := range uint16(5000) {
+			in.Services = append(in.Services, plan.Service{Frontend: frontend("169.254.210.210", plan.TCP, port+1), Endpoints: []netip.AddrPort{netip.MustParseAddrPort(endpoint)}})
+		}
+		p := plan.Build(in)
+		return &p
+	}
+	if err := backend.Sync(t.Context(), many("10.0.0.2:8080")); err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range backend.tables {
+		table.nft = noNFT{table.nft}
+	}
+	if err := backend.Sync(t.Context(), many("10.0.0.3:8080")); err != nil {
+		t.Fatal(err)
+	}
+	if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+		t.Errorf("%d differences, %v", len(differs), err)
+	}
+	if got := strings.Count(nodetest.Run(t, "nft", "list", "map", "ip", "magic-ip-many", "endpoints"), "10.0.0.3 . 8080"); got != 5000 {
+		t.Errorf("%d elements lead to the new endpoint, want 5000", got)
+	}
+}
+
+// TestElementsAllOrNone: a transaction that the kernel refuses changes nothing, and the next one is not taken in by
+// its answer.
+func TestElementsAllOrNone(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	nodetest.Run(t, "nft", "add table ip t; add set ip t s { type ipv4_addr; }; add set ip t v { type inet_service; }; add element ip t s { 10.0.0.1 }")
+	var socket elementSocket
+	s, v := set{name: "s", key: "ipv4_addr"}, set{name: "v", key: "inet_service"}
+	for _, tt := range []struct {
+		name    string
+		changes []setChange
+		want    string
+		listed  string
+	}{
+		{"deleted twice", []setChange{{old: s, wanted: s, gone: []string{"10.0.0.1", "10.0.0.9"}, added: []string{"10.0.0.2"}}}, "no such file or directory", "10.0.0.1"},
+		{"no such set", []setChange{{old: s, wanted: s, added: []string{"10.0.0.2"}}, {old: set{}, wanted: set{name: "t", key: "ipv4_addr"}, added: []string{"10.0.0.2"}}}, "no such file or directory", "10.0.0.1"},
+		{"no address", []setChange{{old: s, wanted: s, added: []string{"10.0.0"}}}, `"10.0.0" as ipv4_addr`, "10.0.0.1"},
+		{"other parts", []setChange{{old: s, wanted: s, added: []string{"10.0.0.1 . 80"}}}, "is no ipv4_addr", "10.0.0.1"},
+		{"both", []setChange{{old: s, wanted: s, gone: []string{"10.0.0.1"}, added: []string{"10.0.0.2"}}, {old: v, wanted: v, added: []string{"80"}}}, "", "10.0.0.2 80"},
+	} {
+		err := socket.apply(knftables.IPv4Family, "t", tt.changes)
+		if tt.want == "" && err != nil || tt.want != "" && !strings.Contains(fmt.Sprint(err), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+		var elements []string
+		for line := range strings.Lines(nodetest.Run(t, "nft", "--numeric", "list", "table", "ip", "t")) {
+			if _, rest, found := strings.Cut(line, "elements = { "); found {
+				elements = append(elements, strings.TrimSuffix(strings.TrimSpace(rest), " }"))
+			}
+		}
+		if got := strings.Join(elements, " "); got != tt.listed {
+			t.Errorf("%s: the sets hold %q, want %q", tt.name, got, tt.listed)
+		}
+	}
+}

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"strings"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// cost is what clients of one kind, by one way, have paid for an update.
+type cost struct {
+	sent int
+	// excess is from the moment that the new process listened to the first answer of it: what the network
+	// adds to what the pod itself costs. Negative where there was none.
+	excess time.Duration
+	gap    time.Duration // the longest time without an answer
+	failed int
+	// blamed are the failed ones that neither the pod nor the machine can be blamed for: a process of the node
+	// listened when they were sent.
+	blamed []lab.Outcome
+	// cut are failed ones that the server had when it stopped, moved are datagrams that it had when their flow moved to
+	// the next one, stalled those that failed while the machine stood still.
+	cut, moved, stalled int
+}
+
+// cutWithin is how long before a server stops, or loses a flow, it may have taken a request that is never answered.
+const cutWithin = 10 * time.Millisecond
+
+// stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
+// has no time for client or server.
+const stall = 20 * time.Millisecond
+
+const never = time.Duration(-1)
+
+// assess says what an update has cost. fresh is the pod that was new in it.
+func assess(kind lab.Kind, outcomes, witness lab.Outcomes, servers []life, fresh string) cost {
+	c := cost{sent: len(outcomes), excess: never, gap: outcomes.LongestGap(), failed: len(outcomes.Failed())}
+	var toFresh time.Time // when the first request was sent that the new server has answered
+	for _, server := range servers {
+		if server.pod != fresh {
+			continue
+		}
+		for _, o := range outcomes {
+			if o.Err != nil || o.Server != fresh {
+				continue
+			}
+			if after := max(0, o.Sent.Add(o.Took).Sub(server.listening)); c.excess == never || after < c.excess {
+				c.excess = after
+			}
+			if toFresh.IsZero() || o.Sent.Before(toFresh) {
+				toFresh = o.Sent
+			}
+		}
+	}
+	for _, o := range outcomes.Failed() {
+		switch {
+		case isCut(o, servers):
+			c.cut++
+		case !listened(o.Sent, servers):
+		case isStalled(o, witness):
+			c.stalled++
+		case kind == lab.UDP && isMoved(o, toFresh, servers, fresh):
+			c.moved++
+		default:
+			c.blamed = append(c.blamed, o)
+		}
+	}
+	return c
+}
+
+// listened says whether a process listened at that time.
+func listened(at time.Time, servers []life) bool {
+	for _, server := range servers {
+		if at.After(server.listening) && (server.closed.IsZero() || at.Before(server.closed)) {
+			return true
+		}
+	}
+	return false
+}
+
+// isCut says whether a server stopped while it had a request. Where nobody has told the client so, as with datagrams,
+// the request must be one of the last.
+func isCut(o lab.Outcome, servers []life) bool {
+	for _, server := range servers {
+		left := server.closed.Sub(o.Sent)
+		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (left <= cutWithin || !timedOut(o)) {
+			return true
+		}
+	}
+	return false
+}
+
+func timedOut(o lab.Outcome) bool {
+	return o.Err != nil && strings.Contains(o.Err.Error(), "deadline exceeded")
+}
+
+// isMoved says whether the one server had a datagram when the other had got the next.
+func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) bool {
+	before := toFresh.Sub(o.Sent)
+	if !timedOut(o) || before < 0 || before > cutWithin {
+		return false
+	}
+	for _, server := range servers {
+		if server.pod != fresh && (server.closed.IsZero() || toFresh.Before(server.closed)) {
+			return true
+		}
+	}
+	return false
+}
+
+// isStalled says whether the witness has waited too, at the same time.
+func isStalled(o lab.Outcome, witness lab.Outcomes) bool {
+	for _, w := range witness {
+		if w.Took >= stall && w.Sent.Before(o.Sent.Add(o.Took)) && o.Sent.Before(w.Sent.Add(w.Took)) {
+			return true
+		}
+	}
+	return false
+}

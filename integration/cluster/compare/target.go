@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+)
+
+// target is how the DaemonSet of a node is updated, and its server ends.
+type target struct {
+	surge bool          // maxSurge 1 and a readiness probe; else the default strategy
+	drain time.Duration // for how long the server goes on after SIGTERM
+}
+
+func setName(n *whole.Node) string { return "echo-" + n.Name }
+
+func (t target) daemonSet(n *whole.Node) *appsv1.DaemonSet {
+	labels := map[string]string{"app": "echo", "node": n.Name}
+	directory := corev1.HostPathDirectoryOrCreate
+	set := &appsv1.DaemonSet{
+		ObjectMeta: metav1.ObjectMeta{Namespace: targets, Name: setName(n)},
+		Spec: appsv1.DaemonSetSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: labels},
+			Template: corev1.PodTemplateSpec{
+				ObjectMeta: metav1.ObjectMeta{Labels: labels},
+				Spec: corev1.PodSpec{
+					NodeSelector: map[string]string{corev1.LabelHostname: n.Name},
+					Containers: []corev1.Container{{
+						Name: "echo", Image: whole.ImageEcho, ImagePullPolicy: corev1.PullNever,
+						Args:         []string{"serve", "--drain", t.drain.String(), "--journal", journalDir + "/$(POD_NAME)"},
+						Env:          []corev1.EnvVar{{Name: "POD_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}}},
+						VolumeMounts: []corev1.VolumeMount{{Name: "journals", MountPath: journalDir}},
+					}},
+					Volumes: []corev1.Volume{{Name: "journals", VolumeSource: corev1.VolumeSource{
+						HostPath: &corev1.HostPathVolumeSource{Path: journalDir, Type: &directory},
+					}}},
+				},
+			},
+		},
+	}
+	if t.surge {
+		one, none := intstr.FromInt32(1), intstr.FromInt32(0)
+		set.Spec.UpdateStrategy = appsv1.DaemonSetUpdateStrategy{
+			Type:          appsv1.RollingUpdateDaemonSetStrategyType,
+			RollingUpdate: &appsv1.RollingUpdateDaemonSet{MaxSurge: &one, MaxUnavailable: &none},
+		}
+		set.Spec.Template.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
+			PeriodSeconds: 1,
+			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(control)}},
+		}
+	}
+	return set
+}
+
+// place makes this the target of a node, and waits until it is alone and runs.
+func (w *world) place(ctx context.Context, n *whole.Node, t target) (pod string, err error) {
+	if err := w.remove(ctx, n); err != nil {
+		return "", err
+	}
+	if err := w.create(ctx, n, t); err != nil {
+		return "", err
+	}
+	return w.settled(ctx, n, "")
+}
+
+func (w *world) create(ctx context.Context, n *whole.Node, t target) error {
+	_, err := w.Admin.AppsV1().DaemonSets(targets).Create(ctx, t.daemonSet(n), metav1.CreateOptions{})
+	return err
+}
+
+// remove removes the target of a node, and waits until nothing is left of it.
+func (w *world) remove(ctx context.Context, n *whole.Node) error {
+	err := w.Admin.AppsV1().DaemonSets(targets).Delete(ctx, setName(n), metav1.DeleteOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return err
+	}
+	return lab.Eventually(ctx, func() error {
+		pods, err := w.podsOf(ctx, n)
+		if err != nil {
+			return err
+		}
+		records, err := recordsOf(n)
+		if len(pods)+len(records) > 0 {
+			return fmt.Errorf("%s still has %d pods and %d records", n.Name, len(pods), len(records))
+		}
+		return err
+	})
+}
+
+// update changes the template, as `kubectl rollout restart` does.
+func (w *world) update(ctx context.Context, n *whole.Node) error {
+	patch := fmt.Appendf(nil, `{"spec":{"template":{"metadata":{"annotations":{"restarted":%q}}}}}`, time.Now().Format(time.RFC3339Nano))
+	_, err := w.Admin.AppsV1().DaemonSets(targets).Patch(ctx, setName(n), types.StrategicMergePatchType, patch, metav1.PatchOptions{})
+	return err
+}
+
+// settled waits until a node has one target, which is not the one named before, and returns its name.
+func (w *world) settled(ctx context.Context, n *whole.Node, before string) (pod string, err error) {
+	err = lab.Eventually(ctx, func() error {
+		set, err := w.Admin.AppsV1().DaemonSets(targets).Get(ctx, setName(n), metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		pods, err := w.podsOf(ctx, n)
+		if err != nil {
+			return err
+		}
+		records, err := recordsOf(n)
+		if err != nil {
+			return err
+		}
+		status := set.Status
+		if status.ObservedGeneration != set.Generation || status.UpdatedNumberScheduled != 1 || status.NumberAvailable != 1 ||
+			len(pods) != 1 || pods[0].DeletionTimestamp != nil || pods[0].Name == before || len(records) != 1 || records[0].UID != string(pods[0].UID) {
+			return fmt.Errorf("%s has not settled after %s: %+v, %d pods, records %+v", set.Name, before, status, len(pods), records)
+		}
+		pod = pods[0].Name
+		return nil
+	})
+	return pod, err
+}
+
+func (w *world) podsOf(ctx context.Context, n *whole.Node) ([]corev1.Pod, error) {
+	pods, err := w.Admin.CoreV1().Pods(targets).List(ctx, metav1.ListOptions{LabelSelector: "node=" + n.Name})
+	if err != nil {
+		return nil, err
+	}
+	return pods.Items, nil
+}
+
+type record = state.Attachment
+
+func recordsOf(n *whole.Node) ([]record, error) {
+	records, err := state.Read(n.Path(lab.RuntimeDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return records, err
+}
+
+// life is when a server of a node began and ceased to listen.
+type life struct {
+	pod                string
+	started, listening time.Time
+	terminated, closed time.Time // zero: not yet
+}
+
+// lives are those of all servers that the node has had.
+func lives(n *whole.Node) ([]life, error) {
+	files, err := os.ReadDir(n.Path(journalDir))
+	if err != nil {
+		return nil, err
+	}
+	var all []life
+	for _, file := range files {
+		data, err := n.ReadFile(filepath.Join(journalDir, file.Name()))
+		if err != nil {
+			return nil, err
+		}
+		l, err := parseLife(file.Name(), string(data))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, l)
+	}
+	slices.SortFunc(all, func(a, b life) int { return a.started.Compare(b.started) })
+	return all, nil
+}
+
+func parseLife(pod, journal string) (life, error) {
+	l := life{pod: pod}
+	for line := range strings.Lines(journal) {
+		what, text, _ := strings.Cut(strings.TrimSpace(line), " ")
+		at, err := time.Parse(time.RFC3339Nano, text)
+		if err != nil {
+			return l, fmt.Errorf("journal of %s: %w", pod, err)
+		}
+		switch what {
+		case "started":
+			l.started = at
+		case "listening":
+			l.listening = at
+		case "terminated":
+			l.terminated = at
+		case "closed":
+			l.closed = at
+		}
+	}
+	return l, nil
+}
