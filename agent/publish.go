@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"reflect"
 	"slices"
@@ -114,6 +115,16 @@ func (a *Agent) labels() map[string]map[string]string {
 	return labels
 }
 
+// unknownLabels is how many recorded pods of the namespaces that are served nobody knows the labels of.
+func (a *Agent) unknownLabels() (count int) {
+	for _, record := range a.records.list {
+		if record.Labels == nil && a.serves(record.Namespace) {
+			count++
+		}
+	}
+	return count
+}
+
 func (a *Agent) toldPods() map[string]published.Pod {
 	if len(a.pods.told) == 0 {
 		return nil
@@ -150,6 +161,10 @@ func (a *Agent) notes() []string {
 		notes = append(notes, "somebody else translates a magic IP too; remove the rule: "+rule)
 	}
 	notes = append(notes, a.foreign.bypasses...)
+	if unknown := a.unknownLabels(); a.API == nil && unknown > 0 {
+		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
+			"CNI plugins (containerd does not), and without the Kubernetes API nobody else tells", unknown))
+	}
 	for _, more := range a.Notes {
 		notes = append(notes, more()...)
 	}

@@ -3,12 +3,15 @@ package agent
 import (
 	"log/slog"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 // TestTellsWhatIsPublished: each change is told once, with what was before; at first that is what an agent of this
@@ -51,3 +54,26 @@ func TestTellsWhatIsPublished(t *testing.T) {
 		t.Errorf("told %d times of two changes", len(told))
 	}
 }
+
+// TestTellsOfUnknownLabels: without the API, pods whose labels the runtime has not passed are no targets, and look as if they
+// should be.
+func TestTellsOfUnknownLabels(t *testing.T) {
+	t.Parallel()
+	a := &Agent{
+		config:  Config{Name: "a", Ports: []Port{{Selection: endpoint.Selection{Namespace: "default"}}}},
+		applied: &plan.Plan{},
+		records: records{list: []state.Attachment{
+			{Namespace: "default", Name: "unknown"}, {Namespace: "default", Name: "known", Labels: map[string]string{}}, {Namespace: "other", Name: "elsewhere"},
+		}},
+	}
+	if notes := a.notes(); len(notes) != 1 || !strings.HasPrefix(notes[0], "1 recorded pods have no labels that are known") {
+		t.Errorf("notes %q", notes)
+	}
+	a.API = &kubeless{}
+	if notes := a.notes(); len(notes) > 0 {
+		t.Errorf("with the API: notes %q", notes)
+	}
+}
+
+// kubeless is an API that is there and says nothing.
+type kubeless struct{ API }

@@ -36,6 +36,8 @@ const (
 	// watchSilence is how long a healthy watch is silent at most: the API server sends a bookmark about
 	// every minute.
 	watchSilence = 90 * time.Second
+	// firstAnswer is how long it may take until the first answer is missed.
+	firstAnswer = 2 * time.Second
 	// pollTimeout bounds the list that a poll makes while the watch is not healthy.
 	pollTimeout = 3 * time.Second
 	// configHash is the annotation that holds the UID by which CNI knows a static pod.
@@ -147,11 +149,20 @@ func (p *Pods) View() endpoint.View {
 		}
 		if problem != "" {
 			view.Reachable = false
-			view.Problems = append(view.Problems, problem)
+			if !f.fresh() {
+				view.Problems = append(view.Problems, problem)
+			}
 		}
 	}
 	slices.Sort(view.Problems)
 	return view
+}
+
+// fresh says that nothing has been heard because it has just been asked.
+func (f *feed) fresh() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.heardAt.IsZero() && f.err == nil && time.Since(f.begunAt) < firstAnswer
 }
 
 // Poll lists where the watch is not healthy; a healthy watch costs the API server nothing. It does not wait
@@ -181,6 +192,7 @@ type feed struct {
 	informer  cache.SharedIndexInformer
 	stop      func() // does nothing before start
 	polling   atomic.Bool
+	begunAt   time.Time
 
 	mu sync.Mutex
 	// watching is the watch that stands; nil for none. endedAt is when the last one ended: client-go waits before it
@@ -210,7 +222,7 @@ func (f *feed) apiNamespace() string {
 }
 
 func (p *Pods) newFeed(namespace string) *feed {
-	f := &feed{pods: p, namespace: namespace, stop: func() {}}
+	f := &feed{pods: p, namespace: namespace, stop: func() {}, begunAt: time.Now()}
 	pods := f.pods.client.CoreV1().Pods(f.apiNamespace())
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {

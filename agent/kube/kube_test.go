@@ -172,8 +172,12 @@ func TestFeed(t *testing.T) {
 		})
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
-		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) != 1 {
+		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) > 0 {
 			t.Errorf("before anything: %+v", view)
+		}
+		time.Sleep(firstAnswer)
+		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) != 1 {
+			t.Errorf("before anything, after some time: %+v", view)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var wakes atomic.Int32

@@ -169,7 +169,8 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
 func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logger) error {
-	if err := install.Remove(ctx, f.conf, f.runtime, name, log); err != nil {
+	// In a container the node's directories may have other paths than the entry says.
+	if err := install.Remove(ctx, f.conf, install.AnyRuntimeDir, name, log); err != nil {
 		return fmt.Errorf("the entry is still in %s: %w", f.conf, err)
 	}
 	if err := install.RemoveTemps(ctx, f.binDir); err != nil {

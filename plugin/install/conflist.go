@@ -16,6 +16,9 @@ const PluginType = "magic-ip-address"
 // defaultRuntimeDir is what an entry without a runtimeDir means.
 const defaultRuntimeDir = "/run/magic-ip-address"
 
+// AnyRuntimeDir is for taking keys out whatever runtime directory their entry names.
+const AnyRuntimeDir = ""
+
 // Selector is one element below the name of an agent: a namespace ("*" is every one) and a label selector.
 type Selector struct {
 	Namespace string `json:"namespace"`
@@ -206,11 +209,16 @@ func (l list) runtimeDir(i int) string {
 	return filepath.Clean(dir.text)
 }
 
+// shares says whether an entry is of the agents with this runtime directory.
+func (l list) shares(i int, runtimeDir string) bool {
+	return runtimeDir == AnyRuntimeDir || l.runtimeDir(i) == filepath.Clean(runtimeDir)
+}
+
 // has says whether the key of an agent is in the list.
 func (l list) has(agent, runtimeDir string) bool {
 	return slices.ContainsFunc(l.ours, func(i int) bool {
 		selectors, _ := l.plugins.items[i].get("selectors")
-		return l.runtimeDir(i) == filepath.Clean(runtimeDir) && selectors.find(agent) >= 0
+		return l.shares(i, runtimeDir) && selectors.find(agent) >= 0
 	})
 }
 
@@ -220,7 +228,7 @@ func without(data []byte, agent, runtimeDir string) ([]byte, error) {
 		return nil, err
 	}
 	for n := len(l.ours) - 1; n >= 0; n-- { // from behind, so that positions stay
-		if l.runtimeDir(l.ours[n]) != filepath.Clean(runtimeDir) {
+		if !l.shares(l.ours[n], runtimeDir) {
 			continue
 		}
 		for {

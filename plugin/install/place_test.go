@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -431,4 +432,19 @@ func TestRecordOfANewerBuild(t *testing.T) {
 			t.Errorf("%v: %s", err, now)
 		}
 	}
+}
+
+// TestRemoveWhateverRuntimeDir: uninstall in a container finds the node's directories at other paths than the entry names.
+func TestRemoveWhateverRuntimeDir(t *testing.T) {
+	n := newNode(t)
+	n.conf("10-a.conflist", simple)
+	before := n.confs()
+	n.install()
+	if err := Remove(t.Context(), n.options.ConfDir, "/host"+n.options.RuntimeDir, n.config.Name, n.options.Log); err != nil || reflect.DeepEqual(before, n.confs()) {
+		t.Errorf("with another runtime directory: %v, %v", err, n.confs())
+	}
+	if err := Remove(t.Context(), n.options.ConfDir, AnyRuntimeDir, n.config.Name, n.options.Log); err != nil {
+		t.Error(err)
+	}
+	n.want("after any", before, n.confs())
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -87,7 +88,7 @@ func TestWithoutCNI(t *testing.T) {
 }
 
 // TestWithoutAPI: api.enabled=false. A runtime that passes labels, here cnitool in its place, is enough. containerd passes none:
-// its pods are recorded, and are no target. To uninstall, the API is switched on before, as the chart's README says.
+// its pods are recorded, and are no target. Both ways to uninstall are those of the chart's README.
 func TestWithoutAPI(t *testing.T) {
 	w := newWorld(t)
 	notes := w.upgrade(apm, apmValues("api.enabled=false")...)
@@ -95,7 +96,6 @@ func TestWithoutAPI(t *testing.T) {
 		t.Errorf("helm does not say what API off means:\n%s", notes)
 	}
 	w.targets(system)
-	n := cluster.Node("node2")
 	for _, n := range cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
 		for _, volume := range pod.Spec.Volumes {
@@ -107,11 +107,26 @@ func TestWithoutAPI(t *testing.T) {
 			t.Errorf("%s: the target has no record", n.Name)
 		}
 		w.refused(n, magic)
+		status := w.kubectl("exec", "--namespace", system, pod.Name, "--container", "agent", "--", "magic-ip-agent", "status")
+		if !strings.Contains(status, "1 recorded pods have no labels that are known") {
+			t.Errorf("%s: status does not say why there is no target:\n%s", n.Name, status)
+		}
 	}
-
-	server := w.labelled(n, "by-cnitool")
+	n := cluster.Node("node2")
+	server, remove := w.labelled(n, "by-cnitool")
 	w.served(n, magic, server)
+	remove()
 
+	w.uninstall(apm)
+	for _, n := range cluster.Nodes {
+		w.must(installed(n, apm))
+		w.kubectl("debug", "node/"+n.Name, "--namespace", clients, "--profile=sysadmin", "--image="+image+":1.0.0", "--", "magic-ip-agent", "uninstall", "--name", agentName,
+			"--runtime-dir", "/host"+runtimeDir, "--cni-conf-dir", "/host"+whole.CNIConfDir, "--cni-bin-dir", "/host"+whole.CNIBinDir)
+	}
+	w.nodesPristine()
+	w.kubectl("delete", "pods", "--namespace", clients, "--selector", "app.kubernetes.io/managed-by=kubectl-debug")
+
+	w.upgrade(apm, apmValues("api.enabled=false")...)
 	w.upgrade(apm, apmValues()...)
 	w.servedBy(magic, system)
 	w.uninstall(apm)
@@ -119,8 +134,8 @@ func TestWithoutAPI(t *testing.T) {
 }
 
 // labelled is a pod that cnitool adds to the node's own network with the labels of the targets. It is removed after the
-// test.
-func (w *world) labelled(n *whole.Node, name string) string {
+// test, or before.
+func (w *world) labelled(n *whole.Node, name string) (server string, remove func()) {
 	w.Helper()
 	cnitool := func(command string) string {
 		printed, err := n.Exec(w.ctx, "env", "CNI_PATH="+whole.CNIBinDir, "NETCONFPATH="+whole.CNIConfDir,
@@ -137,20 +152,20 @@ func (w *world) labelled(n *whole.Node, name string) string {
 	packets, err := n.Lab().ListenPacket("/run/netns/"+name, "udp", fmt.Sprintf(":%d", magic.Port()))
 	w.must(err)
 	echo := lab.NewEcho(name, listener, packets)
-	remove := func() {
+	remove = sync.OnceFunc(func() {
 		_ = echo.Close()
 		cnitool("del")
 		_, err := n.Exec(w.ctx, "ip", "netns", "delete", name)
 		w.must(err)
-	}
+	})
 	w.Cleanup(remove)
 	records, err := state.Read(n.Path(runtimeDir))
 	w.must(err)
 	for _, record := range records {
 		if record.UID == name && record.Labels["app"] == "apm-server" && len(record.IPs) == 1 && record.IPs[0] != (netip.Addr{}) {
-			return name
+			return name, remove
 		}
 	}
 	w.Fatalf("no record of %s after %s: %+v", name, added, records)
-	return ""
+	return "", nil
 }

@@ -64,7 +64,8 @@ func TestUpgrade(t *testing.T) {
 			w.rolledOut(apm)
 		}, true},
 		{"the configuration alone", func() {
-			w.upgrade(apm, append(apmValues(udp()...), "config.pollInterval=2", "config.holdFor=11s")...)
+			w.upgrade(apm, append(apmValues(udp()...), "config.pollInterval=2", "config.magicIPs[1].ipAddress="+third.Addr().String(), "config.magicIPs[1].selector=app="+servers,
+				"config.magicIPs[1].namespace="+team, fmt.Sprintf("config.magicIPs[1].ports[0].port=%d", third.Port()))...)
 			w.configured("2s")
 		}, false},
 	} {
@@ -80,6 +81,14 @@ func TestUpgrade(t *testing.T) {
 	}
 	began.unbroken("helm upgrade and rollback of the chart under load")
 	w.servedBy(magic, system)
+	// The new magic IP has rights in its namespace, and the plugin records there.
+	w.targets(team)
+	w.servedBy(third, team)
+	for _, n := range cluster.Nodes {
+		if !recorded(n, w.podOn(n, team, servers)) {
+			t.Errorf("%s: the target in namespace %s has no record", n.Name, team)
+		}
+	}
 }
 
 // configured waits until the agents have read a configuration with this interval. The kubelet brings it to the node as soon
