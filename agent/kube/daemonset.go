@@ -29,14 +29,18 @@ type DaemonSet struct {
 	namespace, name string
 	log             *slog.Logger
 
-	own      types.UID // empty until it has been seen
-	orphaned bool      // it is being deleted without its pods
+	own      types.UID       // empty until it has been seen
+	orphaned bool            // it is being deleted without its pods
+	opened   watch.Interface // by Await, for Deleted
 }
 
 const (
-	getTimeout = 10 * time.Second
+	// answerTimeout bounds how long the API server may take for an answer, and until it begins a watch.
+	answerTimeout = 5 * time.Second
 	// lastTimeout bounds the last look after SIGTERM.
 	lastTimeout = 2 * time.Second
+	// firstPatience is longer than it takes from the deletion of a DaemonSet until kubelet stops its pods.
+	firstPatience = 5 * time.Second
 	// watchTime is how long a watch lasts at least, and half of how long at most: agents that have begun together do not
 	// begin anew together.
 	watchTime = 30 * time.Minute
@@ -56,6 +60,33 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 		return nil, err
 	}
 	return &DaemonSet{client: pods.client, namespace: namespace, name: name, log: log}, nil
+}
+
+// Await waits until the DaemonSet is watched, so that nothing is put on a node by a pod that is on its way out: who starts when
+// a release is just being uninstalled finds neither the DaemonSet nor the right to ask for it, would never know why it is
+// told to stop, and would leave everything behind. Who watches hears of a deletion even if the right to watch goes with it.
+// It gives up after firstPatience, and at once where nobody answers: the node must be served while the API server is away.
+func (d *DaemonSet) Await(ctx context.Context) {
+	said := false
+	for deadline := time.Now().Add(firstPatience); ctx.Err() == nil && time.Now().Before(deadline); {
+		events, deleted, err := d.open(ctx)
+		var status apierrors.APIStatus
+		switch {
+		case err == nil && !deleted:
+			d.opened = events
+			return
+		case err == nil || !errors.As(err, &status):
+			return // Deleted finds it out
+		}
+		if !said {
+			d.log.Warn("the API server does not tell of our own DaemonSet; waiting a little before anything is changed", "error", err)
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(minPause / 2):
+		}
+	}
 }
 
 // Deleted waits until the DaemonSet is deleted, or being deleted with its pods, and returns true then. When ctx ends before
@@ -93,25 +124,54 @@ func (d *DaemonSet) Deleted(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastTimeout)
 	defer cancel()
-	_, deleted, _ := d.get(ctx)
+	deleted, _ := d.get(ctx)
 	return deleted
 }
 
-// follow looks at the DaemonSet and then watches it, until the watch ends.
-func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
-	version, deleted, err := d.get(ctx)
-	if deleted || err != nil {
-		return deleted, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// open begins to watch the DaemonSet, and then looks at it: in this order nothing happens in between.
+func (d *DaemonSet) open(ctx context.Context) (events watch.Interface, deleted bool, err error) {
+	watching, end := context.WithCancel(ctx)
+	late := time.AfterFunc(answerTimeout, end)
 	seconds := int64((watchTime + rand.N(watchTime)) / time.Second) //nolint:gosec // spreads load
-	events, err := d.client.AppsV1().DaemonSets(d.namespace).Watch(ctx, metav1.ListOptions{
-		FieldSelector:   fields.OneTermEqualSelector("metadata.name", d.name).String(),
-		ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds,
+	stream, err := d.client.AppsV1().DaemonSets(d.namespace).Watch(watching, metav1.ListOptions{
+		FieldSelector:       fields.OneTermEqualSelector("metadata.name", d.name).String(),
+		AllowWatchBookmarks: true, TimeoutSeconds: &seconds,
 	})
-	if err != nil {
-		return false, err
+	if !late.Stop() && ctx.Err() == nil {
+		err = errors.Join(fmt.Errorf("the API server has not answered within %s", answerTimeout), err)
+	}
+	events = ended{stream, end}
+	if err == nil {
+		deleted, err = d.get(ctx)
+	}
+	if deleted || err != nil {
+		events.Stop()
+		return nil, deleted, err
+	}
+	return events, false, nil
+}
+
+// ended is a watch with the end of its connection.
+type ended struct {
+	watch.Interface // nil where there is none
+	end             func()
+}
+
+func (e ended) Stop() {
+	if e.Interface != nil {
+		e.Interface.Stop()
+	}
+	e.end()
+}
+
+// follow watches the DaemonSet, until the watch ends.
+func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
+	events := d.opened
+	d.opened = nil
+	if events == nil {
+		if events, deleted, err = d.open(ctx); deleted || err != nil {
+			return deleted, err
+		}
 	}
 	defer events.Stop()
 	for {
@@ -127,7 +187,7 @@ func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
 			if !open {
 				return false, nil
 			}
-			deleted, err := d.event(event)
+			deleted, err := d.event(ctx, event)
 			if deleted || err != nil {
 				return deleted, err
 			}
@@ -136,20 +196,20 @@ func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
 }
 
 // get asks for the DaemonSet as it is now.
-func (d *DaemonSet) get(ctx context.Context) (version string, deleted bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, getTimeout)
+func (d *DaemonSet) get(ctx context.Context) (deleted bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	object, err := d.client.AppsV1().DaemonSets(d.namespace).Get(ctx, d.name, metav1.GetOptions{})
 	switch {
 	case err == nil:
-		return object.ResourceVersion, d.seen(object), nil
+		return d.seen(object), nil
 	case !d.notFound(err):
-		return "", false, err
+		return false, err
 	case d.own == "" || d.orphaned:
 		d.own, d.orphaned = "", false
-		return "", false, err
+		return false, err // whatever comes under this name adopts us
 	}
-	return "", true, nil
+	return true, nil
 }
 
 // notFound says whether an error is the API server's word that this object does not exist. A proxy has a 404 of its own, and
@@ -164,22 +224,22 @@ func (d *DaemonSet) notFound(err error) bool {
 		!slices.ContainsFunc(details.Causes, func(c metav1.StatusCause) bool { return c.Type == metav1.CauseTypeUnexpectedServerResponse })
 }
 
-func (d *DaemonSet) event(event watch.Event) (deleted bool, err error) {
+func (d *DaemonSet) event(ctx context.Context, event watch.Event) (deleted bool, err error) {
 	object, ok := event.Object.(*appsv1.DaemonSet)
 	switch {
 	case event.Type == watch.Error:
 		return false, apierrors.FromObject(event.Object) // 410 among them: ask anew
-	case !ok || object.Name != d.name:
-		return false, nil
-	case event.Type == watch.Bookmark:
+	case !ok || object.Name != d.name || event.Type == watch.Bookmark:
 		return false, nil
 	case event.Type == watch.Deleted && object.UID != d.own:
 		return false, nil
 	case event.Type == watch.Deleted && (d.orphaned || orphans(object)):
-		d.own, d.orphaned = "", false // whatever comes under this name adopts us
+		d.own, d.orphaned = "", false
 		return false, nil
 	case event.Type == watch.Deleted:
 		return true, nil
+	case d.own != "" && !d.orphaned && object.UID != d.own:
+		return d.get(ctx) // the watch begins with what was there before we looked
 	}
 	return d.seen(object), nil
 }

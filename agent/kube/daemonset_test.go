@@ -33,8 +33,9 @@ type apiServer struct {
 	get    func(w http.ResponseWriter) // nil: never answers
 	events chan watch.Event            // of the watch that is open
 	gets   int
-	asked  []string // what it was asked for that it should not have been
-	opened chan struct{}
+	begun  bool          // a watch has, and nobody has looked at the DaemonSet since
+	asked  []string      // what it was asked for that it should not have been
+	opened chan struct{} // for each watch, once the DaemonSet has been looked at too
 	closed chan struct{}
 }
 
@@ -80,14 +81,19 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		get(w)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.begun {
+			s.begun = false
+			s.opened <- struct{}{}
+		}
 	case r.Method == http.MethodGet && r.URL.Path == daemonSetPath && r.URL.Query().Get("watch") == "true" &&
 		r.URL.Query().Get("fieldSelector") == "metadata.name="+daemonSetName: // what resourceNames can allow
 		events := make(chan watch.Event)
 		s.mu.Lock()
-		s.events = events
+		s.events, s.begun = events, true
 		s.mu.Unlock()
 		w.(http.Flusher).Flush()
-		s.opened <- struct{}{}
 		for {
 			select {
 			case <-r.Context().Done():
@@ -239,6 +245,21 @@ func TestDeletion(t *testing.T) {
 		"another one comes": {func(s *apiServer) {
 			s.answer(exists("u2"))
 			s.endWatch()
+		}, true},
+		"another one comes, and the watch says so": {func(s *apiServer) {
+			s.answer(exists("u2"))
+			s.send(watch.Added, daemonSet("u2"))
+		}, true},
+		"another one was there before we looked": {func(s *apiServer) {
+			s.send(watch.Added, daemonSet("u0"))
+			s.send(watch.Deleted, daemonSet("u0"))
+			s.send(watch.Added, daemonSet("u1"))
+		}, false},
+		"deleted, after another one that was there before we looked": {func(s *apiServer) {
+			s.send(watch.Added, daemonSet("u0"))
+			s.send(watch.Deleted, daemonSet("u0"))
+			s.send(watch.Added, daemonSet("u1"))
+			s.send(watch.Deleted, daemonSet("u1"))
 		}, true},
 		"another one is deleted, of which nothing is known": {func(s *apiServer) { s.send(watch.Deleted, daemonSet("u0")) }, false},
 		"changed": {func(s *apiServer) {
@@ -409,6 +430,58 @@ func TestSilentWatch(t *testing.T) {
 			}
 		default:
 			t.Error("no answer")
+		}
+	})
+}
+
+// TestAwait: who begins waits for a sight of the DaemonSet while the API server refuses it, but not for long, and not where
+// nobody answers.
+func TestAwait(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		get, then   func(http.ResponseWriter) // then after a second
+		least, most time.Duration
+	}{
+		"there":                    {exists("u1"), nil, 0, time.Second},
+		"being deleted":            {exists("u1", deleting()), nil, 0, time.Second},
+		"forbidden, and then seen": {forbidden, exists("u1"), time.Second, 3 * time.Second},
+		"unauthorized for good":    {unauthorized, nil, firstPatience, firstPatience + 2*time.Second},
+		"gone for good":            {notFound, nil, firstPatience, firstPatience + 2*time.Second},
+		"no answer":                {nil, nil, answerTimeout, answerTimeout + 2*time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, own := newAPIServer(t)
+			s.answer(test.get)
+			if test.then != nil {
+				time.AfterFunc(time.Second, func() { s.answer(test.then) })
+			}
+			begun := time.Now()
+			own.Await(t.Context())
+			if took := time.Since(begun); took < test.least || took > test.most {
+				t.Errorf("waited for %v, want %v to %v", took, test.least, test.most)
+			}
+		})
+	}
+	t.Run("deleted with all rights before anybody has asked again", func(t *testing.T) {
+		t.Parallel()
+		s, own := newAPIServer(t)
+		own.Await(t.Context())
+		s.answer(forbidden)
+		go s.send(watch.Deleted, daemonSet("u1"))
+		answer, _ := following(t, own)
+		want(t, answer, true)
+	})
+	t.Run("told to stop", func(t *testing.T) {
+		t.Parallel()
+		s, own := newAPIServer(t)
+		s.answer(forbidden)
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		begun := time.Now()
+		own.Await(ctx)
+		if took := time.Since(begun); took > time.Second {
+			t.Errorf("waited for %v", took)
 		}
 	})
 }

@@ -86,6 +86,9 @@ func (f *installFlags) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if own.Await(ctx); ctx.Err() != nil {
+			return nil
+		}
 		options.Removed = own.Deleted
 	}
 	return install.Watch(ctx, options)

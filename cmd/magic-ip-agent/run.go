@@ -105,6 +105,9 @@ func (f *runFlags) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if own.Await(ctx); ctx.Err() != nil {
+			return nil
+		}
 		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: backend.Remove}
 	}
 	err = agent.Run(ctx, options)
