@@ -468,8 +468,8 @@ func TestAwait(t *testing.T) {
 		s, own := newAPIServer(t)
 		own.Await(t.Context())
 		s.answer(forbidden)
-		go s.send(watch.Deleted, daemonSet("u1"))
 		answer, _ := following(t, own)
+		s.send(watch.Deleted, daemonSet("u1"))
 		want(t, answer, true)
 	})
 	t.Run("told to stop", func(t *testing.T) {
