@@ -48,8 +48,8 @@ func TestCompare(t *testing.T) {
 		}
 	}
 	for _, rest := range r.rests {
-		if rest.requests > 0 || rest.watches != len(w.Nodes) {
-			t.Errorf("at rest: %d requests and %d watches of pods, want none and one for each node", rest.requests, rest.watches)
+		if len(rest.requests) > 0 || rest.watches != len(w.Nodes) {
+			t.Errorf("at rest: requests %v and %d watches of pods, want none and one for each node", rest.requests, rest.watches)
 		}
 	}
 	if err := printTable(os.Stdout, r.rows(len(w.Nodes))); err != nil {

@@ -40,6 +40,17 @@ func (w *world) measure(ctx context.Context, e extent) (r report, err error) {
 		}
 		return w.Nodes[i%len(w.Nodes) : i%len(w.Nodes)+1]
 	}
+	for _, n := range nodes(0) {
+		if e.only != "" {
+			break
+		}
+		// First: no pod has been replaced yet that connections by the Service may still be sent to.
+		paths, err := w.path(ctx, n, e.rounds)
+		if err != nil {
+			return r, err
+		}
+		r.paths = append(r.paths, paths)
+	}
 	for i, u := range updates() {
 		if !strings.Contains(u.name, e.only) {
 			continue
@@ -56,13 +67,6 @@ func (w *world) measure(ctx context.Context, e extent) (r report, err error) {
 	}
 	if e.only != "" {
 		return r, nil
-	}
-	for _, n := range nodes(0) {
-		paths, err := w.path(ctx, n, e.rounds)
-		if err != nil {
-			return r, err
-		}
-		r.paths = append(r.paths, paths)
 	}
 	for _, n := range nodes(1) {
 		rest, err := w.atRest(ctx, n, e.rest)

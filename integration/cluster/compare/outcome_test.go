@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -114,8 +115,12 @@ apiserver_request_total{code="200",resource="leases",scope="resource",verb="GET"
 apiserver_longrunning_requests{resource="pods",scope="cluster",verb="WATCH"} 6
 apiserver_longrunning_requests{resource="pods",scope="namespace",verb="WATCH"} 2
 `)
-	if requests != 9 || watches != 2 {
-		t.Errorf("%d requests and %d watches, want 9 and 2", requests, watches)
+	want := map[string]int{
+		`code="200",resource="pods",scope="namespace",verb="LIST",version="v1"`:     7,
+		`code="200",resource="daemonsets",scope="resource",verb="GET",version="v1"`: 2,
+	}
+	if !maps.Equal(requests, want) || watches != 2 {
+		t.Errorf("requests %v and %d watches, want %v and 2", requests, watches, want)
 	}
 }
 

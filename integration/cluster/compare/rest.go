@@ -18,9 +18,9 @@ type rest struct {
 	// cpu is the time that processes of one node took: those of the chart's pod, and kube-proxy, which serves all
 	// Services.
 	agent, installer, proxy time.Duration
-	// requests are the agents' kinds of request that the API server had, apart from watches: lists of the pods of one
-	// namespace, gets of DaemonSets, and events.
-	requests int
+	// requests are the agents' kinds of request that the API server had, apart from watches, by series of its metrics:
+	// lists of the pods of one namespace, gets of DaemonSets, and events.
+	requests map[string]int
 	// watches of pods in one namespace are the agents' own.
 	watches int
 }
@@ -42,9 +42,14 @@ func (w *world) atRest(ctx context.Context, n *whole.Node, during time.Duration)
 	}
 	r := rest{
 		during: during, agent: after.agent - before.agent, installer: after.installer - before.installer, proxy: after.proxy - before.proxy,
-		requests: after.requests - before.requests, watches: after.watches,
+		requests: map[string]int{}, watches: after.watches,
 	}
-	w.log("at rest on %s for %v: agent %v, installer %v, kube-proxy %v; %d requests, %d watches of the pods of a namespace",
+	for series, count := range after.requests {
+		if more := count - before.requests[series]; more > 0 {
+			r.requests[series] = more
+		}
+	}
+	w.log("at rest on %s for %v: agent %v, installer %v, kube-proxy %v; requests %v, %d watches of the pods of a namespace",
 		n.Name, r.during, r.agent, r.installer, r.proxy, r.requests, r.watches)
 	return r, nil
 }
@@ -92,7 +97,8 @@ func cpuOf(n *whole.Node, pid string) (time.Duration, error) {
 
 // parseMetrics counts, in the API server's metrics, what agents and installers may ask it, and the watches of the pods
 // of one namespace, which nobody else keeps.
-func parseMetrics(text string) (requests, watches int) {
+func parseMetrics(text string) (requests map[string]int, watches int) {
+	requests = map[string]int{}
 	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
 		series, value, _ := strings.Cut(lines.Text(), "} ")
 		name, labels, _ := strings.Cut(series, "{")
@@ -113,7 +119,7 @@ func parseMetrics(text string) (requests, watches int) {
 			watches += int(number)
 		case name != "apiserver_request_total":
 		case has(`resource="pods"`, `scope="namespace"`, `verb="LIST"`), has(`resource="daemonsets"`, `verb="GET"`), has(`resource="events"`, `verb="POST"`):
-			requests += int(number)
+			requests[labels] += int(number)
 		}
 	}
 	return requests, watches

@@ -106,7 +106,11 @@ func restRows(all []rest, nodes int) []row {
 		minutes := r.during.Minutes()
 		agent = append(agent, inMilliseconds(r.agent+r.installer)/minutes)
 		proxy = append(proxy, inMilliseconds(r.proxy)/minutes)
-		requests, watches = max(requests, r.requests), max(watches, r.watches)
+		sum := 0
+		for _, count := range r.requests {
+			sum += count
+		}
+		requests, watches = max(requests, sum), max(watches, r.watches)
 	}
 	const name = "at rest, a node"
 	return []row{
