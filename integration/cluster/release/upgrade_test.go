@@ -120,9 +120,9 @@ func TestUpgradeOfOldChart(t *testing.T) {
 	w.helm(append([]string{"install", name, "integration/cluster/release/testdata/chart-0.1.0"}, old...)...)
 	w.eventually("the old release", func() error { return w.daemonSetDone(system, daemonSet) })
 	// The rules that its agents have made: their targets are gone since.
-	rules := map[string][]string{}
+	rules := map[string][]string{} // by node, the commands that remove them
 	for i, n := range cluster.Nodes {
-		iptables := []string{"iptables", "iptables-legacy"}[i]
+		iptables := []string{"iptables-nft", "iptables-legacy"}[i]
 		gone := n.Pods().Addr().Next().Next() // the client's by now
 		rule := strings.Fields(fmt.Sprintf("PREROUTING -d %s/32 -i cni0 -p tcp -m tcp --dport %d -j DNAT --to-destination %s:%[2]d", magic.Addr(), magic.Port(), gone))
 		_, err := n.Exec(w.ctx, iptables, append([]string{"-t", "nat", "-A"}, rule...)...)
@@ -153,10 +153,13 @@ func TestUpgradeOfOldChart(t *testing.T) {
 	w.servedBy(magic, system)
 	for _, n := range cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
-		for _, command := range []string{"status", "doctor"} {
+		rule := strings.Join(rules[n.Name][4:], " ")
+		for command, said := range map[string][]string{"status": {rule}, "doctor": {rule, strings.Join(rules[n.Name], " ")}} {
 			printed := w.kubectl("exec", "-n", system, pod.Name, "-c", "agent", "--", "magic-ip-agent", command)
-			if want := strings.Join(rules[n.Name][4:], " "); !strings.Contains(printed, want) {
-				t.Errorf("%s on %s does not name the old rule, %s:\n%s", command, n.Name, want, printed)
+			for _, want := range said {
+				if !strings.Contains(printed, want) {
+					t.Errorf("%s on %s does not say %q:\n%s", command, n.Name, want, printed)
+				}
 			}
 		}
 	}
@@ -240,5 +243,17 @@ func (w *world) noWarnings(since time.Time) {
 		if at, err := time.Parse(time.RFC3339, stamp); err == nil && at.After(since) && strings.HasPrefix(what, "Pod/") && !strings.HasPrefix(what, "Pod/"+daemonSet) {
 			w.Errorf("a warning: %s", line)
 		}
+	}
+}
+
+// TestUninstallAtOnce: who thinks better of it while the pods are still starting gets rid of everything too.
+func TestUninstallAtOnce(t *testing.T) {
+	w := newWorld(t)
+	for _, after := range []time.Duration{0, 300 * time.Millisecond, 600 * time.Millisecond, 900 * time.Millisecond, 1500 * time.Millisecond} {
+		w.begin(apm, apmValues()...)
+		time.Sleep(after)
+		w.uninstall(apm)
+		w.nodesPristine()
+		w.lap("uninstalled after " + after.String())
 	}
 }
