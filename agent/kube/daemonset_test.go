@@ -307,8 +307,9 @@ func TestDeletion(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, own := newAPIServer(t)
-			answer, sigterm := following(t, own)
+			own.Await(t.Context())
 			s.awaitWatch()
+			answer, sigterm := following(t, own)
 			test.says(s)
 			if !test.deleted {
 				select {
@@ -389,8 +390,9 @@ func TestSIGTERM(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, own := newAPIServer(t)
-			answer, sigterm := following(t, own)
+			own.Await(t.Context())
 			s.awaitWatch()
+			answer, sigterm := following(t, own)
 			s.answer(test.get)
 			begun := time.Now()
 			sigterm()
