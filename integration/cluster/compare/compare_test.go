@@ -48,8 +48,8 @@ func TestCompare(t *testing.T) {
 		}
 	}
 	for _, rest := range r.rests {
-		if len(rest.requests) > 0 || rest.watches != len(w.Nodes) {
-			t.Errorf("at rest: requests %v and %d watches of pods, want none and one for each node", rest.requests, rest.watches)
+		if rest.polls > 0 || rest.watches != len(w.Nodes) {
+			t.Errorf("at rest: %d lists and %d watches of pods, want none and one for each node", rest.polls, rest.watches)
 		}
 	}
 	if err := printTable(os.Stdout, r.rows(len(w.Nodes))); err != nil {

@@ -28,7 +28,10 @@ const cutWithin = 10 * time.Millisecond
 
 // stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
 // has no time for client or server.
-const stall = 20 * time.Millisecond
+const (
+	stall  = 20 * time.Millisecond
+	around = 100 * time.Millisecond
+)
 
 const never = time.Duration(-1)
 
@@ -108,10 +111,11 @@ func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) boo
 	return false
 }
 
-// isStalled says whether the witness has waited too, at the same time.
+// isStalled says whether the witness has waited too, then or shortly before or after: a machine that has no time for
+// client or server has none for the agent.
 func isStalled(o lab.Outcome, witness lab.Outcomes) bool {
 	for _, w := range witness {
-		if w.Took >= stall && w.Sent.Before(o.Sent.Add(o.Took)) && o.Sent.Before(w.Sent.Add(w.Took)) {
+		if w.Took >= stall && w.Sent.Add(-around).Before(o.Sent.Add(o.Took)) && o.Sent.Before(w.Sent.Add(w.Took+around)) {
 			return true
 		}
 	}

@@ -18,11 +18,9 @@ type rest struct {
 	// cpu is the time that processes of one node took: those of the chart's pod, and kube-proxy, which serves all
 	// Services.
 	agent, installer, proxy time.Duration
-	// requests are the agents' kinds of request that the API server had, apart from watches, by series of its metrics:
-	// lists of the pods of one namespace, gets of DaemonSets, and events.
-	requests map[string]int
-	// watches of pods in one namespace are the agents' own.
-	watches int
+	// polls are lists of the pods of one namespace and watches those that are going on, of the whole cluster: nobody
+	// else asks for these.
+	polls, watches int
 }
 
 // atRest measures a node with a target and without traffic.
@@ -42,15 +40,10 @@ func (w *world) atRest(ctx context.Context, n *whole.Node, during time.Duration)
 	}
 	r := rest{
 		during: during, agent: after.agent - before.agent, installer: after.installer - before.installer, proxy: after.proxy - before.proxy,
-		requests: map[string]int{}, watches: after.watches,
+		polls: after.polls - before.polls, watches: after.watches,
 	}
-	for series, count := range after.requests {
-		if more := count - before.requests[series]; more > 0 {
-			r.requests[series] = more
-		}
-	}
-	w.log("at rest on %s for %v: agent %v, installer %v, kube-proxy %v; requests %v, %d watches of the pods of a namespace",
-		n.Name, r.during, r.agent, r.installer, r.proxy, r.requests, r.watches)
+	w.log("at rest on %s for %v: agent %v, installer %v, kube-proxy %v; %d lists and %d watches of the pods of a namespace",
+		n.Name, r.during, r.agent, r.installer, r.proxy, r.polls, r.watches)
 	return r, nil
 }
 
@@ -75,7 +68,7 @@ func (w *world) consumed(ctx context.Context, n *whole.Node) (r rest, err error)
 		}
 	}
 	metrics, errMetrics := w.Admin.Discovery().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
-	r.requests, r.watches = parseMetrics(string(metrics))
+	r.polls, r.watches = parseMetrics(string(metrics))
 	return r, errors.Join(err, errMetrics)
 }
 
@@ -95,32 +88,21 @@ func cpuOf(n *whole.Node, pid string) (time.Duration, error) {
 	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(errUser, errSystem)
 }
 
-// parseMetrics counts, in the API server's metrics, what agents and installers may ask it, and the watches of the pods
-// of one namespace, which nobody else keeps.
-func parseMetrics(text string) (requests map[string]int, watches int) {
-	requests = map[string]int{}
+// parseMetrics counts, in the API server's metrics, lists and watches of the pods of one namespace.
+func parseMetrics(text string) (lists, watches int) {
 	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
 		series, value, _ := strings.Cut(lines.Text(), "} ")
 		name, labels, _ := strings.Cut(series, "{")
 		number, err := strconv.ParseFloat(value, 64)
-		if err != nil {
+		if err != nil || !strings.Contains(labels, `resource="pods"`) || !strings.Contains(labels, `scope="namespace"`) {
 			continue
 		}
-		has := func(all ...string) bool {
-			for _, label := range all {
-				if !strings.Contains(labels, label) {
-					return false
-				}
-			}
-			return true
-		}
 		switch {
-		case name == "apiserver_longrunning_requests" && has(`resource="pods"`, `scope="namespace"`, `verb="WATCH"`):
+		case name == "apiserver_longrunning_requests" && strings.Contains(labels, `verb="WATCH"`):
 			watches += int(number)
-		case name != "apiserver_request_total":
-		case has(`resource="pods"`, `scope="namespace"`, `verb="LIST"`), has(`resource="daemonsets"`, `verb="GET"`), has(`resource="events"`, `verb="POST"`):
-			requests[labels] += int(number)
+		case name == "apiserver_request_total" && strings.Contains(labels, `verb="LIST"`):
+			lists += int(number)
 		}
 	}
-	return requests, watches
+	return lists, watches
 }
