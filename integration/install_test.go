@@ -353,7 +353,8 @@ func TestDaemonSetDeleted(t *testing.T) {
 type api struct {
 	mu       sync.Mutex
 	code     int
-	watchers int
+	watchers int           // who watch now
+	unseen   int           // watches so far, less answers: who watches then looks
 	changed  chan struct{} // closed when the code changes
 }
 
@@ -398,8 +399,8 @@ func (a *api) awaitWatchers(t *testing.T, n int) {
 	err := lab.Eventually(patience(t), func() error {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		if a.watchers != n {
-			return fmt.Errorf("%d watch the DaemonSet, want %d", a.watchers, n)
+		if a.watchers != n || a.unseen > 0 {
+			return fmt.Errorf("%d watch the DaemonSet, want %d; %d have yet to look at it", a.watchers, n, a.unseen)
 		}
 		return nil
 	})
@@ -417,9 +418,10 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case code == http.StatusOK && r.URL.Path == path+"/magic":
 		_, _ = w.Write([]byte(ownDaemonSet))
+		a.count(0, -1)
 	case code == http.StatusOK && r.URL.Path == path && r.URL.Query().Get("watch") == "true":
-		a.count(1)
-		defer a.count(-1)
+		a.count(1, 1)
+		defer a.count(-1, 0)
 		w.(http.Flusher).Flush()
 		select {
 		case <-r.Context().Done():
@@ -442,8 +444,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func (a *api) count(n int) {
+func (a *api) count(watchers, unseen int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.watchers += n
+	a.watchers += watchers
+	a.unseen += unseen
 }
