@@ -33,4 +33,33 @@
     {{- fail (printf "extraVars.%s: the chart sets this variable" $name) -}}
   {{- end -}}
 {{- end -}}
+{{- include "magic-ip-address.livingRelease" . -}}
+{{- end -}}
+
+{{/* What cannot be changed by an upgrade, because what was put on the nodes before would stay: whoever put it there is told to stop, which
+is no reason to take it out, and whoever comes does not know of it. */}}
+{{- define "magic-ip-address.livingRelease" -}}
+{{- $pod := lookup "apps/v1" "DaemonSet" .Release.Namespace (include "magic-ip-address.fullname" .) | dig "spec" "template" "spec" dict -}}
+{{- $way := printf "helm uninstall %s --namespace %s, and then install it with the new value" .Release.Name .Release.Namespace -}}
+{{- $ours := false -}}
+{{- range $pod.containers -}}
+  {{- if eq .name "agent" -}}
+    {{- $ours = true -}}
+    {{- range dig "readinessProbe" "exec" "command" list . -}}
+      {{- if and (hasPrefix "--name=" .) (ne . (printf "--name=%s" (include "magic-ip-address.agentName" $))) -}}
+        {{- fail (printf "config.name cannot be changed in a living release: the rules of %s would stay on the nodes. %s" (trimPrefix "--name=" .) $way) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- else if and (eq .name "installer") (not $.Values.cni.enabled) -}}
+    {{- fail (printf "cni.enabled cannot be switched off in a living release: its entry in the CNI configuration of the nodes would stay. %s" $way) -}}
+  {{- end -}}
+{{- end -}}
+{{- if $ours -}}
+  {{- range $pod.volumes -}}
+    {{- $path := dig "hostPath" "path" "" . -}}
+    {{- if and (eq .name "runtime") (ne $path $.Values.runtimeDir) -}}
+      {{- fail (printf "runtimeDir cannot be changed in a living release: the entry in the CNI configuration of the nodes names %s. %s" $path $way) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
 {{- end -}}

@@ -81,6 +81,12 @@ func TestUpgrade(t *testing.T) {
 	}
 	began.unbroken("helm upgrade and rollback of the chart under load")
 	w.servedBy(magic, system)
+	for _, value := range []string{"cni.enabled=false", "runtimeDir=/run/other", "config.name=other"} {
+		args := []string{"upgrade", name, chart, "--namespace", system, "--reuse-values", "--set", value}
+		if _, err := cluster.Helm(w.ctx, args...); err == nil || !strings.Contains(err.Error(), "in a living release") || !strings.Contains(err.Error(), "helm uninstall "+name+" --namespace "+system) {
+			t.Errorf("helm upgrade to %s: %v", value, err)
+		}
+	}
 	// The new magic IP has rights in its namespace, and the plugin records there.
 	w.targets(team)
 	w.servedBy(third, team)
