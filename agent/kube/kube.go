@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -245,10 +246,17 @@ func (p *Pods) newFeed(namespace string) *feed {
 	}
 	f.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, p.client), &corev1.Pod{}, 0, cache.Indexers{})
 	changed := func(any) { f.pods.wake() }
+	updated := func(before, now any) {
+		old, okOld := before.(*corev1.Pod)
+		pod, ok := now.(*corev1.Pod)
+		if !okOld || !ok || !reflect.DeepEqual(convert(old), convert(pod)) {
+			f.pods.wake()
+		}
+	}
 	// These fail only for an informer that runs already.
 	_ = f.informer.SetTransform(trim)
 	_, _ = f.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: changed, DeleteFunc: changed, UpdateFunc: func(_, o any) { changed(o) },
+		AddFunc: changed, DeleteFunc: changed, UpdateFunc: updated,
 	})
 	return f
 }

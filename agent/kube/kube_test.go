@@ -232,6 +232,55 @@ func TestFeed(t *testing.T) {
 	})
 }
 
+// TestWake: only what View returns wakes the agent. Kubelet writes a pod's status for more reasons than that.
+func TestWake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset(examplePod())
+		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
+		p.Select([]string{"default"})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wakes atomic.Int32
+		ended := make(chan error)
+		go func() { ended <- p.Run(ctx, func() { wakes.Add(1) }) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		for _, change := range []struct {
+			what  string
+			wakes int32
+			do    func(*corev1.Pod)
+		}{
+			{"an annotation and a condition that nobody reads", 0, func(pod *corev1.Pod) {
+				pod.Annotations["other"], pod.Status.Conditions[0].Message, pod.Status.Message = "new", "new", "new"
+			}},
+			{"ready", 1, func(pod *corev1.Pod) { pod.Status.Conditions[1].Status = corev1.ConditionFalse }},
+			{"an address", 1, func(pod *corev1.Pod) { pod.Status.PodIPs[0].IP = "10.244.1.3" }},
+			{"a label", 1, func(pod *corev1.Pod) { pod.Labels["version"] = "2" }},
+			{"terminating", 1, func(pod *corev1.Pod) { now := metav1.Now(); pod.DeletionTimestamp = &now }},
+		} {
+			wakes.Store(0)
+			pod, err := client.CoreV1().Pods("default").Get(ctx, "echo", metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			change.do(pod)
+			if _, err := client.CoreV1().Pods("default").Update(ctx, pod, metav1.UpdateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if wakes.Load() != change.wakes {
+				t.Errorf("%s: %d wakes, want %d", change.what, wakes.Load(), change.wakes)
+			}
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute) // for the reflectors' back-off
+		synctest.Wait()
+	})
+}
+
 // TestWatchEnds: between a watch that has ended and the next, which may be long in coming, polls list.
 func TestWatchEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
