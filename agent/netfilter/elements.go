@@ -25,33 +25,54 @@ type setChange struct {
 	gone, added []string // keys
 }
 
-// changes are those from before to rs, which has the same structure.
-func (rs *ruleset) changes(before *ruleset) []setChange {
-	var all []setChange
-	for i, s := range rs.sets {
-		change := setChange{old: before.sets[i], wanted: s}
-		stay := 0
-		for key, value := range s.elements {
-			if was, there := change.old.elements[key]; there && was == value {
-				stay++
-			} else {
-				change.added = append(change.added, key)
-			}
-		}
-		if stay < len(change.old.elements) {
-			for key, value := range change.old.elements {
-				if now, there := s.elements[key]; !there || now != value {
-					change.gone = append(change.gone, key)
-				}
-			}
-		}
-		slices.Sort(change.gone)
-		slices.Sort(change.added)
+// changes are those from one plan to another that has the same chains. What makes the same elements in both is left
+// out: there may be thousands of rules, and one pod.
+func changes(before, after *plan.Plan, family knftables.Family) (all []setChange) {
+	was, now := *before, *after
+	if slices.Equal(before.HostAddresses, after.HostAddresses) { // they decide about hairpins
+		was.Rules, now.Rules = plan.Apart(before, after)
+	}
+	old, wanted := elements(&was, family), elements(&now, family)
+	for i, s := range wanted {
+		change := setChange{old: old[i], wanted: s}
+		change.gone = keysWithout(change.old, s, after)
+		change.added = keysWithout(s, change.old, before)
 		if len(change.gone)+len(change.added) > 0 {
 			all = append(all, change)
 		}
 	}
 	return all
+}
+
+// keysWithout are the keys of s that are not in other with the same value, nor needed by other rules of its plan.
+func keysWithout(s, other set, of *plan.Plan) (keys []string) {
+	for key, value := range s.elements {
+		if there, ok := other.elements[key]; (!ok || there != value) && !shared(of, s.name, key) {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// shared says whether a plan makes an element of one of the sets in which several rules may have the same.
+func shared(p *plan.Plan, set, key string) bool {
+	var needs func(plan.Rule, netip.Addr) bool
+	switch set {
+	case addressesSet:
+		needs = func(r plan.Rule, a netip.Addr) bool { return r.Address == a && !r.Foreign() }
+	case hostAddressesSet:
+		needs = func(r plan.Rule, a netip.Addr) bool { return r.Address == a && !r.Foreign() && r.HostClients }
+	case hairpinsSet:
+		needs = func(r plan.Rule, a netip.Addr) bool {
+			return !slices.Contains(p.HostAddresses, a) && slices.ContainsFunc(r.Endpoints, func(e netip.AddrPort) bool { return e.Addr() == a })
+		}
+	default:
+		return false
+	}
+	text, _, _ := strings.Cut(key, " . ")
+	address, err := netip.ParseAddr(text)
+	return err == nil && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return needs(r, address) })
 }
 
 // elementSocket changes elements of sets by netlink, in one transaction.

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
@@ -53,12 +56,11 @@ func TestElementsWithoutNFT(t *testing.T) {
 	}
 	for _, table := range backend.tables {
 		table.nft = noNFT{table.nft}
-		before, after := render(&first, table.family), render(&second, table.family)
 		changed := map[string]bool{"spread": true} // never without its chains
-		for _, change := range after.changes(&before) {
+		for _, change := range changes(&first, &second, table.family) {
 			changed[change.wanted.name] = true
 		}
-		for _, s := range after.sets {
+		for _, s := range elements(&second, table.family) {
 			if !changed[s.name] {
 				t.Errorf("%s: this test does not change the elements of %s", table.family, s.name)
 			}
@@ -76,10 +78,80 @@ func TestElementsWithoutNFT(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if missing := listed.compare(table.rules, table.structure); len(missing) > 0 {
+			rules := render(p, table.family)
+			if missing := listed.compare(&rules, table.structure); len(missing) > 0 {
 				t.Errorf("after change %d: %v", i, missing)
 			}
 		}
+	}
+}
+
+// TestChanges: between any two plans, what is gone and what is added make the elements of the one those of the other, and
+// nothing is deleted that is not there, or added that is.
+func TestChanges(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(1, 2))
+	one := func(of ...string) string { return of[random.IntN(len(of))] }
+	// Few addresses, so that many rules have one in common.
+	input := func() plan.Input {
+		in := plan.Input{PodInterfaces: []string{one("veth0", "veth1")}, Settled: random.IntN(2) == 0}
+		if random.IntN(4) == 0 {
+			in.HostAddresses = []netip.Addr{netip.MustParseAddr("10.0.0.1")}
+		}
+		seen := map[plan.Frontend]bool{}
+		for range random.IntN(6) {
+			f := frontend(one("169.254.210.210", "169.254.210.211", "fd00:a::1"), plan.Protocol(one("tcp", "udp")), uint16(1+random.IntN(2)))
+			if seen[f] {
+				continue
+			}
+			seen[f] = true
+			if random.IntN(8) == 0 {
+				in.Foreign = append(in.Foreign, f)
+				continue
+			}
+			service := plan.Service{
+				Frontend: f, HostClients: random.IntN(2) == 0, ExcludeTarget: random.IntN(4) == 0,
+				WithoutEndpoint: plan.Action(one(string(plan.Refuse), string(plan.Hold), string(plan.Pass))),
+			}
+			for range random.IntN(3) {
+				pod := one("10.0.0.1", "10.0.0.2", "10.0.0.3")
+				if f.Address.Is6() {
+					pod = one("fd00::1", "fd00::2")
+				}
+				service.Endpoints = append(service.Endpoints, netip.AddrPortFrom(netip.MustParseAddr(pod), uint16(8080+random.IntN(2))))
+			}
+			in.Services = append(in.Services, service)
+		}
+		return in
+	}
+	changed := 0
+	for range 2000 {
+		before, after := plan.Build(input()), plan.Build(input())
+		for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+			sets := elements(&before, family)
+			for _, change := range changes(&before, &after, family) {
+				changed++
+				i := slices.IndexFunc(sets, func(s set) bool { return s.name == change.wanted.name })
+				for _, key := range change.gone {
+					if _, there := sets[i].elements[key]; !there {
+						t.Fatalf("%s of %s is gone, and was never there\nbefore: %+v\nafter:  %+v", key, sets[i].name, before, after)
+					}
+					delete(sets[i].elements, key)
+				}
+				for _, key := range change.added {
+					if _, there := sets[i].elements[key]; there {
+						t.Fatalf("%s of %s is added, and is there\nbefore: %+v\nafter:  %+v", key, sets[i].name, before, after)
+					}
+					sets[i].elements[key] = change.wanted.elements[key]
+				}
+			}
+			if diff := cmp.Diff(elements(&after, family), sets, cmp.AllowUnexported(set{})); diff != "" {
+				t.Fatalf("elements (-want +got):\n%s\nbefore: %+v\nafter:  %+v", diff, before, after)
+			}
+		}
+	}
+	if changed < 2000 {
+		t.Errorf("only %d changes of sets: this test shows nothing", changed)
 	}
 }
 

@@ -110,8 +110,8 @@ type table struct {
 	// elements does changes without nft; nil where there is no kernel.
 	elements func([]setChange) error
 
-	known bool // false until the first sync, and after a failed one
-	rules *ruleset
+	known bool       // false until the first sync, and after a failed one
+	plan  *plan.Plan // nil: no table
 	// structure is how nft lists our chains and sets; seen, the generation at which the table was
 	// last known to be as wanted.
 	structure string
@@ -122,30 +122,28 @@ type table struct {
 }
 
 func (t *table) sync(ctx context.Context, p *plan.Plan) error {
-	var wanted *ruleset
-	if slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == t.family }) {
-		rules := render(p, t.family)
-		wanted = &rules
+	if !slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == t.family }) {
+		p = nil
 	}
-	if err := t.apply(ctx, wanted); err != nil {
+	if err := t.apply(ctx, p); err != nil {
 		t.known = false
 		return fmt.Errorf("nftables table %s %s: %w", t.family, t.name, err)
 	}
 	return nil
 }
 
-// apply loads wanted; nil is no table at all.
-func (t *table) apply(ctx context.Context, wanted *ruleset) error {
+// apply brings the table to p; nil is no table at all.
+func (t *table) apply(ctx context.Context, p *plan.Plan) error {
 	switch {
-	case wanted == nil:
-		if t.known && t.rules == nil {
+	case p == nil:
+		if t.known && t.plan == nil {
 			return nil
 		}
 		if err := t.remove(ctx); err != nil {
 			return err
 		}
-	case t.known && t.rules != nil && wanted.sameStructure(t.rules):
-		if changes := wanted.changes(t.rules); len(changes) > 0 {
+	case t.known && t.plan != nil && sameChains(p, t.plan, t.family):
+		if changes := changes(t.plan, p, t.family); len(changes) > 0 {
 			before, err := t.generation()
 			if err != nil {
 				return err
@@ -153,16 +151,17 @@ func (t *table) apply(ctx context.Context, wanted *ruleset) error {
 			if err := t.change(ctx, changes); err != nil {
 				// Somebody has changed the table since we looked: put all of it in place.
 				t.known, t.mended = false, true
-				return t.apply(ctx, wanted)
+				return t.apply(ctx, p)
 			}
 			t.advance(before, 1)
 		}
 	default:
-		if err := t.loadAndRemember(ctx, wanted); err != nil {
+		rules := render(p, t.family)
+		if err := t.loadAndRemember(ctx, &rules); err != nil {
 			return err
 		}
 	}
-	t.known, t.rules = true, wanted
+	t.known, t.plan = true, p
 	return nil
 }
 
@@ -272,13 +271,14 @@ func (t *table) verify(ctx context.Context) ([]string, error) {
 	}
 	var differs []string
 	switch {
-	case t.rules == nil && !listed.exists:
-	case t.rules == nil:
+	case t.plan == nil && !listed.exists:
+	case t.plan == nil:
 		differs = []string{"a table that is not wanted any more"}
 	case !listed.exists:
 		differs = []string{"the whole table"}
 	default:
-		differs = listed.compare(t.rules, t.structure)
+		rules := render(t.plan, t.family)
+		differs = listed.compare(&rules, t.structure)
 	}
 	if len(differs) == 0 {
 		t.seen = now
@@ -298,7 +298,7 @@ func (t *table) remove(ctx context.Context) error {
 	if err := t.nft.Run(ctx, tx); err != nil {
 		return err
 	}
-	t.known, t.rules, t.seen = true, nil, 0
+	t.known, t.plan, t.seen = true, nil, 0
 	return nil
 }
 

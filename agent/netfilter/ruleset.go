@@ -49,10 +49,22 @@ const (
 	beforeFilter knftables.BaseChainPriority = "-10"
 )
 
+// The sets in which rules may share elements; see changes.
+const (
+	addressesSet     = "addresses"
+	hostAddressesSet = "host-addresses"
+	hairpinsSet      = "hairpins"
+)
+
 // concat joins the parts of a key or a value as nft writes them.
 func concat(parts ...string) string { return strings.Join(parts, " . ") }
 
 // render writes the rules of p for one family ("ip" or "ip6").
+func render(p *plan.Plan, family knftables.Family) ruleset {
+	return ruleset{chains: chains(p, family), sets: elements(p, family)}
+}
+
+// chains are those of p for one family.
 //
 // Why these hooks. The filter chains run before any destination NAT of ours or of others (priority
 // dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be refused, and
@@ -61,10 +73,10 @@ func concat(parts ...string) string { return strings.Join(parts, " . ") }
 // before anything else is looked at: its first packet was allowed, and it ends when its sandbox does (see
 // plan.Stale). The nat chains see the first packet of a flow only; what they have not translated, because
 // the flow is older than the rule or conntrack calls the packet invalid, ends in the forward chain.
-func render(p *plan.Plan, family knftables.Family) ruleset {
+func chains(p *plan.Plan, family knftables.Family) []chain {
 	ip := string(family)
 	const translated = "ct status & dnat == dnat accept"
-	rs := ruleset{chains: []chain{
+	all := []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
 			rules: []string{
 				ip + " daddr @addresses goto from-network",
@@ -123,17 +135,16 @@ func render(p *plan.Plan, family knftables.Family) ruleset {
 			ip + " saddr . " + ip + " daddr @hairpins masquerade",
 			"iifname . oifname @unfiltered-bridges masquerade",
 		}},
-	}}
-	for i, clients := range p.Clients {
-		rs.chains = append(rs.chains, clientChains(i, clients)...)
 	}
-	rs.sets = elements(p, family)
+	for i, clients := range p.Clients {
+		all = append(all, clientChains(i, clients)...)
+	}
 	for _, rule := range p.Rules {
-		if rule.Address.Is6() == (family == knftables.IPv6Family) && len(rule.Endpoints) > 1 {
-			rs.chains = append(rs.chains, spreadChain(rule, ip))
+		if len(rule.Endpoints) > 1 && familyOf(rule.Address) == family {
+			all = append(all, spreadChain(rule, ip))
 		}
 	}
-	return rs
+	return all
 }
 
 // frontendKey is the key of a packet's frontend; th dport is the destination port of any transport.
@@ -191,8 +202,8 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 	newSet := func(name, key, value, comment string) set {
 		return set{name: name, key: key, value: value, comment: comment, elements: map[string]string{}}
 	}
-	addresses := newSet("addresses", address, "", "the magic IPs")
-	hostAddresses := newSet("host-addresses", address, "", "the magic IPs that processes of this node may use")
+	addresses := newSet(addressesSet, address, "", "the magic IPs")
+	hostAddresses := newSet(hostAddressesSet, address, "", "the magic IPs that processes of this node may use")
 	interfaces := newSet("pod-interfaces", "ifname", "", "where this node's pods are")
 	services := newSet("services", frontend, "verdict", "what becomes of a pod's packet")
 	hostServices := newSet("host-services", frontend, "verdict", "what becomes of a packet of a process of this node")
@@ -201,7 +212,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 	excluded := newSet("excluded", concat(address, frontend), "", "sources that are left alone")
 	passed := newSet("passed", frontend, "", "frontends whose packets may leave the node as they are")
 	hostExcluded := newSet("host-excluded", frontend, "", "frontends that processes of this node do not use")
-	hairpins := newSet("hairpins", concat(address, address), "", "endpoints that talk to themselves")
+	hairpins := newSet(hairpinsSet, concat(address, address), "", "endpoints that talk to themselves")
 	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
 
 	for _, rule := range p.Rules {
@@ -260,9 +271,9 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 	return []set{addresses, hostAddresses, interfaces, services, hostServices, endpoints, spread, excluded, hostExcluded, passed, hairpins, bridges}
 }
 
-// sameStructure says whether only elements differ.
-func (rs *ruleset) sameStructure(other *ruleset) bool {
-	return slices.EqualFunc(rs.chains, other.chains, func(a, b chain) bool {
+// sameChains says whether only elements differ.
+func sameChains(p, q *plan.Plan, family knftables.Family) bool {
+	return slices.EqualFunc(chains(p, family), chains(q, family), func(a, b chain) bool {
 		return a.name == b.name && slices.Equal(a.rules, b.rules)
 	})
 }

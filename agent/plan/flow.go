@@ -89,8 +89,9 @@ func (p *Plan) Since(before *Plan) Change {
 		before = &Plan{}
 	}
 	var change Change
-	for _, rule := range p.Rules {
-		old, found := before.Find(rule.Frontend)
+	was, now := Apart(before, p)
+	for _, rule := range now {
+		old, found := find(was, rule.Frontend)
 		if !found || old.Action != rule.Action || old.HostClients != rule.HostClients ||
 			!slices.Equal(old.Endpoints, rule.Endpoints) || !slices.Equal(old.Excluded, rule.Excluded) {
 			change.Frontends = append(change.Frontends, rule.Frontend)
@@ -99,8 +100,8 @@ func (p *Plan) Since(before *Plan) Change {
 			}
 		}
 	}
-	for _, rule := range before.Rules {
-		if _, found := p.Find(rule.Frontend); !found && !rule.Foreign() {
+	for _, rule := range was {
+		if _, found := find(now, rule.Frontend); !found && !rule.Foreign() {
 			change.Removed = append(change.Removed, rule.Frontend)
 		}
 	}

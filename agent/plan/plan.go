@@ -191,27 +191,61 @@ func Build(in Input) Plan {
 
 // Equal says whether nothing differs.
 func (p *Plan) Equal(q *Plan) bool {
-	return p.Settled == q.Settled && slices.EqualFunc(p.Rules, q.Rules, Rule.equal) &&
+	ofP, ofQ := Apart(p, q)
+	return p.Settled == q.Settled && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Bridges, q.Bridges) &&
 		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Sandboxes, q.Sandboxes)
 }
 
-func (r Rule) equal(s Rule) bool {
+func (r *Rule) equal(s *Rule) bool {
 	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients &&
 		slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
+}
+
+// Apart are the rules of two plans without those that are equal in both, in order.
+func Apart(p, q *Plan) (ofP, ofQ []Rule) {
+	i, j := 0, 0
+	for i < len(p.Rules) || j < len(q.Rules) {
+		order := 0
+		switch {
+		case i == len(p.Rules):
+			order = 1
+		case j == len(q.Rules):
+			order = -1
+		default:
+			order = p.Rules[i].Compare(q.Rules[j].Frontend)
+		}
+		if order != 0 || !p.Rules[i].equal(&q.Rules[j]) {
+			if order <= 0 {
+				ofP = append(ofP, p.Rules[i])
+			}
+			if order >= 0 {
+				ofQ = append(ofQ, q.Rules[j])
+			}
+		}
+		if order <= 0 {
+			i++
+		}
+		if order >= 0 {
+			j++
+		}
+	}
+	return ofP, ofQ
 }
 
 // Foreign says whether another agent claims the frontend of r.
 func (r Rule) Foreign() bool { return r.Clients < 0 }
 
 // Find returns the rule of a frontend.
-func (p *Plan) Find(f Frontend) (Rule, bool) {
-	i, found := slices.BinarySearchFunc(p.Rules, f, func(r Rule, f Frontend) int { return r.Compare(f) })
+func (p *Plan) Find(f Frontend) (Rule, bool) { return find(p.Rules, f) }
+
+func find(rules []Rule, f Frontend) (Rule, bool) {
+	i, found := slices.BinarySearchFunc(rules, f, func(r Rule, f Frontend) int { return r.Compare(f) })
 	if !found {
 		return Rule{}, false
 	}
-	return p.Rules[i], true
+	return rules[i], true
 }
 
 func sortedSet[E any](in []E, compare func(E, E) int) []E {
