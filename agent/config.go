@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -310,7 +309,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 		v.bad(at("selector"), "is missing; allowed: a Kubernetes label selector such as app=apm-server")
 	} else {
 		port.SelectorText = *raw.Selector
-		if port.Selector, err = labels.Parse(*raw.Selector); err != nil {
+		if port.Selector, err = endpoint.ParseSelector(*raw.Selector); err != nil {
 			v.bad(at("selector"), "%q is not a Kubernetes label selector: %v", *raw.Selector, err)
 		} else if port.Selector.Empty() {
 			v.bad(at("selector"), "selects every pod; allowed: a Kubernetes label selector such as app=apm-server")

@@ -138,7 +138,7 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("accepted %+v", config)
 		}
 		for _, port := range config.Ports {
-			if !port.Address.IsValid() || port.Port == 0 || port.Selector == nil || port.Namespace == "" ||
+			if !port.Address.IsValid() || port.Port == 0 || port.Selector.Selector == nil || port.Namespace == "" ||
 				port.TargetPort == 0 && port.TargetPortName == "" || noAPI && port.TargetPortName != "" {
 				t.Errorf("accepted %+v", port)
 			}

@@ -17,7 +17,7 @@ func (a *Agent) decide(now time.Time) (next time.Duration) {
 		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
 		Pods: a.pods.Pods, Told: a.pods.told, Current: a.pods.Current, Withdrawn: a.pods.withdrawn,
 	}))
-	services := map[plan.Frontend]*service{}
+	services := make(map[plan.Frontend]*service, len(a.config.Ports))
 	for _, port := range a.config.Ports {
 		if _, twice := services[port.Frontend]; twice {
 			continue // refused when it was parsed
@@ -63,7 +63,7 @@ func (a *Agent) keepRestored(port Port, s *service) {
 		}
 		namespace, name := splitPod(e.Pod)
 		s.endpoints = append(s.endpoints, endpoint.Chosen{
-			Target:  endpoint.Target{Namespace: namespace, Name: name, UID: e.UID, Recorded: e.Recorded},
+			Target:  &endpoint.Target{Namespace: namespace, Name: name, UID: e.UID, Recorded: e.Recorded},
 			Address: e.Address,
 		})
 	}
@@ -119,14 +119,13 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 		Bridges:       a.network.Bridges,
 		HostAddresses: a.network.Addresses,
 		Settled:       a.settled(),
+		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}
-	added := map[plan.Frontend]bool{}
 	for _, port := range a.config.Ports {
 		s := a.services[port.Frontend]
-		if s.refused != "" || added[port.Frontend] {
+		if s.refused != "" || port.Refused != "" { // what is claimed twice is refused the second time
 			continue
 		}
-		added[port.Frontend] = true
 		service := plan.Service{
 			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
 			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now),

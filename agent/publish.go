@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -81,12 +82,15 @@ func (a *Agent) renew(now time.Time) error {
 
 // endpointRecords are the records of the endpoints that the state file has, and not lost ones.
 func (a *Agent) endpointRecords() (list []state.Attachment) {
+	endpoints := map[netip.Addr]bool{}
+	for _, s := range a.services {
+		for _, chosen := range s.endpoints {
+			endpoints[chosen.Address.Addr()] = true
+		}
+	}
 	for _, record := range a.records.list[len(a.records.lost):] {
-		for _, s := range a.services {
-			if slices.ContainsFunc(s.endpoints, func(c endpoint.Chosen) bool { return slices.Contains(record.IPs, c.Address.Addr()) }) {
-				list = append(list, record)
-				break
-			}
+		if slices.ContainsFunc(record.IPs, func(ip netip.Addr) bool { return endpoints[ip] }) {
+			list = append(list, record)
 		}
 	}
 	return list

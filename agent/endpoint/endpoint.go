@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/selection"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -212,7 +213,7 @@ func Covers(namespaces []string, namespace string) bool {
 // Selection is which targets a magic IP is for, and how the endpoint is chosen among them.
 type Selection struct {
 	Namespace string // AllNamespaces for every one
-	Selector  labels.Selector
+	Selector  Selector
 	Owner     string // Kind/name; empty for any
 	Readiness Readiness
 	Spread    bool // all targets of the best rank instead of the newest
@@ -222,24 +223,53 @@ type Selection struct {
 	TargetPortName string
 }
 
+// Selector is a Kubernetes label selector.
+type Selector struct {
+	labels.Selector
+	// anyOf are labels of which a pod that is selected has one; empty where the selector asks for none.
+	anyOf []label
+}
+
+type label struct{ key, value string }
+
+// ParseSelector parses the whole grammar of Kubernetes label selectors.
+func ParseSelector(text string) (Selector, error) {
+	selector, err := labels.Parse(text)
+	if err != nil {
+		return Selector{}, err
+	}
+	s := Selector{Selector: selector}
+	requirements, _ := selector.Requirements()
+	for _, r := range requirements {
+		switch r.Operator() {
+		case selection.Equals, selection.DoubleEquals, selection.In:
+			for value := range r.Values() {
+				s.anyOf = append(s.anyOf, label{r.Key(), value})
+			}
+			return s, nil
+		}
+	}
+	return s, nil
+}
+
 // Chosen is an endpoint: a target and the address of the family and the port that were asked for.
 type Chosen struct {
-	Target
+	*Target
 	Address netip.AddrPort
 }
 
 // Index finds the targets of a selection without a look at all of them, for there may be thousands of selections.
 type Index struct {
-	targets []Target
-	byLabel map[label][]Target
+	targets []*Target
+	byLabel map[label][]*Target
 }
-
-type label struct{ key, value string }
 
 // NewIndex makes an index of targets.
 func NewIndex(targets []Target) *Index {
-	index := &Index{targets: targets, byLabel: map[label][]Target{}}
-	for _, target := range targets {
+	index := &Index{byLabel: map[label][]*Target{}}
+	for i := range targets {
+		target := &targets[i]
+		index.targets = append(index.targets, target)
 		for key, value := range target.Labels {
 			index.byLabel[label{key, value}] = append(index.byLabel[label{key, value}], target)
 		}
@@ -247,48 +277,39 @@ func NewIndex(targets []Target) *Index {
 	return index
 }
 
-// Choose is Choose among all targets of the index.
-func (i *Index) Choose(selection Selection) []Chosen {
-	requirements, _ := selection.Selector.Requirements()
-	for _, r := range requirements {
-		switch r.Operator() {
-		case "=", "==", "in":
-			// A target has one value of a label, so none is found twice.
-			var candidates []Target
-			for value := range r.Values() {
-				candidates = append(candidates, i.byLabel[label{r.Key(), value}]...)
-			}
-			return Choose(selection, candidates)
-		}
-	}
-	return Choose(selection, i.targets)
-}
-
 // Choose returns the endpoints: the newest target of the best rank, or with Spread all of that rank.
-func Choose(selection Selection, targets []Target) []Chosen {
+func (i *Index) Choose(s Selection) []Chosen {
 	best := never
 	var chosen []Chosen
-	for _, target := range targets {
-		rank := selection.rank(target)
-		address, ok := selection.address(target)
-		if rank > best || rank == never || !ok {
-			continue
+	consider := func(targets []*Target) {
+		for _, target := range targets {
+			rank := s.rank(target)
+			address, ok := s.address(target)
+			if rank > best || rank == never || !ok {
+				continue
+			}
+			if rank < best {
+				best, chosen = rank, nil
+			}
+			chosen = append(chosen, Chosen{Target: target, Address: address})
 		}
-		if rank < best {
-			best, chosen = rank, nil
-		}
-		chosen = append(chosen, Chosen{Target: target, Address: address})
+	}
+	if len(s.Selector.anyOf) == 0 {
+		consider(i.targets)
+	}
+	for _, l := range s.Selector.anyOf { // a target has one value of a label, so none is found twice
+		consider(i.byLabel[l])
 	}
 	slices.SortStableFunc(chosen, func(a, b Chosen) int {
 		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), b.AddedAt.Compare(a.AddedAt), strings.Compare(b.UID, a.UID))
 	})
-	if !selection.Spread && len(chosen) > 1 {
+	if !s.Spread && len(chosen) > 1 {
 		chosen = chosen[:1]
 	}
 	return chosen
 }
 
-func (s Selection) address(t Target) (netip.AddrPort, bool) {
+func (s *Selection) address(t *Target) (netip.AddrPort, bool) {
 	port := s.TargetPort
 	if s.TargetPortName != "" {
 		port = t.Ports[s.TargetPortName]
@@ -306,7 +327,7 @@ func (s Selection) address(t Target) (netip.AddrPort, bool) {
 
 // matches says whether the target is one of this selection. Labels that nobody has told yet match only
 // a selector that asks for none.
-func (s Selection) matches(t Target) bool {
+func (s *Selection) matches(t *Target) bool {
 	if s.Namespace != AllNamespaces && s.Namespace != t.Namespace {
 		return false
 	}
@@ -319,7 +340,7 @@ func (s Selection) matches(t Target) bool {
 const never = 5
 
 // rank is the row of the table in README, "Which pod is the endpoint", from 1; never where it is none.
-func (s Selection) rank(t Target) int {
+func (s *Selection) rank(t *Target) int {
 	rank := never
 	switch {
 	case !s.matches(t) || t.Finished:

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
@@ -110,7 +109,7 @@ func TestChoose(t *testing.T) {
 		{"the same while the API is unreachable", sources{Current: []string{"other"}, Records: []state.Attachment{record("a", 1, time.Hour)}}, nil, "10.0.0.1:80"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			selector, err := labels.Parse("app=echo")
+			selector, err := endpoint.ParseSelector("app=echo")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,5 +135,43 @@ func TestChoose(t *testing.T) {
 				t.Errorf("with the sources in another order: %q, before %q", again, got)
 			}
 		})
+	}
+}
+
+// TestSelectors: whatever a selector asks for first, the targets that it finds are those that it matches.
+func TestSelectors(t *testing.T) {
+	for _, tt := range []struct{ selector, want string }{
+		{"app=echo", "10.0.0.1:80 10.0.0.2:80"},
+		{"app==echo,tier=front", "10.0.0.1:80"},
+		{"tier in (back,front)", "10.0.0.1:80 10.0.0.2:80 10.0.0.3:80"},
+		{"tier in (none)", ""},
+		{"tier", "10.0.0.1:80 10.0.0.2:80 10.0.0.3:80"},
+		{"!tier", "10.0.0.4:80"},
+		{"app!=echo", "10.0.0.3:80 10.0.0.4:80"},
+		{"tier,app=echo,tier notin (back)", "10.0.0.1:80"},
+		{"weight>5", "10.0.0.3:80"},
+	} {
+		selector, err := endpoint.ParseSelector(tt.selector)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := endpoint.Selection{Namespace: "default", Selector: selector, Readiness: endpoint.Prefer, TargetPort: 80, Spread: true}
+		var sources endpoint.Sources
+		for i, set := range []map[string]string{{"app": "echo", "tier": "front"}, {"app": "echo", "tier": "back"}, {"app": "other", "tier": "back", "weight": "6"}, {"weight": "5"}} {
+			p := pod(string(rune('a'+i)), byte(i+1), 0, "ready")
+			p.Labels = set
+			sources.Pods = append(sources.Pods, p)
+		}
+		var got []string
+		for _, c := range endpoint.NewIndex(endpoint.Targets(sources)).Choose(s) {
+			got = append(got, c.Address.String())
+		}
+		slices.Sort(got)
+		if diff := cmp.Diff(tt.want, strings.Join(got, " ")); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.selector, diff)
+		}
+	}
+	if _, err := endpoint.ParseSelector("app=(echo"); err == nil {
+		t.Error("app=(echo is taken for a selector")
 	}
 }

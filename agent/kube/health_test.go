@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"context"
 	"errors"
 	"testing"
 	"testing/synctest"
@@ -25,11 +24,7 @@ func TestHealth(t *testing.T) {
 			}
 		}
 		want("before anything", Feed{Namespace: "default"})
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan error)
-		go func() { ended <- p.Run(ctx, func() {}) }()
-		time.Sleep(time.Second)
-		synctest.Wait()
+		ctx, end := running(t, p, func() {})
 		f := p.feeds["default"]
 		f.heard(nil)
 		heard := time.Now()
@@ -47,11 +42,6 @@ func TestHealth(t *testing.T) {
 		if after := p.Requests(); after["poll"] != 1 {
 			t.Errorf("requests after a poll: %v", after)
 		}
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		end()
 	})
 }

@@ -56,6 +56,25 @@ func examplePod() *corev1.Pod {
 	}
 }
 
+// running runs p, in a bubble of synctest, until it has listed; end has it end.
+func running(t *testing.T, p *Pods, wake func()) (ctx context.Context, end func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- p.Run(ctx, wake) }()
+	time.Sleep(time.Second)
+	synctest.Wait()
+	return ctx, func() {
+		t.Helper()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute) // for the reflectors' back-off
+		synctest.Wait()
+	}
+}
+
 // TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
 func TestTrimAndConvert(t *testing.T) {
 	want := endpoint.Pod{
@@ -106,11 +125,7 @@ func TestPollAndWatch(t *testing.T) {
 		})
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan error)
-		go func() { ended <- p.Run(ctx, func() {}) }()
-		time.Sleep(time.Second)
-		synctest.Wait()
+		ctx, end := running(t, p, func() {})
 		f := p.feeds["default"]
 		expect := func(when, want string) {
 			t.Helper()
@@ -148,12 +163,7 @@ func TestPollAndWatch(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		expect("a poll that has failed beside a watch that answers", "as-of-10")
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		end()
 	})
 }
 
@@ -179,12 +189,8 @@ func TestFeed(t *testing.T) {
 		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) != 1 {
 			t.Errorf("before anything, after some time: %+v", view)
 		}
-		ctx, cancel := context.WithCancel(t.Context())
 		var wakes atomic.Int32
-		ended := make(chan error)
-		go func() { ended <- p.Run(ctx, func() { wakes.Add(1) }) }()
-		time.Sleep(time.Second)
-		synctest.Wait()
+		ctx, end := running(t, p, func() { wakes.Add(1) })
 		if view := p.View(); !view.Spoken || !view.Reachable || names(view) != "default/echo" || wakes.Load() == 0 {
 			t.Errorf("after the list: %+v, %d wakes", view, wakes.Load())
 		}
@@ -223,12 +229,7 @@ func TestFeed(t *testing.T) {
 		if len(p.feeds) != 1 || p.feeds[endpoint.AllNamespaces] == nil {
 			t.Errorf("feeds: %v", p.feeds)
 		}
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		time.Sleep(time.Minute) // for the reflectors' back-off
-		synctest.Wait()
+		end()
 	})
 }
 
@@ -238,12 +239,8 @@ func TestWake(t *testing.T) {
 		client := fake.NewClientset(examplePod())
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
-		ctx, cancel := context.WithCancel(t.Context())
 		var wakes atomic.Int32
-		ended := make(chan error)
-		go func() { ended <- p.Run(ctx, func() { wakes.Add(1) }) }()
-		time.Sleep(time.Second)
-		synctest.Wait()
+		ctx, end := running(t, p, func() { wakes.Add(1) })
 		for _, change := range []struct {
 			what  string
 			wakes int32
@@ -272,12 +269,7 @@ func TestWake(t *testing.T) {
 				t.Errorf("%s: %d wakes, want %d", change.what, wakes.Load(), change.wakes)
 			}
 		}
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		time.Sleep(time.Minute) // for the reflectors' back-off
-		synctest.Wait()
+		end()
 	})
 }
 

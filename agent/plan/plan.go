@@ -154,6 +154,7 @@ func Build(in Input) Plan {
 	}
 	slices.SortFunc(p.Clients, func(a, b Clients) int { return slices.Compare(a.Interfaces, b.Interfaces) })
 
+	p.Rules = make([]Rule, 0, len(in.Services))
 	claimed := map[Frontend]bool{}
 	addresses := map[netip.Addr]bool{}
 	for _, service := range in.Services {
