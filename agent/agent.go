@@ -114,7 +114,10 @@ type Agent struct {
 	restored *published.Agent
 	// restoredOf are its magic IPs by frontend.
 	restoredOf map[plan.Frontend][]published.MagicIP
-	services   map[plan.Frontend]*service
+	// services are remembered by frontend; serving are those of config.Ports, in order: nil where another port before has the
+	// frontend, and none at all until decide has looked.
+	services map[plan.Frontend]*service
+	serving  []*service
 
 	applied  *plan.Plan // nil before the first sync; the last one was at syncedAt
 	syncedAt time.Time
@@ -382,8 +385,8 @@ func (a *Agent) sweep(ctx context.Context, p *plan.Plan, damaged bool) {
 // hairpin lets endpoints behind a bridge port talk to themselves through their magic IP.
 func (a *Agent) hairpin() {
 	done := map[netip.Addr]bool{} // many magic IPs may lead to one pod
-	for _, port := range a.config.Ports {
-		s := a.services[port.Frontend]
+	for i, port := range a.config.Ports {
+		s := a.serving[i]
 		if s == nil || port.ExcludeTarget {
 			continue
 		}

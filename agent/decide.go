@@ -17,16 +17,14 @@ func (a *Agent) decide(now time.Time) (next time.Duration) {
 		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
 		Pods: a.pods.Pods, Told: a.pods.told, Current: a.pods.Current, Withdrawn: a.pods.withdrawn,
 	}))
-	services := make(map[plan.Frontend]*service, len(a.config.Ports))
-	for _, port := range a.config.Ports {
-		if _, twice := services[port.Frontend]; twice {
+	if a.serving == nil {
+		a.take(now)
+	}
+	for i, port := range a.config.Ports {
+		s := a.serving[i]
+		if s == nil {
 			continue // refused when it was parsed
 		}
-		s := a.services[port.Frontend]
-		if s == nil {
-			s = &service{claimedAt: now}
-		}
-		services[port.Frontend] = s
 		before, refusedBefore := s.endpoints, s.refused
 		s.refused = a.refusal(port, s.claimedAt)
 		s.endpoints = nil
@@ -44,8 +42,24 @@ func (a *Agent) decide(now time.Time) (next time.Duration) {
 		}
 		a.report(port, s, before, refusedBefore)
 	}
-	a.services = services
 	return next
+}
+
+// take makes the services of the configuration, with what is remembered of them, and forgets others.
+func (a *Agent) take(now time.Time) {
+	services := make(map[plan.Frontend]*service, len(a.config.Ports))
+	a.serving = make([]*service, len(a.config.Ports))
+	for i, port := range a.config.Ports {
+		if _, twice := services[port.Frontend]; twice {
+			continue
+		}
+		s := a.services[port.Frontend]
+		if s == nil {
+			s = &service{claimedAt: now}
+		}
+		services[port.Frontend], a.serving[i] = s, s
+	}
+	a.services = services
 }
 
 // keepRestored prefers the endpoints from before a restart for as long as not every source has spoken.
@@ -121,9 +135,9 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 		Settled:       a.settled(),
 		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}
-	for _, port := range a.config.Ports {
-		s := a.services[port.Frontend]
-		if s.refused != "" || port.Refused != "" { // what is claimed twice is refused the second time
+	for i, port := range a.config.Ports {
+		s := a.serving[i]
+		if s == nil || s.refused != "" {
 			continue
 		}
 		service := plan.Service{

@@ -34,12 +34,12 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
 		Withdrawn: maps.Clone(a.pods.withdrawn),
 	}
-	for _, port := range a.config.Ports {
+	for i, port := range a.config.Ports {
 		m := published.MagicIP{
 			Address: port.Address, Port: port.Port, Protocol: string(port.Protocol),
 			Namespace: port.Namespace, Selector: port.SelectorText, Refused: port.Refused, Endpoints: []published.Endpoint{},
 		}
-		if s := a.services[port.Frontend]; s != nil && port.Refused == "" {
+		if s := a.serving[i]; s != nil && port.Refused == "" {
 			m.ClaimedAt, m.LostAt, m.Refused = s.claimedAt, s.lostAt, s.refused
 			if s.refused == "" {
 				m.Action = string(a.action(port, s, now))

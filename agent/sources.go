@@ -249,7 +249,7 @@ func (a *Agent) readSettings() {
 	if err != nil {
 		return
 	}
-	a.config = config
+	a.config, a.serving = config, nil
 	if a.API != nil {
 		a.API.Select(a.namespaces())
 	}

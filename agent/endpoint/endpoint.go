@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/selection"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
@@ -242,7 +241,7 @@ func ParseSelector(text string) (Selector, error) {
 	requirements, _ := selector.Requirements()
 	for _, r := range requirements {
 		switch r.Operator() {
-		case selection.Equals, selection.DoubleEquals, selection.In:
+		case "=", "==", "in":
 			for value := range r.Values() {
 				s.anyOf = append(s.anyOf, label{r.Key(), value})
 			}
