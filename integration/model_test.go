@@ -862,8 +862,8 @@ func (m *model) stop() {
 			end := o.Sent.Add(o.Took)
 			exposed := slices.ContainsFunc(m.exposed, func(s span) bool { return o.Sent.Before(s.to) && end.After(s.from) })
 			// A connection with the impostor, begun while the rules were gone, may end without a word when they are back. Seen: without
-			// rules nothing is tracked; the client's port was one that it had used shortly before, and conntrack, tracking again,
-			// takes what the client sends for an invalid packet of that old connection.
+			// rules nothing is tracked; the client's port was one that it had used shortly before, and conntrack, tracking again
+			// with the entry of that old connection, gave the impostor's answer another source port.
 			begunExposed := slices.ContainsFunc(m.exposed, func(s span) bool { return o.Sent.After(s.from) && o.Sent.Before(s.to) })
 			if got == "answered by impostor" && !exposed {
 				m.t.Errorf("%s client of %s: answered by the impostor at %s, where nobody had touched the rules", probe.Kind, probe.To, o.Sent.Format(time.RFC3339Nano))
