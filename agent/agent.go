@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -77,7 +78,7 @@ type Watcher func(ctx context.Context, wake func(Source)) error
 type Options struct {
 	RuntimeDir string
 	// Load reads and validates the configuration.
-	Load    func() (Config, error)
+	Load    func() (config.Config, error)
 	Backend Backend
 	// BackendNote is published: why it is this backend.
 	BackendNote string
@@ -104,7 +105,7 @@ type Agent struct {
 	pending atomic.Uint32 // the sources that have changed since they were last read
 	woken   chan struct{}
 
-	config    Config
+	config    config.Config
 	startedAt time.Time
 	records   records
 	pods      pods

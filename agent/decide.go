@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -63,7 +64,7 @@ func (a *Agent) take(now time.Time) {
 }
 
 // keepRestored prefers the endpoints from before a restart for as long as not every source has spoken.
-func (a *Agent) keepRestored(port Port, s *service) {
+func (a *Agent) keepRestored(port config.Port, s *service) {
 	kept := a.restoredEndpoints(port)
 	if len(kept) == 0 {
 		return
@@ -84,14 +85,14 @@ func (a *Agent) keepRestored(port Port, s *service) {
 }
 
 // hadEndpoint says whether the frontend had an endpoint when this agent was restarted.
-func (a *Agent) hadEndpoint(port Port) bool {
+func (a *Agent) hadEndpoint(port config.Port) bool {
 	return slices.ContainsFunc(a.restoredOf[port.Frontend], func(m published.MagicIP) bool { return len(m.Endpoints) > 0 })
 }
 
 // refusal says why this agent may not serve a frontend; empty where it may.
-func (a *Agent) refusal(port Port, claimedAt time.Time) string {
-	if port.Refused != "" {
-		return port.Refused
+func (a *Agent) refusal(port config.Port, claimedAt time.Time) string {
+	if port.Unserved != "" {
+		return port.Unserved
 	}
 	if slices.Contains(a.network.Addresses, port.Address) {
 		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
@@ -116,7 +117,7 @@ func (a *Agent) refusal(port Port, claimedAt time.Time) string {
 }
 
 // action is what becomes of new packets to a frontend that this agent may serve.
-func (a *Agent) action(port Port, s *service, now time.Time) plan.Action {
+func (a *Agent) action(port config.Port, s *service, now time.Time) plan.Action {
 	switch {
 	case len(s.endpoints) > 0:
 		return plan.Serve
@@ -175,7 +176,7 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 }
 
 // report logs what a decision has changed.
-func (a *Agent) report(port Port, s *service, before []endpoint.Chosen, refusedBefore string) {
+func (a *Agent) report(port config.Port, s *service, before []endpoint.Chosen, refusedBefore string) {
 	same := func(a, b endpoint.Chosen) bool { return a.Address == b.Address }
 	if s.refused == refusedBefore && slices.EqualFunc(before, s.endpoints, same) {
 		return // before anything is made of it: there may be thousands

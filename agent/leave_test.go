@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -63,7 +64,7 @@ func (l *leaving) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (in
 // run starts the agent; sigterm stops it and waits for its end.
 func (l *leaving) run() (sigterm func()) {
 	l.Helper()
-	const config = `
+	const text = `
 name: default.magic-ip
 magicIPs:
 - {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}
@@ -73,7 +74,7 @@ magicIPs:
 	go func() {
 		l.ended <- Run(ctx, Options{
 			RuntimeDir: l.dir, Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
-			Load:         func() (Config, error) { return Parse(strings.NewReader(config), true) },
+			Load:         func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
 			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
 			Uninstall: Uninstall{
 				Wanted: func(ctx context.Context) bool {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -43,7 +44,7 @@ func TestErrorBesideTheRules(t *testing.T) {
 	a := &Agent{
 		Options: Options{
 			RuntimeDir: t.TempDir(), Backend: b, Flows: b, Node: b, Log: slog.New(slog.DiscardHandler),
-			Load:         func() (Config, error) { return Parse(strings.NewReader(besideConfig), true) },
+			Load:         func() (config.Config, error) { return config.Parse(strings.NewReader(besideConfig), true) },
 			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
 		},
 		services: map[plan.Frontend]*service{}, errs: map[string]string{},

@@ -37,9 +37,9 @@ func (a *Agent) publish(now time.Time, heartbeat bool) {
 	for i, port := range a.config.Ports {
 		m := published.MagicIP{
 			Address: port.Address, Port: port.Port, Protocol: string(port.Protocol),
-			Namespace: port.Namespace, Selector: port.SelectorText, Refused: port.Refused, Endpoints: []published.Endpoint{},
+			Namespace: port.Namespace, Selector: port.SelectorText, Refused: port.Unserved, Endpoints: []published.Endpoint{},
 		}
-		if s := a.serving[i]; s != nil && port.Refused == "" {
+		if s := a.serving[i]; s != nil && port.Unserved == "" {
 			m.ClaimedAt, m.LostAt, m.Refused = s.claimedAt, s.lostAt, s.refused
 			if s.refused == "" {
 				m.Action = string(a.action(port, s, now))

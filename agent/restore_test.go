@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -23,13 +24,13 @@ func TestRestoredEndpoints(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name string
-		port Port
+		port config.Port
 		want int
 	}{
-		{"the same number", Port{Selection: endpoint.Selection{TargetPort: 8080}, SelectorText: "app=echo"}, 1},
-		{"a name", Port{Selection: endpoint.Selection{TargetPortName: "http"}, SelectorText: "app=echo"}, 1},
-		{"another number", Port{Selection: endpoint.Selection{TargetPort: 8081}, SelectorText: "app=echo"}, 0},
-		{"another selector", Port{Selection: endpoint.Selection{TargetPort: 8080}, SelectorText: "app=other"}, 0},
+		{"the same number", config.Port{Selection: endpoint.Selection{TargetPort: 8080}, SelectorText: "app=echo"}, 1},
+		{"a name", config.Port{Selection: endpoint.Selection{TargetPortName: "http"}, SelectorText: "app=echo"}, 1},
+		{"another number", config.Port{Selection: endpoint.Selection{TargetPort: 8081}, SelectorText: "app=echo"}, 0},
+		{"another selector", config.Port{Selection: endpoint.Selection{TargetPort: 8080}, SelectorText: "app=other"}, 0},
 	} {
 		tt.port.Frontend, tt.port.Namespace = frontend, "default"
 		if got := a.restoredEndpoints(tt.port); len(got) != tt.want {

@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/tools/txtar"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -142,7 +143,7 @@ func (s *stage) start() {
 	go func() {
 		ended <- Run(ctx, Options{
 			RuntimeDir:   s.dir,
-			Load:         func() (Config, error) { return Parse(strings.NewReader(s.config), true) },
+			Load:         func() (config.Config, error) { return config.Parse(strings.NewReader(s.config), true) },
 			Backend:      s.backend,
 			Flows:        &s.sweeps,
 			Node:         s,

@@ -15,6 +15,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -147,7 +148,7 @@ func (a *Agent) restoredRecords() bool {
 
 func (a *Agent) readPods(ctx context.Context, changed Source) {
 	if changed&Poll != 0 {
-		a.API.Select(a.namespaces())
+		a.API.Select(a.config.Namespaces())
 		a.API.Poll(ctx)
 	}
 	a.remember() // a new record's pod may be gone from the API by now
@@ -225,33 +226,22 @@ func (a *Agent) dead(now time.Time) []published.Attachment {
 	return dead
 }
 
-// namespaces are those that the configuration names.
-func (a *Agent) namespaces() []string {
-	var namespaces []string
-	for _, port := range a.config.Ports {
-		if !slices.Contains(namespaces, port.Namespace) {
-			namespaces = append(namespaces, port.Namespace)
-		}
-	}
-	return namespaces
-}
-
 func (a *Agent) serves(namespace string) bool {
-	return slices.ContainsFunc(a.namespaces(), func(n string) bool { return n == namespace || n == endpoint.AllNamespaces })
+	return slices.ContainsFunc(a.config.Namespaces(), func(n string) bool { return n == namespace || n == endpoint.AllNamespaces })
 }
 
 func (a *Agent) readSettings() {
-	config, err := a.Load()
-	if err == nil && config.Name != a.config.Name {
-		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + config.Name + "; restart it")
+	loaded, err := a.Load()
+	if err == nil && loaded.Name != a.config.Name {
+		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + loaded.Name + "; restart it")
 	}
 	a.note("configuration", err)
 	if err != nil {
 		return
 	}
-	a.config, a.serving = config, nil
+	a.config, a.serving = loaded, nil
 	if a.API != nil {
-		a.API.Select(a.namespaces())
+		a.API.Select(a.config.Namespaces())
 	}
 }
 
@@ -345,7 +335,7 @@ func (a *Agent) labelled() []state.Attachment {
 
 // restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or
 // the source that told of them has not spoken yet.
-func (a *Agent) restoredEndpoints(port Port) []published.Endpoint {
+func (a *Agent) restoredEndpoints(port config.Port) []published.Endpoint {
 	if a.restored == nil || a.records.known && a.told(port.Namespace) {
 		return nil
 	}

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -27,7 +28,7 @@ func TestTellsWhatIsPublished(t *testing.T) {
 			Published: []func(before, now *published.Agent){func(before, now *published.Agent) { told = append(told, [2]*published.Agent{before, now}) }},
 			Notes:     []func() []string{func() []string { return []string{note} }},
 		},
-		config: Config{Name: "a"}, restored: restored, applied: &plan.Plan{}, errs: map[string]string{},
+		config: config.Config{Name: "a"}, restored: restored, applied: &plan.Plan{}, errs: map[string]string{},
 	}
 	now := time.Now()
 	a.publish(now, false) // there is no folder to write to
@@ -60,7 +61,7 @@ func TestTellsWhatIsPublished(t *testing.T) {
 func TestTellsOfUnknownLabels(t *testing.T) {
 	t.Parallel()
 	a := &Agent{
-		config:  Config{Name: "a", Ports: []Port{{Selection: endpoint.Selection{Namespace: "default"}}}},
+		config:  config.Config{Name: "a", Ports: []config.Port{{Selection: endpoint.Selection{Namespace: "default"}}}},
 		applied: &plan.Plan{},
 		records: records{list: []state.Attachment{
 			{Namespace: "default", Name: "unknown"}, {Namespace: "default", Name: "known", Labels: map[string]string{}}, {Namespace: "other", Name: "elsewhere"},

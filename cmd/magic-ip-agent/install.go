@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -69,8 +69,8 @@ func (f *installFlags) run(ctx context.Context) error {
 	options := install.Options{
 		RuntimeDir: f.runtime, BinDir: f.binDir, ConfDir: f.conf, Plugin: f.plugin, Version: version,
 		Load: func() (install.Config, error) {
-			config, err := loadConfig(f.config, f.noAPI)
-			return toInstall(config), err
+			loaded, err := config.Load(f.config, f.noAPI)
+			return toInstall(loaded), err
 		},
 		ConfigFile: f.config,
 		Log:        log,
@@ -95,11 +95,11 @@ func (f *installFlags) run(ctx context.Context) error {
 }
 
 // toInstall is what the plugin has to know of a configuration: whose pods to record.
-func toInstall(config agent.Config) install.Config {
-	wanted := install.Config{Name: config.Name}
-	for _, port := range config.Ports {
+func toInstall(c config.Config) install.Config {
+	wanted := install.Config{Name: c.Name}
+	for _, port := range c.Ports {
 		selector := install.Selector{Namespace: port.Namespace, Selector: port.SelectorText}
-		if port.Refused == "" && !slices.Contains(wanted.Selectors, selector) {
+		if port.Unserved == "" && !slices.Contains(wanted.Selectors, selector) {
 			wanted.Selectors = append(wanted.Selectors, selector)
 		}
 	}
@@ -144,13 +144,13 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 	}
 	name := f.name
 	if name == "" {
-		config, err := loadConfig(f.config, false)
+		loaded, err := config.Load(f.config, false)
 		if err != nil {
 			return fmt.Errorf("configuration: %w", err)
 		}
-		name = config.Name
+		name = loaded.Name
 	}
-	if err := agent.CheckName(name); err != nil {
+	if err := config.CheckName(name); err != nil {
 		return err
 	}
 	// Their locks are held from here on, so that none of them comes back meanwhile.

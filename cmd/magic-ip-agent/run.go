@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
@@ -52,22 +53,23 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 }
 
 func (f *runFlags) run(ctx context.Context) error {
-	config, err := f.load()
+	load := func() (config.Config, error) { return config.Load(f.config, f.noAPI) }
+	initial, err := load()
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	log, err := newLogger(f.logLevel, config.Verbose)
+	log, err := newLogger(f.logLevel, initial.Verbose)
 	if err != nil {
 		return err
 	}
-	backend, err := netfilter.Select(ctx, f.backend, config.Name)
+	backend, err := netfilter.Select(ctx, f.backend, initial.Name)
 	if err != nil {
 		return err
 	}
-	log.Info("starting", "version", version, "name", config.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
+	log.Info("starting", "version", version, "name", initial.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
 	options := agent.Options{
 		RuntimeDir:   f.runtimeDir,
-		Load:         f.load,
+		Load:         load,
 		Backend:      backend,
 		BackendNote:  backend.Reason,
 		Flows:        netfilter.Conntrack{},
@@ -97,7 +99,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		})
 		f.tellEvents(&options, pods, backend.Fallback)
 	}
-	if err := f.serveMetrics(&options, pods, config.Name); err != nil {
+	if err := f.serveMetrics(&options, pods, initial.Name); err != nil {
 		return err
 	}
 	if f.daemonSet != "" {
@@ -115,25 +117,6 @@ func (f *runFlags) run(ctx context.Context) error {
 		return nil
 	}
 	return err
-}
-
-func (f *runFlags) load() (agent.Config, error) { return loadConfig(f.config, f.noAPI) }
-
-// loadConfig reads a configuration file, or where there is none the environment.
-func loadConfig(path string, noAPI bool) (agent.Config, error) {
-	if path == "" {
-		return agent.FromEnv(os.Getenv, noAPI)
-	}
-	file, err := os.Open(path)
-	if err != nil {
-		return agent.Config{}, err
-	}
-	defer func() { _ = file.Close() }()
-	config, err := agent.Parse(file, noAPI)
-	if err != nil {
-		return agent.Config{}, fmt.Errorf("%s:\n%w", path, err)
-	}
-	return config, nil
 }
 
 func newLogger(name string, verbose bool) (*slog.Logger, error) {

@@ -25,7 +25,7 @@ import (
 	"helm.sh/helm/v3/pkg/strvals"
 	"sigs.k8s.io/yaml"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 )
 
 const (
@@ -90,23 +90,23 @@ func TestAgentTakesTheConfiguration(t *testing.T) {
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			config := configuration(t, test.values, test.noAPI)
+			parsed := configuration(t, test.values, test.noAPI)
 			var got []string
-			for _, port := range config.Ports {
+			for _, port := range parsed.Ports {
 				target := port.TargetPortName
 				if target == "" {
 					target = fmt.Sprint(port.TargetPort)
 				}
 				got = append(got, fmt.Sprintf("%s -> %s of %s in %s", port.Frontend, target, port.SelectorText, port.Namespace))
-				if port.Refused != "" {
-					t.Error(port.Refused)
+				if port.Unserved != "" {
+					t.Error(port.Unserved)
 				}
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
 				t.Errorf("ports (-want +got):\n%s", diff)
 			}
-			if config.Name != "kube-system.169-254-210-210" {
-				t.Errorf("the agent is called %q", config.Name)
+			if parsed.Name != "kube-system.169-254-210-210" {
+				t.Errorf("the agent is called %q", parsed.Name)
 			}
 		})
 	}
@@ -115,7 +115,7 @@ func TestAgentTakesTheConfiguration(t *testing.T) {
 // The defaults in values.yaml are written out: they must be the agent's own.
 func TestDefaultsAreTheAgents(t *testing.T) {
 	written := configuration(t, set(t, ""), false)
-	own, err := agent.Parse(strings.NewReader(`
+	own, err := config.Parse(strings.NewReader(`
 name: kube-system.169-254-210-210
 magicIPs:
   - {ipAddress: 169.254.210.210, namespace: kube-system, selector: app=myapp, ports: [{port: 9200}]}
@@ -130,7 +130,7 @@ magicIPs:
 
 // Every key that the agent's YAML has is a value, flat and in the list, and is passed on.
 func TestEveryOptionIsAValue(t *testing.T) {
-	source, err := os.ReadFile(root + "/agent/config.go")
+	source, err := os.ReadFile(root + "/agent/config/config.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -256,14 +256,14 @@ func configMap(t *testing.T, values map[string]any) string {
 }
 
 // configuration is what the agent makes of the rendered file.
-func configuration(t *testing.T, values map[string]any, noAPI bool) agent.Config {
+func configuration(t *testing.T, values map[string]any, noAPI bool) config.Config {
 	t.Helper()
 	text := configMap(t, values)
-	config, err := agent.Parse(strings.NewReader(text), noAPI)
+	parsed, err := config.Parse(strings.NewReader(text), noAPI)
 	if err != nil {
 		t.Fatalf("%v\nin\n%s", err, text)
 	}
-	return config
+	return parsed
 }
 
 // set parses what --set takes, setStrings what --set-string takes, parse a file of values.

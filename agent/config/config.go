@@ -1,4 +1,6 @@
-package agent
+// Package config reads an agent's configuration, from YAML or from the environment variables of the original tool, and
+// validates it: what it returns has all defaults filled in and no optional value left.
+package config
 
 import (
 	"bytes"
@@ -6,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -20,31 +23,42 @@ import (
 
 // Config is a validated configuration.
 type Config struct {
-	// Name owns rules and files on a node.
+	// Name identifies the rules and files of this agent on a node.
 	Name         string
 	PollInterval time.Duration
-	// Ports are the magic IPs, one element for each port, in the order of the file.
+	// Ports are the ports of all magic IPs, in the order of the file.
 	Ports []Port
-	// Verbose is what the original tool's VERBOSE asks for: debug logs.
+	// Verbose enables debug logs (VERBOSE of the original tool).
 	Verbose bool
 }
 
-// Port is one port of a magic IP: what clients connect to, which pods it is for, and the policy.
+// Port is one port of a magic IP: the frontend that clients connect to, the selection of its targets, and the policy.
 type Port struct {
 	plan.Frontend
 	endpoint.Selection
-	// SelectorText is the selector as it was written.
+	// SelectorText is the selector as written in the file.
 	SelectorText  string
 	HostInterface []string // empty is auto
 	NoEndpoint    plan.Action
 	HoldFor       time.Duration
 	HostClients   bool
 	ExcludeTarget bool
-	// Refused is the reason why this port cannot be served; the others are all the same.
-	Refused string
+	// Unserved is the reason why this port cannot be served; empty where it can.
+	Unserved string
 }
 
-// The configuration file as it is written, before validation: see README, "Configuration".
+// Namespaces are those of the ports, each once.
+func (c *Config) Namespaces() []string {
+	var namespaces []string
+	for _, port := range c.Ports {
+		if !slices.Contains(namespaces, port.Namespace) {
+			namespaces = append(namespaces, port.Namespace)
+		}
+	}
+	return namespaces
+}
+
+// The configuration file as written, before validation; README, "Configuration of the agent", describes the keys.
 type rawConfig struct {
 	Name         string       `yaml:"name"`
 	PollInterval string       `yaml:"pollInterval"`
@@ -84,9 +98,26 @@ func (t *targetPort) UnmarshalYAML(node *yaml.Node) error {
 	return nil
 }
 
+// Load reads the configuration from the file at path, or from the environment where path is empty; see Parse.
+func Load(path string, noAPI bool) (Config, error) {
+	if path == "" {
+		return FromEnv(os.Getenv, noAPI)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return Config{}, err
+	}
+	defer func() { _ = file.Close() }()
+	config, err := Parse(file, noAPI)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s:\n%w", path, err)
+	}
+	return config, nil
+}
+
 // Parse reads a configuration file (YAML). Unknown keys, wrong types and values that are not allowed are
-// errors that name the line and the key; all of them are reported at once. noAPI is set where the
-// Kubernetes API will not be asked: what only the API can tell is then an error too.
+// errors that name the line and the key; all errors are returned together. With noAPI the agent does not ask
+// the Kubernetes API, and keys that depend on the API are errors.
 func Parse(r io.Reader, noAPI bool) (Config, error) {
 	data, err := io.ReadAll(r)
 	if err != nil {
@@ -99,17 +130,17 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 		if errors.Is(err, io.EOF) {
 			return Config{}, errors.New("the file is empty; name and magicIPs are needed")
 		}
-		return Config{}, tidyYAML(err)
+		return Config{}, normalizeYAML(err)
 	}
 	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("the file holds more than one YAML document; one is allowed")
 	}
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
-	if len(v.errs) > 0 { // once more, to name the lines: that costs as much as all the rest
+	if len(v.errs) > 0 { // validate again, with line numbers: they cost as much as all the rest
 		var document yaml.Node
 		if err := yaml.Unmarshal(data, &document); err != nil {
-			return Config{}, tidyYAML(err)
+			return Config{}, normalizeYAML(err)
 		}
 		v = validator{document: &document, noAPI: noAPI}
 		config = v.config(raw)
@@ -117,16 +148,16 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	return config, errors.Join(v.errs...)
 }
 
-// tidyYAML rewords the decoder's errors: the Go type that it was decoding into means nothing to an operator.
-func tidyYAML(err error) error {
+// normalizeYAML rewords the decoder's errors: the Go type that it decodes into means nothing to an operator.
+func normalizeYAML(err error) error {
 	text := strings.TrimPrefix(err.Error(), "yaml: ")
 	text = strings.TrimPrefix(text, "unmarshal errors:\n")
 	text = regexp.MustCompile(`field (\S+) not found in type \S+`).ReplaceAllString(text, `unknown key "$1"`)
-	text = regexp.MustCompile(`into \*?agent\.raw\w+`).ReplaceAllString(text, "into a mapping")
+	text = regexp.MustCompile(`into \*?config\.raw\w+`).ReplaceAllString(text, "into a mapping")
 	return errors.New(strings.ReplaceAll(strings.TrimSpace(text), "\n  ", "\n"))
 }
 
-// FromEnv makes a configuration of the variables that the original bash tool took. getenv is os.Getenv.
+// FromEnv makes a configuration of the environment variables of the original bash tool. getenv is os.Getenv.
 func FromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	or := func(value, otherwise string) string {
 		if value == "" {
@@ -170,16 +201,16 @@ func FromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	return config, nil
 }
 
-// validator turns the raw configuration into the validated one, and collects what is wrong with it.
+// validator turns the raw configuration into the validated one and collects the errors.
 type validator struct {
-	document *yaml.Node // nil where there is no file
+	document *yaml.Node // nil: errors name no line
 	noAPI    bool
 	errs     []error
-	// namespaces matches what is allowed; compiled once, for there may be thousands of magic IPs.
+	// namespaces is the pattern of allowed namespaces, compiled once: there may be thousands of magic IPs.
 	namespaces *regexp.Regexp
 }
 
-// bad notes an error at a key: a path of mapping keys (string) and list positions (int).
+// bad adds an error at a path of mapping keys (string) and list positions (int).
 func (v *validator) bad(path []any, format string, args ...any) {
 	var text strings.Builder
 	for _, step := range path {
@@ -200,7 +231,7 @@ func (v *validator) bad(path []any, format string, args ...any) {
 	v.errs = append(v.errs, fmt.Errorf("%s%s: %s", location, text.String(), fmt.Sprintf(format, args...)))
 }
 
-// lineOf finds the line of a key, or of the nearest one above it that is there; 0 without a document.
+// lineOf finds the line of a path, or of its longest prefix in the document; 0 without a document.
 func lineOf(node *yaml.Node, path []any) int {
 	if node == nil || len(node.Content) == 0 {
 		return 0
@@ -230,7 +261,7 @@ func lineOf(node *yaml.Node, path []any) int {
 	return line
 }
 
-// oneOf checks an enumeration; empty is the first of allowed.
+// oneOf validates an enumeration. An empty value means the first of allowed.
 func oneOf[T ~string](v *validator, value string, path []any, allowed ...T) T {
 	if value == "" {
 		return allowed[0]
@@ -247,7 +278,7 @@ func oneOf[T ~string](v *validator, value string, path []any, allowed ...T) T {
 
 const maxNameLength = 117 // as a Helm release of 53 characters in a namespace of 63
 
-// CheckName says why something cannot be the name of an agent.
+// CheckName returns an error where name cannot be the name of an agent.
 func CheckName(name string) error {
 	if !regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`).MatchString(name) || len(name) > maxNameLength {
 		return fmt.Errorf("%q is not allowed; allowed: 1 to %d of a-z, 0-9, - and ., the first and last a letter or digit", name, maxNameLength)
@@ -273,8 +304,8 @@ func (v *validator) config(raw rawConfig) Config {
 	claimed := map[plan.Frontend]string{}
 	for i, magicIP := range raw.MagicIPs {
 		for _, port := range v.magicIP(magicIP, []any{"magicIPs", i}) {
-			if first, twice := claimed[port.Frontend]; twice && port.Refused == "" {
-				port.Refused = fmt.Sprintf("%s is claimed twice in this configuration: %s has it", port.Frontend, first)
+			if first, twice := claimed[port.Frontend]; twice && port.Unserved == "" {
+				port.Unserved = fmt.Sprintf("%s is claimed twice in this configuration: %s has it", port.Frontend, first)
 			} else if !twice {
 				claimed[port.Frontend] = fmt.Sprintf("magicIPs[%d] (%s, %s)", i, magicIP.Namespace, port.SelectorText)
 			}
@@ -295,7 +326,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	port.Address = address.Unmap()
 	port.IPv6 = port.Address.Is6()
 	if port.Address.IsValid() {
-		port.Refused = unusable(port.Address, raw.AllowReserved)
+		port.Unserved = unusable(port.Address, raw.AllowReserved)
 	}
 
 	port.Namespace = raw.Namespace
@@ -382,7 +413,7 @@ func (v *validator) port(p *Port, raw rawPort, path []any) {
 	}
 }
 
-// hostInterface parses auto, or a comma list of interface names; a trailing + matches any rest, as in iptables.
+// hostInterface parses auto, or a comma-separated list of interface names. A trailing + is a wildcard, as in iptables.
 func (v *validator) hostInterface(value string, path []any) []string {
 	if value == "" || value == "auto" {
 		return nil

@@ -1,12 +1,12 @@
-package agent
+package config
 
 import (
 	"fmt"
 	"net/netip"
 )
 
-// reserved are link-local addresses that clouds and cluster parts own, with their owners. Taking one over
-// breaks the node or hands credentials of the cloud to whoever owns the endpoint.
+// reserved are addresses that clouds and cluster components use, with their use. A magic IP at one of them breaks
+// the node, or sends requests for cloud credentials to the endpoint.
 func reserved() map[netip.Addr]string {
 	return map[netip.Addr]string{
 		netip.MustParseAddr("169.254.169.254"): "the instance metadata service of most clouds",
@@ -22,7 +22,7 @@ func reserved() map[netip.Addr]string {
 	}
 }
 
-// unusable says why an address cannot be a magic IP; empty where it can.
+// unusable is the reason why an address cannot be a magic IP; empty where it can.
 func unusable(address netip.Addr, allowReserved bool) string {
 	switch owner, isReserved := reserved()[address]; {
 	case isReserved && !allowReserved:

@@ -1,4 +1,4 @@
-package agent
+package config
 
 import (
 	"strings"
@@ -130,7 +130,7 @@ func FuzzParse(f *testing.F) {
 		config, err := Parse(strings.NewReader(text), noAPI)
 		if err != nil {
 			if err.Error() == "" {
-				t.Error("an error without words")
+				t.Error("an error without text")
 			}
 			return
 		}
