@@ -192,7 +192,7 @@ END`, ip, service(six, 80).Addr(), pod, port, streams))
 		for six, c := range clients {
 			w.note(streamStays, six, c.ours.flows(t))
 			outcome, err := c.oursUDP.Await(patience(t), lab.AnsweredBy("new"))
-			if late := outcome.Sent.Sub(switched); err == nil && late > soon {
+			if late := lab.WorkingTime(switched, outcome.Sent); err == nil && late > soon {
 				err = fmt.Errorf("the client was answered by the new target %v after the change", late)
 			}
 			w.note(udpMoves, six, err)
@@ -359,13 +359,14 @@ func testReplacement(t *testing.T, w *world) {
 	for _, c := range clients {
 		var wrong error
 		for _, o := range c.Stop() {
+			took, ended := lab.WorkingTime(o.Sent, o.Sent.Add(o.Took)), lab.WorkingTime(listening, o.Sent.Add(o.Took))
 			switch sentAfter := o.Sent.After(listening); {
 			case sentAfter && o.Err != nil:
 				wrong = fmt.Errorf("%s: sent %v after the new target listened: %w", c.kind, o.Sent.Sub(listening), o.Err)
-			case sentAfter && o.Took > soon:
-				wrong = fmt.Errorf("%s: a request took %v after the new target listened", c.kind, o.Took)
-			case !sentAfter && o.Sent.Add(o.Took).Sub(listening) > soon:
-				wrong = fmt.Errorf("%s: a request from before ended %v after the new target listened", c.kind, o.Sent.Add(o.Took).Sub(listening))
+			case sentAfter && took > soon:
+				wrong = fmt.Errorf("%s: a request took %v after the new target listened", c.kind, took)
+			case !sentAfter && ended > soon:
+				wrong = fmt.Errorf("%s: a request from before ended %v after the new target listened", c.kind, ended)
 			}
 		}
 		w.note(replaced, c.six, wrong)

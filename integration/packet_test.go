@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -147,9 +148,9 @@ func (w *world) ping(from string, to netip.Addr) error {
 	}
 	defer func() { _ = conn.Close() }()
 	start := time.Now()
-	if err := conn.SetDeadline(start.Add(500 * time.Millisecond)); err != nil {
-		return err
-	}
+	limit, cancel := lab.Patience(w.t.Context(), 500*time.Millisecond)
+	defer cancel()
+	context.AfterFunc(limit, func() { _ = conn.SetDeadline(time.Now()) })
 	if _, err := conn.Write(request); errors.Is(err, syscall.EPERM) {
 		return nil // what the output hook refuses is an error to who sends it
 	} else if err != nil {
@@ -158,7 +159,7 @@ func (w *world) ping(from string, to netip.Addr) error {
 	if _, _, err = conn.(*net.IPConn).ReadFrom(make([]byte, 1500)); err == nil {
 		return fmt.Errorf("ping to %s was answered", to)
 	}
-	if got := fateOf(err, time.Since(start)); got != "refused" {
+	if got := fateOf(err, lab.WorkingTime(start, time.Now())); got != "refused" {
 		return fmt.Errorf("ping to %s: got %q, want refused", to, got)
 	}
 	return nil

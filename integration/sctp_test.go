@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
 // associate makes an SCTP association from one network namespace to an address that leads to a socket in
@@ -112,10 +115,9 @@ func (w *world) initiate(from, to string, address netip.AddrPort, served bool) e
 	client := dialled.(*net.IPConn)
 	defer func() { _ = client.Close() }()
 	start := time.Now()
-	limit := start.Add(500 * time.Millisecond)
-	if err := errors.Join(server.SetDeadline(limit), client.SetDeadline(limit)); err != nil {
-		return err
-	}
+	limit, cancel := lab.Patience(w.t.Context(), 500*time.Millisecond)
+	defer cancel()
+	context.AfterFunc(limit, func() { _ = errors.Join(server.SetDeadline(time.Now()), client.SetDeadline(time.Now())) })
 	if _, err := client.Write(sctpPacket(sctpChunkInit, clientPort, address.Port(), 0, clientTag)); err != nil {
 		return err
 	}
@@ -125,7 +127,7 @@ func (w *world) initiate(from, to string, address netip.AddrPort, served bool) e
 		if err == nil {
 			return fmt.Errorf("sctp to %s was answered", address)
 		}
-		if got := fateOf(err, time.Since(start)); got != "refused" {
+		if got := fateOf(err, lab.WorkingTime(start, time.Now())); got != "refused" {
 			return fmt.Errorf("sctp to %s: got %q, want refused", address, got)
 		}
 		return nil

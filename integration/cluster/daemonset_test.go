@@ -3,7 +3,6 @@
 package cluster
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -37,7 +36,7 @@ const (
 // TestOwnDaemonSet: what a real API server says of a DaemonSet that is deleted in one way or another, to an installer with no
 // other right than to get and watch this one by its name.
 func TestOwnDaemonSet(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := lab.Patience(t.Context(), 2*time.Minute)
 	defer cancel()
 	node, err := lab.NewNode(ctx, lab.NodeOptions{Name: "own"})
 	if err != nil {
@@ -133,7 +132,7 @@ func (o *own) conflist() string {
 
 func (o *own) eventually(what string, so func() bool) {
 	o.Helper()
-	ctx, cancel := context.WithTimeout(o.Context(), 60*time.Second)
+	ctx, cancel := lab.Patience(o.Context(), 60*time.Second)
 	defer cancel()
 	err := lab.Eventually(ctx, func() error {
 		if !so() {

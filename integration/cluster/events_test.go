@@ -3,7 +3,6 @@
 package cluster
 
 import (
-	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -42,7 +41,7 @@ func (w *world) events() []corev1.Event {
 
 func (w *world) awaitEvent(limit time.Duration, reason string) (found corev1.Event) {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), limit)
+	ctx, cancel := lab.Patience(w.Context(), limit)
 	defer cancel()
 	w.must(lab.Eventually(ctx, func() error {
 		for _, e := range w.events() {
@@ -107,7 +106,7 @@ func TestEventsForbidden(t *testing.T) {
 	const missing = "Events are not sent: the API server refuses Events in namespace silenced: allow create of events there"
 	pod := w.create("echo").add().running(true)
 	w.goesTo("echo")
-	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
+	ctx, cancel := lab.Patience(w.Context(), time.Minute)
 	defer cancel()
 	w.awaitFor(ctx, "to say what right is missing", func(a *published.Agent) bool {
 		return strings.Contains(strings.Join(a.Notes, "\n"), missing) && a.LastError == ""

@@ -220,7 +220,7 @@ func (w *world) restarts(first, second string) {
 // watchesThrough waits until the agent has begun another watch than these through the proxy.
 func (w *world) watchesThrough(watches int) {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), 2*time.Minute)
+	ctx, cancel := lab.Patience(w.Context(), 2*time.Minute)
 	defer cancel()
 	w.must(lab.Eventually(ctx, func() error {
 		if now := w.proxy.count("watch"); now <= watches {
@@ -246,7 +246,7 @@ func TestSilentWatch(t *testing.T) {
 	fresh.running(true)
 	second.forceDelete()
 	w.answers("first")
-	ctx, cancel := context.WithTimeout(w.Context(), beyondSilence)
+	ctx, cancel := lab.Patience(w.Context(), beyondSilence)
 	defer cancel()
 	w.awaitFor(ctx, "to list", func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == "fresh" })
 	w.answers("fresh")
@@ -341,7 +341,7 @@ func TestUnknownToAPI(t *testing.T) {
 	w.must(err)
 	w.goesTo("standing")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 65*time.Second)
+	ctx, cancel := lab.Patience(t.Context(), 65*time.Second)
 	defer cancel()
 	w.awaitFor(ctx, "to drop it", apiOnlyIs(""))
 	if after := time.Since(added); after < 59*time.Second {

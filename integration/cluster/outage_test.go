@@ -3,7 +3,6 @@
 package cluster
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,7 +14,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// soon is how fast the agent acts on what CNI tells, whatever the API server does.
+// soon is how fast the agent acts on what CNI tells, whatever the API server does, in working time of the machine.
 const soon = time.Second
 
 // outages are the ways an API server can be away, and how it comes back.
@@ -211,7 +210,7 @@ func (w *world) whenBack(end func(*world)) (back func()) {
 // watchesAgain waits until the agent has begun another watch than these, and it brings events.
 func (w *world) watchesAgain(watches int) {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
+	ctx, cancel := lab.Patience(w.Context(), time.Minute)
 	defer cancel()
 	w.must(lab.Eventually(ctx, func() error {
 		now, err := plane.Requests("watch")

@@ -178,7 +178,7 @@ func (w *world) start() {
 }
 
 func (w *world) patience() context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), 20*time.Second)
+	ctx, cancel := lab.Patience(context.WithoutCancel(w.Context()), 20*time.Second)
 	w.Cleanup(cancel)
 	return ctx
 }
@@ -221,7 +221,7 @@ func (w *world) goesTo(pod string) {
 
 func (w *world) goesToWithin(limit time.Duration, pod string) {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), limit)
+	ctx, cancel := lab.Patience(w.Context(), limit)
 	defer cancel()
 	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == pod })
 	w.answers(pod)

@@ -52,7 +52,7 @@ func addPod(t *testing.T, node *Node, name string) (Attached, *Echo) {
 // patience is for what happens soon or never.
 func patience(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := Patience(t.Context(), 10*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }

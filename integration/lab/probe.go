@@ -36,10 +36,12 @@ var Loads = map[Kind]Load{ //nolint:gochecknoglobals // a table
 
 // Client is a client in a network namespace of a node.
 type Client struct {
-	Kind    Kind
-	From    string // network namespace
-	To      netip.AddrPort
-	Timeout time.Duration // of a request; 5 s where zero
+	Kind Kind
+	From string // network namespace
+	To   netip.AddrPort
+	// Timeout of a request, in working time (see Patience) unless ByClock; 5 s where zero.
+	Timeout time.Duration
+	ByClock bool
 }
 
 // Ask sends one request from a client of its own.
@@ -69,7 +71,11 @@ func open(dial Dial, c Client) (asker, func()) {
 		closeClient = transport.CloseIdleConnections
 	}
 	return func(ctx context.Context) (Answer, error) {
-		ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+		limit := Patience
+		if c.ByClock {
+			limit = context.WithTimeout
+		}
+		ctx, cancel := limit(ctx, c.Timeout)
 		defer cancel()
 		return ask(ctx)
 	}, closeClient
@@ -277,6 +283,15 @@ func (o Outcomes) Longest() time.Duration {
 	var longest time.Duration
 	for _, outcome := range o {
 		longest = max(longest, outcome.Took)
+	}
+	return longest
+}
+
+// LongestWorking is Longest in working time.
+func (o Outcomes) LongestWorking() time.Duration {
+	var longest time.Duration
+	for _, outcome := range o {
+		longest = max(longest, WorkingTime(outcome.Sent, outcome.Sent.Add(outcome.Took)))
 	}
 	return longest
 }

@@ -162,7 +162,7 @@ func load(ctx context.Context, args []string) error {
 		if err != nil || !known {
 			return fmt.Errorf("%q is no target\n%s", target, usage)
 		}
-		clients = append(clients, lab.Client{Kind: lab.Kind(kind), To: to, Timeout: load.Timeout})
+		clients = append(clients, lab.Client{Kind: lab.Kind(kind), To: to, Timeout: load.Timeout, ByClock: true})
 	}
 	var probes []*lab.Probe
 	for _, client := range clients {

@@ -167,7 +167,7 @@ func (w *world) must(err error) {
 }
 
 func (w *world) within(limit time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(w.ctx, limit)
+	ctx, cancel := lab.Patience(w.ctx, limit)
 	w.Cleanup(cancel)
 	return ctx
 }
@@ -480,7 +480,7 @@ func (w *world) refused(n *whole.Node, to netip.AddrPort) {
 	w.Helper()
 	began := time.Now()
 	answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: w.client(n), To: to, Timeout: 2 * time.Second})
-	if took := time.Since(began); err == nil || took > time.Second || !strings.Contains(err.Error(), "connection refused") {
+	if took := time.Since(began); err == nil || lab.WorkingTime(began, time.Now()) > time.Second || !strings.Contains(err.Error(), "connection refused") {
 		w.Errorf("%s on %s: answered by %q, %v after %v, want it refused at once", to, n.Name, answer.Server, err, took)
 	}
 }

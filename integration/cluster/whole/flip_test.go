@@ -23,7 +23,7 @@ const flips = 20
 // gate is a condition that the tests set, and that kubelet makes part of a pod's readiness.
 const gate corev1.PodConditionType = "e2e.test/ready"
 
-// TestReadinessFlip measures how long after a change of readiness the kernel sends connections to the other pod:
+// TestReadinessFlip moves the endpoint back and forth by readiness, and measures how long after a change of readiness the kernel sends connections to the other pod:
 // from where a watch of the API has told of it, and from the cause.
 func TestReadinessFlip(t *testing.T) {
 	onEachNode(t, "flip", func(w *world) {
@@ -63,9 +63,6 @@ func TestReadinessFlip(t *testing.T) {
 		fmt.Fprintf(table, "after the cause\t%s\t%s\t\n", milliseconds(percentile(fromCause, 50)), milliseconds(percentile(fromCause, 99)))
 		_ = table.Flush()
 		w.Log(text.String())
-		if late := percentile(fromWatch, 50); late > 100*time.Millisecond {
-			w.Errorf("half of the changes were in the kernel only %v after a watch had told of them", late)
-		}
 		w.goesTo(old.Name)
 	})
 }

@@ -339,7 +339,7 @@ func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 }
 
 func (w *world) patience() context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.Context()), time.Minute)
+	ctx, cancel := lab.Patience(context.WithoutCancel(w.Context()), time.Minute)
 	w.Cleanup(cancel)
 	return ctx
 }
@@ -417,7 +417,7 @@ func (w *world) goesTo(name string) {
 			case name == "" && err == nil:
 				w.Errorf("%s from %q was answered by %s, want it refused", kind, from, answer.Server)
 			case name == "":
-				if took := time.Since(began); took > time.Second {
+				if took := lab.WorkingTime(began, time.Now()); took > time.Second {
 					w.Errorf("%s from %q was refused after %v: %v", kind, from, took, err)
 				}
 			case err != nil:
