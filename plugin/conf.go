@@ -1,32 +1,23 @@
 package plugin
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"path/filepath"
-	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
-
-const defaultRuntimeDir = "/run/magic-ip-address"
-
-// everyNamespace as the namespace of a selector.
-const everyNamespace = "*"
 
 // rawConf is the network configuration as it comes in. What belongs to one key is decoded alone, so that an
 // error can name the key, and what the runtime or other plugins put in need not be understood.
 type rawConf struct {
-	CNIVersion       string          `json:"cniVersion"`
-	Name             string          `json:"name"`
-	RuntimeDir       json.RawMessage `json:"runtimeDir"`
-	Selectors        json.RawMessage `json:"selectors"`
+	CNIVersion string `json:"cniVersion"`
+	Name       string `json:"name"`
+	entry.Raw
 	RuntimeConfig    json.RawMessage `json:"runtimeConfig"`
 	Args             json.RawMessage `json:"args"`
 	PrevResult       json.RawMessage `json:"prevResult"`
@@ -38,7 +29,7 @@ type conf struct {
 	cniVersion string
 	network    string
 	runtimeDir string
-	selectors  map[string][]podSelector // by agent name
+	selectors  map[string][]entry.Selector // by agent name
 
 	// Undecoded: most pods do not need them.
 	runtimeConfig json.RawMessage
@@ -47,34 +38,16 @@ type conf struct {
 	valid         json.RawMessage
 }
 
-// podSelector is one entry below the name of an agent.
-type podSelector struct {
-	Namespace string `json:"namespace"`
-	Selector  string `json:"selector"`
-}
-
 // parseConf returns *types.Error, code 6 for what has another type than it should and code 7 for a value that
 // is not allowed. The conf has a runtimeDir also when there is an error.
 //
 // A selector that does not parse is no error: it is one agent's, and the pods are everybody's.
 func parseConf(stdin []byte) (*conf, error) {
 	c, raw, err := parseCommon(stdin)
-	if err != nil || absent(raw.Selectors) {
-		return c, err
+	if err == nil {
+		c.selectors, err = raw.ByAgent()
 	}
-	if err := json.Unmarshal(raw.Selectors, &c.selectors); err != nil {
-		return c, types.NewError(types.ErrDecodingFailure, fmt.Sprintf(
-			`selectors: must be an object {"agent name": [{"namespace": "…", "selector": "…"}]}: %v`, err), "")
-	}
-	for _, agent := range slices.Sorted(maps.Keys(c.selectors)) {
-		for i, selector := range c.selectors[agent] {
-			if selector.Namespace == "" {
-				return c, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(
-					`selectors: %q[%d].namespace is empty: must be a namespace, or %q for every namespace`, agent, i, everyNamespace), "")
-			}
-		}
-	}
-	return c, nil
+	return c, err
 }
 
 // parseCommon parses what every command needs: all but the selectors.
@@ -84,7 +57,7 @@ func parseCommon(stdin []byte) (*conf, *rawConf, error) {
 	c := &conf{
 		cniVersion:    raw.CNIVersion,
 		network:       raw.Name,
-		runtimeDir:    defaultRuntimeDir,
+		runtimeDir:    entry.DefaultRuntimeDir,
 		runtimeConfig: raw.RuntimeConfig,
 		args:          raw.Args,
 		prevResult:    raw.PrevResult,
@@ -93,28 +66,14 @@ func parseCommon(stdin []byte) (*conf, *rawConf, error) {
 	if err != nil {
 		return c, &raw, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: %v", err), "")
 	}
-	if !absent(raw.RuntimeDir) {
-		var dir string
-		if err := json.Unmarshal(raw.RuntimeDir, &dir); err != nil {
-			return c, &raw, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("runtimeDir: must be a string: %v", err), "")
-		}
-		if !filepath.IsAbs(dir) {
-			return c, &raw, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("runtimeDir: %q is not an absolute path", dir), "")
-		}
-		c.runtimeDir = filepath.Clean(dir)
-	}
-	return c, &raw, nil
-}
-
-// absent says that a key is missing or null.
-func absent(value json.RawMessage) bool {
-	return len(value) == 0 || bytes.Equal(value, []byte("null"))
+	c.runtimeDir, err = raw.Dir()
+	return c, &raw, err
 }
 
 // result is what ADD prints: prevResult. Its very bytes, so that fields survive that this build does not know, unless
 // it has to be converted to the version of the configuration.
 func (c *conf) result() (json.RawMessage, error) {
-	if absent(c.prevResult) {
+	if entry.Absent(c.prevResult) {
 		return nil, types.NewError(types.ErrInvalidNetworkConfig,
 			"prevResult is missing: this plugin must be called behind another one that assigns addresses", "")
 	}

@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 // pod is what CNI_ARGS tell of a pod. Empty where nobody told: cnitool, or a runtime without Kubernetes.
@@ -55,7 +56,7 @@ func (c *conf) claims(namespace string) []claim {
 	var claims []claim
 	for _, agent := range slices.Sorted(maps.Keys(c.selectors)) {
 		for _, selector := range c.selectors[agent] {
-			if selector.Namespace == namespace || selector.Namespace == everyNamespace {
+			if selector.Namespace == namespace || selector.Namespace == entry.EveryNamespace {
 				claims = append(claims, claim{agent: agent, selector: selector.Selector})
 			}
 		}
