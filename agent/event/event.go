@@ -1,20 +1,19 @@
-// Package event words what operators should hear of a magic IP, from what the agent publishes, and keeps it
-// to a few Events.
+// Package event decides which changes of the magic IPs operators see as Kubernetes Events, when, and in which words.
 //
-// An agent may create Events and change none, so nothing is counted up in place: what has changed is told
-// once it has lasted, with the number of changes that were not told. What waits to be told is a state for each
-// magic IP and no queue. An Event that cannot be sent is dropped.
+// A change is reported when it has lasted, and changes that do not last are reported together. What waits is the state of
+// each magic IP and not a queue: a late Event describes what holds when it is sent. client-go's correlator counts
+// Events that repeat and combines similar ones; the rate of the whole agent is limited before it, because the
+// correlator's own limit drops an Event for good, the last one included.
 package event
 
 import (
 	"context"
-	"log/slog"
 	"maps"
-	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -25,9 +24,6 @@ type Event struct {
 	Reason  string
 	Warning bool // else Normal
 	Message string
-	// Count of changes that it stands for, the first of them at First and the last at Last.
-	Count       int
-	First, Last time.Time
 }
 
 // The reasons.
@@ -36,206 +32,96 @@ const (
 	EndpointLost     = "EndpointLost"     // Warning: no endpoint for a minute, after there was one
 	NoEndpoint       = "NoEndpoint"       // Warning: no endpoint for a minute, and none since the agent started
 	EndpointUnstable = "EndpointUnstable" // Warning: the endpoint changes again and again
-	ClaimRefused     = "ClaimRefused"     // Warning: a magic IP is not served at all
+	Unserved         = "Unserved"         // Warning: a magic IP is not served at all
 	BackendFallback  = "BackendFallback"  // Warning: iptables, because nftables cannot be used
 )
 
 const (
-	// Settle is how long an endpoint has stood before it is told, so that a start is told once, and a
-	// rollout with the pod that stays.
+	// Settle is how long an endpoint must last before it is reported, so that a start is one Event, and a
+	// rollout one about the pod that stays.
 	Settle = 10 * time.Second
-	// NoneFor is how long there has been no endpoint before that is told: longer than a pod is replaced in.
-	// It is also how long changes that do not settle are waited for.
+	// NoneFor is how long there must be no endpoint before that is reported: longer than the replacement of a pod takes.
+	// Changes that do not settle are reported after the same time.
 	NoneFor = 60 * time.Second
-	// Spread is over how long the agents of a cluster spread what all of them have to tell at once.
+	// Spread is the time over which the agents of a cluster spread what all of them report at once.
 	Spread = 30 * time.Second
+	// Burst Events may be sent at once by one agent, then one each Interval.
+	Burst    = 10
+	Interval = time.Minute
 
-	// unstable is how many changes within one telling are a fault: a rollout makes two.
+	// unstable is the number of changes before a report that are a fault: a rollout makes two.
 	unstable = 6
-	// sendTimeout is how long an API server may take over an Event.
-	sendTimeout = 5 * time.Second
 )
 
-// Of one magic IP and reason a few Events, then one every few minutes; and so for the agent as a whole.
-var (
-	perReason = rate{burst: 3, every: 5 * time.Minute}   //nolint:gochecknoglobals // a constant
-	perAgent  = rate{burst: 10, every: 30 * time.Second} //nolint:gochecknoglobals // a constant
-)
-
-// Sender sends an Event. It returns within a few seconds after ctx has ended.
-type Sender func(ctx context.Context, e Event) error
-
-// Options of a Recorder.
+// Options of a Reporter.
 type Options struct {
-	Send Sender
+	// Send hands an Event over for sending. It does not wait.
+	Send func(Event)
 	// Delay is this agent's share of Spread.
 	Delay time.Duration
-	// Node is the node's name, for the commands in the texts; empty where it is not known.
+	// Node is the node's name, for the commands in the messages; may be empty.
 	Node string
-	// Fallback is why the rules are not made with nftables although they might be; empty where they are.
+	// Fallback is why the rules are made with iptables although nftables was tried first; empty where they are not.
 	Fallback string
-	Log      *slog.Logger
 }
 
-// Recorder turns what an agent publishes into Events.
-type Recorder struct {
+// Reporter makes Events of what an agent publishes.
+type Reporter struct {
 	Options
+	limit *rate.Limiter
+	wake  chan struct{}
 
-	mu        sync.Mutex
-	watched   map[plan.Frontend]*watched
-	fallback  time.Time // when to tell of it; zero where there is nothing to tell
-	limits    map[limit]*bucket
-	agent     bucket
-	sendError string
-	wake      chan struct{}
+	mu         sync.Mutex
+	frontends  map[plan.Frontend]*frontend
+	fallbackAt time.Time // when to report the fallback; zero for never
 }
 
-// limit is what is told seldom: all ports of an address count as one.
-type limit struct {
-	address netip.Addr
-	reason  string
-}
-
-// watched is a magic IP, what has been told of it, and what has not.
-type watched struct {
-	published.MagicIP
-	has       string // its endpoints, in the words of podsOf
-	told      string // the endpoints that were told, in the words of podsOf; empty is none
-	refused   string // the refusal that was told
-	refusedAt time.Time
-	ever      bool   // it has had an endpoint
-	lost      string // the endpoints that it had last
-	noneFrom  time.Time
-	toldNone  bool
-	// changes since the last telling: the first of them, the last, and how long there was no endpoint.
-	changes     int
-	first, last time.Time
-	without     time.Duration
-}
-
-// New makes a recorder, which tells nothing before Run.
-func New(options Options) *Recorder {
-	r := &Recorder{Options: options, watched: map[plan.Frontend]*watched{}, limits: map[limit]*bucket{}, wake: make(chan struct{}, 1)}
+// New makes a reporter, which sends nothing before Run.
+func New(options Options) *Reporter {
+	r := &Reporter{
+		Options: options, limit: rate.NewLimiter(rate.Every(Interval), Burst), wake: make(chan struct{}, 1), frontends: map[plan.Frontend]*frontend{},
+	}
 	if options.Fallback != "" {
-		r.fallback = time.Now().Add(Settle + options.Delay)
+		r.fallbackAt = time.Now().Add(Settle + options.Delay)
 	}
 	return r
 }
 
-// Published takes in what the agent has published instead of before, which is nil where there was nothing. It
-// never waits.
-func (r *Recorder) Published(before, now *published.Agent) {
+// Published takes what the agent publishes now instead of before (nil: nothing). It does not wait.
+func (r *Reporter) Published(before, now *published.Agent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	at := time.Now()
-	if len(r.watched) == 0 && before != nil {
-		// The agent was restarted: what was so before is no news. What is wrong still is.
+	if len(r.frontends) == 0 && before != nil {
+		// After a restart of the agent, an endpoint that is the same is not reported again. A fault is.
 		for _, m := range before.MagicIPs {
 			pods := podsOf(m)
-			r.watched[frontendOf(m)] = &watched{MagicIP: m, has: pods, told: pods, lost: pods, ever: pods != "", noneFrom: at}
+			r.frontends[frontendOf(m)] = &frontend{MagicIP: m, pods: pods, reported: pods, last: pods, since: at}
 		}
 	}
-	here := map[plan.Frontend]bool{}
+	present := make(map[plan.Frontend]bool, len(now.MagicIPs))
 	for _, m := range now.MagicIPs {
-		frontend := frontendOf(m)
-		if here[frontend] {
-			continue // the second claim of one file, which is refused
+		key := frontendOf(m)
+		if present[key] {
+			continue // the second claim of one file, which is not served
 		}
-		here[frontend] = true
-		w := r.watched[frontend]
-		if w == nil {
-			w = &watched{noneFrom: at}
-			r.watched[frontend] = w
+		present[key] = true
+		f := r.frontends[key]
+		if f == nil {
+			f = &frontend{since: at}
+			r.frontends[key] = f
 		}
-		w.take(m, at)
+		f.update(m, at)
 	}
-	for frontend := range r.watched {
-		if !here[frontend] {
-			delete(r.watched, frontend)
-		}
-	}
+	maps.DeleteFunc(r.frontends, func(key plan.Frontend, _ *frontend) bool { return !present[key] })
 	select {
 	case r.wake <- struct{}{}:
 	default:
 	}
 }
 
-func (w *watched) take(m published.MagicIP, at time.Time) {
-	if m.Refused != w.Refused {
-		w.refusedAt = at
-	}
-	if m.Refused == "" {
-		w.refused = ""
-	}
-	same := slices.Equal(m.Endpoints, w.Endpoints)
-	w.MagicIP = m
-	if same {
-		return // before anything is made of it: there may be thousands
-	}
-	had, has := w.has, podsOf(m)
-	w.has = has
-	if had == has {
-		return
-	}
-	if had == w.told && at.Sub(w.last) >= NoneFor {
-		w.changes, w.without = 0, 0 // it had come back to what was told, and stayed
-	}
-	if w.changes++; w.changes == 1 {
-		w.first = at
-	}
-	w.last = at
-	if had != "" {
-		w.lost = had
-	}
-	if has != "" {
-		if had == "" {
-			w.without += at.Sub(w.noneFrom)
-		}
-		w.ever = true
-	} else {
-		w.noneFrom = at
-	}
-}
-
-// settled notes that all of w has been told.
-func (w *watched) settled(reason string) {
-	w.told, w.toldNone = w.has, reason == EndpointLost || reason == NoEndpoint
-	w.changes, w.without = 0, 0
-}
-
-// due says what there is to tell of w and when; an empty reason where there is nothing.
-func (w *watched) due(delay time.Duration) (reason string, at time.Time) {
-	switch {
-	case w.Refused != "":
-		if w.Refused != w.refused {
-			return ClaimRefused, w.refusedAt.Add(delay)
-		}
-		return "", time.Time{}
-	case w.changes >= unstable:
-		reason, at = EndpointUnstable, earlier(w.last.Add(Settle), w.first.Add(NoneFor))
-	case w.has == "" && w.toldNone:
-		return "", time.Time{}
-	case w.has == "" && w.ever:
-		reason, at = EndpointLost, w.noneFrom.Add(NoneFor)
-	case w.has == "":
-		reason, at = NoEndpoint, w.noneFrom.Add(NoneFor)
-	case w.has != w.told:
-		reason, at = EndpointGained, earlier(w.last.Add(Settle), w.first.Add(NoneFor))
-	default:
-		return "", time.Time{} // as it was told
-	}
-	return reason, at.Add(delay)
-}
-
-func earlier(a, b time.Time) time.Time {
-	if b.Before(a) {
-		return b
-	}
-	return a
-}
-
-// Run sends what there is to tell until ctx ends.
-func (r *Recorder) Run(ctx context.Context) {
+// Run sends what is due until ctx ends.
+func (r *Reporter) Run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -245,131 +131,67 @@ func (r *Recorder) Run(ctx context.Context) {
 		case <-r.wake:
 		case <-timer.C:
 		}
-		for ctx.Err() == nil {
-			e, next, ok := r.next()
-			if !ok {
+		for {
+			e, next := r.next(time.Now())
+			if e == nil {
 				if !next.IsZero() {
 					timer.Reset(time.Until(next))
 				}
 				break
 			}
-			r.send(ctx, e)
+			r.Send(*e)
 		}
 	}
 }
 
-// next takes what is to be told now. Else it says when to look again; the zero time is not before the next change.
-func (r *Recorder) next() (e Event, again time.Time, ok bool) {
+// next takes one Event that is due. Without one it returns when to look again; the zero time is not before the next change.
+func (r *Reporter) next(now time.Time) (e *Event, again time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	now := time.Now()
-	soonest := func(at time.Time) {
-		if again.IsZero() || at.Before(again) {
+	isDue := func(at time.Time) bool {
+		if at.After(now) && (again.IsZero() || at.Before(again)) {
 			again = at
 		}
+		return !at.After(now)
 	}
-	due := map[string][]*watched{}
-	for frontend, w := range r.watched {
-		reason, at := w.due(r.Delay)
-		if reason == "" {
-			continue
+	fallback := !r.fallbackAt.IsZero() && isDue(r.fallbackAt)
+	due := map[string][]*frontend{}
+	for _, f := range r.frontends {
+		if reason, at := f.due(); reason != "" && isDue(at.Add(r.Delay)) {
+			due[reason] = append(due[reason], f)
 		}
-		if allowed := r.limit(frontend, reason).next(now, perReason); allowed.After(at) {
-			at = allowed
-		}
-		if at.After(now) {
-			soonest(at)
-			continue
-		}
-		due[reason] = append(due[reason], w)
-	}
-	fallback := !r.fallback.IsZero() && !r.fallback.After(now)
-	if !r.fallback.IsZero() && !fallback {
-		soonest(r.fallback)
 	}
 	if len(due) == 0 && !fallback {
-		return Event{}, again, false
+		return nil, again
 	}
-	if allowed := r.agent.next(now, perAgent); allowed.After(now) {
-		return Event{}, allowed, false
+	slot := r.limit.ReserveN(now, 1)
+	if wait := slot.DelayFrom(now); wait > 0 {
+		slot.CancelAt(now)
+		return nil, now.Add(wait)
 	}
-	r.agent.take(now, perAgent)
 	if fallback {
-		r.fallback = time.Time{}
-		return Event{
-			Reason: BackendFallback, Warning: true, Count: 1, First: now, Last: now,
-			Message: "the rules are made with iptables: " + r.Fallback + ". Mend that and restart the agent, or say --backend iptables if it is meant to be so",
-		}, time.Time{}, true
+		r.fallbackAt = time.Time{}
+		return &Event{
+			Reason: BackendFallback, Warning: true,
+			Message: "the rules are made with iptables: " + r.Fallback + ". Correct that and restart the agent, or set --backend iptables if iptables is wanted",
+		}, again
 	}
-	for _, reason := range []string{ClaimRefused, EndpointLost, NoEndpoint, EndpointUnstable, EndpointGained} {
+	for _, reason := range []string{Unserved, EndpointLost, NoEndpoint, EndpointUnstable, EndpointGained} {
 		if len(due[reason]) > 0 {
-			return r.tell(now, reason, due[reason]), time.Time{}, true
+			return r.report(reason, due[reason]), again
 		}
 	}
-	return Event{}, again, false
+	return nil, again
 }
 
-// tell words what has become of the first of several magic IPs and of those that have fared alike, and counts all of
-// these as told.
-func (r *Recorder) tell(now time.Time, reason string, due []*watched) Event {
-	slices.SortFunc(due, func(a, b *watched) int { return frontendOf(a.MagicIP).Compare(frontendOf(b.MagicIP)) })
-	alike := slices.DeleteFunc(slices.Clone(due), func(w *watched) bool { return w.alike(reason) != due[0].alike(reason) })
-	e := r.word(now, reason, alike)
-	for _, w := range alike {
-		r.limit(frontendOf(w.MagicIP), reason).take(now, perReason)
-		if reason == ClaimRefused {
-			w.refused = w.Refused
-			continue
-		}
-		w.settled(reason)
+// report makes one Event of the first frontend and of all that have the same to report, and notes these as reported.
+func (r *Reporter) report(reason string, due []*frontend) *Event {
+	slices.SortFunc(due, func(a, b *frontend) int { return frontendOf(a.MagicIP).Compare(frontendOf(b.MagicIP)) })
+	key := due[0].groupKey(reason)
+	group := slices.DeleteFunc(due, func(f *frontend) bool { return f.groupKey(reason) != key })
+	e := r.describe(reason, group)
+	for _, f := range group {
+		f.setReported(reason)
 	}
-	maps.DeleteFunc(r.limits, func(_ limit, b *bucket) bool { return !b.full.After(now) })
 	return e
-}
-
-// alike is what magic IPs have in common that one Event tells of.
-func (w *watched) alike(reason string) string {
-	if reason == ClaimRefused {
-		return ""
-	}
-	return strings.Join([]string{w.Namespace, w.Selector, w.has, w.told, w.Action}, "\n")
-}
-
-func (r *Recorder) limit(frontend plan.Frontend, reason string) *bucket {
-	key := limit{frontend.Address, reason}
-	b := r.limits[key]
-	if b == nil {
-		b = &bucket{}
-		r.limits[key] = b
-	}
-	return b
-}
-
-// send sends e. What cannot be sent is dropped, and said once.
-func (r *Recorder) send(ctx context.Context, e Event) {
-	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
-	defer cancel()
-	err := r.Send(ctx, e)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch {
-	case err == nil:
-		r.sendError = ""
-	case r.sendError == "":
-		r.Log.Warn("Events cannot be sent, and are dropped until they can", "err", err)
-		fallthrough
-	default:
-		r.sendError = err.Error()
-	}
-}
-
-// Problem is why the last Event could not be sent; empty where it was.
-func (r *Recorder) Problem() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.sendError
-}
-
-func frontendOf(m published.MagicIP) plan.Frontend {
-	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
 }

@@ -2,23 +2,34 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
+	"sync"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/klog/v2"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
 )
 
-// component is who reports the Events.
-const component = "magic-ip-agent"
-
-// mostMessage is the longest message that the API takes (core/v1 Event, in bytes).
-const mostMessage = 1024
+const (
+	// component is the source of the Events.
+	component = "magic-ip-agent"
+	// maxMessage is the longest message of an Event, in bytes (events.k8s.io/v1, note).
+	maxMessage = 1024
+	// eventTimeout bounds one request.
+	eventTimeout = 5 * time.Second
+)
 
 // Self is the agent's own pod, which its Events are about.
 type Self struct{ Namespace, Name, UID string }
@@ -26,36 +37,91 @@ type Self struct{ Namespace, Name, UID string }
 // Known says whether all of it is known.
 func (s Self) Known() bool { return s.Namespace != "" && s.Name != "" && s.UID != "" }
 
-// Events sends Events about a pod. It only ever creates them.
-func (p *Pods) Events(self Self) event.Sender {
-	return func(ctx context.Context, e event.Event) error {
-		_, err := p.client.CoreV1().Events(self.Namespace).Create(ctx, object(self, p.node, e), metav1.CreateOptions{})
-		if apierrors.IsForbidden(err) {
-			return fmt.Errorf("the API server refuses Events in namespace %s: allow create of events there: %w", self.Namespace, err)
-		}
-		return err
-	}
+// Events sends Events about a pod by client-go's broadcaster, which retries each for two minutes while the API server is not
+// reachable.
+type Events struct {
+	client   typedcorev1.EventInterface
+	about    *corev1.ObjectReference
+	recorder record.EventRecorder
+	log      *slog.Logger
+
+	mu  sync.Mutex
+	err error // of the last attempt
 }
 
-func object(self Self, node string, e event.Event) *corev1.Event {
+// Events makes the sender, which works until ctx ends.
+func (p *Pods) Events(ctx context.Context, self Self, log *slog.Logger) *Events {
+	e := &Events{
+		client: p.client.CoreV1().Events(self.Namespace), log: log,
+		about: &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: self.Namespace, Name: self.Name, UID: types.UID(self.UID)},
+	}
+	// The sink logs and remembers errors; the broadcaster would log each attempt, with the whole Event.
+	quiet := klog.NewContext(ctx, logr.Discard())
+	// event.Reporter keeps the rate. The correlator's limit is above it: what it drops is not sent again.
+	limits := record.CorrelatorOptions{BurstSize: 10 * event.Burst, QPS: float32(10 / event.Interval.Seconds())}
+	broadcaster := record.NewBroadcaster(record.WithContext(quiet), record.WithCorrelatorOptions(limits))
+	broadcaster.StartRecordingToSink(e)
+	e.recorder = broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: component, Host: p.node})
+	return e
+}
+
+// Send hands an Event to the broadcaster.
+func (e *Events) Send(what event.Event) {
 	kind := corev1.EventTypeNormal
-	if e.Warning {
+	if what.Warning {
 		kind = corev1.EventTypeWarning
 	}
-	message := e.Message
-	if len(message) > mostMessage {
-		message = strings.ToValidUTF8(message[:mostMessage-3], "") + "..."
+	message := what.Message
+	if len(message) > maxMessage {
+		message = strings.ToValidUTF8(message[:maxMessage-3], "") + "..."
 	}
-	return &corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{
-			Namespace: self.Namespace,
-			Name:      fmt.Sprintf("%.200s.%x", self.Name, time.Now().UnixNano()), // as others name them
-		},
-		InvolvedObject: corev1.ObjectReference{
-			APIVersion: "v1", Kind: "Pod", Namespace: self.Namespace, Name: self.Name, UID: types.UID(self.UID),
-		},
-		Type: kind, Reason: e.Reason, Message: message, Count: int32(e.Count),
-		FirstTimestamp: metav1.NewTime(e.First), LastTimestamp: metav1.NewTime(e.Last),
-		Source: corev1.EventSource{Component: component, Host: node}, ReportingController: component, ReportingInstance: self.Name,
+	e.recorder.Event(e.about, kind, what.Reason, message)
+}
+
+// Problem is why the last Event could not be sent; empty where it was.
+func (e *Events) Problem() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.err == nil {
+		return ""
 	}
+	return e.err.Error()
+}
+
+// Create is part of record.EventSink.
+func (e *Events) Create(object *corev1.Event) (*corev1.Event, error) {
+	return e.attempt(func(ctx context.Context) (*corev1.Event, error) {
+		return e.client.Create(ctx, object, metav1.CreateOptions{})
+	})
+}
+
+// Update is part of record.EventSink, which never calls it.
+func (e *Events) Update(*corev1.Event) (*corev1.Event, error) { return nil, errors.ErrUnsupported }
+
+// Patch is part of record.EventSink.
+func (e *Events) Patch(object *corev1.Event, data []byte) (*corev1.Event, error) {
+	return e.attempt(func(ctx context.Context) (*corev1.Event, error) {
+		return e.client.Patch(ctx, object.Name, types.StrategicMergePatchType, data, metav1.PatchOptions{})
+	})
+}
+
+// attempt sends, and remembers how that ended. That an Event to be patched has expired is no failure: it is created anew.
+func (e *Events) attempt(send func(context.Context) (*corev1.Event, error)) (*corev1.Event, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	defer cancel()
+	object, err := send(ctx)
+	if apierrors.IsNotFound(err) {
+		return object, err
+	}
+	said := err
+	if apierrors.IsForbidden(err) {
+		said = fmt.Errorf("the API server does not allow Events in namespace %s; allow create and patch of events there: %w", e.about.Namespace, err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if said != nil && e.err == nil {
+		e.log.Warn("Events cannot be sent; `magic-ip-agent status` shows the state", "error", said)
+	}
+	e.err = said
+	return object, err
 }

@@ -1,8 +1,13 @@
 package kube
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -18,59 +23,73 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
 )
 
+// TestEvents: what the API server has in the end of what was sent, and what is said while it takes none.
 func TestEvents(t *testing.T) {
-	t.Parallel()
-	client := fake.NewClientset()
-	pods := &Pods{client: client, node: "node1"}
-	self := Self{Namespace: "kube-system", Name: strings.Repeat("long-", 50) + "n", UID: "u"}
-	send := pods.Events(self)
-	first, last := time.Unix(1000, 0), time.Unix(1060, 0)
-	long := strings.Repeat("ä", mostMessage)
-	for _, e := range []event.Event{
-		{Reason: event.EndpointGained, Message: "gained", Count: 1, First: first, Last: first},
-		{Reason: event.EndpointUnstable, Warning: true, Message: long, Count: 40, First: first, Last: last},
-	} {
-		if err := send(t.Context(), e); err != nil {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset()
+		var refusal error
+		client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return refusal != nil, nil, refusal
+		})
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var log bytes.Buffer
+		self := Self{Namespace: "kube-system", Name: "agent", UID: "u"}
+		events := (&Pods{client: client, node: "node1"}).Events(ctx, self, slog.New(slog.NewTextHandler(&log, nil)))
+		send := func(wait time.Duration, sent ...event.Event) {
+			for _, e := range sent {
+				events.Send(e)
+				time.Sleep(time.Millisecond) // Events are named by the time, in nanoseconds
+			}
+			time.Sleep(wait)
+			synctest.Wait()
+		}
+		begun := time.Now()
+		lost := event.Event{Reason: event.EndpointLost, Warning: true, Message: strings.Repeat("ä", maxMessage)}
+		gained := event.Event{Reason: event.EndpointGained, Message: "gained"}
+		send(time.Minute, gained, lost)
+		send(time.Minute, lost)
+
+		refusal = apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", nil)
+		send(time.Minute, gained)
+		if problem := events.Problem(); !strings.Contains(problem, "allow create and patch of events there") {
+			t.Errorf("without the right: %q", problem)
+		}
+		refusal = errors.New("connection refused")
+		send(time.Minute, event.Event{Reason: event.Unserved, Warning: true, Message: "late"})
+		if problem := events.Problem(); problem != "connection refused" {
+			t.Errorf("while the API server is away: %q", problem)
+		}
+		refusal = nil
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if problem := events.Problem(); problem != "" {
+			t.Errorf("afterwards: %q", problem)
+		}
+		if said := strings.Count(log.String(), "Events cannot be sent"); said != 1 {
+			t.Errorf("logged %d times: %s", said, log.String())
+		}
+
+		list, err := client.CoreV1().Events("kube-system").List(t.Context(), metav1.ListOptions{})
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	list, err := client.CoreV1().Events("kube-system").List(t.Context(), metav1.ListOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	about := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: "kube-system", Name: self.Name, UID: "u"}
-	source := corev1.EventSource{Component: "magic-ip-agent", Host: "node1"}
-	want := []corev1.Event{
-		{
-			InvolvedObject: about, Source: source, ReportingController: "magic-ip-agent", ReportingInstance: self.Name, Type: "Normal",
-			Reason: "EndpointGained", Message: "gained", Count: 1, FirstTimestamp: metav1.NewTime(first), LastTimestamp: metav1.NewTime(first),
-		},
-		{
-			InvolvedObject: about, Source: source, ReportingController: "magic-ip-agent", ReportingInstance: self.Name, Type: "Warning",
-			Reason: "EndpointUnstable", Message: strings.Repeat("ä", mostMessage/2-2) + "...", Count: 40, FirstTimestamp: metav1.NewTime(first), LastTimestamp: metav1.NewTime(last),
-		},
-	}
-	byReason := cmpopts.SortSlices(func(a, b corev1.Event) bool { return a.Reason < b.Reason })
-	if diff := cmp.Diff(want, list.Items, byReason, cmpopts.IgnoreFields(corev1.Event{}, "ObjectMeta", "TypeMeta")); diff != "" {
-		t.Errorf("events (-want +got):\n%s", diff)
-	}
-	for _, e := range list.Items {
-		if len(e.Name) > 253 || !strings.HasPrefix(e.Name, "long-") {
-			t.Errorf("an event is called %s", e.Name)
+		about := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: "kube-system", Name: "agent", UID: "u"}
+		entry := func(kind, reason, message string, count int32, first, last time.Duration) corev1.Event {
+			return corev1.Event{
+				InvolvedObject: about, Source: corev1.EventSource{Component: "magic-ip-agent", Host: "node1"}, ReportingController: "magic-ip-agent",
+				Type: kind, Reason: reason, Message: message, Count: count,
+				FirstTimestamp: metav1.NewTime(begun.Add(first)), LastTimestamp: metav1.NewTime(begun.Add(last)), ReportingInstance: "node1",
+			}
 		}
-	}
-}
-
-// TestEventsForbidden: the error names the right that is missing.
-func TestEventsForbidden(t *testing.T) {
-	t.Parallel()
-	client := fake.NewClientset()
-	client.PrependReactor("create", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
-		return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", nil)
+		want := []corev1.Event{
+			entry("Normal", "EndpointGained", "gained", 1, 0, 0),
+			entry("Warning", "EndpointLost", strings.Repeat("ä", maxMessage/2-2)+"...", 2, 0, time.Minute),
+			entry("Warning", "Unserved", "late", 1, 3*time.Minute, 3*time.Minute),
+		}
+		byReason := cmpopts.SortSlices(func(a, b corev1.Event) bool { return a.Reason < b.Reason })
+		if diff := cmp.Diff(want, list.Items, byReason, cmpopts.IgnoreFields(corev1.Event{}, "ObjectMeta", "TypeMeta"), cmpopts.EquateApproxTime(time.Second)); diff != "" {
+			t.Errorf("events (-want +got):\n%s", diff)
+		}
 	})
-	pods := &Pods{client: client}
-	err := pods.Events(Self{Namespace: "kube-system", Name: "agent", UID: "u"})(t.Context(), event.Event{})
-	if err == nil || !strings.Contains(err.Error(), "allow create of events there") {
-		t.Errorf("error %v, want one that names the right", err)
-	}
 }

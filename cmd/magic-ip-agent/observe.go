@@ -13,20 +13,19 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/metrics"
 )
 
-// tellEvents has the agent send Events about its own pod, where it knows which that is.
-func (f *runFlags) tellEvents(options *agent.Options, pods *kube.Pods, fallback string) {
+// reportEvents has the agent send Events about its own pod, where it knows which that is.
+func (f *runFlags) reportEvents(ctx context.Context, options *agent.Options, pods *kube.Pods, fallback string) {
 	self := kube.Self{Namespace: os.Getenv("POD_NAMESPACE"), Name: os.Getenv("POD_NAME"), UID: os.Getenv("POD_UID")}
 	if !self.Known() {
-		options.Log.Info("no Events: POD_NAME, POD_NAMESPACE and POD_UID do not say whom they are about")
+		options.Log.Info("no Events: POD_NAME, POD_NAMESPACE and POD_UID do not name the agent's own pod")
 		return
 	}
-	recorder := event.New(event.Options{
-		Send: pods.Events(self), Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback, Log: options.Log,
-	})
-	options.Published = append(options.Published, recorder.Published)
-	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", recorder.Problem()) })
+	events := pods.Events(ctx, self, options.Log)
+	reporter := event.New(event.Options{Send: events.Send, Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback})
+	options.Published = append(options.Published, reporter.Published)
+	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", events.Problem()) })
 	options.Watchers = append(options.Watchers, func(ctx context.Context, _ func(agent.Source)) error {
-		recorder.Run(ctx)
+		reporter.Run(ctx)
 		return nil
 	})
 }

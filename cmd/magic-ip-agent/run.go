@@ -97,7 +97,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		options.Watchers = append(options.Watchers, func(ctx context.Context, wake func(agent.Source)) error {
 			return pods.Run(ctx, func() { wake(agent.Pods) })
 		})
-		f.tellEvents(&options, pods, backend.Fallback)
+		f.reportEvents(ctx, &options, pods, backend.Fallback)
 	}
 	if err := f.serveMetrics(&options, pods, initial.Name); err != nil {
 		return err

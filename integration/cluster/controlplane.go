@@ -166,7 +166,7 @@ func (c *ControlPlane) Allow(ctx context.Context) error {
 		ObjectMeta: metav1.ObjectMeta{Name: AgentUser},
 		Rules: []rbacv1.PolicyRule{
 			{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}},
-			{APIGroups: []string{corev1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create"}},
+			{APIGroups: []string{corev1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
 		},
 	}
 	binding := &rbacv1.RoleBinding{
