@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -29,7 +29,7 @@ import (
 type leaving struct {
 	*testing.T
 	dir     string
-	backend *netfilter.Fake
+	backend *nftables.Fake
 	failing int // how often the rules cannot be removed yet
 	swept   plan.Change
 	deleted chan struct{}
@@ -40,7 +40,7 @@ type leaving struct {
 const leavingName = "default.magic-ip"
 
 func newLeaving(t *testing.T) *leaving {
-	l := &leaving{T: t, dir: t.TempDir(), backend: netfilter.NewFake(leavingName), deleted: make(chan struct{})}
+	l := &leaving{T: t, dir: t.TempDir(), backend: nftables.NewFake(leavingName), deleted: make(chan struct{})}
 	_, err := state.Update(l.dir, time.Second, nil, state.Attachment{
 		ContainerID: "c1", IfName: "eth0", Namespace: "default", Name: "echo", Labels: map[string]string{"app": "echo"},
 		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, AddedAt: time.Now(),

@@ -9,14 +9,14 @@ import (
 	"testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 // beside is a backend that puts the rules in place and cannot do something else; and flows that are counted.
 type beside struct {
-	*netfilter.Fake
+	*nftables.Fake
 	swept int
 }
 
@@ -40,7 +40,7 @@ func (*beside) EnableHairpin(string) (bool, error) { return false, nil }
 // TestErrorBesideTheRules: where the rules are in place, what else has failed is published, and flows are swept.
 func TestErrorBesideTheRules(t *testing.T) {
 	t.Parallel()
-	b := &beside{Fake: netfilter.NewFake("a")}
+	b := &beside{Fake: nftables.NewFake("a")}
 	a := &Agent{
 		Options: Options{
 			RuntimeDir: t.TempDir(), Backend: b, Flows: b, Node: b, Log: slog.New(slog.DiscardHandler),

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -95,7 +95,7 @@ type stage struct {
 	t       *testing.T
 	dir     string
 	config  string
-	backend *netfilter.Fake
+	backend *nftables.Fake
 	sweeps  fakeFlows
 	network node.Network
 	records []state.Attachment // of the pods that are there
@@ -106,7 +106,7 @@ type stage struct {
 
 func play(t *testing.T, sections map[string]string) (rules string) {
 	s := &stage{
-		t: t, dir: t.TempDir(), config: sections["config"], backend: netfilter.NewFake("default.magic-ip"),
+		t: t, dir: t.TempDir(), config: sections["config"], backend: nftables.NewFake("default.magic-ip"),
 		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}, IPv6: true},
 	}
 	s.start()

@@ -9,7 +9,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
@@ -24,7 +24,7 @@ func TestTellsWhatIsPublished(t *testing.T) {
 	note := ""
 	a := &Agent{
 		Options: Options{
-			RuntimeDir: t.TempDir(), Backend: netfilter.NewFake("a"), Log: slog.New(slog.DiscardHandler),
+			RuntimeDir: t.TempDir(), Backend: nftables.NewFake("a"), Log: slog.New(slog.DiscardHandler),
 			Published: []func(before, now *published.Agent){func(before, now *published.Agent) { told = append(told, [2]*published.Agent{before, now}) }},
 			Notes:     []func() []string{func() []string { return []string{note} }},
 		},

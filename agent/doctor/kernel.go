@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/backend"
+	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
@@ -22,7 +23,7 @@ func (e *examination) versions(ctx context.Context) {
 		kernel = unix.ByteSliceToString(name.Release[:])
 	}
 	tools := "no nft and no iptables command here"
-	if found := netfilter.Tools(ctx); len(found) > 0 {
+	if found := backend.Tools(ctx); len(found) > 0 {
 		tools = strings.Join(found, ", ")
 	}
 	e.add(OK, "versions", fmt.Sprintf("magic-ip-agent %s, Linux %s, %s", e.Version, kernel, tools), "")
@@ -39,17 +40,17 @@ func mayLook() bool {
 // backend says which backend each agent uses and why, and whether nftables could be used.
 func (e *examination) backend(ctx context.Context) {
 	const check = "backend"
-	trial := netfilter.TrialLoad(ctx)
+	trial := backend.Trial(ctx)
 	for _, a := range e.agents {
 		text := fmt.Sprintf("agent %s uses %s", a.Name, a.Backend)
 		if a.BackendNote != "" {
 			text += ": " + a.BackendNote
 		}
 		switch {
-		case a.Backend == netfilter.BackendNFTables && trial != nil:
+		case a.Backend == backend.NFTables && trial != nil:
 			e.add(Fail, check, fmt.Sprintf("agent %s uses nftables, which does not work from here: %v", a.Name, trial),
 				"run this as root in the network namespace of the node; if that is so, see that the nft command and the kernel are there still")
-		case a.Backend == netfilter.BackendIPTables && trial == nil:
+		case a.Backend == backend.IPTables && trial == nil:
 			e.add(OK, check, text+" (nftables could be used here)", "")
 		default:
 			e.add(OK, check, text, "")
@@ -101,7 +102,7 @@ func inspect(ctx context.Context, a agent.NodeAgent) ([]string, error) {
 		}
 		services = append(services, service)
 	}
-	return netfilter.Inspect(ctx, a.Backend, a.Name, services)
+	return backend.Inspect(ctx, a.Backend, a.Name, services)
 }
 
 func (e *examination) addresses() (all []netip.Addr) {
@@ -119,15 +120,18 @@ func (e *examination) addresses() (all []netip.Addr) {
 
 func (e *examination) foreignRules(ctx context.Context) {
 	const check = "rules of others"
-	found := netfilter.ForeignDNAT(ctx, e.addresses())
+	found, hidden := foreign.Rules(ctx, e.addresses())
 	for _, rule := range found {
-		next := netfilter.RemoveForeign(ctx, rule)
+		next := foreign.Remove(ctx, rule)
 		if next == "" {
 			next = "remove it"
 		}
 		e.add(Warn, check, "somebody else translates a magic IP too: "+rule, next)
 	}
-	if len(found) == 0 {
+	for _, reason := range hidden {
+		e.add(Hidden, check, reason, "run this as root on the node, where iptables-legacy-save is installed")
+	}
+	if len(found)+len(hidden) == 0 {
 		e.add(OK, check, "none translates a magic IP", "")
 	}
 }

@@ -34,6 +34,31 @@ func (p Protocol) Number() uint8 {
 	}
 }
 
+// Family is an IP version, as nft names it.
+type Family string
+
+// The IP versions.
+const (
+	IPv4 Family = "ip"
+	IPv6 Family = "ip6"
+)
+
+// Families are both IP versions, in the order in which backends load them.
+func Families() [2]Family { return [...]Family{IPv4, IPv6} }
+
+// FamilyOf is the IP version of an address.
+func FamilyOf(address netip.Addr) Family {
+	if address.Is6() {
+		return IPv6
+	}
+	return IPv4
+}
+
+// Has says whether the plan has any rule of a family.
+func (p *Plan) Has(family Family) bool {
+	return slices.ContainsFunc(p.Rules, func(r Rule) bool { return FamilyOf(r.Address) == family })
+}
+
 // Frontend is what clients connect to, and the key of everything.
 type Frontend struct {
 	Address  netip.Addr

@@ -11,9 +11,9 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 )
@@ -128,7 +128,7 @@ Stop the agent and its installer first.`,
 	flags.flags(f)
 	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML), for its name")
 	f.StringVar(&flags.name, "name", "", "`NAME` of the agent")
-	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
+	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
 	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
 	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs: it puts back what it can")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
@@ -179,9 +179,9 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if err := install.RemoveTemps(ctx, f.binDir); err != nil {
 		return err
 	}
-	backend, err := netfilter.Select(ctx, f.backend, name)
+	selected, err := backend.Select(ctx, f.backend, name)
 	if err == nil {
-		err = backend.Remove(ctx)
+		err = selected.Remove(ctx)
 	}
 	if err != nil {
 		return fmt.Errorf("the rules are still there: %w", err)

@@ -5,14 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
+	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
 
@@ -43,7 +46,7 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.StringVar(&flags.nodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node in the Kubernetes API")
 	f.StringVar(&flags.kubeconfig, "kubeconfig", "", "`FILE` with credentials for the Kubernetes API; without it the pod's service account")
 	f.BoolVar(&flags.noAPI, "no-api", false, "do without the Kubernetes API: what the CNI plugin records is all that is known")
-	f.StringVar(&flags.backend, "backend", netfilter.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
+	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
 	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this agent belongs to; when it is deleted, rules and files go")
 	f.StringVar(&flags.metricsAddress, "metrics-address", "", "`HOST:PORT` to serve metrics for Prometheus at, /metrics; nowhere where empty")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
@@ -62,27 +65,30 @@ func (f *runFlags) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	backend, err := netfilter.Select(ctx, f.backend, initial.Name)
+	selected, err := backend.Select(ctx, f.backend, initial.Name)
 	if err != nil {
 		return err
 	}
-	log.Info("starting", "version", version, "name", initial.Name, "node", f.nodeName, "backend", backend.Name(), "reason", backend.Reason, "runtimeDir", f.runtimeDir)
+	log.Info("starting", "version", version, "name", initial.Name, "node", f.nodeName, "backend", selected.Name(), "reason", selected.Reason, "runtimeDir", f.runtimeDir)
 	options := agent.Options{
-		RuntimeDir:   f.runtimeDir,
-		Load:         load,
-		Backend:      backend,
-		BackendNote:  backend.Reason,
-		Flows:        netfilter.Conntrack{},
-		Node:         node.Kernel{},
-		ForeignRules: netfilter.ForeignDNAT,
-		Bypasses:     node.Bypasses,
+		RuntimeDir:  f.runtimeDir,
+		Load:        load,
+		Backend:     selected,
+		BackendNote: selected.Reason,
+		Flows:       conntrack.Table{},
+		Node:        node.Kernel{},
+		ForeignRules: func(ctx context.Context, addresses []netip.Addr) []string {
+			found, _ := foreign.Rules(ctx, addresses)
+			return found
+		},
+		Bypasses: node.Bypasses,
 		Watchers: []agent.Watcher{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return node.Watch(ctx, func() { wake(agent.Network) })
 			},
 			func(ctx context.Context, wake func(agent.Source)) error {
-				return backend.Watch(ctx, func() { wake(agent.Rules) })
+				return selected.Watch(ctx, func() { wake(agent.Rules) })
 			},
 		},
 		Log: log,
@@ -97,7 +103,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		options.Watchers = append(options.Watchers, func(ctx context.Context, wake func(agent.Source)) error {
 			return pods.Run(ctx, func() { wake(agent.Pods) })
 		})
-		f.reportEvents(ctx, &options, pods, backend.Fallback)
+		f.reportEvents(ctx, &options, pods, selected.Fallback)
 	}
 	if err := f.serveMetrics(&options, pods, initial.Name); err != nil {
 		return err
@@ -110,7 +116,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		if own.Await(ctx); ctx.Err() != nil {
 			return nil
 		}
-		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: backend.Remove}
+		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: selected.Remove}
 	}
 	err = agent.Run(ctx, options)
 	if errors.Is(err, agent.ErrStandby) {

@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/netfilter"
+	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -66,7 +66,7 @@ func measureFlows(ctx context.Context, count rounds) (measured []table, err erro
 				var took sample
 				for range count.flows {
 					begun := time.Now()
-					if _, err := (netfilter.Conntrack{}).Sweep(ctx, &p, r.change); err != nil {
+					if _, err := (conntrack.Table{}).Sweep(ctx, &p, r.change); err != nil {
 						return err
 					}
 					took.add(time.Since(begun), time.Millisecond)

@@ -1,24 +1,26 @@
-package netfilter
+package iptables
 
 import (
 	"fmt"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 )
 
-// xlisting is what iptables-save shows of one table, as far as it concerns one agent.
-type xlisting struct {
+// listing is what iptables-save shows of one table, as far as it concerns one agent.
+type listing struct {
 	// chains are the agent's, in the order listed, with their rules as listed. They are compared with an
 	// earlier listing by the same iptables, never with what we wrote: it words rules in its own way.
-	chains []xchain
+	chains []chain
 	// others are all rules of all other chains, by chain: "-A PREROUTING …".
 	others map[string][]string
 }
 
-// parseXListing reads the output of iptables-save for one table.
-func parseXListing(out, prefix string) (*xlisting, error) {
-	l := &xlisting{others: map[string][]string{}}
+// parseListing reads the output of iptables-save for one table.
+func parseListing(out, prefix string) (*listing, error) {
+	l := &listing{others: map[string][]string{}}
 	index := map[string]int{}
 	for line := range strings.Lines(out) {
 		line = strings.TrimRight(line, "\n")
@@ -29,7 +31,7 @@ func parseXListing(out, prefix string) (*xlisting, error) {
 		case strings.HasPrefix(line, ":"+prefix):
 			name, _, _ := strings.Cut(line[1:], " ")
 			index[name] = len(l.chains)
-			l.chains = append(l.chains, xchain{name: name})
+			l.chains = append(l.chains, chain{name: name})
 		case strings.HasPrefix(line, "-A "):
 			chain, rule, _ := strings.Cut(line[3:], " ")
 			if i, ours := index[chain]; ours {
@@ -57,7 +59,7 @@ func target(rule string) string {
 var unconditional = regexp.MustCompile(`^-A \S+ (-m comment --comment ("[^"]*"|\S+) )?-j \S+$`)
 
 // jump says how often a jump is there, and behind how many rules that are not of an agent of this kind.
-func (l *xlisting) jump(j xjump) (count, behind int) {
+func (l *listing) jump(j jump) (count, behind int) {
 	foreign := 0
 	for _, rule := range l.others[j.hook] {
 		switch {
@@ -66,7 +68,7 @@ func (l *xlisting) jump(j xjump) (count, behind int) {
 				behind = foreign
 			}
 			count++
-		case !strings.HasPrefix(target(rule), agentsPrefix):
+		case !strings.HasPrefix(target(rule), ChainPrefix):
 			foreign++
 		}
 	}
@@ -74,12 +76,12 @@ func (l *xlisting) jump(j xjump) (count, behind int) {
 }
 
 // empty says that nothing is there of the agent whose chains begin with prefix.
-func (l *xlisting) empty(prefix string) bool {
+func (l *listing) empty(prefix string) bool {
 	return len(l.chains) == 0 && len(l.leadingTo(prefix)) == 0
 }
 
 // leadingTo are the rules of others, and our own jumps, that lead to chains that begin with prefix.
-func (l *xlisting) leadingTo(prefix string) []string {
+func (l *listing) leadingTo(prefix string) []string {
 	var rules []string
 	for _, chain := range l.others {
 		for _, rule := range chain {
@@ -95,7 +97,7 @@ func (l *xlisting) leadingTo(prefix string) []string {
 // write is the input of iptables-restore --noflush that puts t in place of what the listing shows: one
 // transaction. Nothing is said of built-in chains, so that nobody else's rules are touched. A jump that is
 // right stays as it is; move says of which hooks a jump behind foreign rules is to come first again.
-func (t xtable) write(there *xlisting, prefix string, move func(hook string) bool) string {
+func (t table) write(there *listing, prefix string, move func(hook string) bool) string {
 	var w strings.Builder
 	fmt.Fprintf(&w, "*%s\n", t.name)
 	wanted := map[string]bool{}
@@ -108,13 +110,13 @@ func (t xtable) write(there *xlisting, prefix string, move func(hook string) boo
 			fmt.Fprintf(&w, ":%s - [0:0]\n", c.name)
 		}
 	}
-	kept := map[xjump]bool{}
+	kept := map[jump]bool{}
 	for _, j := range t.jumps {
 		count, behind := there.jump(j)
 		kept[j] = count == 1 && (behind == 0 || !move(j.hook))
 	}
 	for _, rule := range there.leadingTo(prefix) {
-		isKept := func(j xjump) bool {
+		isKept := func(j jump) bool {
 			return kept[j] && strings.HasPrefix(rule, "-A "+j.hook+" ") && target(rule) == j.chain && unconditional.MatchString(rule)
 		}
 		if !slices.ContainsFunc(t.jumps, isKept) {
@@ -138,7 +140,7 @@ func (t xtable) write(there *xlisting, prefix string, move func(hook string) boo
 	return w.String()
 }
 
-func (c xchain) write(w *strings.Builder) {
+func (c chain) write(w *strings.Builder) {
 	for _, rule := range c.rules {
 		fmt.Fprintf(w, "-A %s %s\n", c.name, rule)
 	}
@@ -146,9 +148,9 @@ func (c xchain) write(w *strings.Builder) {
 
 // update is the input of iptables-restore --noflush that leads from before to t, chain by chain: one
 // transaction. It is empty where nothing differs. Jumps and chains that stay as they are go unmentioned.
-func (t xtable) update(before xtable) string {
+func (t table) update(before table) string {
 	var declared, rules, deleted strings.Builder
-	old := map[string]xchain{}
+	old := map[string]chain{}
 	for _, c := range before.chains {
 		old[c.name] = c
 	}
@@ -172,7 +174,7 @@ func (t xtable) update(before xtable) string {
 }
 
 // missing says which chains, rules and jumps of t the listing does not show, by count.
-func (t xtable) missing(there *xlisting) []string {
+func (t table) missing(there *listing) []string {
 	var differs []string
 	listed := map[string]int{}
 	for _, c := range there.chains {
@@ -192,8 +194,8 @@ func (t xtable) missing(there *xlisting) []string {
 }
 
 // compareChains says in which respects the chains of l differ from those listed when they were loaded.
-func (l *xlisting) compareChains(loaded []xchain) []string {
-	lines := func(chains []xchain) (all []string) {
+func (l *listing) compareChains(loaded []chain) []string {
+	lines := func(chains []chain) (all []string) {
 		for _, c := range chains {
 			all = append(all, "chain "+c.name)
 			for _, rule := range c.rules {
@@ -203,17 +205,17 @@ func (l *xlisting) compareChains(loaded []xchain) []string {
 		slices.Sort(all)
 		return all
 	}
-	same := func(a, b xchain) bool { return a.name == b.name && slices.Equal(a.rules, b.rules) }
+	same := func(a, b chain) bool { return a.name == b.name && slices.Equal(a.rules, b.rules) }
 	if slices.EqualFunc(l.chains, loaded, same) {
 		return nil
 	}
 	wanted, there := lines(loaded), lines(l.chains)
 	var differs []string
-	differs = append(differs, summary("missing", without(wanted, there))...)
-	differs = append(differs, summary("foreign", without(there, wanted))...)
+	differs = append(differs, nftables.Summary("missing", without(wanted, there))...)
+	differs = append(differs, nftables.Summary("foreign", without(there, wanted))...)
 	if len(differs) == 0 {
 		// The order of chains means nothing, that of rules does.
-		byName := func(a, b xchain) int { return strings.Compare(a.name, b.name) }
+		byName := func(a, b chain) int { return strings.Compare(a.name, b.name) }
 		if slices.EqualFunc(slices.SortedFunc(slices.Values(l.chains), byName), slices.SortedFunc(slices.Values(loaded), byName), same) {
 			return nil
 		}

@@ -1,4 +1,6 @@
-package netfilter
+// Package conntrack deletes the entries of the kernel's connection table that a change of rules has made stale
+// (ctnetlink; linux/netfilter/nfnetlink_conntrack.h).
+package conntrack
 
 import (
 	"context"
@@ -15,9 +17,8 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// Conntrack deletes the entries of the kernel's connection table that lead where no packet shall go
-// any more (ctnetlink; linux/netfilter/nfnetlink_conntrack.h).
-type Conntrack struct{}
+// Table is the connection table of the calling thread's network namespace.
+type Table struct{}
 
 // Attributes that the netlink library does not name (enum ctattr_type, ctattr_filter), and the bits of
 // CTA_FILTER_*_FLAGS (CTA_FILTER_FLAG in net/netfilter/nf_conntrack_netlink.c).
@@ -42,7 +43,7 @@ const mostFilteredDumps = 16
 
 // Sweep deletes the flows that p makes stale among those that change touches. Call it after the rules
 // of p are in place, or a client's next packet makes the same entry anew.
-func (Conntrack) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (deleted int, err error) {
+func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (deleted int, err error) {
 	if change.Empty() {
 		return 0, nil
 	}

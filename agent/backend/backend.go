@@ -1,19 +1,30 @@
-package netfilter
+// Package backend selects what an agent's rules are made with, and removes the rules that the other kinds have left behind.
+//
+// These ways to speak netfilter stay, each for one job:
+//
+//   - The nft command, started by knftables, loads the tables of package nftables: there rules are text.
+//   - nftables netlink (google/nftables, mdlayher/netlink) changes elements of sets without starting a process.
+//   - iptables-restore and iptables-save make and read the rules of package iptables, one transaction for each table.
+//     coreos/go-iptables has no transactions: it finds the version, and which kind of iptables kubelet uses.
+//   - ctnetlink (vishvananda/netlink/nl) deletes flows in package conntrack. Its conntrack functions cannot have the kernel
+//     filter a dump.
+package backend
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// Backend names, as in --backend. Auto takes nftables where it can be used, else iptables.
+// Names, as in --backend. Auto takes nftables where it can be used, else iptables.
 const (
-	Auto            = "auto"
-	BackendNFTables = "nftables"
-	BackendIPTables = "iptables"
+	Auto     = "auto"
+	NFTables = nftables.Name
+	IPTables = iptables.Name
 )
 
 // Selected is the backend to use. Once its rules are in place for the first time, it removes those that
@@ -24,7 +35,7 @@ type Selected struct {
 	Reason string
 	// Fallback is why it is not nftables although it might be; empty where that was not wanted, or is.
 	Fallback  string
-	leftovers []leftover
+	leftovers []backend
 }
 
 type backend interface {
@@ -32,48 +43,47 @@ type backend interface {
 	Sync(ctx context.Context, p *plan.Plan) error
 	Verify(ctx context.Context) (differs []string, err error)
 	Remove(ctx context.Context) error
-}
-
-// leftover is a backend that is not in use.
-type leftover interface {
-	backend
-	// exists says whether any rule of it is there. Where that cannot be told, its tools or its part of
-	// the kernel are missing, and so are its rules.
-	exists(ctx context.Context) bool
+	Exists(ctx context.Context) bool
 }
 
 // Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used.
 func Select(ctx context.Context, name, agentName string) (*Selected, error) {
-	if name != Auto && name != BackendNFTables && name != BackendIPTables {
-		return nil, fmt.Errorf("backend %q is not allowed; allowed: %s, %s, %s", name, Auto, BackendNFTables, BackendIPTables)
+	if name != Auto && name != NFTables && name != IPTables {
+		return nil, fmt.Errorf("backend %q is not allowed; allowed: %s, %s, %s", name, Auto, NFTables, IPTables)
 	}
-	var unusable error
-	if name != BackendIPTables {
-		nft, err := NewNFTables(ctx, agentName)
-		if err == nil {
+	nft, unusable := nftables.New(agentName)
+	var leftovers []backend
+	if nft != nil {
+		leftovers = append(leftovers, nft)
+	}
+	if name != IPTables {
+		if unusable == nil {
+			unusable = nft.Trial(ctx)
+		}
+		if unusable == nil {
 			return &Selected{backend: nft, leftovers: otherIPTables(agentName, nil)}, nil
 		}
-		if name == BackendNFTables {
-			return nil, fmt.Errorf("backend nftables: %w", err)
+		if name == NFTables {
+			return nil, fmt.Errorf("backend nftables: %w", unusable)
 		}
-		unusable = err
 	}
-	ipt, err := NewIPTables(ctx, agentName)
-	if err != nil {
-		if unusable != nil {
-			return nil, fmt.Errorf("neither backend can be used on this node: nftables: %w; iptables: %w", unusable, err)
+	variant, err := iptables.InUse()
+	if err == nil {
+		ipt := iptables.New(agentName, variant)
+		var version string
+		if version, err = ipt.Trial(ctx); err == nil {
+			s := &Selected{backend: ipt, Reason: version + ", " + variant.Reason, leftovers: append(otherIPTables(agentName, &variant), leftovers...)}
+			if name == Auto {
+				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
+				s.Reason += "; " + s.Fallback
+			}
+			return s, nil
 		}
-		return nil, fmt.Errorf("backend iptables: %w", err)
 	}
-	s := &Selected{backend: ipt, Reason: ipt.version + ", " + ipt.variant.reason, leftovers: otherIPTables(agentName, &ipt.variant)}
-	if unusable != nil {
-		s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
-		s.Reason += "; " + s.Fallback
+	if name == Auto {
+		return nil, fmt.Errorf("neither backend can be used on this node: nftables: %w; iptables: %w", unusable, err)
 	}
-	if nft, err := newNFTables(agentName); err == nil {
-		s.leftovers = append(s.leftovers, nft)
-	}
-	return s, nil
+	return nil, fmt.Errorf("backend iptables: %w", err)
 }
 
 // Sync brings the kernel to the plan, and then removes leftovers: a LeftoverError where only that has failed.
@@ -100,8 +110,8 @@ func (e *LeftoverError) InPlace() bool { return true }
 // Watch calls changed whenever the kernel tells that somebody has changed our rules, until ctx ends. It
 // tells that of nftables only; the rules of iptables are looked at with every poll.
 func (s *Selected) Watch(ctx context.Context, changed func()) error {
-	if nft, ok := s.backend.(*NFTables); ok {
-		return watchTable(ctx, nft.tables[0].name, changed)
+	if nft, ok := s.backend.(*nftables.Backend); ok {
+		return nft.Watch(ctx, changed)
 	}
 	<-ctx.Done()
 	return nil
@@ -115,7 +125,7 @@ func (s *Selected) Remove(ctx context.Context) error {
 func (s *Selected) removeLeftovers(ctx context.Context) error {
 	var err error
 	for _, other := range s.leftovers {
-		if !other.exists(ctx) {
+		if !other.Exists(ctx) {
 			continue
 		}
 		if removeErr := other.Remove(ctx); removeErr != nil {
@@ -126,35 +136,17 @@ func (s *Selected) removeLeftovers(ctx context.Context) error {
 }
 
 // otherIPTables are the kinds of iptables that are not in use: one for each kind.
-func otherIPTables(agentName string, inUse *variant) []leftover {
-	var others []leftover
+func otherIPTables(agentName string, inUse *iptables.Variant) []backend {
+	var others []backend
 	seen := map[bool]bool{}
 	if inUse != nil {
-		seen[inUse.legacy] = true
+		seen[inUse.Legacy] = true
 	}
-	for _, v := range variants() {
-		if !seen[v.legacy] {
-			seen[v.legacy] = true
-			others = append(others, newIPTables(agentName, v))
+	for _, v := range iptables.Variants() {
+		if !seen[v.Legacy] {
+			seen[v.Legacy] = true
+			others = append(others, iptables.New(agentName, v))
 		}
 	}
 	return others
-}
-
-func (n *NFTables) exists(ctx context.Context) bool {
-	return slices.ContainsFunc(n.tables, func(t *table) bool {
-		listed, err := t.list(ctx)
-		return err == nil && listed.exists
-	})
-}
-
-func (i *IPTables) exists(ctx context.Context) bool {
-	for _, f := range i.families {
-		for _, table := range []string{"nat", "filter", "mangle"} {
-			if there, err := f.list(ctx, table); err == nil && !there.empty(f.prefix) {
-				return true
-			}
-		}
-	}
-	return false
 }

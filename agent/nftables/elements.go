@@ -1,4 +1,4 @@
-package netfilter
+package nftables
 
 import (
 	"encoding/binary"
@@ -14,7 +14,6 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
-	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
@@ -27,7 +26,7 @@ type setChange struct {
 
 // changes are those from one plan to another that has the same chains. What makes the same elements in both is left
 // out: there may be thousands of rules, and one pod.
-func changes(before, after *plan.Plan, family knftables.Family) (all []setChange) {
+func changes(before, after *plan.Plan, family plan.Family) (all []setChange) {
 	was, now := *before, *after
 	if slices.Equal(before.HostAddresses, after.HostAddresses) { // they decide about hairpins
 		was.Rules, now.Rules = plan.Apart(before, after)
@@ -95,7 +94,7 @@ const (
 )
 
 // apply does these changes, all or none.
-func (s *elementSocket) apply(family knftables.Family, table string, changes []setChange) (err error) {
+func (s *elementSocket) apply(family plan.Family, table string, changes []setChange) (err error) {
 	if s.conn == nil {
 		if err := s.open(); err != nil {
 			return fmt.Errorf("nftables socket: %w", err)
@@ -108,7 +107,7 @@ func (s *elementSocket) apply(family knftables.Family, table string, changes []s
 		}
 	}()
 	of := &nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}
-	if family == knftables.IPv6Family {
+	if family == plan.IPv6 {
 		of.Family = nftables.TableFamilyIPv6
 	}
 	for _, change := range changes {

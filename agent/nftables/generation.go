@@ -1,4 +1,4 @@
-package netfilter
+package nftables
 
 import (
 	"encoding/binary"
@@ -9,13 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newGeneration returns a function that asks the kernel for the generation of its nftables rules
+// NewGeneration returns a function that asks the kernel for the generation of its nftables rules
 // (NFT_MSG_GETGEN): a counter per network namespace that every change by anybody moves on. While it stands
 // still nobody has touched our tables, and a look at them would be wasted.
 //
 // The function keeps its socket: closing one waits until the kernel has freed what the last change
 // removed (nft_rcv_nl_event), which takes more than 10 ms.
-func newGeneration() func() (uint32, error) {
+func NewGeneration() func() (uint32, error) {
 	const subsystem = unix.NFNL_SUBSYS_NFTABLES << 8
 	var sockets map[int]*nl.SocketHandle
 	return func() (uint32, error) {

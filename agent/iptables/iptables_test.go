@@ -1,10 +1,6 @@
-package netfilter
+package iptables
 
 import (
-	"errors"
-	"net/netip"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,17 +8,17 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"sigs.k8s.io/knftables"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// inIPTablesNamespace is a network namespace without the machine's xtables lock.
+// inIPTablesNamespace is a network namespace without the machine's tables lock.
 func inIPTablesNamespace(t *testing.T) {
 	t.Helper()
 	nodetest.Namespace(t, "link set lo up")
-	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
+	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "tables.lock"))
 }
 
 // forEachVariant runs test in a namespace where kubelet has left its hint for that variant.
@@ -39,26 +35,30 @@ func forEachVariant(t *testing.T, test func(t *testing.T, suffix string)) {
 
 const testAgent = "kube-system.apm"
 
-func newTestIPTables(t *testing.T, suffix, agentName string) *IPTables {
+func newTestIPTables(t *testing.T, suffix, agentName string) *Backend {
 	t.Helper()
-	backend, err := NewIPTables(t.Context(), agentName)
+	variant, err := InUse()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if backend.variant.suffix != suffix {
-		t.Fatalf("variant %q, want %q", backend.variant.suffix, suffix)
+	if variant.suffix != suffix {
+		t.Fatalf("variant %q, want %q", variant.suffix, suffix)
+	}
+	backend := New(agentName, variant)
+	if _, err := backend.Trial(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	return backend
 }
 
-func mustSync(t *testing.T, backend *IPTables, p *plan.Plan) {
+func mustSync(t *testing.T, backend *Backend, p *plan.Plan) {
 	t.Helper()
 	if err := backend.Sync(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func wantIntact(t *testing.T, backend *IPTables) {
+func wantIntact(t *testing.T, backend *Backend) {
 	t.Helper()
 	if differs, err := backend.Verify(t.Context()); err != nil || len(differs) > 0 {
 		t.Fatalf("verify: %q, error %v; want nothing", differs, err)
@@ -96,13 +96,13 @@ func savedRules(t *testing.T, suffix string) string {
 
 func TestIPTablesSyncTwiceChangesNothing(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
-		for name, input := range xtablesCases() {
+		for name, input := range cases() {
 			p := plan.Build(input)
 			backend := newTestIPTables(t, suffix, testAgent)
 			mustSync(t, backend, &p)
 			wantIntact(t, backend)
 			first := savedRules(t, suffix)
-			generation := newGeneration()
+			generation := nftables.NewGeneration()
 			before, err := generation()
 			if err != nil {
 				t.Fatal(err)
@@ -125,7 +125,7 @@ func TestIPTablesUpdateLeadsWhereALoadLeads(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
 		empty := savedRules(t, suffix)
 		want := map[string]string{}
-		for name, input := range xtablesCases() {
+		for name, input := range cases() {
 			p := plan.Build(input)
 			backend := newTestIPTables(t, suffix, testAgent)
 			mustSync(t, backend, &p)
@@ -138,8 +138,8 @@ func TestIPTablesUpdateLeadsWhereALoadLeads(t *testing.T) {
 			}
 		}
 		backend := newTestIPTables(t, suffix, testAgent)
-		for from, before := range xtablesCases() {
-			for to, after := range xtablesCases() {
+		for from, before := range cases() {
+			for to, after := range cases() {
 				for _, input := range []plan.Input{before, after} {
 					p := plan.Build(input)
 					mustSync(t, backend, &p)
@@ -176,7 +176,7 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			forEachVariant(t, func(t *testing.T, suffix string) {
-				p := plan.Build(xtablesCases()["one"])
+				p := plan.Build(cases()["one"])
 				backend := newTestIPTables(t, suffix, testAgent)
 				mustSync(t, backend, &p)
 				wantIntact(t, backend)
@@ -202,7 +202,7 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 // TestIPTablesDoesNotQuarrelAboutTheFirstPlace: whoever else wants to be first gets it, for a while.
 func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
-		p := plan.Build(xtablesCases()["one"])
+		p := plan.Build(cases()["one"])
 		backend := newTestIPTables(t, suffix, testAgent)
 		mustSync(t, backend, &p)
 		other := []string{"-t", "nat", "-I", "PREROUTING", "-p", "tcp"}
@@ -224,7 +224,7 @@ func TestIPTablesDoesNotQuarrelAboutTheFirstPlace(t *testing.T) {
 
 // TestIPTablesUpdateMeetsChanges: a change of the plan finds what nobody has told of yet.
 func TestIPTablesUpdateMeetsChanges(t *testing.T) {
-	before, after := plan.Build(xtablesCases()["one"]), plan.Build(xtablesCases()["many"])
+	before, after := plan.Build(cases()["one"]), plan.Build(cases()["many"])
 	for name, command := range map[string]string{
 		"deleted jump":  "-t nat -D PREROUTING 1",
 		"flushed table": "-t filter -F",
@@ -252,7 +252,7 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 
 func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
-		p := plan.Build(xtablesCases()["every-policy"])
+		p := plan.Build(cases()["every-policy"])
 		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-A", "PREROUTING", "-p", "udp")
 		a, b := newTestIPTables(t, suffix, "a"), newTestIPTables(t, suffix, "b")
 		mustSync(t, a, &p)
@@ -268,145 +268,4 @@ func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 			t.Errorf("after the other agent (-before +after):\n%s", diff)
 		}
 	})
-}
-
-func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
-	inIPTablesNamespace(t)
-	p := plan.Build(xtablesCases()["every-policy"])
-	there := func() (found []string) {
-		for _, suffix := range []string{"-nft", "-legacy"} {
-			if strings.Contains(savedRules(t, suffix), agentsPrefix) {
-				found = append(found, "iptables"+suffix)
-			}
-		}
-		if strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
-			found = append(found, "nftables")
-		}
-		return found
-	}
-	const hint = "KUBE-IPTABLES-HINT"
-	for _, step := range []struct {
-		backend, hint, want string
-	}{
-		{BackendNFTables, "", "nftables"},
-		{BackendIPTables, "iptables-legacy", "iptables-legacy"},
-		{BackendIPTables, "iptables-nft", "iptables-nft"},
-		{BackendIPTables, "iptables-legacy", "iptables-legacy"},
-		{Auto, "", "nftables"},
-		{BackendIPTables, "iptables-nft", "iptables-nft"},
-		{BackendNFTables, "", "nftables"},
-	} {
-		if step.hint != "" {
-			nodetest.Run(t, step.hint, "-t", "mangle", "-N", hint)
-		}
-		backend, err := Select(t.Context(), step.backend, testAgent)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := backend.Sync(t.Context(), &p); err != nil {
-			t.Fatal(err)
-		}
-		if diff := cmp.Diff([]string{step.want}, there()); diff != "" {
-			t.Fatalf("%s %s: rules in (-want +got):\n%s", step.backend, step.hint, diff)
-		}
-		if step.hint != "" {
-			nodetest.Run(t, step.hint, "-t", "mangle", "-X", hint)
-		}
-	}
-}
-
-// TestSelectLeftoversDoNotStandInTheWay: rules of another backend that cannot be removed are named, and those that
-// are wanted are in place all the same.
-func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
-	inIPTablesNamespace(t)
-	p := plan.Build(xtablesCases()["every-policy"])
-	old := newIPTables(testAgent, variant{suffix: "-nft"})
-	mustSync(t, old, &p)
-	broken := t.TempDir()
-	if err := os.WriteFile(broken+"/iptables-nft-restore", []byte("#!/bin/sh\necho broken >&2; exit 1\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	path := os.Getenv("PATH")
-	t.Setenv("PATH", broken+":"+path)
-	backend, err := Select(t.Context(), BackendNFTables, testAgent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		var left *LeftoverError
-		if err := backend.Sync(t.Context(), &p); !errors.As(err, &left) || !left.InPlace() || !strings.Contains(err.Error(), "left behind by backend iptables") {
-			t.Fatalf("sync: %v, want an error that names what is left", err)
-		}
-		if !strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
-			t.Fatal("the rules that are wanted are not there")
-		}
-	}
-	t.Setenv("PATH", path)
-	if err := backend.Sync(t.Context(), &p); err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(savedRules(t, "-nft"), agentsPrefix) {
-		t.Error("the leftovers are still there")
-	}
-}
-
-func TestSelectSaysWhyNot(t *testing.T) {
-	inIPTablesNamespace(t)
-	if _, err := Select(t.Context(), "ipvs", testAgent); err == nil || !strings.Contains(err.Error(), "auto, nftables, iptables") {
-		t.Errorf("unknown backend: %v", err)
-	}
-	t.Setenv("PATH", t.TempDir())
-	_, err := Select(t.Context(), Auto, testAgent)
-	if err == nil || !strings.Contains(err.Error(), "nft") || !strings.Contains(err.Error(), "no iptables command") {
-		t.Errorf("without any tool: %v, want an error that names both causes", err)
-	}
-}
-
-// TestIPTablesWithoutIP6Tables: what is not needed may be missing; what is needed is named.
-func TestIPTablesWithoutIP6Tables(t *testing.T) {
-	inIPTablesNamespace(t)
-	tools := t.TempDir()
-	for _, tool := range []string{"iptables", "iptables-save", "iptables-restore"} {
-		path, err := exec.LookPath(tool)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Symlink(path, filepath.Join(tools, tool)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Setenv("PATH", tools)
-	backend, err := Select(t.Context(), Auto, testAgent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if backend.Name() != BackendIPTables || !strings.Contains(backend.Reason, "nftables cannot be used") {
-		t.Errorf("backend %s, reason %q", backend.Name(), backend.Reason)
-	}
-	one, both := plan.Build(xtablesCases()["one"]), plan.Build(xtablesCases()["every-policy"])
-	if err := backend.Sync(t.Context(), &one); err != nil {
-		t.Error(err)
-	}
-	if err := backend.Sync(t.Context(), &both); err == nil || !strings.Contains(err.Error(), "ip6tables") {
-		t.Errorf("IPv6 without ip6tables: %v, want an error that names it", err)
-	}
-	if err := backend.Remove(t.Context()); err != nil {
-		t.Error(err)
-	}
-}
-
-// TestForeignDNATLooksOnly: a look at rules does not bring a table into use.
-func TestForeignDNATLooksOnly(t *testing.T) {
-	inIPTablesNamespace(t)
-	if found := ForeignDNAT(t.Context(), []netip.Addr{netip.MustParseAddr("169.254.210.210")}); len(found) > 0 {
-		t.Errorf("found %q on an empty node", found)
-	}
-	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		if legacyTable(family, "nat") {
-			t.Errorf("%s: the legacy table nat is in use now", family)
-		}
-	}
-	if tables := nodetest.Run(t, "nft", "list", "tables"); tables != "" {
-		t.Errorf("tables that were not there: %s", tables)
-	}
 }

@@ -1,4 +1,4 @@
-package netfilter
+package nftables
 
 import (
 	"encoding/json"
@@ -122,8 +122,8 @@ func (l *listing) compare(rules *ruleset, structure string) []string {
 				foreign = append(foreign, key)
 			}
 		}
-		differs = append(differs, summary("missing from "+s.name, missing)...)
-		differs = append(differs, summary("foreign in "+s.name, foreign)...)
+		differs = append(differs, Summary("missing from "+s.name, missing)...)
+		differs = append(differs, Summary("foreign in "+s.name, foreign)...)
 	}
 	return differs
 }
@@ -155,8 +155,8 @@ func structureDiff(wanted, there []string) []string {
 	return differs
 }
 
-// summary names the first few of a long list.
-func summary(what string, names []string) []string {
+// Summary names the first few of a long list.
+func Summary(what string, names []string) []string {
 	if len(names) == 0 {
 		return nil
 	}

@@ -1,9 +1,8 @@
-package netfilter
+package nftables
 
 import (
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,7 +59,7 @@ const (
 func concat(parts ...string) string { return strings.Join(parts, " . ") }
 
 // render writes the rules of p for one family ("ip" or "ip6").
-func render(p *plan.Plan, family knftables.Family) ruleset {
+func render(p *plan.Plan, family plan.Family) ruleset {
 	return ruleset{chains: chains(p, family), sets: elements(p, family)}
 }
 
@@ -73,7 +72,7 @@ func render(p *plan.Plan, family knftables.Family) ruleset {
 // before anything else is looked at: its first packet was allowed, and it ends when its sandbox does (see
 // plan.Stale). The nat chains see the first packet of a flow only; what they have not translated, because
 // the flow is older than the rule or conntrack calls the packet invalid, ends in the forward chain.
-func chains(p *plan.Plan, family knftables.Family) []chain {
+func chains(p *plan.Plan, family plan.Family) []chain {
 	ip := string(family)
 	const translated = "ct status & dnat == dnat accept"
 	all := []chain{
@@ -140,7 +139,7 @@ func chains(p *plan.Plan, family knftables.Family) []chain {
 		all = append(all, clientChains(i, clients)...)
 	}
 	for _, rule := range p.Rules {
-		if len(rule.Endpoints) > 1 && familyOf(rule.Address) == family {
+		if len(rule.Endpoints) > 1 && plan.FamilyOf(rule.Address) == family {
 			all = append(all, spreadChain(rule, ip))
 		}
 	}
@@ -193,9 +192,9 @@ func spreadName(f plan.Frontend) string {
 }
 
 // elements is the data of the plan.
-func elements(p *plan.Plan, family knftables.Family) []set {
+func elements(p *plan.Plan, family plan.Family) []set {
 	address := "ipv4_addr"
-	if family == knftables.IPv6Family {
+	if family == plan.IPv6 {
 		address = "ipv6_addr"
 	}
 	frontend := concat(address, "inet_proto", "inet_service")
@@ -216,7 +215,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
 
 	for _, rule := range p.Rules {
-		if rule.Address.Is6() != (family == knftables.IPv6Family) {
+		if rule.Address.Is6() != (family == plan.IPv6) {
 			continue
 		}
 		key := concat(rule.Address.String(), string(rule.Protocol), strconv.Itoa(int(rule.Port)))
@@ -263,7 +262,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 		interfaces.elements[name] = ""
 	}
 	for _, bridge := range p.Bridges {
-		if family == knftables.IPv4Family && bridge.Unfiltered4 || family == knftables.IPv6Family && bridge.Unfiltered6 {
+		if family == plan.IPv4 && bridge.Unfiltered4 || family == plan.IPv6 && bridge.Unfiltered6 {
 			bridges.elements[concat(bridge.Name, bridge.Name)] = ""
 		}
 	}
@@ -272,7 +271,7 @@ func elements(p *plan.Plan, family knftables.Family) []set {
 }
 
 // sameChains says whether only elements differ.
-func sameChains(p, q *plan.Plan, family knftables.Family) bool {
+func sameChains(p, q *plan.Plan, family plan.Family) bool {
 	return slices.EqualFunc(chains(p, family), chains(q, family), func(a, b chain) bool {
 		return a.name == b.name && slices.Equal(a.rules, b.rules)
 	})
@@ -375,12 +374,4 @@ func (s set) element(key string) *knftables.Element {
 	}
 	element.Map, element.Value = s.name, strings.Split(s.elements[key], " . ")
 	return element
-}
-
-// familyOf is the nft family of an address.
-func familyOf(address netip.Addr) knftables.Family {
-	if address.Is6() {
-		return knftables.IPv6Family
-	}
-	return knftables.IPv4Family
 }

@@ -1,4 +1,4 @@
-package netfilter
+package iptables
 
 import (
 	"crypto/sha256"
@@ -7,28 +7,26 @@ import (
 	"slices"
 	"strings"
 
-	"sigs.k8s.io/knftables"
-
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// xtable is what we have in one iptables table: chains of our own, and one jump to one of them from each
+// table is what we have in one iptables table: chains of our own, and one jump to one of them from each
 // built-in chain that we need.
-type xtable struct {
+type table struct {
 	name   string
-	jumps  []xjump
-	chains []xchain
+	jumps  []jump
+	chains []chain
 }
 
-// xjump leads from a built-in chain to one of ours.
-type xjump struct{ hook, chain, comment string }
+// jump leads from a built-in chain to one of ours.
+type jump struct{ hook, chain, comment string }
 
-func (j xjump) String() string {
+func (j jump) String() string {
 	return fmt.Sprintf("%s -m comment --comment %q -j %s", j.hook, j.comment, j.chain)
 }
 
-// xchain is a chain and its rules in the words of iptables, without "-A <chain>".
-type xchain struct {
+// chain is a chain and its rules in the words of iptables, without "-A <chain>".
+type chain struct {
 	name  string
 	rules []string
 }
@@ -48,12 +46,12 @@ const (
 	masqueraded   = "snat"   // nat POSTROUTING
 )
 
-// agentsPrefix begins the name of every chain of every agent of this kind.
-const agentsPrefix = "MIP-"
+// ChainPrefix begins the name of every chain of every agent of this kind.
+const ChainPrefix = "MIP-"
 
 // chainPrefix begins the names of one agent's chains. A name holds 28 characters (XT_EXTENSION_MAXNAMELEN),
 // an agent's name up to 117: hence a hash.
-func chainPrefix(agentName string) string { return agentsPrefix + shortHash(agentName, 8) + "-" }
+func chainPrefix(agentName string) string { return ChainPrefix + shortHash(agentName, 8) + "-" }
 
 func shortHash(text string, digits int) string {
 	return fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:digits]
@@ -71,7 +69,7 @@ const bridgeMark = "0x1000/0x1000"
 // meets at most sixteen rules for each four bits that the addresses differ in.
 const mostInChain = 8
 
-// renderXTables writes the rules of p for one family, in the order in which the tables are to be loaded.
+// render writes the rules of p for one family, in the order in which the tables are to be loaded.
 //
 // Why these hooks. REJECT works in the filter table alone, after destination NAT, so refusing takes three
 // steps. Each table is one transaction, but the three are not:
@@ -90,10 +88,10 @@ const mostInChain = 8
 //
 // A packet that the node has no route for does not get as far as FORWARD or OUTPUT: its sender is told
 // that the network is unreachable.
-func renderXTables(p *plan.Plan, family knftables.Family, agentName string) []xtable {
-	b := &xtablesBuilder{plan: p, family: family, agent: agentName, prefix: chainPrefix(agentName)}
+func render(p *plan.Plan, family plan.Family, agentName string) []table {
+	b := &builder{plan: p, family: family, agent: agentName, prefix: chainPrefix(agentName)}
 	for _, rule := range p.Rules {
-		if familyOf(rule.Address) != family {
+		if plan.FamilyOf(rule.Address) != family {
 			continue
 		}
 		if n := len(b.addresses); n == 0 || b.addresses[n-1].address != rule.Address {
@@ -103,16 +101,16 @@ func renderXTables(p *plan.Plan, family knftables.Family, agentName string) []xt
 		last.rules = append(last.rules, rule)
 		last.hostClients = last.hostClients || !rule.Foreign() && rule.HostClients
 	}
-	return []xtable{b.mangle(), b.filter(), b.nat()}
+	return []table{b.mangle(), b.filter(), b.nat()}
 }
 
-type xtablesBuilder struct {
+type builder struct {
 	plan      *plan.Plan
-	family    knftables.Family
+	family    plan.Family
 	agent     string
 	prefix    string
 	addresses []addressRules // in order
-	table     xtable         // under construction
+	table     table          // under construction
 	index     map[string]int // of its chains, by name
 }
 
@@ -123,34 +121,34 @@ type addressRules struct {
 	hostClients bool // of any of them
 }
 
-func (b *xtablesBuilder) begin(name string) {
-	b.table, b.index = xtable{name: name}, map[string]int{}
+func (b *builder) begin(name string) {
+	b.table, b.index = table{name: name}, map[string]int{}
 }
 
 // hook begins a chain that a built-in chain jumps to.
-func (b *xtablesBuilder) hook(hook, role string) string {
+func (b *builder) hook(hook, role string) string {
 	chain := b.chain(role)
-	b.table.jumps = append(b.table.jumps, xjump{hook, chain, "magic IPs of " + b.agent})
+	b.table.jumps = append(b.table.jumps, jump{hook, chain, "magic IPs of " + b.agent})
 	return chain
 }
 
 // chain begins a chain and returns its name.
-func (b *xtablesBuilder) chain(role string) string {
+func (b *builder) chain(role string) string {
 	name := b.prefix + role
 	b.index[name] = len(b.table.chains)
-	b.table.chains = append(b.table.chains, xchain{name: name})
+	b.table.chains = append(b.table.chains, chain{name: name})
 	return name
 }
 
 // add appends a rule to a chain; empty words are left out.
-func (b *xtablesBuilder) add(chain string, words ...string) {
+func (b *builder) add(chain string, words ...string) {
 	i := b.index[chain]
 	words = slices.DeleteFunc(slices.Clone(words), func(word string) bool { return word == "" })
 	b.table.chains[i].rules = append(b.table.chains[i].rules, strings.Join(words, " "))
 }
 
 // note is a rule's comment: which magic IP it serves, and who put it there.
-func (b *xtablesBuilder) note(what string) string {
+func (b *builder) note(what string) string {
 	return fmt.Sprintf("-m comment --comment %q", b.agent+": "+what)
 }
 
@@ -159,7 +157,7 @@ func one(address netip.Addr) string {
 	return netip.PrefixFrom(address, address.BitLen()).String()
 }
 
-func (b *xtablesBuilder) mangle() xtable {
+func (b *builder) mangle() table {
 	b.begin("mangle")
 	entry := b.hook("PREROUTING", fromNetwork)
 	pods := b.chain(fromPods)
@@ -200,13 +198,13 @@ func (b *xtablesBuilder) mangle() xtable {
 	return b.table
 }
 
-func (b *xtablesBuilder) filter() xtable {
+func (b *builder) filter() table {
 	b.begin("filter")
 	entry := b.hook("FORWARD", forwarded)
 	out := b.hook("OUTPUT", fromHost)
 	refuse := b.chain(refused)
 	unreachable := "icmp-port-unreachable"
-	if b.family == knftables.IPv6Family {
+	if b.family == plan.IPv6 {
 		unreachable = "icmp6-port-unreachable"
 	}
 	b.add(refuse, "-p tcp -j REJECT --reject-with tcp-reset")
@@ -253,7 +251,7 @@ func (b *xtablesBuilder) filter() xtable {
 
 // untranslated adds what becomes of a served client's packet that no nat rule has taken. What these
 // rules do not match is refused.
-func (b *xtablesBuilder) untranslated(chain, in string, rule plan.Rule) {
+func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 	note := b.note(rule.String())
 	for _, source := range rule.Excluded {
 		b.add(chain, "-s", one(source), match(rule), in, note, "-j RETURN")
@@ -270,7 +268,7 @@ func (b *xtablesBuilder) untranslated(chain, in string, rule plan.Rule) {
 	}
 }
 
-func (b *xtablesBuilder) nat() xtable {
+func (b *builder) nat() table {
 	b.begin("nat")
 	entry := b.hook("PREROUTING", translated)
 	local := b.hook("OUTPUT", translatedOut)
@@ -331,7 +329,7 @@ func (b *xtablesBuilder) nat() xtable {
 }
 
 // translate adds the way of a served client's new flow to its endpoint.
-func (b *xtablesBuilder) translate(chain, in string, rule plan.Rule) {
+func (b *builder) translate(chain, in string, rule plan.Rule) {
 	note := b.note(rule.String())
 	for _, source := range rule.Excluded {
 		b.add(chain, "-s", one(source), match(rule), in, note, "-j RETURN")
@@ -347,7 +345,7 @@ func (b *xtablesBuilder) translate(chain, in string, rule plan.Rule) {
 }
 
 // spread adds a chain that sends new flows to the endpoints of rule, each with the same chance.
-func (b *xtablesBuilder) spread(rule plan.Rule) {
+func (b *builder) spread(rule plan.Rule) {
 	chain := b.chain(spreadRole(rule.Frontend))
 	for i, endpoint := range rule.Endpoints {
 		chance := ""
@@ -379,7 +377,7 @@ func incoming(clients plan.Clients) []string {
 }
 
 // forHost are the magic IPs that processes of this node may use.
-func (b *xtablesBuilder) forHost() []addressRules {
+func (b *builder) forHost() []addressRules {
 	var all []addressRules
 	for _, a := range b.addresses {
 		if a.hostClients {
@@ -390,10 +388,10 @@ func (b *xtablesBuilder) forHost() []addressRules {
 }
 
 // bridges are the bridges whose frames of this family do not pass netfilter.
-func (b *xtablesBuilder) bridges() []string {
+func (b *builder) bridges() []string {
 	var names []string
 	for _, bridge := range b.plan.Bridges {
-		if b.family == knftables.IPv4Family && bridge.Unfiltered4 || b.family == knftables.IPv6Family && bridge.Unfiltered6 {
+		if b.family == plan.IPv4 && bridge.Unfiltered4 || b.family == plan.IPv6 && bridge.Unfiltered6 {
 			names = append(names, bridge.Name)
 		}
 	}
@@ -404,7 +402,7 @@ func byAddress(a addressRules) netip.Addr { return a.address }
 
 // dispatch adds to chain what leads to the rules of each item, which leaf adds. Items are in the order of
 // their addresses. Many are spread over a tree of chains, as in a routing table.
-func dispatch[T any](b *xtablesBuilder, chain, matchPrefix string, items []T, address func(T) netip.Addr, leaf func(chain string, item T)) {
+func dispatch[T any](b *builder, chain, matchPrefix string, items []T, address func(T) netip.Addr, leaf func(chain string, item T)) {
 	if len(items) <= mostInChain {
 		for _, item := range items {
 			leaf(chain, item)

@@ -1,4 +1,4 @@
-package netfilter
+package nftables
 
 import (
 	"context"
@@ -25,10 +25,7 @@ func (noNFT) Run(context.Context, *knftables.Transaction) error { return errors.
 // TestElementsWithoutNFT changes elements of all sets, in both families, and has nft say what is in them.
 func TestElementsWithoutNFT(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
-	backend, err := NewNFTables(t.Context(), "kube-system.a-1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	backend := newBackend(t, "kube-system.a-1")
 	// Two states that differ in each set, with the same chains: what one adds the other deletes.
 	input := func(second bool) plan.Input {
 		in := plan.Input{PodInterfaces: []string{"veth0"}, Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}}}
@@ -127,7 +124,7 @@ func TestChanges(t *testing.T) {
 	changed := 0
 	for range 2000 {
 		before, after := plan.Build(input()), plan.Build(input())
-		for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+		for _, family := range plan.Families() {
 			sets := elements(&before, family)
 			for _, change := range changes(&before, &after, family) {
 				changed++
@@ -158,10 +155,7 @@ func TestChanges(t *testing.T) {
 // TestManyElementsWithoutNFT: more than one message holds.
 func TestManyElementsWithoutNFT(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
-	backend, err := NewNFTables(t.Context(), "many")
-	if err != nil {
-		t.Fatal(err)
-	}
+	backend := newBackend(t, "many")
 	many := func(endpoint string) *plan.Plan {
 		var in plan.Input
 		for port := range uint16(5000) {
@@ -206,7 +200,7 @@ func TestElementsAllOrNone(t *testing.T) {
 		{"other parts", []setChange{{old: s, wanted: s, added: []string{"10.0.0.1 . 80"}}}, "is no ipv4_addr", "10.0.0.1"},
 		{"both", []setChange{{old: s, wanted: s, gone: []string{"10.0.0.1"}, added: []string{"10.0.0.2"}}, {old: v, wanted: v, added: []string{"80"}}}, "", "10.0.0.2 80"},
 	} {
-		err := socket.apply(knftables.IPv4Family, "t", tt.changes)
+		err := socket.apply(plan.IPv4, "t", tt.changes)
 		if tt.want == "" && err != nil || tt.want != "" && !strings.Contains(fmt.Sprint(err), tt.want) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
 		}

@@ -1,4 +1,4 @@
-package netfilter
+package nftables
 
 import (
 	"context"
@@ -7,29 +7,31 @@ import (
 	"sync/atomic"
 
 	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 // Fake is the nftables backend over tables in memory, for tests of what is decided above it: the real
 // rules, loaded by the real code into knftables' model of nft.
 type Fake struct {
-	*NFTables
+	*Backend
 	tables []*fakeTable
 }
 
 // NewFake makes a backend whose kernel is empty.
 func NewFake(agentName string) *Fake {
-	fake := &Fake{NFTables: &NFTables{}}
-	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := tablePrefix + agentName
-		t := &fakeTable{Fake: knftables.NewFake(family, name)}
+	fake := &Fake{Backend: &Backend{}}
+	for _, family := range plan.Families() {
+		name := TablePrefix + agentName
+		t := &fakeTable{Fake: knftables.NewFake(knftables.Family(family), name)}
 		fake.tables = append(fake.tables, t)
-		fake.NFTables.tables = append(fake.NFTables.tables, &table{
+		fake.Backend.tables = append(fake.Backend.tables, &table{
 			family: family, name: name, nft: t, list: t.list,
 			generation: func() (uint32, error) { return t.generation.Load(), nil },
 		})
 	}
-	for _, t := range fake.NFTables.tables {
-		t.siblings = fake.NFTables.tables
+	for _, t := range fake.Backend.tables {
+		t.siblings = fake.Backend.tables
 	}
 	return fake
 }

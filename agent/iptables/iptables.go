@@ -1,4 +1,6 @@
-package netfilter
+// Package iptables keeps an agent's rules in the kernel's iptables: chains of its own in the tables mangle, filter and nat,
+// one jump to them from each built-in chain that it needs, and nothing else. See render.
+package iptables
 
 import (
 	"bytes"
@@ -6,42 +8,49 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
-	"sigs.k8s.io/knftables"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// IPTables keeps chains of its own in the tables mangle, filter and nat, one jump to them from each
-// built-in chain that it needs, and nothing else. See renderXTables.
-type IPTables struct {
-	variant  variant
-	version  string
-	families []*xfamily
+// Name is the backend's name as in --backend.
+const Name = "iptables"
+
+// Backend keeps the chains of one agent.
+type Backend struct {
+	Variant  Variant
+	families []*chains
 }
 
-// NewIPTables finds the iptables to use and checks by a trial load that it knows what the rules need.
-func NewIPTables(ctx context.Context, agentName string) (*IPTables, error) {
-	v, err := kubeletVariant()
-	if err != nil {
-		return nil, err
+// New makes the backend of the agent called agentName with one kind of iptables. It asks the kernel nothing.
+func New(agentName string, v Variant) *Backend {
+	b := &Backend{Variant: v}
+	for _, family := range plan.Families() {
+		b.families = append(b.families, &chains{
+			generation: nftables.NewGeneration(),
+			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
+			moved: map[string]time.Time{},
+		})
 	}
-	i := newIPTables(agentName, v)
-	tool, err := iptables.New(iptables.Path("iptables" + v.suffix))
+	return b
+}
+
+// Trial says which iptables this is, and why it cannot do what the rules need; nil where it can. Nothing is loaded.
+func (b *Backend) Trial(ctx context.Context) (version string, err error) {
+	tool, err := iptables.New(iptables.Path("iptables" + b.Variant.suffix))
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	// --random-fully came with iptables 1.6.2, and with it what we need: iptables-restore --wait.
 	v1, v2, v3 := tool.GetIptablesVersion()
-	i.version = fmt.Sprintf("iptables%s %d.%d.%d", v.suffix, v1, v2, v3)
+	version = fmt.Sprintf("iptables%s %d.%d.%d", b.Variant.suffix, v1, v2, v3)
 	if !tool.HasRandomFully() {
-		return nil, fmt.Errorf("%s is too old: 1.6.2 is the least", i.version)
+		return version, fmt.Errorf("%s is too old: 1.6.2 is the least", version)
 	}
 	trial := plan.Build(plan.Input{Services: []plan.Service{{
 		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1},
@@ -50,111 +59,23 @@ func NewIPTables(ctx context.Context, agentName string) (*IPTables, error) {
 			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 3}), 1),
 		},
 	}}, Bridges: []plan.Bridge{{Name: "bridge", Unfiltered4: true}}})
-	for _, t := range renderXTables(&trial, knftables.IPv4Family, agentName) {
-		if err := i.families[0].restore(ctx, t.write(&xlisting{}, i.families[0].prefix, nil), "--test"); err != nil {
-			return nil, fmt.Errorf("%s cannot load the rules: %w", i.version, err)
+	f := b.families[0]
+	for _, t := range render(&trial, plan.IPv4, f.agent) {
+		if err := f.restore(ctx, t.write(&listing{}, f.prefix, nil), "--test"); err != nil {
+			return version, fmt.Errorf("%s cannot load the rules: %w", version, err)
 		}
 	}
-	return i, nil
-}
-
-func newIPTables(agentName string, v variant) *IPTables {
-	i := &IPTables{variant: v}
-	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		i.families = append(i.families, &xfamily{
-			generation: newGeneration(),
-			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
-			moved: map[string]time.Time{},
-		})
-	}
-	return i
-}
-
-// variant is one of the two kinds of rules that iptables commands edit.
-type variant struct {
-	// suffix of the commands' names. Without one they are those that the distribution, or the image, has
-	// chosen.
-	suffix string
-	legacy bool
-	// reason for the choice.
-	reason string
-}
-
-func (v variant) command(family knftables.Family) string {
-	if family == knftables.IPv6Family {
-		return "ip6tables" + v.suffix
-	}
-	return "iptables" + v.suffix
-}
-
-// variants are those whose commands are there, the default one last.
-func variants() []variant {
-	var found []variant
-	for _, v := range []variant{{suffix: "-nft"}, {suffix: "-legacy", legacy: true}} {
-		if present("iptables" + v.suffix) {
-			found = append(found, v)
-		}
-	}
-	if out, err := output(exec.Command("iptables", "--version")); err == nil {
-		found = append(found, variant{legacy: !strings.Contains(out, "(nf_tables)")})
-	}
-	return found
-}
-
-// kubeletVariant is the variant that kubelet uses on this node: rules in the other one would come before
-// or after kube-proxy's whatever the order of the jumps. kubelet makes a chain for others to tell it by
-// (KUBE-IPTABLES-HINT, KEP-3178); older ones have a canary. A node without either uses the default.
-func kubeletVariant() (variant, error) {
-	found := variants()
-	for _, v := range found {
-		for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-			command := v.command(family)
-			if !present(command) || v.legacy && !legacyTable(family, "mangle") {
-				continue
-			}
-			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockPatience))
-			if err != nil {
-				return v, fmt.Errorf("%s: %w", command, err)
-			}
-			for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-				if exists, err := tool.ChainExists("mangle", chain); err == nil && exists {
-					v.reason = "kubelet uses it: chain " + chain + " is there"
-					return v, nil
-				}
-			}
-		}
-	}
-	if len(found) == 0 {
-		return variant{}, errors.New("no iptables command is there")
-	}
-	v := found[len(found)-1]
-	v.reason = "kubelet has left no hint"
-	return v, nil
-}
-
-func present(command string) bool {
-	_, err := exec.LookPath(command)
-	return err == nil
-}
-
-// legacyTable says whether a legacy table is in use. To ask iptables-legacy would bring it into use.
-func legacyTable(family knftables.Family, table string) bool {
-	file := "/proc/thread-self/net/ip_tables_names"
-	if family == knftables.IPv6Family {
-		file = "/proc/thread-self/net/ip6_tables_names"
-	}
-	names, _ := os.ReadFile(file)
-	return slices.Contains(strings.Fields(string(names)), table)
+	return version, nil
 }
 
 // Name is the backend's name as in --backend.
-func (i *IPTables) Name() string { return "iptables" }
+func (b *Backend) Name() string { return Name }
 
 // Sync brings the kernel to the plan: one transaction per family and table where what is wanted differs
 // from what was loaded before, none where it does not.
-func (i *IPTables) Sync(ctx context.Context, p *plan.Plan) error {
+func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 	var err error
-	for _, f := range i.families {
+	for _, f := range b.families {
 		err = errors.Join(err, f.sync(ctx, p))
 	}
 	return err
@@ -163,10 +84,10 @@ func (i *IPTables) Sync(ctx context.Context, p *plan.Plan) error {
 // Verify says what somebody else has changed in our chains and jumps since they were loaded. The next
 // Sync then mends it. With iptables-nft it costs one small netlink message where nobody has changed any
 // rule on the node; else iptables-save is run for each table that we are in.
-func (i *IPTables) Verify(ctx context.Context) ([]string, error) {
+func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	var differs []string
 	var err error
-	for _, f := range i.families {
+	for _, f := range b.families {
 		found, verifyErr := f.verify(ctx)
 		differs, err = append(differs, found...), errors.Join(err, verifyErr)
 	}
@@ -174,27 +95,40 @@ func (i *IPTables) Verify(ctx context.Context) ([]string, error) {
 }
 
 // Remove takes our jumps and chains out.
-func (i *IPTables) Remove(ctx context.Context) error {
+func (b *Backend) Remove(ctx context.Context) error {
 	var err error
-	for _, f := range i.families {
+	for _, f := range b.families {
 		err = errors.Join(err, f.remove(ctx))
 	}
 	return err
 }
 
-// xfamily is one address family's chains and what we believe is in them.
-type xfamily struct {
-	family  knftables.Family
-	variant variant
+// Exists says whether any of the chains or jumps is there. Where that cannot be read, the tools or the part of the kernel
+// are missing, and so are the rules.
+func (b *Backend) Exists(ctx context.Context) bool {
+	for _, f := range b.families {
+		for _, table := range []string{"nat", "filter", "mangle"} {
+			if there, err := f.list(ctx, table); err == nil && !there.empty(f.prefix) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// chains is one address family's chains and what we believe is in them.
+type chains struct {
+	family  plan.Family
+	variant Variant
 	command string // iptables-nft, say
 	agent   string
 	prefix  string
 
 	known  bool // false until the first sync, and after a failed one
-	tables []xtable
+	tables []table
 	// listed is how iptables-save shows our chains, for each of tables; seen, the generation of the
 	// kernel's nftables rules at which all was last known to be as wanted, 0 where that is not known.
-	listed     [][]xchain
+	listed     [][]chain
 	seen       uint32
 	generation func() (uint32, error)
 	// mended: a sync has found our chains changed by somebody else and loaded them anew. Verify has yet to say so.
@@ -203,10 +137,10 @@ type xfamily struct {
 	moved map[string]time.Time
 }
 
-func (f *xfamily) sync(ctx context.Context, p *plan.Plan) error {
-	var wanted []xtable
-	if slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == f.family }) {
-		wanted = renderXTables(p, f.family, f.agent)
+func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
+	var wanted []table
+	if p.Has(f.family) {
+		wanted = render(p, f.family, f.agent)
 	}
 	if err := f.apply(ctx, wanted); err != nil {
 		f.known = false
@@ -216,7 +150,7 @@ func (f *xfamily) sync(ctx context.Context, p *plan.Plan) error {
 }
 
 // apply loads wanted; nil is nothing at all.
-func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
+func (f *chains) apply(ctx context.Context, wanted []table) error {
 	switch {
 	case wanted == nil:
 		if f.known && f.tables == nil {
@@ -244,7 +178,7 @@ func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
 		}
 		return nil
 	default:
-		f.listed = make([][]xchain, len(wanted))
+		f.listed = make([][]chain, len(wanted))
 		var all []int
 		for i, t := range wanted {
 			if err := f.load(ctx, t); err != nil {
@@ -262,10 +196,10 @@ func (f *xfamily) apply(ctx context.Context, wanted []xtable) error {
 }
 
 // load puts a table in place of whatever is there. Where others change it meanwhile, it looks again.
-func (f *xfamily) load(ctx context.Context, t xtable) error {
+func (f *chains) load(ctx context.Context, t table) error {
 	var err error
 	for range 3 {
-		var there *xlisting
+		var there *listing
 		if there, err = f.list(ctx, t.name); err != nil {
 			return err
 		}
@@ -284,7 +218,7 @@ func (f *xfamily) load(ctx context.Context, t xtable) error {
 }
 
 // remember takes down how iptables-save shows the chains that were just loaded, to compare with later.
-func (f *xfamily) remember(ctx context.Context, changed []int) error {
+func (f *chains) remember(ctx context.Context, changed []int) error {
 	if len(changed) > 0 {
 		f.seen = 0
 	}
@@ -304,7 +238,7 @@ func (f *xfamily) remember(ctx context.Context, changed []int) error {
 }
 
 // unjump takes back the jumps that the listing does not show although they have been added.
-func (f *xfamily) unjump(ctx context.Context, t xtable, there *xlisting) error {
+func (f *chains) unjump(ctx context.Context, t table, there *listing) error {
 	var err error
 	for _, j := range t.jumps {
 		if count, _ := there.jump(j); count > 0 {
@@ -319,13 +253,13 @@ func (f *xfamily) unjump(ctx context.Context, t xtable, there *xlisting) error {
 const moveAgainAfter = time.Minute
 
 // mayMove says whether a jump may be put first again.
-func (f *xfamily) mayMove(table, hook string) bool {
+func (f *chains) mayMove(table, hook string) bool {
 	moved, ever := f.moved[table+" "+hook]
 	return !ever || time.Since(moved) > moveAgainAfter
 }
 
 // verify looks at our chains and jumps, and says what differs from when they were loaded.
-func (f *xfamily) verify(ctx context.Context) ([]string, error) {
+func (f *chains) verify(ctx context.Context) ([]string, error) {
 	if f.mended {
 		f.mended = false
 		return []string{f.command + ": found out when an endpoint changed"}, nil
@@ -334,7 +268,7 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 		return nil, nil
 	}
 	now := uint32(0)
-	if !f.variant.legacy {
+	if !f.variant.Legacy {
 		var err error
 		if now, err = f.generation(); err != nil {
 			return nil, err
@@ -377,7 +311,7 @@ func (f *xfamily) verify(ctx context.Context) ([]string, error) {
 
 // remove takes jumps and chains out: filter before nat, so that nothing is held or refused that is not
 // translated any more.
-func (f *xfamily) remove(ctx context.Context) error {
+func (f *chains) remove(ctx context.Context) error {
 	if present(f.command) {
 		for _, name := range []string{"filter", "nat", "mangle"} {
 			there, err := f.list(ctx, name)
@@ -387,7 +321,7 @@ func (f *xfamily) remove(ctx context.Context) error {
 			if there.empty(f.prefix) {
 				continue
 			}
-			if err := f.restore(ctx, xtable{name: name}.write(there, f.prefix, nil)); err != nil {
+			if err := f.restore(ctx, table{name: name}.write(there, f.prefix, nil)); err != nil {
 				return err
 			}
 		}
@@ -397,22 +331,22 @@ func (f *xfamily) remove(ctx context.Context) error {
 }
 
 // list asks iptables-save for one table.
-func (f *xfamily) list(ctx context.Context, table string) (*xlisting, error) {
-	if f.variant.legacy && !legacyTable(f.family, table) {
-		return parseXListing("", f.prefix)
+func (f *chains) list(ctx context.Context, table string) (*listing, error) {
+	if f.variant.Legacy && !LegacyTable(f.family, table) {
+		return parseListing("", f.prefix)
 	}
 	out, err := output(exec.CommandContext(ctx, f.command+"-save", "-t", table))
 	if err != nil {
 		return nil, err
 	}
-	return parseXListing(out, f.prefix)
+	return parseListing(out, f.prefix)
 }
 
-// lockPatience is for how many seconds to wait for others to let go of the xtables lock.
+// lockPatience is for how many seconds to wait for others to let go of the tables lock.
 const lockPatience = 10
 
 // restore runs iptables-restore for one transaction.
-func (f *xfamily) restore(ctx context.Context, input string, flags ...string) error {
+func (f *chains) restore(ctx context.Context, input string, flags ...string) error {
 	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(lockPatience)}, flags...)...)
 	command.Stdin = strings.NewReader(input)
 	_, err := output(command)

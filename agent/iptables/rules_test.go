@@ -1,4 +1,4 @@
-package netfilter
+package iptables
 
 import (
 	"flag"
@@ -9,12 +9,15 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
+
+func frontend(address string, protocol plan.Protocol, port uint16) plan.Frontend {
+	return plan.Frontend{Address: netip.MustParseAddr(address), Protocol: protocol, Port: port}
+}
 
 func addrPorts(texts ...string) []netip.AddrPort {
 	var all []netip.AddrPort
@@ -24,9 +27,9 @@ func addrPorts(texts ...string) []netip.AddrPort {
 	return all
 }
 
-// xtablesCases are plans that between them use every rule there is. Magic IPs are in 169.254.210.0/24 and
+// cases are plans that between them use every rule there is. Magic IPs are in 169.254.210.0/24 and
 // fd00:a91c::/64, pods in 10.244.1.0/24 and fd00:10:244::/64.
-func xtablesCases() map[string]plan.Input {
+func cases() map[string]plan.Input {
 	many := plan.Input{PodInterfaces: []string{"cni0"}}
 	for i := range 20 {
 		many.Services = append(many.Services, plan.Service{
@@ -63,23 +66,23 @@ func xtablesCases() map[string]plan.Input {
 }
 
 // everything is the input of iptables-restore for an empty table.
-func everything(p *plan.Plan, family knftables.Family, agentName string) string {
+func everything(p *plan.Plan, family plan.Family, agentName string) string {
 	var all strings.Builder
-	for _, t := range renderXTables(p, family, agentName) {
-		all.WriteString(t.write(&xlisting{}, chainPrefix(agentName), nil))
+	for _, t := range render(p, family, agentName) {
+		all.WriteString(t.write(&listing{}, chainPrefix(agentName), nil))
 	}
 	return all.String()
 }
 
-func TestRenderXTables(t *testing.T) {
-	for name, input := range xtablesCases() {
+func TestRender(t *testing.T) {
+	for name, input := range cases() {
 		t.Run(name, func(t *testing.T) {
 			p := plan.Build(input)
-			got := everything(&p, knftables.IPv4Family, "kube-system.apm")
+			got := everything(&p, plan.IPv4, "kube-system.apm")
 			if name == "every-policy" {
-				got += everything(&p, knftables.IPv6Family, "kube-system.apm")
+				got += everything(&p, plan.IPv6, "kube-system.apm")
 			}
-			golden := filepath.Join("testdata", "iptables", name+".rules")
+			golden := filepath.Join("testdata", name+".rules")
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 					t.Fatal(err)
@@ -92,7 +95,7 @@ func TestRenderXTables(t *testing.T) {
 			if diff := cmp.Diff(string(want), got); diff != "" {
 				t.Errorf("rules (-want +got):\n%s", diff)
 			}
-			for _, table := range renderXTables(&p, knftables.IPv4Family, strings.Repeat("a", 117)) {
+			for _, table := range render(&p, plan.IPv4, strings.Repeat("a", 117)) {
 				for _, c := range table.chains {
 					if len(c.name) > 28 {
 						t.Errorf("chain %s has %d characters, allowed: 28", c.name, len(c.name))
@@ -105,10 +108,10 @@ func TestRenderXTables(t *testing.T) {
 
 // TestDispatchFindsEveryAddress walks the tree of chains as the kernel does.
 func TestDispatchFindsEveryAddress(t *testing.T) {
-	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
+	for _, family := range plan.Families() {
 		var addresses []netip.Addr
 		for i := range 3000 {
-			if family == knftables.IPv4Family {
+			if family == plan.IPv4 {
 				addresses = append(addresses, netip.AddrFrom4([4]byte{10, byte(i % 7), byte(i / 256), byte(i)}))
 			} else {
 				addresses = append(addresses, netip.AddrFrom16([16]byte{0: 0xfd, 7: byte(i % 7), 14: byte(i / 256), 15: byte(i)}))
@@ -119,7 +122,7 @@ func TestDispatchFindsEveryAddress(t *testing.T) {
 			in.Services = append(in.Services, plan.Service{Frontend: plan.Frontend{Address: address, Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse})
 		}
 		p := plan.Build(in)
-		table := renderXTables(&p, family, "a")[2]
+		table := render(&p, family, "a")[2]
 		chains := map[string][]string{}
 		for _, c := range table.chains {
 			if _, twice := chains[c.name]; twice {
@@ -158,9 +161,9 @@ func TestDispatchFindsEveryAddress(t *testing.T) {
 	}
 }
 
-// TestXTableWriteMendsJumps: whatever is in the built-in chains, afterwards there is one jump.
-func TestXTableWriteMendsJumps(t *testing.T) {
-	table := xtable{name: "nat", jumps: []xjump{{"PREROUTING", "MIP-1-dnat", "magic IPs of a"}}, chains: []xchain{{"MIP-1-dnat", []string{"-j ACCEPT"}}}}
+// TestWriteMendsJumps: whatever is in the built-in chains, afterwards there is one jump.
+func TestWriteMendsJumps(t *testing.T) {
+	table := table{name: "nat", jumps: []jump{{"PREROUTING", "MIP-1-dnat", "magic IPs of a"}}, chains: []chain{{"MIP-1-dnat", []string{"-j ACCEPT"}}}}
 	const ours = "-A PREROUTING -m comment --comment \"magic IPs of a\" -j MIP-1-dnat\n"
 	const insert = "-I PREROUTING -m comment --comment \"magic IPs of a\" -j MIP-1-dnat\n"
 	del := strings.Replace(ours, "-A", "-D", 1)
@@ -178,7 +181,7 @@ func TestXTableWriteMendsJumps(t *testing.T) {
 		"another agent whose name begins alike": {there: ours + "-A PREROUTING -j MIP-12-dnat\n", want: ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			there, err := parseXListing("*nat\n:PREROUTING ACCEPT [0:0]\n"+c.there+"COMMIT\n", "MIP-1-")
+			there, err := parseListing("*nat\n:PREROUTING ACCEPT [0:0]\n"+c.there+"COMMIT\n", "MIP-1-")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -190,8 +193,8 @@ func TestXTableWriteMendsJumps(t *testing.T) {
 	}
 }
 
-func TestXListingRefusesTableEditedWithNft(t *testing.T) {
-	if _, err := parseXListing("# Table `nat' is incompatible, use 'nft' tool.\n", "MIP-1-"); err == nil {
+func TestListingRefusesTableEditedWithNft(t *testing.T) {
+	if _, err := parseListing("# Table `nat' is incompatible, use 'nft' tool.\n", "MIP-1-"); err == nil {
 		t.Error("no error")
 	}
 }

@@ -1,15 +1,11 @@
-// Package netfilter brings a plan into the kernel: nftables rules, and the conntrack entries that
-// outlive a change of rules.
-package netfilter
+package nftables
 
 import (
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os/exec"
-	"slices"
 	"strings"
 
 	"sigs.k8s.io/knftables"
@@ -17,92 +13,9 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// NFTables keeps the tables magic-ip-<agent name>, one per address family, and nothing else.
-type NFTables struct {
-	tables []*table
-}
-
-// NewNFTables checks by a trial load that nft and the kernel can do what the rules need.
-func NewNFTables(ctx context.Context, agentName string) (*NFTables, error) {
-	n, err := newNFTables(agentName)
-	if err != nil {
-		return nil, err
-	}
-	trial := plan.Build(plan.Input{Services: []plan.Service{{
-		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
-	}}})
-	tx := n.tables[0].nft.NewTransaction()
-	rules := render(&trial, knftables.IPv4Family)
-	rules.write(tx, comment)
-	if err := n.tables[0].nft.Check(ctx, tx); err != nil {
-		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
-	}
-	return n, nil
-}
-
-func newNFTables(agentName string) (*NFTables, error) {
-	n := &NFTables{}
-	var socket elementSocket
-	for _, family := range []knftables.Family{knftables.IPv4Family, knftables.IPv6Family} {
-		name := tablePrefix + agentName
-		nft, err := knftables.New(family, name)
-		if err != nil {
-			return nil, err
-		}
-		n.tables = append(n.tables, &table{
-			family: family, name: name, nft: nft, generation: newGeneration(),
-			list:     func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
-			elements: func(changes []setChange) error { return socket.apply(family, name, changes) },
-		})
-	}
-	for _, t := range n.tables {
-		t.siblings = n.tables
-	}
-	return n, nil
-}
-
-// Name is the backend's name as in --backend.
-func (n *NFTables) Name() string { return "nftables" }
-
-// Sync brings the kernel to the plan: one transaction per family where the plan differs from what was
-// loaded before, none where it does not.
-func (n *NFTables) Sync(ctx context.Context, p *plan.Plan) error {
-	var err error
-	for _, t := range n.tables {
-		err = errors.Join(err, t.sync(ctx, p))
-	}
-	return err
-}
-
-// Verify says what somebody else has changed in our tables since they were loaded. The next Sync then
-// loads them anew. It costs one small netlink message where nobody has changed any rule on the node.
-func (n *NFTables) Verify(ctx context.Context) ([]string, error) {
-	var differs []string
-	var err error
-	for _, t := range n.tables {
-		found, verifyErr := t.verify(ctx)
-		differs, err = append(differs, found...), errors.Join(err, verifyErr)
-	}
-	return differs, err
-}
-
-// Remove takes our tables out.
-func (n *NFTables) Remove(ctx context.Context) error {
-	var err error
-	for _, t := range n.tables {
-		err = errors.Join(err, t.remove(ctx))
-	}
-	return err
-}
-
-// tablePrefix begins the name of every agent's tables.
-const tablePrefix = "magic-ip-"
-
-const comment = "rules of magic-ip-agent: changes made by hand are mended"
-
 // table is one family's table and what we believe is in it.
 type table struct {
-	family     knftables.Family
+	family     plan.Family
 	name       string
 	nft        knftables.Interface
 	generation func() (uint32, error)
@@ -122,7 +35,7 @@ type table struct {
 }
 
 func (t *table) sync(ctx context.Context, p *plan.Plan) error {
-	if !slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return familyOf(r.Address) == t.family }) {
+	if !p.Has(t.family) {
 		p = nil
 	}
 	if err := t.apply(ctx, p); err != nil {
@@ -303,7 +216,7 @@ func (t *table) remove(ctx context.Context) error {
 }
 
 // listTable asks nft for one table.
-func listTable(ctx context.Context, family knftables.Family, name string) (*listing, error) {
+func listTable(ctx context.Context, family plan.Family, name string) (*listing, error) {
 	command := exec.CommandContext(ctx, "nft", "--json", "list", "table", string(family), name)
 	var stderr bytes.Buffer
 	command.Stderr = &stderr

@@ -1,0 +1,182 @@
+package backend
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+const testAgent = "kube-system.apm"
+
+// inIPTablesNamespace is a network namespace without the machine's xtables lock.
+func inIPTablesNamespace(t *testing.T) {
+	t.Helper()
+	nodetest.Namespace(t, "link set lo up")
+	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
+}
+
+// planOf has one frontend for each of these addresses.
+func planOf(addresses ...string) *plan.Plan {
+	var in plan.Input
+	for _, address := range addresses {
+		in.Services = append(in.Services, plan.Service{
+			Frontend: plan.Frontend{Address: netip.MustParseAddr(address), Protocol: plan.TCP, Port: 80}, WithoutEndpoint: plan.Refuse,
+		})
+	}
+	p := plan.Build(in)
+	return &p
+}
+
+// hasChains says whether iptables-save or ip6tables-save of this kind prints a chain of an agent.
+func hasChains(t *testing.T, suffix string) bool {
+	t.Helper()
+	for _, command := range []string{"iptables", "ip6tables"} {
+		for _, table := range []string{"mangle", "filter", "nat"} {
+			if strings.Contains(nodetest.Run(t, command+suffix+"-save", "-t", table), iptables.ChainPrefix) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
+	inIPTablesNamespace(t)
+	p := planOf("169.254.210.210", "fd00:a::1")
+	there := func() (found []string) {
+		for _, suffix := range []string{"-nft", "-legacy"} {
+			if hasChains(t, suffix) {
+				found = append(found, "iptables"+suffix)
+			}
+		}
+		if strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
+			found = append(found, "nftables")
+		}
+		return found
+	}
+	const hint = "KUBE-IPTABLES-HINT"
+	for _, step := range []struct {
+		backend, hint, want string
+	}{
+		{NFTables, "", "nftables"},
+		{IPTables, "iptables-legacy", "iptables-legacy"},
+		{IPTables, "iptables-nft", "iptables-nft"},
+		{IPTables, "iptables-legacy", "iptables-legacy"},
+		{Auto, "", "nftables"},
+		{IPTables, "iptables-nft", "iptables-nft"},
+		{NFTables, "", "nftables"},
+	} {
+		if step.hint != "" {
+			nodetest.Run(t, step.hint, "-t", "mangle", "-N", hint)
+		}
+		backend, err := Select(t.Context(), step.backend, testAgent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := backend.Sync(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{step.want}, there()); diff != "" {
+			t.Fatalf("%s %s: rules in (-want +got):\n%s", step.backend, step.hint, diff)
+		}
+		if step.hint != "" {
+			nodetest.Run(t, step.hint, "-t", "mangle", "-X", hint)
+		}
+	}
+}
+
+// TestSelectLeftoversDoNotStandInTheWay: rules of another backend that cannot be removed are named, and those that
+// are wanted are in place all the same.
+func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
+	inIPTablesNamespace(t)
+	p := planOf("169.254.210.210", "fd00:a::1")
+	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+	variant, err := iptables.InUse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := iptables.New(testAgent, variant).Sync(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	broken := t.TempDir()
+	if err := os.WriteFile(broken+"/iptables-nft-restore", []byte("#!/bin/sh\necho broken >&2; exit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", broken+":"+path)
+	backend, err := Select(t.Context(), NFTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		var left *LeftoverError
+		if err := backend.Sync(t.Context(), p); !errors.As(err, &left) || !left.InPlace() || !strings.Contains(err.Error(), "left behind by backend iptables") {
+			t.Fatalf("sync: %v, want an error that names what is left", err)
+		}
+		if !strings.Contains(nodetest.Run(t, "nft", "list", "tables"), "magic-ip-") {
+			t.Fatal("the rules that are wanted are not there")
+		}
+	}
+	t.Setenv("PATH", path)
+	if err := backend.Sync(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if hasChains(t, "-nft") {
+		t.Error("the leftovers are still there")
+	}
+}
+
+func TestSelectSaysWhyNot(t *testing.T) {
+	inIPTablesNamespace(t)
+	if _, err := Select(t.Context(), "ipvs", testAgent); err == nil || !strings.Contains(err.Error(), "auto, nftables, iptables") {
+		t.Errorf("unknown backend: %v", err)
+	}
+	t.Setenv("PATH", t.TempDir())
+	_, err := Select(t.Context(), Auto, testAgent)
+	if err == nil || !strings.Contains(err.Error(), "nft") || !strings.Contains(err.Error(), "no iptables command") {
+		t.Errorf("without any tool: %v, want an error that names both causes", err)
+	}
+}
+
+// TestIPTablesWithoutIP6Tables: what is not needed may be missing; what is needed is named.
+func TestIPTablesWithoutIP6Tables(t *testing.T) {
+	inIPTablesNamespace(t)
+	tools := t.TempDir()
+	for _, tool := range []string{"iptables", "iptables-save", "iptables-restore"} {
+		path, err := exec.LookPath(tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(path, filepath.Join(tools, tool)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", tools)
+	backend, err := Select(t.Context(), Auto, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if backend.Name() != IPTables || !strings.Contains(backend.Reason, "nftables cannot be used") {
+		t.Errorf("backend %s, reason %q", backend.Name(), backend.Reason)
+	}
+	one, both := planOf("169.254.210.210"), planOf("169.254.210.210", "fd00:a::1")
+	if err := backend.Sync(t.Context(), one); err != nil {
+		t.Error(err)
+	}
+	if err := backend.Sync(t.Context(), both); err == nil || !strings.Contains(err.Error(), "ip6tables") {
+		t.Errorf("IPv6 without ip6tables: %v, want an error that names it", err)
+	}
+	if err := backend.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,45 @@
+package backend
+
+import (
+	"context"
+	"os/exec"
+	"strings"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Tools are the versions of the commands that make rules, as they print them; those that are missing are not named.
+func Tools(ctx context.Context) []string {
+	var found []string
+	for _, command := range []string{"nft", "iptables-nft", "iptables-legacy", "iptables"} {
+		if out, err := exec.CommandContext(ctx, command, "--version").Output(); err == nil {
+			name := ""
+			if version := strings.TrimSpace(string(out)); !strings.HasPrefix(version, command+" ") {
+				name = command + ": "
+			}
+			found = append(found, name+strings.TrimSpace(string(out)))
+		}
+	}
+	return found
+}
+
+// Trial says why nftables cannot be used on this node; nil where it can. Nothing is loaded.
+func Trial(ctx context.Context) error {
+	nft, err := nftables.New("trial")
+	if err != nil {
+		return err
+	}
+	return nft.Trial(ctx)
+}
+
+// Inspect says in which respects the rules in the kernel differ from what the agent called agentName serves, and
+// changes nothing.
+func Inspect(ctx context.Context, backendName, agentName string, services []plan.Service) ([]string, error) {
+	p := plan.Build(plan.Input{Services: services})
+	if backendName == NFTables {
+		return nftables.Inspect(ctx, agentName, &p)
+	}
+	return iptables.Inspect(ctx, agentName, &p)
+}

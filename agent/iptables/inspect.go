@@ -1,0 +1,66 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Inspect says in which respects the kernel's chains of an agent differ from a plan, and changes nothing. It sees that there
+// is one jump from each hook and that each frontend leads to its endpoints: not, which clients are served.
+func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []string, err error) {
+	v, err := InUse()
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range New(agentName, v).families {
+		if p.Has(f.family) {
+			found, inspectErr := f.inspect(ctx, p)
+			differs, err = append(differs, found...), errors.Join(err, inspectErr)
+		}
+	}
+	return differs, err
+}
+
+func (f *chains) inspect(ctx context.Context, p *plan.Plan) ([]string, error) {
+	var differs []string
+	for _, t := range render(p, f.family, f.agent) {
+		there, err := f.list(ctx, t.name)
+		if err != nil {
+			return nil, err
+		}
+		for _, j := range t.jumps {
+			if count, _ := there.jump(j); count != 1 {
+				differs = append(differs, fmt.Sprintf("%s table %s: %d jumps from %s to our chain instead of 1", f.command, t.name, count, j.hook))
+			}
+		}
+		if t.name != "nat" {
+			continue
+		}
+		for _, rule := range p.Rules {
+			for _, endpoint := range rule.Endpoints {
+				if plan.FamilyOf(rule.Address) == f.family && !there.leads(rule, endpoint.String()) {
+					differs = append(differs, fmt.Sprintf("%s table nat: no rule leads %s to %s", f.command, rule, endpoint))
+				}
+			}
+		}
+	}
+	return differs, nil
+}
+
+// leads says whether a rule translates a frontend to an endpoint.
+func (l *listing) leads(rule plan.Rule, endpoint string) bool {
+	for _, c := range l.chains {
+		for _, r := range c.rules {
+			words := strings.Fields(r)
+			if slices.Contains(words, endpoint) && (len(rule.Endpoints) > 1 || slices.Contains(words, one(rule.Address))) {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,91 @@
+package iptables
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"github.com/coreos/go-iptables/iptables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Variant is one of the two kinds of rules that iptables commands edit.
+type Variant struct {
+	// suffix of the commands' names. Without one they are those that the distribution, or the image, has
+	// chosen.
+	suffix string
+	Legacy bool
+	// Reason for the choice.
+	Reason string
+}
+
+func (v Variant) command(family plan.Family) string {
+	if family == plan.IPv6 {
+		return "ip6tables" + v.suffix
+	}
+	return "iptables" + v.suffix
+}
+
+// Variants are those whose commands are there, the default one last.
+func Variants() []Variant {
+	var found []Variant
+	for _, v := range []Variant{{suffix: "-nft"}, {suffix: "-legacy", Legacy: true}} {
+		if present("iptables" + v.suffix) {
+			found = append(found, v)
+		}
+	}
+	if out, err := output(exec.Command("iptables", "--version")); err == nil {
+		found = append(found, Variant{Legacy: !strings.Contains(out, "(nf_tables)")})
+	}
+	return found
+}
+
+// InUse is the variant that kubelet uses on this node: rules in the other one would come before
+// or after kube-proxy's whatever the order of the jumps. kubelet makes a chain for others to tell it by
+// (KUBE-IPTABLES-HINT, KEP-3178); older ones have a canary. A node without either uses the default.
+func InUse() (Variant, error) {
+	found := Variants()
+	for _, v := range found {
+		for _, family := range plan.Families() {
+			command := v.command(family)
+			if !present(command) || v.Legacy && !LegacyTable(family, "mangle") {
+				continue
+			}
+			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockPatience))
+			if err != nil {
+				return v, fmt.Errorf("%s: %w", command, err)
+			}
+			for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
+				if exists, err := tool.ChainExists("mangle", chain); err == nil && exists {
+					v.Reason = "kubelet uses it: chain " + chain + " is there"
+					return v, nil
+				}
+			}
+		}
+	}
+	if len(found) == 0 {
+		return Variant{}, errors.New("no iptables command is there")
+	}
+	v := found[len(found)-1]
+	v.Reason = "kubelet has left no hint"
+	return v, nil
+}
+
+func present(command string) bool {
+	_, err := exec.LookPath(command)
+	return err == nil
+}
+
+// LegacyTable says whether a legacy table is in use. To ask iptables-legacy would bring it into use.
+func LegacyTable(family plan.Family, table string) bool {
+	file := "/proc/thread-self/net/ip_tables_names"
+	if family == plan.IPv6 {
+		file = "/proc/thread-self/net/ip6_tables_names"
+	}
+	names, _ := os.ReadFile(file)
+	return slices.Contains(strings.Fields(string(names)), table)
+}

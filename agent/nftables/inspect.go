@@ -1,0 +1,56 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Inspect says in which respects the kernel's tables of an agent differ from a plan, and changes nothing. It sees that the
+// hooks are complete and that each frontend leads to its endpoints: not, which clients are served.
+func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []string, err error) {
+	for _, family := range plan.Families() {
+		if p.Has(family) {
+			found, inspectErr := inspectTable(ctx, family, TablePrefix+agentName, p)
+			differs, err = append(differs, found...), errors.Join(err, inspectErr)
+		}
+	}
+	return differs, err
+}
+
+func inspectTable(ctx context.Context, family plan.Family, name string, p *plan.Plan) ([]string, error) {
+	there, err := listTable(ctx, family, name)
+	if err != nil {
+		return nil, err
+	}
+	table := fmt.Sprintf("table %s %s", family, name)
+	if !there.exists {
+		return []string{table + " is missing"}, nil
+	}
+	wanted := render(p, family)
+	var differs []string
+	for _, c := range wanted.chains {
+		if c.hook == "" {
+			continue
+		}
+		if count := strings.Count("\n"+there.structure, "\nrule in chain "+c.name+": "); count != len(c.rules) {
+			differs = append(differs, fmt.Sprintf("%s: chain %s has %d rules instead of %d", table, c.name, count, len(c.rules)))
+		}
+	}
+	// The rest of the data follows from what is not known here.
+	known := []string{"addresses", "endpoints", "spread"}
+	wanted.sets = slices.DeleteFunc(wanted.sets, func(s set) bool { return !slices.Contains(known, s.name) })
+	for _, s := range wanted.sets {
+		if there.elements[s.name] == nil {
+			differs = append(differs, fmt.Sprintf("%s: %s %s is missing", table, s.kind(), s.name))
+		}
+	}
+	for _, difference := range there.compare(&wanted, there.structure) {
+		differs = append(differs, table+": "+difference)
+	}
+	return differs, nil
+}

@@ -1,0 +1,115 @@
+// Package nftables keeps an agent's rules in the kernel's nftables: the tables magic-ip-<agent name>, one per
+// address family, and nothing else.
+//
+// Chains are loaded as text by the nft command (Linux 5.9 and nft 1.0.1 are the minimum), elements of sets
+// are changed by netlink. Bridges whose frames bypass netfilter are masqueraded, see plan.Bridge.
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// Name is the backend's name as in --backend.
+const Name = "nftables"
+
+// TablePrefix begins the name of every agent's tables.
+const TablePrefix = "magic-ip-"
+
+const comment = "rules of magic-ip-agent: changes made by hand are mended"
+
+// Backend keeps the tables of one agent.
+type Backend struct {
+	tables []*table
+}
+
+// New makes the backend of the agent called agentName. It asks the kernel nothing.
+func New(agentName string) (*Backend, error) {
+	b := &Backend{}
+	var socket elementSocket
+	for _, family := range plan.Families() {
+		name := TablePrefix + agentName
+		nft, err := knftables.New(knftables.Family(family), name)
+		if err != nil {
+			return nil, err
+		}
+		b.tables = append(b.tables, &table{
+			family: family, name: name, nft: nft, generation: NewGeneration(),
+			list:     func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
+			elements: func(changes []setChange) error { return socket.apply(family, name, changes) },
+		})
+	}
+	for _, t := range b.tables {
+		t.siblings = b.tables
+	}
+	return b, nil
+}
+
+// Trial says why nft or the kernel cannot do what the rules need; nil where they can. Nothing is loaded.
+func (b *Backend) Trial(ctx context.Context) error {
+	trial := plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
+	}}})
+	tx := b.tables[0].nft.NewTransaction()
+	rules := render(&trial, plan.IPv4)
+	rules.write(tx, comment)
+	if err := b.tables[0].nft.Check(ctx, tx); err != nil {
+		return fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
+	}
+	return nil
+}
+
+// Name is the backend's name as in --backend.
+func (b *Backend) Name() string { return Name }
+
+// Sync brings the kernel to the plan: one transaction per family where the plan differs from what was
+// loaded before, none where it does not.
+func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
+	var err error
+	for _, t := range b.tables {
+		err = errors.Join(err, t.sync(ctx, p))
+	}
+	return err
+}
+
+// Verify says what somebody else has changed in our tables since they were loaded. The next Sync then
+// loads them anew. It costs one small netlink message where nobody has changed any rule on the node.
+func (b *Backend) Verify(ctx context.Context) ([]string, error) {
+	var differs []string
+	var err error
+	for _, t := range b.tables {
+		found, verifyErr := t.verify(ctx)
+		differs, err = append(differs, found...), errors.Join(err, verifyErr)
+	}
+	return differs, err
+}
+
+// Remove takes our tables out.
+func (b *Backend) Remove(ctx context.Context) error {
+	var err error
+	for _, t := range b.tables {
+		err = errors.Join(err, t.remove(ctx))
+	}
+	return err
+}
+
+// Exists says whether any of the tables is there. Where that cannot be read, the tools or the part of the kernel are
+// missing, and so are the tables.
+func (b *Backend) Exists(ctx context.Context) bool {
+	return slices.ContainsFunc(b.tables, func(t *table) bool {
+		listed, err := t.list(ctx)
+		return err == nil && listed.exists
+	})
+}
+
+// Watch calls changed whenever the kernel tells that somebody has changed our tables, until ctx ends.
+func (b *Backend) Watch(ctx context.Context, changed func()) error {
+	return watchTable(ctx, b.tables[0].name, changed)
+}
