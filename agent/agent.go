@@ -19,6 +19,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
@@ -51,7 +52,7 @@ type API interface {
 	// Select makes these the namespaces whose pods are asked for.
 	Select(namespaces []string)
 	// View is what it said last.
-	View() endpoint.View
+	View() inventory.View
 	// Poll asks again where that is needed. It does not wait for the answer.
 	Poll(ctx context.Context)
 }

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
@@ -104,7 +104,7 @@ func (a *Agent) labels() map[string]map[string]string {
 	}
 	labels := map[string]map[string]string{}
 	maps.Copy(labels, restored)
-	tell := func(uid string, pod endpoint.Pod) {
+	tell := func(uid string, pod inventory.Pod) {
 		labels[uid] = pod.Labels
 		if pod.Labels == nil {
 			labels[uid] = map[string]string{}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
@@ -60,13 +61,13 @@ func (r records) on(interfaces map[string]bool) records {
 
 // pods is what the Kubernetes API said last, and what the records have told since.
 type pods struct {
-	endpoint.View
+	inventory.View
 	// withdrawn are the addresses that DEL has taken from a pod, by UID: its podIP counts no more until the
 	// API reports another one.
 	withdrawn map[string][]netip.Addr
 	// told is what the API has said of pods with a record, by the UID in it: it counts for as long as the record
 	// does, although the API may have forgotten the pod.
-	told map[string]endpoint.Pod
+	told map[string]inventory.Pod
 	// missing is since when the pod of a record is not in the API.
 	missing map[state.Key]time.Time
 }
@@ -159,7 +160,7 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 	}
 	a.note("Kubernetes API", problem)
 	a.remember()
-	listed := map[string]endpoint.Pod{}
+	listed := map[string]inventory.Pod{}
 	for _, pod := range a.pods.Pods {
 		listed[pod.UID] = pod
 		if pod.ConfigHash != "" {
@@ -180,7 +181,7 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 		}
 		since, known := a.pods.missing[record.Key()]
 		if !known {
-			if !endpoint.Covers(a.pods.Current, record.Namespace) {
+			if !inventory.Covers(a.pods.Current, record.Namespace) {
 				continue
 			}
 			since = time.Now()
@@ -192,7 +193,7 @@ func (a *Agent) readPods(ctx context.Context, changed Source) {
 
 // remember keeps what the API tells of the pods with a record.
 func (a *Agent) remember() {
-	told := map[string]endpoint.Pod{}
+	told := map[string]inventory.Pod{}
 	if !a.records.known {
 		maps.Copy(told, a.pods.told)
 	}
@@ -227,7 +228,7 @@ func (a *Agent) dead(now time.Time) []published.Attachment {
 }
 
 func (a *Agent) serves(namespace string) bool {
-	return slices.ContainsFunc(a.config.Namespaces(), func(n string) bool { return n == namespace || n == endpoint.AllNamespaces })
+	return slices.ContainsFunc(a.config.Namespaces(), func(n string) bool { return n == namespace || n == inventory.AllNamespaces })
 }
 
 func (a *Agent) readSettings() {
@@ -295,9 +296,9 @@ func (a *Agent) restore() {
 	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
 	if a.API != nil {
 		maps.Copy(a.pods.withdrawn, restored.Withdrawn)
-		a.pods.told = map[string]endpoint.Pod{}
+		a.pods.told = map[string]inventory.Pod{}
 		for uid, pod := range restored.Told {
-			a.pods.told[uid] = endpoint.Pod{
+			a.pods.told[uid] = inventory.Pod{
 				Labels: restored.Labels[uid], CreatedAt: pod.CreatedAt, Owner: pod.Owner, Ports: pod.Ports, Finished: pod.Finished,
 			}
 		}
@@ -363,7 +364,7 @@ func (a *Agent) recorded(address netip.Addr) bool {
 
 // told says whether the API has told of a namespace's pods, where it is asked.
 func (a *Agent) told(namespace string) bool {
-	return a.API == nil || endpoint.Covers(a.pods.Told, namespace)
+	return a.API == nil || inventory.Covers(a.pods.Told, namespace)
 }
 
 // settled says whether every source has spoken.

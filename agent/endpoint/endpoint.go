@@ -14,33 +14,17 @@ import (
 
 	"k8s.io/apimachinery/pkg/labels"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
-
-// Pod is what the Kubernetes API tells of a pod on this node.
-type Pod struct {
-	Namespace, Name, UID string
-	// ConfigHash is the annotation kubernetes.io/config.hash: the UID by which CNI knows a static pod.
-	ConfigHash string
-	Labels     map[string]string
-	// Owner is the controller as Kind/name, empty without one.
-	Owner string
-	// IPs are status.podIPs.
-	IPs       []netip.Addr
-	CreatedAt time.Time
-	// Running, Ready (condition), Terminating (has a deletionTimestamp), Finished (Succeeded or Failed).
-	Running, Ready, Terminating, Finished bool
-	// Ports are the named container ports.
-	Ports map[string]uint16
-}
 
 // Sources is all that is known of the node's pods at one moment.
 type Sources struct {
 	Records []state.Attachment
 	// Pods is what the API said last.
-	Pods []Pod
+	Pods []inventory.Pod
 	// Told is what it said last of pods with a record, by the UID in it: it counts where Pods lists them no more.
-	Told map[string]Pod
+	Told map[string]inventory.Pod
 	// Current are the namespaces of which the API has told, and can be asked now: what it does not list there is
 	// not there (as opposed to: not known).
 	Current []string
@@ -129,7 +113,7 @@ func Targets(s Sources) []Target {
 		if j, known := pods[record.UID]; known && record.UID != "" {
 			recorded[j] = true
 			target.tell(s.Pods[j])
-		} else if Covers(s.Current, record.Namespace) && !s.counts(record) {
+		} else if inventory.Covers(s.Current, record.Namespace) && !s.counts(record) {
 			continue
 		} else if told, was := s.Told[record.UID]; was {
 			target.remember(told)
@@ -152,11 +136,6 @@ func Targets(s Sources) []Target {
 	return targets
 }
 
-// Without says whether DEL has taken this address from the pod.
-func (p Pod) Without(ip netip.Addr, withdrawn map[string][]netip.Addr) bool {
-	return slices.Contains(withdrawn[p.UID], ip) || p.ConfigHash != "" && slices.Contains(withdrawn[p.ConfigHash], ip)
-}
-
 // Standing are the records whose sandbox can still be reached: whose host interface, where the record names
 // one, is there. One that is gone although the record stays says that a DEL went unrecorded. interfaces
 // are the node's links; nil is not known.
@@ -174,14 +153,14 @@ func (s Sources) counts(record state.Attachment) bool {
 }
 
 // tell adds what the API knows; labels may change on a running pod, so the API's are the truth.
-func (t *Target) tell(pod Pod) {
+func (t *Target) tell(pod inventory.Pod) {
 	t.remember(pod)
 	t.Running, t.Ready, t.Terminating = pod.Running, pod.Ready, pod.Terminating
 }
 
 // remember adds what the API knew of a pod that it has forgotten, such as one that was deleted by force: what it is, and
 // not how it is.
-func (t *Target) remember(pod Pod) {
+func (t *Target) remember(pod inventory.Pod) {
 	t.Labels, t.Owner, t.CreatedAt, t.Ports, t.Finished = pod.Labels, pod.Owner, pod.CreatedAt, pod.Ports, pod.Finished
 	if t.Labels == nil {
 		t.Labels = map[string]string{}
@@ -201,17 +180,9 @@ const (
 	Ignore Readiness = "ignore"
 )
 
-// AllNamespaces as Selection.Namespace selects pods of every namespace.
-const AllNamespaces = "*"
-
-// Covers says whether a namespace is among these.
-func Covers(namespaces []string, namespace string) bool {
-	return slices.Contains(namespaces, namespace) || slices.Contains(namespaces, AllNamespaces)
-}
-
 // Selection is which targets a magic IP is for, and how the endpoint is chosen among them.
 type Selection struct {
-	Namespace string // AllNamespaces for every one
+	Namespace string // inventory.AllNamespaces for every one
 	Selector  Selector
 	Owner     string // Kind/name; empty for any
 	Readiness Readiness
@@ -327,7 +298,7 @@ func (s *Selection) address(t *Target) (netip.AddrPort, bool) {
 // matches says whether the target is one of this selection. Labels that nobody has told yet match only
 // a selector that asks for none.
 func (s *Selection) matches(t *Target) bool {
-	if s.Namespace != AllNamespaces && s.Namespace != t.Namespace {
+	if s.Namespace != inventory.AllNamespaces && s.Namespace != t.Namespace {
 		return false
 	}
 	if s.Owner != "" && s.Owner != t.Owner {
@@ -359,15 +330,4 @@ func (s *Selection) rank(t *Target) int {
 		rank = 1
 	}
 	return rank
-}
-
-// View is what the Kubernetes API said last.
-type View struct {
-	Pods []Pod
-	// Spoken: it has answered for every namespace. Reachable: it can be asked now for every one.
-	Spoken, Reachable bool
-	// Told are the namespaces that it has answered for, Current those of them that it can be asked for now.
-	Told, Current []string
-	// Problems are why it cannot, one sentence each.
-	Problems []string
 }

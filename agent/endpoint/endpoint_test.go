@@ -10,15 +10,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
 var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // pod makes a pod known to the API, older by age; its address is 10.0.0.<n>.
-func pod(name string, n byte, age time.Duration, conditions string) endpoint.Pod {
+func pod(name string, n byte, age time.Duration, conditions string) inventory.Pod {
 	has := func(c string) bool { return slices.Contains(strings.Fields(conditions), c) }
-	return endpoint.Pod{
+	return inventory.Pod{
 		Namespace: "default", Name: name, UID: "uid-" + name, Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
 		IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, n})}, CreatedAt: now.Add(-age),
 		Running: !has("pending"), Ready: has("ready"), Terminating: has("terminating"), Finished: has("finished"),
@@ -41,7 +42,7 @@ func TestChoose(t *testing.T) {
 		s.Current = []string{"default"}
 		return s
 	}
-	static := func(n byte) endpoint.Pod {
+	static := func(n byte) inventory.Pod {
 		p := pod("a", n, old, "ready")
 		p.ConfigHash = "hash"
 		return p
@@ -54,55 +55,55 @@ func TestChoose(t *testing.T) {
 		edit    func(*endpoint.Selection)
 		want    string
 	}{
-		{"ready beats newer and not ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
-		{"ready beats ready and terminating", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready terminating")}}), nil, "10.0.0.1:80"},
-		{"serving while it terminates beats not ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready terminating"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
-		{"not ready beats terminating", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, ""), pod("b", 2, fresh, "terminating")}}), nil, "10.0.0.1:80"},
-		{"terminating is better than nothing", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "terminating")}}), nil, "10.0.0.1:80"},
-		{"finished is never chosen", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready finished")}}), nil, ""},
-		{"pending without a record is not there yet", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "pending")}}), nil, ""},
-		{"pending with a record counts", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "pending")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
-		{"of equals the newest", api(sources{Pods: []endpoint.Pod{pod("b", 2, fresh, "ready"), pod("a", 1, old, "ready")}}), nil, "10.0.0.2:80"},
-		{"of twins the greater UID", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, old, "ready")}}), nil, "10.0.0.2:80"},
-		{"require: not ready does not count", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, ""), pod("b", 2, old, "terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, ""},
-		{"require: serving while it terminates counts", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, "10.0.0.1:80"},
-		{"ignore: newer and not ready beats ready", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Ignore }, "10.0.0.2:80"},
-		{"spread: all of the best rank", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready"), pod("c", 3, fresh, "")}}), func(s *endpoint.Selection) { s.Spread = true }, "10.0.0.2:80 10.0.0.1:80"},
-		{"owner", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.Owner = "DaemonSet/other" }, ""},
-		{"named port", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "http" }, "10.0.0.1:8001"},
-		{"a port name that the pod lacks", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "grpc" }, ""},
+		{"ready beats newer and not ready", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
+		{"ready beats ready and terminating", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready terminating")}}), nil, "10.0.0.1:80"},
+		{"serving while it terminates beats not ready", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready terminating"), pod("b", 2, fresh, "")}}), nil, "10.0.0.1:80"},
+		{"not ready beats terminating", api(sources{Pods: []inventory.Pod{pod("a", 1, old, ""), pod("b", 2, fresh, "terminating")}}), nil, "10.0.0.1:80"},
+		{"terminating is better than nothing", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "terminating")}}), nil, "10.0.0.1:80"},
+		{"finished is never chosen", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready finished")}}), nil, ""},
+		{"pending without a record is not there yet", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "pending")}}), nil, ""},
+		{"pending with a record counts", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "pending")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
+		{"of equals the newest", api(sources{Pods: []inventory.Pod{pod("b", 2, fresh, "ready"), pod("a", 1, old, "ready")}}), nil, "10.0.0.2:80"},
+		{"of twins the greater UID", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, old, "ready")}}), nil, "10.0.0.2:80"},
+		{"require: not ready does not count", api(sources{Pods: []inventory.Pod{pod("a", 1, old, ""), pod("b", 2, old, "terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, ""},
+		{"require: serving while it terminates counts", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready terminating")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, "10.0.0.1:80"},
+		{"ignore: newer and not ready beats ready", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Ignore }, "10.0.0.2:80"},
+		{"spread: all of the best rank", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready"), pod("c", 3, fresh, "")}}), func(s *endpoint.Selection) { s.Spread = true }, "10.0.0.2:80 10.0.0.1:80"},
+		{"owner", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.Owner = "DaemonSet/other" }, ""},
+		{"named port", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "http" }, "10.0.0.1:8001"},
+		{"a port name that the pod lacks", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.TargetPortName = "grpc" }, ""},
 		{"a port name without the API", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.TargetPortName = "http" }, ""},
-		{"the other family", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.IPv6 = true }, ""},
-		{"all namespaces", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.Namespace = endpoint.AllNamespaces }, "10.0.0.1:80"},
+		{"the other family", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.IPv6 = true }, ""},
+		{"all namespaces", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.Namespace = inventory.AllNamespaces }, "10.0.0.1:80"},
 		{"another namespace", sources{Records: []state.Attachment{record("a", 1, old)}}, func(s *endpoint.Selection) { s.Namespace = "other" }, ""},
 
 		{"a record alone counts", sources{Records: []state.Attachment{record("a", 1, old)}}, nil, "10.0.0.1:80"},
 		{"the later of two records", sources{Records: []state.Attachment{record("a", 1, fresh), record("b", 2, old)}}, nil, "10.0.0.1:80"},
-		{"a record beats podIP", api(sources{Pods: []endpoint.Pod{pod("a", 9, old, "ready")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
-		{"a podIP in another pod's record is stale", api(sources{Pods: []endpoint.Pod{pod("a", 2, old, "ready"), func() endpoint.Pod {
+		{"a record beats podIP", api(sources{Pods: []inventory.Pod{pod("a", 9, old, "ready")}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, "10.0.0.1:80"},
+		{"a podIP in another pod's record is stale", api(sources{Pods: []inventory.Pod{pod("a", 2, old, "ready"), func() inventory.Pod {
 			p := pod("b", 2, fresh, "ready")
 			p.Labels = nil
 			return p
 		}()}, Records: []state.Attachment{record("b", 2, fresh)}}), nil, ""},
-		{"a withdrawn podIP counts no more", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, ""},
-		{"another podIP after that does", api(sources{Pods: []endpoint.Pod{pod("a", 2, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, "10.0.0.2:80"},
-		{"labels of the API are the truth", api(sources{Pods: []endpoint.Pod{func() endpoint.Pod {
+		{"a withdrawn podIP counts no more", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, ""},
+		{"another podIP after that does", api(sources{Pods: []inventory.Pod{pod("a", 2, old, "ready")}, Withdrawn: map[string][]netip.Addr{"uid-a": {netip.MustParseAddr("10.0.0.1")}}}), nil, "10.0.0.2:80"},
+		{"labels of the API are the truth", api(sources{Pods: []inventory.Pod{func() inventory.Pod {
 			p := pod("a", 1, old, "ready")
 			p.Labels = map[string]string{"app": "other"}
 			return p
 		}()}, Records: []state.Attachment{record("a", 1, fresh)}}), nil, ""},
-		{"a static pod is joined by its config hash", api(sources{Pods: []endpoint.Pod{static(9)}, Records: []state.Attachment{func() state.Attachment {
+		{"a static pod is joined by its config hash", api(sources{Pods: []inventory.Pod{static(9)}, Records: []state.Attachment{func() state.Attachment {
 			r := record("a", 1, fresh)
 			r.UID, r.Labels = "hash", nil
 			return r
 		}()}}), nil, "10.0.0.1:80"},
-		{"an address that DEL has taken from it", api(sources{Pods: []endpoint.Pod{static(1)}, Withdrawn: map[string][]netip.Addr{"hash": {netip.AddrFrom4([4]byte{10, 0, 0, 1})}}}), nil, ""},
-		{"a pod that the API has forgotten", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{unlabelled}, Told: map[string]endpoint.Pod{"uid-a": pod("a", 1, old, "ready")}}), nil, "10.0.0.1:80"},
-		{"a pod that it has forgotten after it had finished", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{record("a", 1, fresh)}, Told: map[string]endpoint.Pod{"uid-a": pod("a", 1, old, "finished")}}), nil, ""},
+		{"an address that DEL has taken from it", api(sources{Pods: []inventory.Pod{static(1)}, Withdrawn: map[string][]netip.Addr{"hash": {netip.AddrFrom4([4]byte{10, 0, 0, 1})}}}), nil, ""},
+		{"a pod that the API has forgotten", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{unlabelled}, Told: map[string]inventory.Pod{"uid-a": pod("a", 1, old, "ready")}}), nil, "10.0.0.1:80"},
+		{"a pod that it has forgotten after it had finished", api(sources{Interfaces: map[string]bool{"veth-a": true}, Records: []state.Attachment{record("a", 1, fresh)}, Told: map[string]inventory.Pod{"uid-a": pod("a", 1, old, "finished")}}), nil, ""},
 
 		{"the host interface of the record is gone", sources{Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}, nil, ""},
-		{"and with it the podIP", api(sources{Pods: []endpoint.Pod{pod("a", 1, old, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, ""},
-		{"but not another pod's with that address", api(sources{Pods: []endpoint.Pod{pod("b", 1, fresh, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, "10.0.0.1:80"},
+		{"and with it the podIP", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, ""},
+		{"but not another pod's with that address", api(sources{Pods: []inventory.Pod{pod("b", 1, fresh, "ready")}, Records: []state.Attachment{record("a", 1, old)}, Interfaces: map[string]bool{}}), nil, "10.0.0.1:80"},
 		{"a record that the API does not know yet", api(sources{Records: []state.Attachment{record("a", 1, 59*time.Second)}}), nil, "10.0.0.1:80"},
 		{"the same after a minute", api(sources{Records: []state.Attachment{record("a", 1, time.Minute)}}), nil, ""},
 		{"the same while its host interface stands", api(sources{Records: []state.Attachment{record("a", 1, time.Hour)}, Interfaces: map[string]bool{"veth-a": true}}), nil, "10.0.0.1:80"},

@@ -30,7 +30,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
 const (
@@ -107,10 +107,10 @@ func (p *Pods) Run(ctx context.Context, wake func()) error {
 	return nil
 }
 
-// Select makes these the namespaces that are watched; endpoint.AllNamespaces is every one.
+// Select makes these the namespaces that are watched; inventory.AllNamespaces is every one.
 func (p *Pods) Select(namespaces []string) {
-	if slices.Contains(namespaces, endpoint.AllNamespaces) {
-		namespaces = []string{endpoint.AllNamespaces}
+	if slices.Contains(namespaces, inventory.AllNamespaces) {
+		namespaces = []string{inventory.AllNamespaces}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -133,11 +133,11 @@ func (p *Pods) Select(namespaces []string) {
 }
 
 // View is what the API said last.
-func (p *Pods) View() endpoint.View {
+func (p *Pods) View() inventory.View {
 	p.mu.Lock()
 	feeds := slices.Collect(maps.Values(p.feeds))
 	p.mu.Unlock()
-	view := endpoint.View{Spoken: true, Reachable: true}
+	view := inventory.View{Spoken: true, Reachable: true}
 	for _, f := range feeds {
 		pods, spoken, problem := f.view()
 		view.Pods = append(view.Pods, pods...)
@@ -204,7 +204,7 @@ type feed struct {
 	heardAt time.Time
 	err     error // of the last list or watch; nil where it went well
 	// polled is what a poll has listed last, when the watch was not healthy; nil where it has failed.
-	polled        []endpoint.Pod
+	polled        []inventory.Pod
 	polledAt      time.Time
 	polledVersion string
 	// healthySince is when the watch became healthy last.
@@ -216,7 +216,7 @@ func (f *feed) options(options *metav1.ListOptions) {
 }
 
 func (f *feed) apiNamespace() string {
-	if f.namespace == endpoint.AllNamespaces {
+	if f.namespace == inventory.AllNamespaces {
 		return metav1.NamespaceAll
 	}
 	return f.namespace
@@ -359,7 +359,7 @@ func (f *feed) polledCounts() bool {
 	return err == nil && time.Since(f.healthySince) < pollTimeout
 }
 
-func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
+func (f *feed) view() (pods []inventory.Pod, spoken bool, problem string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.polledCounts() {
@@ -386,7 +386,7 @@ func (f *feed) view() (pods []endpoint.Pod, spoken bool, problem string) {
 }
 
 // watched is what the watch has told.
-func (f *feed) watched() (pods []endpoint.Pod) {
+func (f *feed) watched() (pods []inventory.Pod) {
 	for _, object := range f.informer.GetStore().List() {
 		if pod, ok := object.(*corev1.Pod); ok {
 			pods = append(pods, convert(pod))
@@ -414,7 +414,7 @@ func (f *feed) poll(ctx context.Context) {
 		}
 		return
 	}
-	f.polled, f.polledAt, f.polledVersion = []endpoint.Pod{}, time.Now(), list.ResourceVersion
+	f.polled, f.polledAt, f.polledVersion = []inventory.Pod{}, time.Now(), list.ResourceVersion
 	for i := range list.Items {
 		f.polled = append(f.polled, convert(&list.Items[i]))
 	}
@@ -468,8 +468,8 @@ func trim(object any) (any, error) {
 	return kept, nil
 }
 
-func convert(pod *corev1.Pod) endpoint.Pod {
-	p := endpoint.Pod{
+func convert(pod *corev1.Pod) inventory.Pod {
+	p := inventory.Pod{
 		Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ConfigHash: pod.Annotations[configHash], Labels: pod.Labels,
 		CreatedAt:   pod.CreationTimestamp.Time,
 		Running:     pod.Status.Phase == corev1.PodRunning,

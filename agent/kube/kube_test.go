@@ -27,7 +27,7 @@ import (
 	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
 func examplePod() *corev1.Pod {
@@ -77,7 +77,7 @@ func running(t *testing.T, p *Pods, wake func()) (ctx context.Context, end func(
 
 // TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
 func TestTrimAndConvert(t *testing.T) {
-	want := endpoint.Pod{
+	want := inventory.Pod{
 		Namespace: "default", Name: "echo", UID: "u1", ConfigHash: "hash", Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
 		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")}, CreatedAt: time.Unix(1000, 0),
 		Running: true, Ready: true, Ports: map[string]uint16{"http": 8080, "proxy": 15001},
@@ -105,7 +105,7 @@ func TestTrimAndConvert(t *testing.T) {
 	}
 }
 
-func names(view endpoint.View) string {
+func names(view inventory.View) string {
 	var all []string
 	for _, pod := range view.Pods {
 		all = append(all, pod.Namespace+"/"+pod.Name)
@@ -223,10 +223,10 @@ func TestFeed(t *testing.T) {
 			t.Errorf("a poll that was answered: %+v", view)
 		}
 
-		p.Select([]string{"other", endpoint.AllNamespaces})
+		p.Select([]string{"other", inventory.AllNamespaces})
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if len(p.feeds) != 1 || p.feeds[endpoint.AllNamespaces] == nil {
+		if len(p.feeds) != 1 || p.feeds[inventory.AllNamespaces] == nil {
 			t.Errorf("feeds: %v", p.feeds)
 		}
 		end()
