@@ -122,7 +122,7 @@ func (a *Agent) action(port config.Port, s *service, now time.Time) plan.Action 
 	case len(s.endpoints) > 0:
 		return plan.Serve
 	case port.NoEndpoint == plan.Hold && (s.lostAt.IsZero() || !now.Before(s.lostAt.Add(port.HoldFor))):
-		return plan.Refuse
+		return plan.Reject
 	}
 	return port.NoEndpoint
 }

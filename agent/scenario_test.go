@@ -44,7 +44,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	wait DURATION                      time passes
 //	other NAME FRONTEND DURATION       another agent claims a frontend since so long before the start
 //	config FILE                        the configuration becomes that section
-//	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, refuse, hold, pass
+//	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
 //	want FRONTEND not served: REASON   part of the reason
 //	swept FLOWS                        the frontends and gone addresses swept since the last time
 func TestScenarios(t *testing.T) {

@@ -539,7 +539,7 @@ func (m *model) wanted() map[string]string {
 		action := "serve"
 		if len(targets) == 0 {
 			// Whether an endpoint came and went between two looks of the agent decides between the two.
-			action = map[string]string{"reject": "refuse", "pass": "pass", "hold": "hold or refuse"}[magic.noEndpoint]
+			action = map[string]string{"reject": "reject", "pass": "pass", "hold": "hold or reject"}[magic.noEndpoint]
 		}
 		host := "accept"
 		if magic.hostClients && len(targets) == 0 && magic.noEndpoint != "pass" {
@@ -599,8 +599,8 @@ func (m *model) kernel() (map[string]string, error) {
 		magic := m.magic[slices.IndexFunc(m.magic, func(magic modelMagicIP) bool { return magic.address.String() == address })]
 		word := func(verdict string) string {
 			action, _, _ := strings.Cut(strings.TrimPrefix(verdict, "goto "), "-")
-			if magic.noEndpoint == "hold" && (action == "hold" || action == "refuse") {
-				return "hold or refuse"
+			if magic.noEndpoint == "hold" && (action == "hold" || action == "reject") {
+				return "hold or reject"
 			}
 			return action
 		}

@@ -30,7 +30,7 @@ func planOf(addresses ...string) *plan.Plan {
 	var in plan.Input
 	for _, address := range addresses {
 		in.Services = append(in.Services, plan.Service{
-			Frontend: plan.Frontend{Address: netip.MustParseAddr(address), Protocol: plan.TCP, Port: 80}, WithoutEndpoint: plan.Refuse,
+			Frontend: plan.Frontend{Address: netip.MustParseAddr(address), Protocol: plan.TCP, Port: 80}, WithoutEndpoint: plan.Reject,
 		})
 	}
 	p := plan.Build(in)

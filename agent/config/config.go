@@ -363,7 +363,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	port.Spread = oneOf(v, raw.Distribution, at("distribution"), "single", "random") == "random"
 	port.NoEndpoint = oneOf(v, raw.NoEndpoint, at("noEndpoint"), plan.Action("reject"), plan.Hold, plan.Pass)
 	if port.NoEndpoint == "reject" {
-		port.NoEndpoint = plan.Refuse
+		port.NoEndpoint = plan.Reject
 	}
 	port.HoldFor = 10 * time.Second
 	if raw.HoldFor != "" {

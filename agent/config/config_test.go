@@ -26,7 +26,7 @@ func TestParse(t *testing.T) {
 	}
 	port := config.Ports[0]
 	if port.String() != "169.254.210.210:9200/tcp" || port.TargetPort != 8080 || !port.HostClients || port.ExcludeTarget ||
-		port.NoEndpoint != plan.Refuse || port.HoldFor != 10*time.Second || port.Spread || port.HostInterface != nil || port.Readiness != "prefer" {
+		port.NoEndpoint != plan.Reject || port.HoldFor != 10*time.Second || port.Spread || port.HostInterface != nil || port.Readiness != "prefer" {
 		t.Errorf("defaults: got %+v", port)
 	}
 }

@@ -56,7 +56,7 @@ func (w *world) is(pods ...string) {
 			m.Endpoints = append(m.Endpoints, published.Endpoint{Pod: "default/" + pod, Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 244, 1, pod[0] - 'a' + 1}), 8080)})
 		}
 		if len(pods) == 0 {
-			m.Action = "refuse"
+			m.Action = "reject"
 		}
 		now.MagicIPs = append(now.MagicIPs, m)
 	}
@@ -246,7 +246,7 @@ func TestManyAtOnce(t *testing.T) {
 		for i := range 1000 {
 			now.MagicIPs = append(now.MagicIPs, published.MagicIP{
 				Address: netip.AddrFrom4([4]byte{169, 254, byte(i / 256), byte(i)}), Port: 80, Protocol: "tcp", Namespace: "default", Selector: fmt.Sprintf("app=%d", i),
-				Action: "refuse",
+				Action: "reject",
 			})
 		}
 		w.publish(now)

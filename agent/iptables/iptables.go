@@ -309,7 +309,7 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 	return nil, nil
 }
 
-// remove takes jumps and chains out: filter before nat, so that nothing is held or refused that is not
+// remove takes jumps and chains out: filter before nat, so that nothing is held or rejected that is not
 // translated any more.
 func (f *chains) remove(ctx context.Context) error {
 	if present(f.command) {

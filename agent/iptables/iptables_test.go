@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -164,12 +165,12 @@ func TestIPTablesMendsWhatOthersChange(t *testing.T) {
 		left     string // what the one who changed it keeps: a rule that is not ours
 	}{
 		"flushed table":          {commands: []string{"-t nat -F"}},
-		"flushed chain":          {commands: []string{"-t filter -F " + prefix + "refuse"}},
+		"flushed chain":          {commands: []string{"-t filter -F " + prefix + "reject"}},
 		"deleted jump":           {commands: []string{"-t filter -D FORWARD 1"}},
 		"added rule":             {commands: []string{"-t nat -I " + prefix + "dnat -j RETURN"}},
 		"replaced endpoint":      {commands: []string{"-t nat -R " + prefix + "dnat 1 -d 169.254.210.210 -p tcp -j DNAT --to-destination 10.0.0.1"}},
 		"doubled jump":           {commands: []string{"-t nat -A PREROUTING -j " + prefix + "dnat"}},
-		"doubled rule":           {commands: []string{"-t filter -A " + prefix + "refuse -p tcp -j REJECT --reject-with tcp-reset"}},
+		"doubled rule":           {commands: []string{"-t filter -A " + prefix + "reject -p tcp -j REJECT --reject-with tcp-reset"}},
 		"rule before ours":       {commands: []string{"-t nat -I PREROUTING -d 169.254.210.210 -j DNAT --to-destination 10.0.0.1"}, left: "-A PREROUTING -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.1\n"},
 		"conditional jump":       {commands: []string{"-t nat -I PREROUTING -p udp -j " + prefix + "dnat"}},
 		"unloaded chain of ours": {commands: []string{"-t nat -N " + prefix + "old", "-t nat -A PREROUTING -j " + prefix + "old"}},
@@ -266,6 +267,40 @@ func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 		wantIntact(t, a)
 		if diff := cmp.Diff(alone, savedRules(t, suffix)); diff != "" {
 			t.Errorf("after the other agent (-before +after):\n%s", diff)
+		}
+	})
+}
+
+// TestUpgrade: chains that an older version has loaded, by other names, become the wanted ones and leave nothing.
+func TestUpgrade(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		p := plan.Build(cases()["one"])
+		fresh := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, fresh, &p)
+		want := savedRules(t, suffix)
+		if err := fresh.Remove(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		old, err := os.ReadFile("testdata/1.0.0.rules")
+		if err != nil {
+			t.Fatal(err)
+		}
+		four, six, _ := strings.Cut(string(old), "icmp6") // the rules of IPv4, then those of IPv6
+		at := strings.LastIndex(four, "*mangle\n")
+		restore := func(command, rules string) {
+			path := filepath.Join(t.TempDir(), "rules")
+			if err := os.WriteFile(path, []byte(rules), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			nodetest.Run(t, command+suffix+"-restore", "--noflush", path)
+		}
+		restore("iptables", four[:at])
+		restore("ip6tables", four[at:]+"icmp6"+six)
+		upgraded := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, upgraded, &p)
+		wantIntact(t, upgraded)
+		if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
+			t.Errorf("rules (-fresh +upgraded):\n%s", diff)
 		}
 	})
 }

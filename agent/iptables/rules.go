@@ -36,9 +36,9 @@ const (
 	fromNetwork   = "pre"    // mangle PREROUTING: who may use a magic IP at all
 	fromPods      = "pods"   // mangle: the interfaces of this node's pods
 	fromMagic     = "src"    // mangle: nobody begins a flow from a magic IP
-	forwarded     = "fwd"    // filter FORWARD: what was not translated is refused
+	forwarded     = "fwd"    // filter FORWARD: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
-	refused       = "refuse" // filter
+	rejected      = "reject" // filter
 	held          = "hold"   // filter
 	sameBridge    = "bridge" // filter, nat: replies that would not find their way back
 	translated    = "dnat"   // nat PREROUTING
@@ -71,20 +71,20 @@ const mostInChain = 8
 
 // render writes the rules of p for one family, in the order in which the tables are to be loaded.
 //
-// Why these hooks. REJECT works in the filter table alone, after destination NAT, so refusing takes three
+// Why these hooks. REJECT works in the filter table alone, after destination NAT, so rejecting takes three
 // steps. Each table is one transaction, but the three are not:
 //
 //   - mangle PREROUTING runs before any NAT and before routing: what does not come from a pod is dropped.
 //   - nat PREROUTING and OUTPUT translate what has an endpoint. ACCEPT, for the rest, ends the walk through
 //     the nat table: a leftover DNAT rule of another tool behind our jump does not get to see the packet.
 //   - filter FORWARD and OUTPUT: a packet that is still addressed to a magic IP was not translated, so it
-//     is refused. Translated flows, established ones included, carry their endpoint's address here, which
+//     is rejected. Translated flows, established ones included, carry their endpoint's address here, which
 //     is why no rule has to exempt them.
 //
 // A served frontend is held in the filter table: not translated are only packets of flows from before its
 // rule, which are about to be deleted, and those on their way between two of the three transactions. Hence
 // the order: with filter before nat, a frontend that gains or loses its endpoint never lets a packet out,
-// and never refuses one that the rules before or after would have answered or held.
+// and never rejects one that the rules before or after would have answered or held.
 //
 // A packet that the node has no route for does not get as far as FORWARD or OUTPUT: its sender is told
 // that the network is unreachable.
@@ -202,18 +202,18 @@ func (b *builder) filter() table {
 	b.begin("filter")
 	entry := b.hook("FORWARD", forwarded)
 	out := b.hook("OUTPUT", fromHost)
-	refuse := b.chain(refused)
+	reject := b.chain(rejected)
 	unreachable := "icmp-port-unreachable"
 	if b.family == plan.IPv6 {
 		unreachable = "icmp6-port-unreachable"
 	}
-	b.add(refuse, "-p tcp -j REJECT --reject-with tcp-reset")
-	b.add(refuse, "-j REJECT --reject-with", unreachable)
+	b.add(reject, "-p tcp -j REJECT --reject-with tcp-reset")
+	b.add(reject, "-j REJECT --reject-with", unreachable)
 	hold := b.chain(held)
 	b.add(hold, "-p tcp --tcp-flags FIN,SYN,RST,ACK SYN -j DROP")
 	b.add(hold, "-p udp -j DROP")
 	b.add(hold, "-p sctp -j DROP")
-	b.add(hold, "-g", refuse)
+	b.add(hold, "-g", reject)
 
 	if bridges := b.bridges(); len(bridges) > 0 {
 		mark := b.chain(sameBridge)
@@ -234,7 +234,7 @@ func (b *builder) filter() table {
 				b.untranslated(chain, in, rule)
 			}
 		}
-		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", refuse)
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", reject)
 	})
 	dispatch(b, out, "-d %s", b.forHost(), byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
@@ -244,13 +244,13 @@ func (b *builder) filter() table {
 			}
 			b.untranslated(chain, "", rule)
 		}
-		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", refuse)
+		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", reject)
 	})
 	return b.table
 }
 
 // untranslated adds what becomes of a served client's packet that no nat rule has taken. What these
-// rules do not match is refused.
+// rules do not match is rejected.
 func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 	note := b.note(rule.String())
 	for _, source := range rule.Excluded {

@@ -47,7 +47,7 @@ func cases() map[string]plan.Input {
 		},
 		"every-policy": {
 			Services: []plan.Service{
-				{Frontend: frontend("169.254.210.1", plan.TCP, 1), HostClients: true, WithoutEndpoint: plan.Refuse},
+				{Frontend: frontend("169.254.210.1", plan.TCP, 1), HostClients: true, WithoutEndpoint: plan.Reject},
 				{Frontend: frontend("169.254.210.1", plan.UDP, 2), HostClients: true, WithoutEndpoint: plan.Hold},
 				{Frontend: frontend("169.254.210.1", plan.SCTP, 3), HostClients: true, WithoutEndpoint: plan.Pass},
 				{Frontend: frontend("169.254.210.2", plan.TCP, 1), ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
@@ -119,7 +119,7 @@ func TestDispatchFindsEveryAddress(t *testing.T) {
 		}
 		var in plan.Input
 		for _, address := range addresses {
-			in.Services = append(in.Services, plan.Service{Frontend: plan.Frontend{Address: address, Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse})
+			in.Services = append(in.Services, plan.Service{Frontend: plan.Frontend{Address: address, Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Reject})
 		}
 		p := plan.Build(in)
 		table := render(&p, family, "a")[2]

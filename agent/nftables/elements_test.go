@@ -108,7 +108,7 @@ func TestChanges(t *testing.T) {
 			}
 			service := plan.Service{
 				Frontend: f, HostClients: random.IntN(2) == 0, ExcludeTarget: random.IntN(4) == 0,
-				WithoutEndpoint: plan.Action(one(string(plan.Refuse), string(plan.Hold), string(plan.Pass))),
+				WithoutEndpoint: plan.Action(one(string(plan.Reject), string(plan.Hold), string(plan.Pass))),
 			}
 			for range random.IntN(3) {
 				pod := one("10.0.0.1", "10.0.0.2", "10.0.0.3")

@@ -2,8 +2,11 @@ package nftables
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -36,7 +39,7 @@ func TestNFTablesInKernel(t *testing.T) {
 				Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:8080")}},
 			{Frontend: frontend("169.254.210.210", plan.UDP, 80), WithoutEndpoint: plan.Hold, HostInterface: []string{"cali+", "eth0"}},
 			{Frontend: frontend("169.254.210.210", plan.SCTP, 80), WithoutEndpoint: plan.Pass},
-			{Frontend: frontend("fd00:a::1", plan.TCP, 80), WithoutEndpoint: plan.Refuse,
+			{Frontend: frontend("fd00:a::1", plan.TCP, 80), WithoutEndpoint: plan.Reject,
 				Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:80"), netip.MustParseAddrPort("[fd00::3]:80")}},
 		},
 		Foreign:       []plan.Frontend{frontend("169.254.210.210", plan.UDP, 53)},
@@ -84,7 +87,7 @@ func TestNFTablesInKernel(t *testing.T) {
 		{"delete table " + table, "the whole table"},
 		{"delete element " + table + " endpoints { 169.254.210.210 . tcp . 80 }", "missing from endpoints: 169.254.210.210 . tcp . 80"},
 		{"add element " + table + " pod-interfaces { eth1 }", "foreign in pod-interfaces: eth1"},
-		{"flush chain " + table + " refuse", "missing rule in chain refuse"},
+		{"flush chain " + table + " reject-packet", "missing rule in chain reject-packet"},
 		{"add chain " + table + " theirs", "foreign or changed chain theirs"},
 		{"delete table ip6 magic-ip-kube-system.a-1", "table ip6 magic-ip-kube-system.a-1: the whole table"},
 	} {
@@ -110,5 +113,42 @@ func TestNFTablesInKernel(t *testing.T) {
 	}
 	if got := nodetest.Run(t, "nft", "list", "tables"); got != "table ip unrelated\n" {
 		t.Errorf("tables left after Remove: %s", got)
+	}
+}
+
+// TestUpgrade: a table that an older version has loaded, with chains by other names, becomes the wanted one and keeps
+// nothing of its own.
+func TestUpgrade(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	nodetest.Run(t, "nft", "-f", "testdata/1.0.0.nft")
+	p := plan.Build(plan.Input{Services: []plan.Service{
+		{Frontend: frontend("169.254.210.1", plan.TCP, 1), HostClients: true, WithoutEndpoint: plan.Reject},
+		{Frontend: frontend("fd00:a91c::1", plan.TCP, 1), HostClients: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00:10:244::7]:2")}},
+	}})
+	list := func() (blocks []string) { // in order: that of chains and sets means nothing
+		for _, family := range []string{"ip", "ip6"} {
+			listing := nodetest.Run(t, "nft", "--stateless", "list", "table", family, "magic-ip-kube-system.apm")
+			for block := range strings.SplitSeq(listing, "\n\n") {
+				blocks = append(blocks, family+strings.Trim(block, "\n}"))
+			}
+		}
+		slices.Sort(blocks)
+		return blocks
+	}
+	upgraded := newBackend(t, "kube-system.apm")
+	if err := upgraded.Sync(t.Context(), &p); err != nil {
+		t.Fatal(err)
+	}
+	if differs, err := upgraded.Verify(t.Context()); len(differs) > 0 || err != nil {
+		t.Errorf("after the upgrade: %v, %v", differs, err)
+	}
+	got := list()
+	nodetest.Run(t, "nft", "flush", "ruleset")
+	fresh := newBackend(t, "kube-system.apm")
+	if err := fresh.Sync(t.Context(), &p); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(list(), got); diff != "" {
+		t.Errorf("tables (-fresh +upgraded):\n%s", diff)
 	}
 }

@@ -55,7 +55,7 @@ func New(agentName string) (*Backend, error) {
 // Trial says why nft or the kernel cannot do what the rules need; nil where they can. Nothing is loaded.
 func (b *Backend) Trial(ctx context.Context) error {
 	trial := plan.Build(plan.Input{Services: []plan.Service{{
-		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Refuse,
+		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Reject,
 	}}})
 	tx := b.tables[0].nft.NewTransaction()
 	rules := render(&trial, plan.IPv4)

@@ -39,7 +39,7 @@ type set struct {
 }
 
 // The priorities of our chains: nft's dstnat is -100 and srcnat 100 (the names are not allowed in the
-// output hook). Ours come before those of others, and refusals before any translation.
+// output hook). Ours come before those of others, and rejects before any translation.
 const (
 	beforeDNAT knftables.BaseChainPriority = "-110"
 	ownDNAT    knftables.BaseChainPriority = "-105"
@@ -55,6 +55,9 @@ const (
 	hairpinsSet      = "hairpins"
 )
 
+// rejectChain answers at once. A chain cannot be called reject, which is a word of nft's.
+const rejectChain = "reject-packet"
+
 // concat joins the parts of a key or a value as nft writes them.
 func concat(parts ...string) string { return strings.Join(parts, " . ") }
 
@@ -66,7 +69,7 @@ func render(p *plan.Plan, family plan.Family) ruleset {
 // chains are those of p for one family.
 //
 // Why these hooks. The filter chains run before any destination NAT of ours or of others (priority
-// dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be refused, and
+// dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be rejected, and
 // so that what is not for this client never reaches routing. Reject in prerouting needs Linux 5.9. They
 // see every packet of a flow with the magic IP still as its destination. A translated flow is let through
 // before anything else is looked at: its first packet was allowed, and it ends when its sandbox does (see
@@ -99,27 +102,27 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"ct state invalid drop",
 			frontendKey(ip) + " @passed accept",
 			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
-			"goto refuse",
+			"goto " + rejectChain,
 		}},
 		{name: "from-network", comment: "what to do with a packet that comes in by an interface", rules: []string{
 			translated,
 			frontendKey(ip) + " vmap @services",
-			"iifname @pod-interfaces goto refuse",
+			"iifname @pod-interfaces goto " + rejectChain,
 			"drop",
 		}},
 		{name: "from-host", comment: "what to do with a packet of a process of this node", rules: []string{
 			translated,
 			frontendKey(ip) + " vmap @host-services",
-			"goto refuse",
+			"goto " + rejectChain,
 		}},
-		{name: "refuse", comment: "an answer at once", rules: []string{
+		{name: rejectChain, comment: "an answer at once", rules: []string{
 			"meta l4proto tcp reject with tcp reset",
 			"reject",
 		}},
 		{name: "hold", comment: "wait for the next endpoint", rules: []string{
 			"tcp flags & (fin | syn | rst | ack) == syn drop",
 			"meta l4proto { udp, sctp } drop",
-			"goto refuse",
+			"goto " + rejectChain,
 		}},
 		{name: "translate", rules: []string{
 			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
@@ -153,8 +156,8 @@ func frontendKey(ip string) string { return ip + " daddr . meta l4proto . th dpo
 // Only interfaces of this node's pods are ever answered; for anybody else a magic IP does not exist.
 func clientChains(index int, clients plan.Clients) []chain {
 	var chains []chain
-	for _, action := range []plan.Action{plan.Serve, plan.Refuse, plan.Hold, plan.Pass} {
-		verdict := map[plan.Action]string{plan.Serve: "accept", plan.Pass: "accept", plan.Refuse: "goto refuse", plan.Hold: "goto hold"}[action]
+	for _, action := range []plan.Action{plan.Serve, plan.Reject, plan.Hold, plan.Pass} {
+		verdict := map[plan.Action]string{plan.Serve: "accept", plan.Pass: "accept", plan.Reject: "goto " + rejectChain, plan.Hold: "goto hold"}[action]
 		c := chain{name: clientChain(action, index)}
 		if len(clients.Interfaces) == 0 {
 			c.rules = append(c.rules, "iifname @pod-interfaces "+verdict)
@@ -166,7 +169,7 @@ func clientChains(index int, clients plan.Clients) []chain {
 			c.rules = append(c.rules, fmt.Sprintf("iifname %q %s", name, verdict))
 		}
 		if len(clients.Interfaces) > 0 {
-			c.rules = append(c.rules, "iifname @pod-interfaces goto refuse")
+			c.rules = append(c.rules, "iifname @pod-interfaces goto "+rejectChain)
 		}
 		c.rules = append(c.rules, "drop")
 		chains = append(chains, c)
@@ -233,8 +236,10 @@ func elements(p *plan.Plan, family plan.Family) []set {
 		case !rule.HostClients:
 			hostServices.elements[key] = "accept"
 			hostExcluded.elements[key] = ""
-		case rule.Action == plan.Refuse || rule.Action == plan.Hold:
-			hostServices.elements[key] = "goto " + string(rule.Action)
+		case rule.Action == plan.Reject:
+			hostServices.elements[key] = "goto " + rejectChain
+		case rule.Action == plan.Hold:
+			hostServices.elements[key] = "goto hold"
 		default:
 			hostServices.elements[key] = "accept"
 		}
@@ -281,7 +286,7 @@ func sameChains(p, q *plan.Plan, family plan.Family) bool {
 //
 // It empties what is there and fills it again, in one step, and never deletes the table to make it anew: a
 // packet on its way through the old chains would meet deleted sets, find its address in none of them and
-// be refused (seen on Linux 6.18: a walk through the rules belongs to one generation, but each lookup in a
+// be rejected (seen on Linux 6.18: a walk through the rules belongs to one generation, but each lookup in a
 // set to the one that is current by then).
 func (rs *ruleset) write(tx *knftables.Transaction, comment string) {
 	table := &knftables.Table{Comment: knftables.PtrTo(comment)}

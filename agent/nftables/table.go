@@ -150,7 +150,7 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 	wanted.write(tx, comment)
 	if err := t.nft.Run(ctx, tx); err != nil {
 		// Another version may have made a set of the same name with another type. Then it has to be the
-		// hard way, which can refuse a packet that is just on its way.
+		// hard way, which can reject a packet that is just on its way.
 		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
 			return 0, err
 		}

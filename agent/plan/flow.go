@@ -20,7 +20,7 @@ type Flow struct {
 }
 
 // Stale says whether a flow must be deleted so that its client reaches the present endpoint, or is
-// refused, at once.
+// rejected, at once.
 //
 //   - A flow to a present endpoint stays.
 //   - UDP and SCTP sockets know nothing of a vanished peer and would feed a dead flow for ever: they go.

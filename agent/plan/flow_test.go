@@ -21,14 +21,14 @@ func example(settled bool) plan.Plan {
 		}
 		return s
 	}
-	quiet := service("169.254.210.213", plan.TCP, plan.Refuse, "10.0.0.2:8080")
+	quiet := service("169.254.210.213", plan.TCP, plan.Reject, "10.0.0.2:8080")
 	quiet.HostClients, quiet.ExcludeTarget = false, true
 	return plan.Build(plan.Input{
 		Services: []plan.Service{
-			service("169.254.210.210", plan.TCP, plan.Refuse, "10.0.0.2:8080"),
-			service("169.254.210.210", plan.UDP, plan.Refuse, "10.0.0.2:8080"),
-			service("169.254.210.211", plan.TCP, plan.Refuse),
-			service("169.254.210.211", plan.UDP, plan.Refuse),
+			service("169.254.210.210", plan.TCP, plan.Reject, "10.0.0.2:8080"),
+			service("169.254.210.210", plan.UDP, plan.Reject, "10.0.0.2:8080"),
+			service("169.254.210.211", plan.TCP, plan.Reject),
+			service("169.254.210.211", plan.UDP, plan.Reject),
 			service("169.254.210.212", plan.UDP, plan.Pass),
 			quiet,
 		},

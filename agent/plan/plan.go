@@ -85,9 +85,9 @@ type Action string
 const (
 	// Serve: DNAT to an endpoint.
 	Serve Action = "serve"
-	// Refuse: TCP reset, ICMP port unreachable for the rest.
-	Refuse Action = "refuse"
-	// Hold: SYNs and datagrams are dropped silently so that a connect waits; all else is refused.
+	// Reject: TCP reset, ICMP port unreachable for the rest.
+	Reject Action = "reject"
+	// Hold: SYNs and datagrams are dropped silently so that a connect waits; all else is rejected.
 	Hold Action = "hold"
 	// Pass: left alone, because noEndpoint says so or another agent on this node claims the frontend.
 	Pass Action = "pass"
@@ -100,7 +100,7 @@ type Service struct {
 	HostInterface []string
 	HostClients   bool
 	ExcludeTarget bool
-	// WithoutEndpoint is Refuse, Hold or Pass; it does not count where there are endpoints.
+	// WithoutEndpoint is Reject, Hold or Pass; it does not count where there are endpoints.
 	WithoutEndpoint Action
 	// Endpoints all have the family of the frontend. More than one: new flows spread over them evenly.
 	Endpoints []netip.AddrPort
@@ -205,7 +205,7 @@ func Build(in Input) Plan {
 		}
 		p.Rules = append(p.Rules, rule)
 	}
-	// A port that another agent serves on one of our addresses is not ours to refuse.
+	// A port that another agent serves on one of our addresses is not ours to reject.
 	for _, frontend := range sortedSet(in.Foreign, Frontend.Compare) {
 		if addresses[frontend.Address] && !claimed[frontend] {
 			p.Rules = append(p.Rules, Rule{Frontend: frontend, Action: Pass, Clients: -1})

@@ -67,7 +67,7 @@ type MagicIP struct {
 	ClaimedAt time.Time `json:"claimedAt"`
 	// Refused is the reason why this claim is not served; empty where it is.
 	Refused string `json:"refused,omitempty"`
-	// Action is what becomes of new packets: serve, refuse, hold or pass; empty where the claim is refused.
+	// Action is what becomes of new packets: serve, reject, hold or pass; empty where the claim is refused.
 	Action string `json:"action,omitempty"`
 	// Endpoints is where traffic goes now.
 	Endpoints []Endpoint `json:"endpoints"`
