@@ -62,6 +62,7 @@ func (c *Config) Namespaces() []string {
 type rawConfig struct {
 	Name         string       `yaml:"name"`
 	PollInterval string       `yaml:"pollInterval"`
+	Reserved     []string     `yaml:"reservedAddresses"`
 	MagicIPs     []rawMagicIP `yaml:"magicIPs"`
 }
 
@@ -208,6 +209,8 @@ type validator struct {
 	errs     []error
 	// namespaces is the pattern of allowed namespaces, compiled once: there may be thousands of magic IPs.
 	namespaces *regexp.Regexp
+	// reserved are the operator's reservedAddresses.
+	reserved []netip.Prefix
 }
 
 // bad adds an error at a path of mapping keys (string) and list positions (int).
@@ -298,6 +301,14 @@ func (v *validator) config(raw rawConfig) Config {
 		}
 		config.PollInterval = d
 	}
+	for i, text := range raw.Reserved {
+		prefix, err := parsePrefix(text)
+		if err != nil {
+			v.bad([]any{"reservedAddresses", i}, "%q is not allowed; allowed: an address, or a prefix such as 169.254.100.0/24", text)
+			continue
+		}
+		v.reserved = append(v.reserved, prefix)
+	}
 	if len(raw.MagicIPs) == 0 {
 		v.bad([]any{"magicIPs"}, "is empty; at least one is needed")
 	}
@@ -326,7 +337,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	port.Address = address.Unmap()
 	port.IPv6 = port.Address.Is6()
 	if port.Address.IsValid() {
-		port.Unserved = unusable(port.Address, raw.AllowReserved)
+		port.Unserved = unusable(port.Address, raw.AllowReserved, v.reserved)
 	}
 
 	port.Namespace = raw.Namespace
