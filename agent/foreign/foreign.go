@@ -15,6 +15,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 )
 
 // Rules are the rules of others that translate one of these addresses. They do no harm where the agent's rules come first,
@@ -91,10 +92,10 @@ func isOneOf(word string, addresses []netip.Addr) bool {
 	return err == nil && slices.Contains(addresses, address)
 }
 
-// Remove is the command that removes a rule which Rules has found; empty where it takes two.
+// Remove is the command that removes a rule which Rules has found, safe to paste into a shell; empty where it takes two.
 func Remove(ctx context.Context, rule string) string {
 	if save, line, ok := strings.Cut(rule, " -t nat: -A "); ok {
-		return strings.TrimSuffix(save, "-save") + " -t nat -D " + line
+		return quote.Shell(append([]string{strings.TrimSuffix(save, "-save"), "-t", "nat", "-D"}, quote.Fields(line)...)...)
 	}
 	var family, table, chain string
 	place, text, _ := strings.Cut(rule, ": ")
@@ -107,7 +108,7 @@ func Remove(ctx context.Context, rule string) string {
 	}
 	for line := range strings.Lines(string(out)) {
 		if found, handle, ok := strings.Cut(strings.TrimSpace(line), " # handle "); ok && found == text {
-			return fmt.Sprintf("nft delete rule %s %s %s handle %s", family, table, chain, handle)
+			return quote.Shell("nft", "delete", "rule", family, table, chain, "handle", handle)
 		}
 	}
 	return ""

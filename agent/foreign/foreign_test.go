@@ -100,3 +100,11 @@ func TestRulesOnlyLooks(t *testing.T) {
 		t.Errorf("tables that were not there: %s", tables)
 	}
 }
+
+func TestRemoveIsSafeToPaste(t *testing.T) {
+	rule := `iptables-nft-save -t nat: -A PREROUTING -d 169.254.210.210/32 -m comment --comment "$(reboot) \"x\" ; true" -j DNAT --to-destination 10.0.0.1:1`
+	want := `iptables-nft -t nat -D PREROUTING -d 169.254.210.210/32 -m comment --comment '$(reboot) "x" ; true' -j DNAT --to-destination 10.0.0.1:1`
+	if got := Remove(t.Context(), rule); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
