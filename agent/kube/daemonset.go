@@ -8,45 +8,62 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
 )
 
-// DaemonSet is the one that this process belongs to. When it is deleted, what the process has put on the node
-// is to go; when the process alone is told to stop, for an upgrade or a reboot say, all of it is to stay.
+// DaemonSet is the DaemonSet that this process belongs to, by an informer for its name. Its deletion means uninstall: what
+// the process put on the node goes. When only the process is stopped, as for an upgrade or a reboot, all of it stays.
 //
-// Only what the API server says of this very object counts. That it does not answer, or refuses (401, 403), says nothing: API
-// servers that start refuse everybody, and whoever deletes a release deletes its rights as well.
+// Only what the API server says about this very object counts. No answer, or 401 and 403, mean nothing: API servers
+// answer so while they start, and the rights of a release are deleted together with its DaemonSet.
 type DaemonSet struct {
 	client          kubernetes.Interface
 	namespace, name string
 	log             *slog.Logger
 
-	own      types.UID       // empty until it has been seen
-	orphaned bool            // it is being deleted without its pods
-	opened   watch.Interface // by Await, for Deleted
+	informer   cache.SharedIndexInformer
+	connection connection
+	start      sync.Once
+	changes    chan change
+	failed     chan struct{} // requests started or ceased to fail; of capacity 1
+	ended      chan struct{} // closed when Deleted returns
+
+	// own is the UID; empty until the API server was asked for it, and again after the object was deleted without its pods.
+	own      types.UID
+	orphaned bool // it is being deleted without its pods
+	deleted  bool
+	logged   string
+}
+
+// change is the object after a change, or its last state where it was deleted.
+type change struct {
+	object  *appsv1.DaemonSet
+	deleted bool
 }
 
 const (
-	// answerTimeout bounds how long the API server may take for an answer, and until it begins a watch.
+	// answerTimeout bounds one request.
 	answerTimeout = 5 * time.Second
-	// lastTimeout bounds the last look after SIGTERM.
+	// lastTimeout bounds the last request after SIGTERM.
 	lastTimeout = 2 * time.Second
-	// firstPatience is longer than it takes from the deletion of a DaemonSet until kubelet stops its pods.
-	firstPatience = 5 * time.Second
-	// watchTime is how long a watch lasts at least, and half of how long at most: agents that have begun together do not
-	// begin anew together.
+	// awaitTimeout is longer than the time from the deletion of a DaemonSet until kubelet stops its pods.
+	awaitTimeout = 5 * time.Second
+	// watchTime is the shortest time that a watch is asked for, and half the longest.
 	watchTime = 30 * time.Minute
-	// After a failure it is asked again after these times.
-	minPause = time.Second
-	maxPause = 30 * time.Second
+	// After a failure the request is repeated after these times, and up to as long again.
+	minPause = 500 * time.Millisecond
+	maxPause = 15 * time.Second
 )
 
 // ConnectDaemonSet makes the client for the DaemonSet called "namespace/name"; credentials are those of Connect.
@@ -59,161 +76,193 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if err != nil {
 		return nil, err
 	}
-	return &DaemonSet{client: pods.client, namespace: namespace, name: name, log: log}, nil
+	return newDaemonSet(pods.client, namespace, name, log), nil
 }
 
-// Await waits until the DaemonSet is watched, so that nothing is put on a node by a pod that is on its way out: who starts when
-// a release is just being uninstalled finds neither the DaemonSet nor the right to ask for it, would never know why it is
-// told to stop, and would leave everything behind. Who watches hears of a deletion even if the right to watch goes with it.
-// It gives up after firstPatience, and at once where nobody answers: the node must be served while the API server is away.
+func newDaemonSet(client kubernetes.Interface, namespace, name string, log *slog.Logger) *DaemonSet {
+	d := &DaemonSet{
+		client: client, namespace: namespace, name: name, log: log,
+		changes: make(chan change, 16), failed: make(chan struct{}, 1), ended: make(chan struct{}),
+	}
+	d.connection.changed = func() {
+		select {
+		case d.failed <- struct{}{}:
+		default:
+		}
+	}
+	byName := fields.OneTermEqualSelector(metav1.ObjectNameField, name).String() // what resourceNames can allow
+	sets := client.AppsV1().DaemonSets(namespace)
+	lw := d.connection.listWatch(
+		func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			options.FieldSelector = byName
+			return sets.List(ctx, options)
+		},
+		func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			seconds := int64((watchTime + rand.N(watchTime)) / time.Second) // agents that started together do not begin anew together
+			options.FieldSelector, options.TimeoutSeconds = byName, &seconds
+			return sets.Watch(ctx, options)
+		},
+	)
+	d.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(lw, client), &appsv1.DaemonSet{}, 0, cache.Indexers{})
+	// These fail only for an informer that runs already. connection keeps the errors.
+	_ = d.informer.SetWatchErrorHandlerWithContext(func(context.Context, *cache.Reflector, error) {})
+	_, _ = d.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(object any) { d.pass(object, false) },
+		UpdateFunc: func(_, object any) { d.pass(object, false) },
+		DeleteFunc: func(object any) { d.pass(object, true) },
+	})
+	return d
+}
+
+// pass hands a change to the goroutine of Await or Deleted; until one reads it, the informer keeps it.
+func (d *DaemonSet) pass(object any, deleted bool) {
+	if tombstone, ok := object.(cache.DeletedFinalStateUnknown); ok {
+		object = tombstone.Obj
+	}
+	if set, ok := object.(*appsv1.DaemonSet); ok {
+		select {
+		case d.changes <- change{set, deleted}:
+		case <-d.ended:
+		}
+	}
+}
+
+// watch starts the informer. It outlives the context of Deleted: a deletion that is on its way when SIGTERM comes counts.
+func (d *DaemonSet) watch() {
+	d.start.Do(func() { go d.informer.Run(d.ended) })
+}
+
+// Await waits until the DaemonSet is watched and its UID is known. A pod that starts while its release is being uninstalled
+// finds neither the DaemonSet nor the right to read it: it must not change the node, because it would never learn why it is
+// stopped. A watch that is open brings the deletion even when the right to it is gone.
+//
+// It gives up after awaitTimeout, and at once where no API server answers: the node must be served while that is away.
 func (d *DaemonSet) Await(ctx context.Context) {
-	said := false
-	for deadline := time.Now().Add(firstPatience); ctx.Err() == nil && time.Now().Before(deadline); {
-		events, deleted, err := d.open(ctx)
+	d.watch()
+	ctx, cancel := context.WithTimeout(ctx, awaitTimeout)
+	defer cancel()
+	for ctx.Err() == nil && !d.deleted {
+		pause := minPause
+		err := d.connection.problem()
+		if err == nil && d.connection.healthy() {
+			if err = d.look(ctx); err == nil {
+				return
+			}
+		} else if err == nil {
+			pause /= 20 // until the watch is open
+		}
 		var status apierrors.APIStatus
-		switch {
-		case err == nil && !deleted:
-			d.opened = events
+		if err != nil && !errors.As(err, &status) {
 			return
-		case err == nil || !errors.As(err, &status):
-			return // Deleted finds it out
 		}
-		if !said {
-			d.log.Warn("the API server does not tell of our own DaemonSet; waiting a little before anything is changed", "error", err)
-			said = true
-		}
+		d.report(err)
 		select {
 		case <-ctx.Done():
-		case <-time.After(minPause / 2):
+		case c := <-d.changes:
+			d.take(ctx, c)
+		case <-time.After(pause):
 		}
 	}
 }
 
 // Deleted waits until the DaemonSet is deleted, or being deleted with its pods, and returns true then. When ctx ends before
-// that, it asks a last time, shortly: SIGTERM may be faster than the news of what it was sent for.
+// that, it asks a last time: SIGTERM may arrive before the deletion that is its cause.
 func (d *DaemonSet) Deleted(ctx context.Context) bool {
+	d.watch()
+	defer close(d.ended)
 	pause := minPause
-	said := ""
-	for ctx.Err() == nil {
-		begun := time.Now()
-		deleted, err := d.follow(ctx)
-		if deleted {
-			return true
-		}
-		lasted := time.Since(begun)
-		if err == nil && lasted > minPause {
-			// The server has ended the watch, as it does with all of them in time. Nobody looks until the next one, and who
-			// deletes a release takes the right to look a moment after the DaemonSet: that must not fall into a pause.
-			pause, said = minPause, ""
-			continue
-		}
-		if err == nil || lasted > maxPause { // it went well for a while
-			pause = minPause
-		}
-		if err != nil && ctx.Err() == nil && err.Error() != said {
-			said = err.Error()
-			d.log.Warn("the API server does not tell of our own DaemonSet; nothing is uninstalled for that", "error", err)
-		} else if err == nil {
-			said = ""
-		}
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	for ctx.Err() == nil && !d.deleted {
 		select {
 		case <-ctx.Done():
-		case <-time.After(pause):
+		case c := <-d.changes:
+			d.take(ctx, c)
+		case <-d.failed:
+			d.report(d.connection.problem())
+		case <-retry.C:
+			if d.own == "" && d.informer.HasSynced() {
+				d.report(d.look(ctx))
+			}
+			retry.Reset(pause + rand.N(pause))
+			pause = min(2*pause, maxPause)
 		}
-		pause = min(2*pause, maxPause)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastTimeout)
 	defer cancel()
-	deleted, _ := d.get(ctx)
-	return deleted
+	d.drain(ctx)
+	if !d.deleted {
+		_ = d.look(ctx)
+		d.drain(ctx)
+	}
+	return d.deleted
 }
 
-// open begins to watch the DaemonSet, and then looks at it: in this order nothing happens in between.
-func (d *DaemonSet) open(ctx context.Context) (events watch.Interface, deleted bool, err error) {
-	watching, end := context.WithCancel(ctx)
-	late := time.AfterFunc(answerTimeout, end)
-	seconds := int64((watchTime + rand.N(watchTime)) / time.Second) //nolint:gosec // spreads load
-	stream, err := d.client.AppsV1().DaemonSets(d.namespace).Watch(watching, metav1.ListOptions{
-		FieldSelector:       fields.OneTermEqualSelector("metadata.name", d.name).String(),
-		AllowWatchBookmarks: true, TimeoutSeconds: &seconds,
-	})
-	if !late.Stop() && ctx.Err() == nil {
-		err = errors.Join(fmt.Errorf("the API server has not answered within %s", answerTimeout), err)
-	}
-	events = ended{stream, end}
-	if err == nil {
-		deleted, err = d.get(ctx)
-	}
-	if deleted || err != nil {
-		events.Stop()
-		return nil, deleted, err
-	}
-	return events, false, nil
-}
-
-// ended is a watch with the end of its connection.
-type ended struct {
-	watch.Interface // nil where there is none
-	end             func()
-}
-
-func (e ended) Stop() {
-	if e.Interface != nil {
-		e.Interface.Stop()
-	}
-	e.end()
-}
-
-// follow watches the DaemonSet, until the watch ends.
-func (d *DaemonSet) follow(ctx context.Context) (deleted bool, err error) {
-	events := d.opened
-	d.opened = nil
-	if events == nil {
-		if events, deleted, err = d.open(ctx); deleted || err != nil {
-			return deleted, err
-		}
-	}
-	defer events.Stop()
+// drain takes the changes that have arrived.
+func (d *DaemonSet) drain(ctx context.Context) {
 	for {
-		silent := time.NewTimer(watchSilence)
 		select {
-		case <-ctx.Done():
-			silent.Stop()
-			return false, nil
-		case <-silent.C: // a bookmark comes about every minute: this connection is dead
-			return false, errors.New("the watch is silent")
-		case event, open := <-events.ResultChan():
-			silent.Stop()
-			if !open {
-				return false, nil
-			}
-			deleted, err := d.event(ctx, event)
-			if deleted || err != nil {
-				return deleted, err
-			}
+		case c := <-d.changes:
+			d.take(ctx, c)
+		default:
+			return
 		}
 	}
 }
 
-// get asks for the DaemonSet as it is now.
-func (d *DaemonSet) get(ctx context.Context) (deleted bool, err error) {
+// take decides about a change.
+func (d *DaemonSet) take(ctx context.Context, c change) {
+	switch {
+	case d.own == "" || !c.deleted && c.object.UID != d.own:
+		// The informer begins with what a cache held, which may be the predecessor of our DaemonSet.
+		if err := d.look(ctx); err != nil {
+			d.report(err)
+		}
+	case !c.deleted:
+		d.see(c.object)
+	case c.object.UID != d.own:
+	case d.orphaned || orphans(c.object):
+		d.own, d.orphaned = "", false // the next DaemonSet of this name adopts our pod
+	default:
+		d.deleted = true
+	}
+}
+
+// look reads the DaemonSet as it is now.
+func (d *DaemonSet) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	object, err := d.client.AppsV1().DaemonSets(d.namespace).Get(ctx, d.name, metav1.GetOptions{})
 	switch {
 	case err == nil:
-		return d.seen(object), nil
-	case !d.notFound(err):
-		return false, err
-	case d.own == "" || d.orphaned:
+		d.see(object)
+	case !d.notFound(err) || d.own == "":
+		return err
+	case d.orphaned:
 		d.own, d.orphaned = "", false
-		return false, err // whatever comes under this name adopts us
+		return err
+	default:
+		d.deleted = true
 	}
-	return true, nil
+	return nil
 }
 
-// notFound says whether an error is the API server's word that this object does not exist. A proxy has a 404 of its own, and
-// so has an API server that has not begun to serve this kind yet.
+// see decides about the DaemonSet of this name as it is now.
+func (d *DaemonSet) see(object *appsv1.DaemonSet) {
+	switch {
+	case d.own == "" || d.orphaned && object.UID != d.own:
+		d.own, d.orphaned = object.UID, false
+	case object.UID != d.own:
+		d.deleted = true // ours was deleted, and another was created since
+	}
+	if object.DeletionTimestamp != nil {
+		d.orphaned = d.orphaned || orphans(object)
+		d.deleted = d.deleted || !d.orphaned
+	}
+}
+
+// notFound says whether an error is the API server's statement that this object does not exist. A proxy has a 404 of its own, and
+// so has an API server that does not serve this kind yet.
 func (d *DaemonSet) notFound(err error) bool {
 	var status apierrors.APIStatus
 	if !apierrors.IsNotFound(err) || !errors.As(err, &status) {
@@ -224,42 +273,18 @@ func (d *DaemonSet) notFound(err error) bool {
 		!slices.ContainsFunc(details.Causes, func(c metav1.StatusCause) bool { return c.Type == metav1.CauseTypeUnexpectedServerResponse })
 }
 
-func (d *DaemonSet) event(ctx context.Context, event watch.Event) (deleted bool, err error) {
-	object, ok := event.Object.(*appsv1.DaemonSet)
-	switch {
-	case event.Type == watch.Error:
-		return false, apierrors.FromObject(event.Object) // 410 among them: ask anew
-	case !ok || object.Name != d.name || event.Type == watch.Bookmark:
-		return false, nil
-	case event.Type == watch.Deleted && object.UID != d.own:
-		return false, nil
-	case event.Type == watch.Deleted && (d.orphaned || orphans(object)):
-		d.own, d.orphaned = "", false
-		return false, nil
-	case event.Type == watch.Deleted:
-		return true, nil
-	case d.own != "" && !d.orphaned && object.UID != d.own:
-		return d.get(ctx) // the watch begins with what was there before we looked
-	}
-	return d.seen(object), nil
-}
-
-// seen says whether this sight of the DaemonSet means that ours is deleted.
-func (d *DaemonSet) seen(object *appsv1.DaemonSet) bool {
-	switch {
-	case d.own == "" || d.orphaned && object.UID != d.own:
-		d.own, d.orphaned = object.UID, false
-	case object.UID != d.own:
-		return true // ours was deleted, and another one has come since
-	}
-	if object.DeletionTimestamp == nil {
-		return false
-	}
-	d.orphaned = d.orphaned || orphans(object)
-	return !d.orphaned
-}
-
-// orphans says whether the pods of a DaemonSet that is being deleted are to stay (kubectl delete --cascade=orphan).
+// orphans says whether the pods of a DaemonSet that is being deleted stay (kubectl delete --cascade=orphan).
 func orphans(object *appsv1.DaemonSet) bool {
 	return slices.Contains(object.Finalizers, metav1.FinalizerOrphanDependents)
+}
+
+// report logs an error, once for as long as it stays the same.
+func (d *DaemonSet) report(err error) {
+	if err == nil {
+		d.logged = ""
+	} else if err.Error() != d.logged {
+		d.logged = err.Error()
+		d.log.Warn("our own DaemonSet cannot be read; nothing is uninstalled because of that, and a deletion may be missed meanwhile",
+			"daemonSet", d.namespace+"/"+d.name, "error", err)
+	}
 }

@@ -25,18 +25,18 @@ import (
 	clienttesting "k8s.io/client-go/testing"
 )
 
-// apiServer plays the API server for one DaemonSet. A test says what it answers.
+// apiServer plays the API server for one DaemonSet. A test sets what it answers.
 type apiServer struct {
 	t *testing.T
 
-	mu     sync.Mutex
-	get    func(w http.ResponseWriter) // nil: never answers
-	events chan watch.Event            // of the watch that is open
-	gets   int
-	begun  bool          // a watch has, and nobody has looked at the DaemonSet since
-	asked  []string      // what it was asked for that it should not have been
-	opened chan struct{} // for each watch, once the DaemonSet has been looked at too
-	closed chan struct{}
+	mu       sync.Mutex
+	get      func(w http.ResponseWriter) // answers a GET of the DaemonSet, and so the other requests; nil: never answers
+	list     func(w http.ResponseWriter) // what a list finds, where that is not the same
+	events   chan watch.Event            // of the watch that is open
+	requests int
+	asked    []string      // requests that no right allows
+	opened   chan struct{} // for each watch
+	closed   chan struct{}
 }
 
 const (
@@ -65,58 +65,80 @@ func newAPIServer(t *testing.T) (*apiServer, *DaemonSet) {
 
 func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
-	get, closed := s.get, s.closed
+	get, list, closed := s.get, s.list, s.closed
+	s.requests++
 	s.mu.Unlock()
-	w.Header().Set("Content-Type", "application/json")
-	switch {
-	case r.Method == http.MethodGet && r.URL.Path == daemonSetPath+"/"+daemonSetName:
-		s.mu.Lock()
-		s.gets++
-		s.mu.Unlock()
-		if get == nil {
-			select {
-			case <-r.Context().Done():
-			case <-closed:
-			}
-			return
-		}
-		get(w)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.begun {
-			s.begun = false
-			s.opened <- struct{}{}
-		}
-	case r.Method == http.MethodGet && r.URL.Path == daemonSetPath && r.URL.Query().Get("watch") == "true" &&
-		r.URL.Query().Get("fieldSelector") == "metadata.name="+daemonSetName: // what resourceNames can allow
-		events := make(chan watch.Event)
-		s.mu.Lock()
-		s.events, s.begun = events, true
-		s.mu.Unlock()
-		w.(http.Flusher).Flush()
-		for {
-			select {
-			case <-r.Context().Done():
-				return
-			case <-closed:
-				return
-			case event, open := <-events:
-				if !open {
-					return
-				}
-				object, err := json.Marshal(event.Object)
-				if err != nil {
-					s.t.Error(err)
-				}
-				_ = json.NewEncoder(w).Encode(metav1.WatchEvent{Type: string(event.Type), Object: runtime.RawExtension{Raw: object}})
-				w.(http.Flusher).Flush()
-			}
-		}
-	default:
+	query := r.URL.Query()
+	one := r.Method == http.MethodGet && r.URL.Path == daemonSetPath+"/"+daemonSetName
+	many := r.Method == http.MethodGet && r.URL.Path == daemonSetPath && query.Get("fieldSelector") == "metadata.name="+daemonSetName // what resourceNames can allow
+	if !one && !many {
 		s.mu.Lock()
 		s.asked = append(s.asked, r.Method+" "+r.URL.String())
 		s.mu.Unlock()
 		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	if get == nil {
+		select {
+		case <-r.Context().Done():
+		case <-closed:
+		}
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	answer := httptest.NewRecorder()
+	if one || list == nil {
+		list = get
+	}
+	list(answer)
+	switch {
+	case one, answer.Code != http.StatusOK && !isNotFound(answer):
+		get(w)
+	case query.Get("sendInitialEvents") != "": // as a server without that feature
+		status(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, nil)(w)
+	case query.Get("watch") == "":
+		objects := appsv1.DaemonSetList{TypeMeta: metav1.TypeMeta{APIVersion: "apps/v1", Kind: "DaemonSetList"}, ListMeta: metav1.ListMeta{ResourceVersion: "5"}}
+		if answer.Code == http.StatusOK {
+			var set appsv1.DaemonSet
+			_ = json.Unmarshal(answer.Body.Bytes(), &set)
+			objects.Items = append(objects.Items, set)
+		}
+		_ = json.NewEncoder(w).Encode(objects)
+	default:
+		s.watch(w, r)
+	}
+}
+
+// isNotFound says whether an answer is that of an API server that serves DaemonSets and does not have this one.
+func isNotFound(answer *httptest.ResponseRecorder) bool {
+	var status metav1.Status
+	return json.Unmarshal(answer.Body.Bytes(), &status) == nil && status.Details != nil && status.Reason == metav1.StatusReasonNotFound && status.Details.Name == daemonSetName
+}
+
+func (s *apiServer) watch(w http.ResponseWriter, r *http.Request) {
+	events := make(chan watch.Event)
+	s.mu.Lock()
+	s.events = events
+	s.mu.Unlock()
+	w.(http.Flusher).Flush()
+	s.opened <- struct{}{}
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case <-s.closed:
+			return
+		case event, open := <-events:
+			if !open {
+				return
+			}
+			object, err := json.Marshal(event.Object)
+			if err != nil {
+				s.t.Error(err)
+			}
+			_ = json.NewEncoder(w).Encode(metav1.WatchEvent{Type: string(event.Type), Object: runtime.RawExtension{Raw: object}})
+			w.(http.Flusher).Flush()
+		}
 	}
 }
 
@@ -138,6 +160,9 @@ func (s *apiServer) send(kind watch.EventType, object runtime.Object) {
 		s.t.Fatal("nobody watches")
 	}
 }
+
+// expire ends the watch so that the DaemonSet is listed again.
+func (s *apiServer) expire() { s.send(watch.Error, errorStatus(410, metav1.StatusReasonExpired, nil)) }
 
 func (s *apiServer) endWatch() {
 	s.mu.Lock()
@@ -244,7 +269,7 @@ func TestDeletion(t *testing.T) {
 		}, true},
 		"another one comes": {func(s *apiServer) {
 			s.answer(exists("u2"))
-			s.endWatch()
+			s.expire()
 		}, true},
 		"another one comes, and the watch says so": {func(s *apiServer) {
 			s.answer(exists("u2"))
@@ -286,23 +311,22 @@ func TestDeletion(t *testing.T) {
 			s.send(watch.Deleted, daemonSet("u2"))
 		}, true},
 		"expired (410), and still there": {func(s *apiServer) {
-			s.send(watch.Error, errorStatus(410, metav1.StatusReasonExpired, nil))
+			s.expire()
 			s.awaitWatch()
 		}, false},
 		"expired (410), and gone meanwhile": {func(s *apiServer) {
 			s.answer(notFound)
-			s.send(watch.Error, errorStatus(410, metav1.StatusReasonExpired, nil))
+			s.expire()
 		}, true},
-		"gone while nobody watched":   {func(s *apiServer) { s.answer(notFound); s.endWatch() }, true},
+		"gone while nobody watched": {func(s *apiServer) {
+			s.refuse(forbidden)
+			s.answer(notFound)
+		}, true},
 		"refused (401)":               {func(s *apiServer) { s.refuse(unauthorized) }, false},
 		"refused (403)":               {func(s *apiServer) { s.refuse(forbidden) }, false},
 		"broken (500)":                {func(s *apiServer) { s.refuse(broken) }, false},
 		"404 of a proxy":              {func(s *apiServer) { s.refuse(proxy) }, false},
 		"404 of a server that begins": {func(s *apiServer) { s.refuse(noSuchKind) }, false},
-		"refused, and then gone": {func(s *apiServer) {
-			s.refuse(forbidden)
-			s.answer(notFound)
-		}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -332,15 +356,15 @@ func TestDeletion(t *testing.T) {
 func (s *apiServer) refuse(get func(http.ResponseWriter)) {
 	s.t.Helper()
 	s.mu.Lock()
-	before := s.gets
+	before := s.requests
 	s.mu.Unlock()
 	s.answer(get)
 	s.endWatch()
 	for begun := time.Now(); ; time.Sleep(time.Millisecond) {
 		s.mu.Lock()
-		gets := s.gets
+		requests := s.requests
 		s.mu.Unlock()
-		if gets > before {
+		if requests > before {
 			return
 		}
 		if time.Since(begun) > 20*time.Second {
@@ -358,6 +382,25 @@ func TestNeverSeen(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	sigterm()
 	want(t, answer, false)
+}
+
+// TestStaleCache: the cache of an API server may still hold the predecessor of our DaemonSet.
+func TestStaleCache(t *testing.T) {
+	t.Parallel()
+	s, own := newAPIServer(t)
+	s.list = exists("u0")
+	own.Await(t.Context())
+	s.awaitWatch()
+	answer, _ := following(t, own)
+	s.send(watch.Deleted, daemonSet("u0"))
+	s.send(watch.Added, daemonSet("u1"))
+	select {
+	case <-answer:
+		t.Fatal("took it for the deletion of ours")
+	case <-time.After(300 * time.Millisecond):
+	}
+	s.send(watch.Deleted, daemonSet("u1"))
+	want(t, answer, true)
 }
 
 // TestBeingDeletedAtTheStart counts.
@@ -414,7 +457,7 @@ func TestSilentWatch(t *testing.T) {
 			watches.Add(1)
 			return true, watch.NewFake(), nil
 		})
-		own := &DaemonSet{client: client, namespace: "kube-system", name: daemonSetName, log: slog.New(slog.DiscardHandler)}
+		own := newDaemonSet(client, "kube-system", daemonSetName, slog.New(slog.DiscardHandler))
 		answer, _ := following(t, own)
 		time.Sleep(10 * time.Minute)
 		if n := watches.Load(); n < 4 || n > 7 {
@@ -423,7 +466,7 @@ func TestSilentWatch(t *testing.T) {
 		if err := client.Tracker().Delete(appsv1.SchemeGroupVersion.WithResource("daemonsets"), "kube-system", daemonSetName); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(watchSilence + maxPause)
+		time.Sleep(watchSilence + maxSpread + time.Minute)
 		synctest.Wait()
 		select {
 		case deleted := <-answer:
@@ -446,10 +489,10 @@ func TestAwait(t *testing.T) {
 	}{
 		"there":                    {exists("u1"), nil, 0, time.Second},
 		"being deleted":            {exists("u1", deleting()), nil, 0, time.Second},
-		"forbidden, and then seen": {forbidden, exists("u1"), time.Second, 3 * time.Second},
-		"unauthorized for good":    {unauthorized, nil, firstPatience, firstPatience + 2*time.Second},
-		"gone for good":            {notFound, nil, firstPatience, firstPatience + 2*time.Second},
-		"no answer":                {nil, nil, answerTimeout, answerTimeout + 2*time.Second},
+		"forbidden, and then seen": {forbidden, exists("u1"), time.Second, awaitTimeout},
+		"unauthorized for good":    {unauthorized, nil, awaitTimeout, awaitTimeout + 2*time.Second},
+		"gone for good":            {notFound, nil, awaitTimeout, awaitTimeout + 2*time.Second},
+		"no answer":                {nil, nil, awaitTimeout, awaitTimeout + 2*time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -500,7 +543,7 @@ func TestEndedWatch(t *testing.T) {
 			begun, watches = append(begun, time.Now()), append(watches, watch.NewFake())
 			return true, watches[len(watches)-1], nil
 		})
-		own := &DaemonSet{client: client, namespace: "kube-system", name: daemonSetName, log: slog.New(slog.DiscardHandler)}
+		own := newDaemonSet(client, "kube-system", daemonSetName, slog.New(slog.DiscardHandler))
 		answer, sigterm := following(t, own)
 		for n := range 5 {
 			time.Sleep(time.Minute)

@@ -34,9 +34,6 @@ import (
 )
 
 const (
-	// watchSilence is how long a healthy watch is silent at most: the API server sends a bookmark about
-	// every minute.
-	watchSilence = 90 * time.Second
 	// firstAnswer is how long it may take until the first answer is missed.
 	firstAnswer = 2 * time.Second
 	// pollTimeout bounds the list that a poll makes while the watch is not healthy.

@@ -34,7 +34,7 @@ const (
 )
 
 // TestOwnDaemonSet: what a real API server says of a DaemonSet that is deleted in one way or another, to an installer with no
-// other right than to get and watch this one by its name.
+// other right than to get, list and watch this one by its name.
 func TestOwnDaemonSet(t *testing.T) {
 	ctx, cancel := lab.Patience(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -211,7 +211,7 @@ func (o *own) allow() {
 	rbac := o.plane.Admin.RbacV1()
 	_, err := rbac.Roles(metav1.NamespaceDefault).Create(o.Context(), &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: ownName},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{"apps"}, Resources: []string{"daemonsets"}, ResourceNames: []string{ownName}, Verbs: []string{"get", "watch"}}},
+		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{"apps"}, Resources: []string{"daemonsets"}, ResourceNames: []string{ownName}, Verbs: []string{"get", "list", "watch"}}},
 	}, metav1.CreateOptions{})
 	o.must(err)
 	_, err = rbac.RoleBindings(metav1.NamespaceDefault).Create(o.Context(), &rbacv1.RoleBinding{
