@@ -1,0 +1,228 @@
+package runtimedir
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The files of an agent, and their greatest sizes in bytes.
+const (
+	statusFile = "status.json"
+	claimsFile = "claims.json"
+	podsFile   = "pods.json"
+	memoryFile = "memory.json"
+
+	statusLimit = 16 << 20
+	claimsLimit = 4 << 20
+	memoryLimit = 16 << 20
+)
+
+// Agent is the directory of one agent, agents/<name>/. It writes there what others are to know of it.
+type Agent struct{ writer }
+
+// Agents lists the agents that have a status file, in order.
+func (d Dir) Agents() ([]string, error) { return d.writers(agentsDir, statusFile, d.agentWriter) }
+
+func (d Dir) agentWriter(name string) writer { return d.Agent(name).writer }
+
+// Lock makes this process the agent of this name until the lock is closed or the process ends; ErrLocked while
+// another process is. It creates what is missing, and takes over what the version before has written.
+func (a Agent) Lock() (*Lock, error) { return a.lock(a.takeOver) }
+
+// Status is what an agent does, for people: status.json.
+type Status struct {
+	Version int    `json:"version"`
+	Name    string `json:"name"`
+	// StartedAt is when this agent process began to serve (RFC 3339), LastSync when the kernel was
+	// last changed.
+	StartedAt   time.Time `json:"startedAt"`
+	LastSync    time.Time `json:"lastSync,omitzero"`
+	LastError   string    `json:"lastError,omitempty"`
+	Backend     string    `json:"backend,omitempty"`
+	BackendNote string    `json:"backendNote,omitempty"`
+	// PollInterval is a Go duration. The agent renews the file's modification time, its heartbeat, that often.
+	PollInterval string    `json:"pollInterval"`
+	MagicIPs     []MagicIP `json:"magicIPs"`
+	// Notes are the conditions that an operator should know of, one sentence each.
+	Notes []string `json:"notes,omitempty"`
+}
+
+// MagicIP is one frontend of an agent's configuration, and what becomes of packets to it.
+type MagicIP struct {
+	Frontend
+	Namespace string `json:"namespace"`
+	Selector  string `json:"selector"`
+	// Reason is why the frontend is unserved; empty where it is served.
+	Reason string `json:"reason,omitempty"`
+	// Action is what becomes of new packets: serve, reject, hold or pass; empty where the frontend is unserved.
+	Action string `json:"action,omitempty"`
+	// Endpoints are where new flows go.
+	Endpoints []Endpoint `json:"endpoints"`
+}
+
+// Endpoint is a pod's address that new flows go to.
+type Endpoint struct {
+	Address netip.AddrPort `json:"address"`
+	Pod     string         `json:"pod,omitempty"` // namespace/name
+	UID     string         `json:"uid,omitempty"`
+	// Recorded: the CNI plugin has recorded the pod's sandbox.
+	Recorded bool `json:"recorded,omitempty"`
+}
+
+func (s *Status) version() *int { return &s.Version }
+
+// ReadStatus returns the status of the agent; fs.ErrNotExist where it has none.
+func (a Agent) ReadStatus() (*Status, error) {
+	status := &Status{}
+	if a.isOld() {
+		old, err := a.readOld()
+		if err != nil {
+			return nil, err
+		}
+		status = old.status()
+	} else if err := a.read(statusFile, statusLimit, status); err != nil {
+		return nil, err
+	}
+	status.Name = a.name
+	return status, nil
+}
+
+// WriteStatus replaces the status. The caller holds the lock, as with everything that writes.
+func (a Agent) WriteStatus(status Status) error {
+	status.Name = a.name
+	return a.write(statusFile, statusLimit, &status)
+}
+
+// StatusPath is the status file, for messages.
+func (a Agent) StatusPath() string {
+	return a.dir.path + "/" + agentsDir + "/" + a.name + "/" + statusFile
+}
+
+// Renew moves the heartbeat to now; fs.ErrNotExist where there is no status.
+func (a Agent) Renew(now time.Time) error {
+	f, err := a.open()
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	stamp, err := unix.TimeToTimespec(now)
+	if err == nil {
+		err = unix.UtimesNanoAt(f.fd, statusFile, []unix.Timespec{stamp, stamp}, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err != nil {
+		return &fs.PathError{Op: "utimensat", Path: f.join(statusFile), Err: err}
+	}
+	return nil
+}
+
+// Heartbeat is when the agent last polled its sources.
+func (a Agent) Heartbeat() (time.Time, error) {
+	if a.isOld() {
+		return a.oldTime()
+	}
+	return a.time(statusFile)
+}
+
+// Claims are the frontends of an agent, for the other agents of the node: claims.json.
+type Claims struct {
+	Version int     `json:"version"`
+	Claims  []Claim `json:"claims"`
+}
+
+// Claim is an agent's claim on a frontend. Of two the older one is served.
+type Claim struct {
+	Frontend
+	ClaimedAt time.Time `json:"claimedAt,omitzero"`
+	Served    bool      `json:"served"`
+}
+
+func (c *Claims) version() *int { return &c.Version }
+
+// ReadClaims returns the claims of the agent; fs.ErrNotExist where it has none.
+func (a Agent) ReadClaims() ([]Claim, error) {
+	if a.isOld() {
+		old, err := a.readOld()
+		if err != nil {
+			return nil, err
+		}
+		return old.claims(), nil
+	}
+	var claims Claims
+	err := a.read(claimsFile, claimsLimit, &claims)
+	return claims.Claims, err
+}
+
+// WriteClaims replaces the claims.
+func (a Agent) WriteClaims(claims []Claim) error {
+	return a.write(claimsFile, claimsLimit, &Claims{Claims: claims})
+}
+
+// Memory is what an agent goes on with after a restart, and no other process reads: memory.json.
+type Memory struct {
+	Version int `json:"version"`
+	// Services are the frontends that were served.
+	Services []Service `json:"services,omitempty"`
+	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
+	// Lost those from lists before that one which still count.
+	Records      []Attachment `json:"records,omitempty"`
+	RecordsSince time.Time    `json:"recordsSince,omitzero"`
+	Lost         []Attachment `json:"lost,omitempty"`
+	// Labels are those that the API reported of the node's pods, by the UID that CNI knows them by.
+	Labels map[string]map[string]string `json:"labels,omitempty"`
+	// Pods is what else the API reported of pods with a record, by the UID in it.
+	Pods map[string]Pod `json:"pods,omitempty"`
+	// Withdrawn are the addresses that DEL has taken from a pod, by UID, and that the API may still report.
+	Withdrawn map[string][]netip.Addr `json:"withdrawn,omitempty"`
+}
+
+// Service is a frontend that was served before the restart.
+type Service struct {
+	Frontend
+	Namespace string    `json:"namespace"`
+	Selector  string    `json:"selector"`
+	ClaimedAt time.Time `json:"claimedAt,omitzero"`
+	// LostAt is when the last endpoint went.
+	LostAt    time.Time  `json:"lostAt,omitzero"`
+	Endpoints []Endpoint `json:"endpoints,omitempty"`
+}
+
+// Pod is what the API has reported of a pod, besides its labels.
+type Pod struct {
+	CreatedAt time.Time         `json:"createdAt,omitzero"`
+	Owner     string            `json:"owner,omitempty"` // Kind/name of the controller
+	Ports     map[string]uint16 `json:"ports,omitempty"` // by name
+	Finished  bool              `json:"finished,omitempty"`
+}
+
+func (m *Memory) version() *int { return &m.Version }
+
+// ReadMemory returns what the agent goes on with; fs.ErrNotExist where that is nothing. A file that cannot be used is
+// kept as memory.json.corrupt: the error says so, once.
+func (a Agent) ReadMemory() (*Memory, error) {
+	memory := &Memory{}
+	err := a.read(memoryFile, memoryLimit, memory)
+	var corrupt *CorruptError
+	if errors.As(err, &corrupt) {
+		f, openErr := a.open()
+		if openErr != nil {
+			return nil, errors.Join(err, openErr)
+		}
+		defer f.close()
+		if renameErr := unix.Renameat(f.fd, memoryFile, f.fd, memoryFile+corruptExt); renameErr != nil {
+			return nil, errors.Join(err, renameErr)
+		}
+		return nil, fmt.Errorf("%w; it is kept as %s", err, f.join(memoryFile+corruptExt))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return memory, nil
+}
+
+// WriteMemory replaces what the agent goes on with.
+func (a Agent) WriteMemory(memory Memory) error { return a.write(memoryFile, memoryLimit, &memory) }

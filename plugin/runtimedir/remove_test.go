@@ -1,0 +1,62 @@
+package runtimedir_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// TestRemoveBeforeAWaitingWriter: a writer that had waited for a lock that is gone takes the new one, so that the next does not
+// write beside it.
+func TestRemoveBeforeAWaitingWriter(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	update(t, dir, nil, attachment("c1"))
+	release := hold(t, dir)
+	removed, written := make(chan error), make(chan error)
+	go func() { removed <- runtimedir.New(dir).RemoveState(5 * time.Second) }()
+	time.Sleep(100 * time.Millisecond) // the kernel serves waiters in order
+	go func() {
+		_, err := runtimedir.New(dir).Update(5*time.Second, nil, attachment("c2"))
+		written <- err
+	}()
+	time.Sleep(100 * time.Millisecond)
+	release()
+	if err := errors.Join(<-removed, <-written); err != nil {
+		t.Fatal(err)
+	}
+	if list := read(t, dir); len(list) != 1 || list[0].ContainerID != "c2" {
+		t.Errorf("records %v", list)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "plugin/state.lock")); err != nil {
+		t.Errorf("the writer held the lock that was removed: %v", err)
+	}
+}
+
+func TestRemove(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	update(t, dir, nil, attachment("c1"))
+	for _, name := range []string{"plugin/state.json.corrupt", "plugin/state.json.tmp", "plugin/plugin.log", "plugin/plugin.log.1"} {
+		put(t, filepath.Join(dir, name), "")
+	}
+	for range 2 {
+		if err := runtimedir.New(dir).RemoveState(time.Second); err != nil {
+			t.Fatal(err)
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+			t.Errorf("left: %v, %v", entries, err)
+		}
+	}
+	if err := runtimedir.New(filepath.Join(dir, "missing")).RemoveState(time.Second); err != nil {
+		t.Errorf("without a directory: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "missing")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory was made: %v", err)
+	}
+}
