@@ -3,34 +3,12 @@ package doctor
 
 import (
 	"context"
-	"fmt"
-	"io"
 	"strings"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
-
-// Level is how bad a finding is.
-type Level string
-
-// The levels.
-const (
-	OK     Level = "ok"
-	Hidden Level = "--" // it cannot be seen from here: neither good nor bad
-	Warn   Level = "warn"
-	Fail   Level = "FAIL"
-)
-
-// Finding is the result of one check.
-type Finding struct {
-	Level Level
-	Check string
-	Text  string
-	// Next is what to do; empty where there is nothing to do.
-	Next string
-}
 
 // Options say where to look.
 type Options struct {
@@ -57,13 +35,12 @@ func (e *examination) add(level Level, check, text, next string) {
 }
 
 // Examine runs all checks.
-func Examine(ctx context.Context, options Options) []Finding {
+func Examine(ctx context.Context, options Options) *Report {
 	e := &examination{Options: options, now: time.Now()}
 	e.versions(ctx)
 	e.runtimeDir()
 	e.stateFile()
 	e.liveAgents()
-	e.magicIPs()
 	e.pluginLog()
 	e.cni()
 	if mayLook() {
@@ -77,21 +54,8 @@ func Examine(ctx context.Context, options Options) []Finding {
 	e.bridges()
 	e.reversePath()
 	e.hostRoutes()
-	return e.found
-}
-
-// Write prints findings for people, and says how many have failed.
-func Write(w io.Writer, findings []Finding) (failed int, err error) {
-	var out strings.Builder
-	count := map[Level]int{}
-	for _, f := range findings {
-		count[f.Level]++
-		fmt.Fprintf(&out, "%-4s  %s: %s\n", f.Level, f.Check, f.Text)
-		if f.Next != "" {
-			fmt.Fprintf(&out, "      → %s\n", f.Next)
-		}
-	}
-	fmt.Fprintf(&out, "%d ok, %d warnings, %d failed, %d not visible from here\n", count[OK], count[Warn], count[Fail], count[Hidden])
-	_, err = io.WriteString(w, out.String())
-	return count[Fail], err
+	e.magicIPs()
+	report := &Report{Version: ReportVersion, ExaminedAt: e.now.UTC(), DoctorVersion: options.Version, Findings: e.found}
+	report.judge()
+	return report
 }

@@ -31,6 +31,15 @@ func Terminal(text string) string {
 	return out.String()
 }
 
+// Lines is Terminal for text of several lines, such as a list of errors: line breaks stay.
+func Lines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		lines[i] = Terminal(line)
+	}
+	return strings.Join(lines, "\n")
+}
+
 // hidden says whether text has anything that does not print.
 func hidden(text string) bool {
 	return !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) })

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
@@ -10,20 +8,29 @@ import (
 
 func doctorCommand() *cobra.Command {
 	options := doctor.Options{Version: version}
+	var output string
 	command := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look at this node, and say what is wrong and what to do next",
 		Long: `Look at this node, and say what is wrong and what to do next. It changes nothing.
 
-Each line begins with ok, warn, FAIL, or -- for what cannot be seen from where it runs; the exit status is 1 where
-anything has failed. Run it as root on the node, or in the agent's container.`,
+Each line begins with ok, warn, FAIL, or -- for what cannot be seen from where it runs; the last line names the first cause.
+Exit status: 0 nothing failed, 1 a check failed, 2 the command line is wrong, 3 nothing failed and a check could not look.
+Run it as root on the node, or in the agent's container, which sees less.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			failed, err := doctor.Write(cmd.OutOrStdout(), doctor.Examine(cmd.Context(), options))
-			if err == nil && failed > 0 {
-				err = fmt.Errorf("%d checks have failed", failed)
+			if err := oneOf("--output", output, "table", "json"); err != nil {
+				return err
 			}
-			return err
+			report := doctor.Examine(cmd.Context(), options)
+			write := report.WriteTable
+			if output == "json" {
+				write = report.WriteJSON
+			}
+			if err := write(cmd.OutOrStdout()); err != nil {
+				return err
+			}
+			return exitCode(report.Verdict.ExitCode)
 		},
 	}
 	f := command.Flags()
@@ -31,5 +38,6 @@ anything has failed. Run it as root on the node, or in the agent's container.`,
 	f.StringVar(&options.Name, "name", "", "only the agent called `NAME`")
 	f.StringVar(&options.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the CNI configuration")
 	f.StringVar(&options.BinDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins")
+	f.StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
 	return command
 }
