@@ -167,36 +167,63 @@ type Memory struct {
 	Version int `json:"version"`
 	// Services are the frontends that were served.
 	Services []Service `json:"services,omitempty"`
+	// Uplinks are the ifindexes of the node's links that stay uplinks until they are gone.
+	Uplinks []int `json:"uplinks,omitempty"`
 	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
 	// Lost those from lists before that one which still count.
 	Records      []Attachment `json:"records,omitempty"`
 	RecordsSince time.Time    `json:"recordsSince,omitzero"`
 	Lost         []Attachment `json:"lost,omitempty"`
-	// Labels are those that the API reported of the node's pods, by the UID that CNI knows them by.
-	Labels map[string]map[string]string `json:"labels,omitempty"`
-	// Pods is what else the API reported of pods with a record, by the UID in it.
-	Pods map[string]Pod `json:"pods,omitempty"`
-	// Withdrawn are the addresses that DEL has taken from a pod, by UID, and that the API may still report.
-	Withdrawn map[string][]netip.Addr `json:"withdrawn,omitempty"`
+	// Pods are those with a record and those that are endpoints, as the API reported them last.
+	Pods []Pod `json:"pods,omitempty"`
+	// Withdrawn are the addresses that DEL has taken from a pod, and that the API may still report.
+	Withdrawn []Withdrawn `json:"withdrawn,omitempty"`
 }
 
 // Service is a frontend that was served before the restart.
 type Service struct {
 	Frontend
-	Namespace string    `json:"namespace"`
-	Selector  string    `json:"selector"`
 	ClaimedAt time.Time `json:"claimedAt,omitzero"`
-	// LostAt is when the last endpoint went.
-	LostAt    time.Time  `json:"lostAt,omitzero"`
-	Endpoints []Endpoint `json:"endpoints,omitempty"`
+	// LostAt is when the last endpoint went: the time since the node was started (CLOCK_BOOTTIME), in nanoseconds.
+	LostAt    time.Duration `json:"lostAt,omitzero"`
+	Endpoints []Endpoint    `json:"endpoints,omitempty"`
 }
 
-// Pod is what the API has reported of a pod, besides its labels.
+// PodID identifies a pod: all three parts do together. The version before wrote the UID alone.
+type PodID struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
+}
+
+// Pod is a pod of this node as the Kubernetes API reports it.
 type Pod struct {
-	CreatedAt time.Time         `json:"createdAt,omitzero"`
-	Owner     string            `json:"owner,omitempty"` // Kind/name of the controller
-	Ports     map[string]uint16 `json:"ports,omitempty"` // by name
-	Finished  bool              `json:"finished,omitempty"`
+	PodID
+	// StaticUID is the UID that CNI has of the static pod which this mirror pod stands for (kubernetes.io/config.hash); empty
+	// where the pod is no mirror pod (kubernetes.io/config.mirror).
+	StaticUID   string            `json:"staticUID,omitempty"`
+	Labels      map[string]string `json:"labels,omitempty"`
+	Owner       string            `json:"owner,omitempty"`  // the controller as Kind/name
+	IPs         []netip.Addr      `json:"podIPs,omitempty"` // status.podIPs
+	CreatedAt   time.Time         `json:"createdAt,omitzero"`
+	Running     bool              `json:"running,omitempty"`
+	Ready       bool              `json:"ready,omitempty"`       // the condition
+	Terminating bool              `json:"terminating,omitempty"` // it has a deletionTimestamp
+	Finished    bool              `json:"finished,omitempty"`    // Succeeded or Failed
+	Ports       []NamedPort       `json:"ports,omitempty"`       // of containers
+}
+
+// NamedPort is a container port with a name. As in Services, name and protocol together find it.
+type NamedPort struct {
+	Name     string   `json:"name"`
+	Protocol Protocol `json:"protocol"`
+	Port     uint16   `json:"port"`
+}
+
+// Withdrawn are addresses that DEL has taken from a pod.
+type Withdrawn struct {
+	PodID
+	Addresses []netip.Addr `json:"addresses"`
 }
 
 func (m *Memory) version() *int { return &m.Version }

@@ -21,6 +21,27 @@ func frontend(port uint16) runtimedir.Frontend {
 	return runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: runtimedir.TCP, Port: port}
 }
 
+func podLabels(uid string, labels map[string]string) runtimedir.PodLabels {
+	return runtimedir.PodLabels{PodID: runtimedir.PodID{Namespace: "default", Name: "pod-" + uid, UID: uid}, Labels: labels}
+}
+
+// TestLabelsOf: a UID alone says nothing of a pod of another name, except in what the version before has written.
+func TestLabelsOf(t *testing.T) {
+	pods := runtimedir.Pods{Labels: []runtimedir.PodLabels{podLabels("u", map[string]string{"app": "x"}), {PodID: runtimedir.PodID{UID: "old"}, Labels: map[string]string{}}}}
+	for id, want := range map[runtimedir.PodID]bool{
+		{Namespace: "default", Name: "pod-u", UID: "u"}:   true,
+		{Namespace: "other", Name: "pod-u", UID: "u"}:     false,
+		{Namespace: "default", Name: "pod-v", UID: "u"}:   false,
+		{Namespace: "default", Name: "pod-u", UID: "v"}:   false,
+		{Namespace: "default", Name: "any", UID: "old"}:   true,
+		{Namespace: "default", Name: "pod-u", UID: "old"}: true,
+	} {
+		if got := pods.LabelsOf(id) != nil; got != want {
+			t.Errorf("%+v: known %t, want %t", id, got, want)
+		}
+	}
+}
+
 func TestAgentFiles(t *testing.T) {
 	dir := t.TempDir()
 	d := runtimedir.New(dir)
@@ -55,8 +76,8 @@ func TestAgentFiles(t *testing.T) {
 		Endpoints: []runtimedir.Endpoint{{Address: netip.MustParseAddrPort("10.0.0.1:8080"), Pod: "default/x", UID: "u", Recorded: true}},
 	}, {Frontend: frontend(81), Reason: "claimed", Endpoints: []runtimedir.Endpoint{}}}}
 	claims := []runtimedir.Claim{{Frontend: frontend(80), ClaimedAt: time.Unix(1, 0).UTC(), Served: true}, {Frontend: frontend(81)}}
-	pods := runtimedir.Pods{Labels: map[string]map[string]string{"u": {"app": "x"}, "v": {}}, Dead: []runtimedir.Key{{ContainerID: "c", IfName: "eth0"}}}
-	memory := runtimedir.Memory{Services: []runtimedir.Service{{Frontend: frontend(80), LostAt: time.Unix(2, 0).UTC()}}, Records: []runtimedir.Attachment{attachment("c")}}
+	pods := runtimedir.Pods{Labels: []runtimedir.PodLabels{podLabels("u", map[string]string{"app": "x"}), podLabels("v", map[string]string{})}, Dead: []runtimedir.Key{{ContainerID: "c", IfName: "eth0"}}}
+	memory := runtimedir.Memory{Services: []runtimedir.Service{{Frontend: frontend(80), LostAt: 2 * time.Second}}, Records: []runtimedir.Attachment{attachment("c")}}
 	dropped, err := agent.WritePods(pods)
 	if err := errors.Join(err, agent.WriteStatus(status), agent.WriteClaims(claims), agent.WriteMemory(memory)); err != nil || dropped > 0 {
 		t.Fatal(dropped, err)
@@ -167,9 +188,9 @@ func TestPodsAreBounded(t *testing.T) {
 		t.Errorf("kept %v of what is not known", kept)
 	}
 
-	pods := runtimedir.Pods{Labels: map[string]map[string]string{"many": many, "large": large}, Dead: make([]runtimedir.Key, 100_000)}
+	pods := runtimedir.Pods{Labels: []runtimedir.PodLabels{podLabels("large", large), podLabels("many", many)}, Dead: make([]runtimedir.Key, 100_000)}
 	for i := range 10_000 {
-		pods.Labels[fmt.Sprintf("uid-%05d", i)] = map[string]string{"app.kubernetes.io/name": strings.Repeat("x", 63)}
+		pods.Labels = append(pods.Labels, podLabels(fmt.Sprintf("uid-%05d", i), map[string]string{"app.kubernetes.io/name": strings.Repeat("x", 63)}))
 	}
 	dropped, err := agent.WritePods(pods)
 	if err != nil {
@@ -179,7 +200,7 @@ func TestPodsAreBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Labels["many"] != nil || got.Labels["large"] != nil || got.Labels["uid-00000"] == nil || len(got.Labels)+dropped != 10_002 || len(got.Labels) < 1000 {
+	if got.LabelsOf(podLabels("many", nil).PodID) != nil || got.LabelsOf(podLabels("large", nil).PodID) != nil || got.LabelsOf(podLabels("uid-00000", nil).PodID) == nil || len(got.Labels)+dropped != 10_002 || len(got.Labels) < 1000 {
 		t.Errorf("%d pods, %d dropped", len(got.Labels), dropped)
 	}
 	if len(got.Dead) != 4096 {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -143,7 +144,7 @@ type oldAgent struct {
 	PollInterval string                       `json:"pollInterval"`
 	MagicIPs     []oldMagicIP                 `json:"magicIPs"`
 	Labels       map[string]map[string]string `json:"labels"`
-	Told         map[string]Pod               `json:"told"`
+	Told         map[string]oldPod            `json:"told"`
 	Dead         []Key                        `json:"dead"`
 	Records      []Attachment                 `json:"records"`
 	RecordsSince time.Time                    `json:"recordsSince"`
@@ -161,6 +162,13 @@ type oldMagicIP struct {
 	Action    string     `json:"action"`
 	Endpoints []Endpoint `json:"endpoints"`
 	LostAt    time.Time  `json:"lostAt"`
+}
+
+type oldPod struct {
+	CreatedAt time.Time         `json:"createdAt"`
+	Owner     string            `json:"owner"`
+	Ports     map[string]uint16 `json:"ports"`
+	Finished  bool              `json:"finished"`
 }
 
 func (o *oldAgent) version() *int { return &o.Version }
@@ -238,16 +246,55 @@ func (o *oldAgent) claims() (claims []Claim) {
 	return claims
 }
 
-func (o *oldAgent) pods() *Pods { return &Pods{Version: o.Version, Labels: o.Labels, Dead: o.Dead} }
+func (o *oldAgent) pods() *Pods {
+	pods := &Pods{Version: o.Version, Dead: o.Dead}
+	for _, uid := range slices.Sorted(maps.Keys(o.Labels)) {
+		pods.Labels = append(pods.Labels, PodLabels{PodID: PodID{UID: uid}, Labels: o.Labels[uid]})
+	}
+	return pods
+}
 
 func (o *oldAgent) memory() *Memory {
-	memory := &Memory{
-		Version: o.Version, Records: o.Records, RecordsSince: o.RecordsSince, Lost: o.Lost, Labels: o.Labels, Pods: o.Told, Withdrawn: o.Withdrawn,
+	memory := &Memory{Version: o.Version, Records: o.Records, RecordsSince: o.RecordsSince, Lost: o.Lost}
+	pods := map[string]*Pod{} // by UID
+	pod := func(uid string) *Pod {
+		if pods[uid] == nil {
+			pods[uid] = &Pod{PodID: PodID{UID: uid}, Labels: o.Labels[uid]}
+		}
+		return pods[uid]
+	}
+	for uid := range o.Labels {
+		pod(uid)
+	}
+	for uid, known := range o.Told {
+		p := pod(uid)
+		p.CreatedAt, p.Owner, p.Finished = known.CreatedAt, known.Owner, known.Finished
+		for name, port := range known.Ports {
+			for _, protocol := range []Protocol{TCP, UDP, SCTP} { // which it is was not written
+				p.Ports = append(p.Ports, NamedPort{Name: name, Protocol: protocol, Port: port})
+			}
+		}
 	}
 	for _, m := range o.MagicIPs {
-		memory.Services = append(memory.Services, Service{
-			Frontend: m.Frontend, Namespace: m.Namespace, Selector: m.Selector, ClaimedAt: m.ClaimedAt, LostAt: m.LostAt, Endpoints: m.Endpoints,
-		})
+		memory.Services = append(memory.Services, Service{Frontend: m.Frontend, ClaimedAt: m.ClaimedAt, Endpoints: m.Endpoints})
+		for _, e := range m.Endpoints {
+			if e.UID == "" {
+				continue
+			}
+			// It stays the endpoint until the API reports otherwise.
+			p := pod(e.UID)
+			p.Namespace, p.Name, _ = strings.Cut(e.Pod, "/")
+			p.Running, p.Ready = true, true
+			if ip := e.Address.Addr(); !slices.Contains(p.IPs, ip) {
+				p.IPs = append(p.IPs, ip)
+			}
+		}
+	}
+	for _, uid := range slices.Sorted(maps.Keys(pods)) {
+		memory.Pods = append(memory.Pods, *pods[uid])
+	}
+	for _, uid := range slices.Sorted(maps.Keys(o.Withdrawn)) {
+		memory.Withdrawn = append(memory.Withdrawn, Withdrawn{PodID: PodID{UID: uid}, Addresses: o.Withdrawn[uid]})
 	}
 	return memory
 }

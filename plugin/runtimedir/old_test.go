@@ -95,18 +95,25 @@ func asWritten() knowledge {
 		Claims: []runtimedir.Claim{
 			{Frontend: frontends[0], ClaimedAt: at, Served: true}, {Frontend: frontends[1], ClaimedAt: at, Served: true}, {Frontend: frontends[2], ClaimedAt: at},
 		},
-		Pods: &runtimedir.Pods{Version: 1, Labels: labels, Dead: []runtimedir.Key{{ContainerID: "c9", IfName: "eth0"}}},
+		Pods: &runtimedir.Pods{Version: 1, Labels: []runtimedir.PodLabels{
+			{PodID: runtimedir.PodID{UID: "u1"}, Labels: labels["u1"]}, {PodID: runtimedir.PodID{UID: "u2"}, Labels: labels["u2"]},
+		}, Dead: []runtimedir.Key{{ContainerID: "c9", IfName: "eth0"}}},
 		Memory: &runtimedir.Memory{
 			Version: 1,
 			Services: []runtimedir.Service{
-				{Frontend: frontends[0], Namespace: "default", Selector: "app=echo", ClaimedAt: at, Endpoints: endpoints},
-				{Frontend: frontends[1], Namespace: "*", Selector: "app=none", ClaimedAt: at, LostAt: at},
-				{Frontend: frontends[2], Namespace: "default", Selector: "app=echo", ClaimedAt: at},
+				{Frontend: frontends[0], ClaimedAt: at, Endpoints: endpoints}, {Frontend: frontends[1], ClaimedAt: at}, {Frontend: frontends[2], ClaimedAt: at},
 			},
 			Records: []runtimedir.Attachment{record("1", "10.244.1.7", labels["u1"])}, RecordsSince: time.Date(2026, 1, 2, 3, 0, 0, 0, time.UTC),
-			Lost: []runtimedir.Attachment{record("0", "10.244.1.6", nil)}, Labels: labels,
-			Pods:      map[string]runtimedir.Pod{"u1": {CreatedAt: at, Owner: "DaemonSet/echo", Ports: map[string]uint16{"http": 8080}}},
-			Withdrawn: map[string][]netip.Addr{"u3": {netip.MustParseAddr("10.244.1.9")}},
+			Lost: []runtimedir.Attachment{record("0", "10.244.1.6", nil)},
+			Pods: []runtimedir.Pod{
+				{
+					PodID: runtimedir.PodID{Namespace: "default", Name: "echo-1", UID: "u1"}, Labels: labels["u1"], Owner: "DaemonSet/echo",
+					IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, CreatedAt: at, Running: true, Ready: true,
+					Ports: []runtimedir.NamedPort{{Name: "http", Protocol: "tcp", Port: 8080}, {Name: "http", Protocol: "udp", Port: 8080}, {Name: "http", Protocol: "sctp", Port: 8080}},
+				},
+				{PodID: runtimedir.PodID{UID: "u2"}},
+			},
+			Withdrawn: []runtimedir.Withdrawn{{PodID: runtimedir.PodID{UID: "u3"}, Addresses: []netip.Addr{netip.MustParseAddr("10.244.1.9")}}},
 		},
 		Record: &runtimedir.Record{
 			Version: 1, Conflist: "/host/cni/net.d/10-bridge.conflist", Binary: "/host/cni/bin/magic-ip-address", PluginVersion: "v0.1.0",

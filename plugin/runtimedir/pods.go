@@ -1,9 +1,6 @@
 package runtimedir
 
-import (
-	"maps"
-	"slices"
-)
+import "slices"
 
 // Bounds of what is kept of pods. A pod can bear 0.7 MB of labels; a label that a selector can name has at most 317
 // bytes of key and 63 of value.
@@ -20,14 +17,30 @@ const (
 // Pods is what the CNI plugin may learn from an agent: pods.json.
 type Pods struct {
 	Version int `json:"version"`
-	// Labels of the node's pods in the namespaces that the agent serves, by pod UID: only keys that selectors use,
+	// Labels of the node's pods in the namespaces that the agent serves, in order of UID: only keys that its selectors use,
 	// see KeepLabels. A pod that is missing is not known.
-	Labels map[string]map[string]string `json:"labels,omitempty"`
+	Labels []PodLabels `json:"labels,omitempty"`
 	// Dead are the records whose pod the API no longer has and whose host interface is gone: the plugin drops them.
 	Dead []Key `json:"dead,omitempty"`
 }
 
+// PodLabels are labels of a pod under the ID that CNI has of it.
+type PodLabels struct {
+	PodID
+	Labels map[string]string `json:"labels"`
+}
+
 func (p *Pods) version() *int { return &p.Version }
+
+// LabelsOf returns the labels of a pod; nil where they are not known.
+func (p *Pods) LabelsOf(id PodID) map[string]string {
+	for _, l := range p.Labels {
+		if l.PodID == id || l.PodID == (PodID{UID: id.UID}) {
+			return l.Labels
+		}
+	}
+	return nil
+}
 
 // KeepLabels returns the labels of a pod with one of the keys: nil (not known) where labels are nil, or exceed the bounds.
 func KeepLabels(labels map[string]string, keys map[string]bool) map[string]string {
@@ -56,21 +69,16 @@ func size(labels map[string]string) (bytes int) {
 // bound drops what exceeds the bounds, and returns the number of pods whose labels are dropped.
 func (p *Pods) bound() (dropped int) {
 	total := 0
-	kept := make(map[string]map[string]string, len(p.Labels))
-	for _, uid := range slices.Sorted(maps.Keys(p.Labels)) {
-		labels := p.Labels[uid]
-		bytes := size(labels)
-		needed := bytes + len(uid) + 16*len(labels) + 16 // with what JSON adds
-		if bytes > MaxLabelBytes || len(labels) > MaxLabels || total+needed > maxPodsBytes {
+	p.Labels = slices.DeleteFunc(slices.Clone(p.Labels), func(l PodLabels) bool {
+		bytes := size(l.Labels)
+		needed := bytes + len(l.Namespace) + len(l.Name) + len(l.UID) + 16*len(l.Labels) + 64 // with what JSON adds
+		if bytes > MaxLabelBytes || len(l.Labels) > MaxLabels || total+needed > maxPodsBytes {
 			dropped++
-			continue
+			return true
 		}
-		kept[uid] = labels
 		total += needed
-	}
-	if p.Labels != nil {
-		p.Labels = kept
-	}
+		return false
+	})
 	p.Dead = p.Dead[:min(len(p.Dead), maxDead)]
 	return dropped
 }
