@@ -2,6 +2,7 @@
 
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 10000x
+MUTATE   ?= agent/plan agent/inventory agent/endpoint agent/config plugin/conflist plugin/runtimedir plugin
 
 # The name that the chart asks for, and the first of the builders that is there.
 IMAGE   ?= magic-ip-address/magic-ip-address:$(shell awk '$$1 == "appVersion:" { print $$2 }' charts/magic-ip-address/Chart.yaml)
@@ -88,6 +89,11 @@ lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/golangci-lint run --build-tags e2e ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+
+.PHONY: mutate
+mutate: ## change the pure rooms line by line, and see that a unit test fails each time (MUTATE=, slow)
+	go build -C tools -o ../bin/gremlins github.com/go-gremlins/gremlins/cmd/gremlins
+	for room in $(MUTATE); do go clean -testcache && bin/gremlins unleash --workers 1 --timeout-coefficient 30 --output-statuses lctr ./$$room; done
 
 .PHONY: bench
 bench: build tools ## measure the plugin, the agent and the data path (needs root; 4 minutes)
