@@ -147,7 +147,7 @@ func (l *leaving) want(when string, rules bool, files ...string) {
 }
 
 const (
-	stateFiles = "state.json state.lock"
+	stateFiles = "plugin plugin/state.json plugin/state.lock"
 	agentFiles = "agents agents/default.magic-ip.json agents/default.magic-ip.lock"
 )
 

@@ -389,6 +389,7 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 			for _, folder := range folders {
 				missing = errors.Join(missing, watcher.Add(folder))
 			}
+			_ = watcher.Add(filepath.Dir(state.Path(runtimeDir))) // missing until the first pod
 			return missing
 		}
 		if err := arm(); err != nil {
@@ -413,7 +414,10 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 					continue // a heartbeat
 				}
 				switch folder := filepath.Dir(event.Name); {
-				case event.Name == state.Path(runtimeDir):
+				case event.Name == filepath.Dir(state.Path(runtimeDir)):
+					_ = arm()
+					wake(Records)
+				case event.Name == state.Path(runtimeDir), event.Name == filepath.Join(runtimeDir, filepath.Base(state.Path(""))):
 					wake(Records)
 				case folder == published.Dir(runtimeDir) && strings.HasSuffix(event.Name, ".json"):
 					wake(Others)

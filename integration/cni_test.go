@@ -354,8 +354,8 @@ func TestUnusableConfiguration(t *testing.T) {
 func TestAddFailsOpen(t *testing.T) {
 	t.Parallel()
 	for name, content := range map[string]string{
-		path.Join(lab.RuntimeDir, "state.json"): "{",
-		lab.RuntimeDir:                          "a file where the folder should be",
+		path.Join(lab.RuntimeDir, "plugin", "state.json"): "{",
+		lab.RuntimeDir: "a file where the folder should be",
 	} {
 		node := newNode(t, "10-bridge.conflist")
 		if err := node.WriteFile(name, []byte(content)); err != nil {

@@ -85,16 +85,16 @@ func TestDoctor(t *testing.T) {
 
 func (w *world) doctorOfFiles() {
 	w.t.Helper()
-	w.run("cp " + lab.RuntimeDir + "/state.json /run/kept; echo '{' >" + lab.RuntimeDir + "/state.json")
+	w.run("cp " + lab.RuntimeDir + "/plugin/state.json /run/kept; echo '{' >" + lab.RuntimeDir + "/plugin/state.json")
 	w.finds("FAIL", "state file", "is corrupt")
 	w.await("to notice", func(a *published.Agent) bool { return strings.Contains(a.LastError, "corrupt") })
 	w.finds("FAIL", "agent default.magic-ip", "reports: ", "state file")
-	w.run("mv /run/kept " + lab.RuntimeDir + "/state.json")
+	w.run("mv /run/kept " + lab.RuntimeDir + "/plugin/state.json")
 	w.await("to recover", func(a *published.Agent) bool { return a.LastError == "" })
 
-	w.run("echo time=$(date -u +%Y-%m-%dT%H:%M:%SZ) level=WARN msg=something >>" + lab.RuntimeDir + "/plugin.log")
+	w.run("echo time=$(date -u +%Y-%m-%dT%H:%M:%SZ) level=WARN msg=something >>" + lab.RuntimeDir + "/plugin/plugin.log")
 	w.finds("warn", "plugin.log", "msg=something")
-	w.run("echo time=2001-01-01T00:00:00Z level=WARN msg=old >" + lab.RuntimeDir + "/plugin.log")
+	w.run("echo time=2001-01-01T00:00:00Z level=WARN msg=old >" + lab.RuntimeDir + "/plugin/plugin.log")
 	w.finds("ok", "plugin.log", "no warnings for a day")
 
 	other := w.startAs("other.agent", configOf("other.agent", entryOf(plain, false, "")))

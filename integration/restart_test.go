@@ -92,7 +92,7 @@ func TestRestartMeetsChanges(t *testing.T) {
 		}
 		// A state file that is gone is a source that is silent: the endpoint stays.
 		w.agent.Kill()
-		if err := os.Remove(w.Path(lab.RuntimeDir + "/state.json")); err != nil {
+		if err := os.Remove(w.Path(lab.RuntimeDir + "/plugin/state.json")); err != nil {
 			t.Fatal(err)
 		}
 		w.start(config())

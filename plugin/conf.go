@@ -9,7 +9,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // rawConf is the network configuration as it comes in. What belongs to one key is decoded alone, so that an
@@ -28,7 +28,7 @@ type rawConf struct {
 type conf struct {
 	cniVersion string
 	network    string
-	runtimeDir string
+	dir        runtimedir.Dir
 	selectors  map[string][]entry.Selector // by agent name
 
 	// Undecoded: most pods do not need them.
@@ -57,7 +57,7 @@ func parseCommon(stdin []byte) (*conf, *rawConf, error) {
 	c := &conf{
 		cniVersion:    raw.CNIVersion,
 		network:       raw.Name,
-		runtimeDir:    entry.DefaultRuntimeDir,
+		dir:           runtimedir.New(entry.DefaultRuntimeDir),
 		runtimeConfig: raw.RuntimeConfig,
 		args:          raw.Args,
 		prevResult:    raw.PrevResult,
@@ -66,7 +66,8 @@ func parseCommon(stdin []byte) (*conf, *rawConf, error) {
 	if err != nil {
 		return c, &raw, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: %v", err), "")
 	}
-	c.runtimeDir, err = raw.Dir()
+	dir, err := raw.Dir()
+	c.dir = runtimedir.New(dir)
 	return c, &raw, err
 }
 
@@ -114,7 +115,7 @@ func convert(from string, result json.RawMessage, to string) (converted json.Raw
 
 // validAttachments are those that GC is to keep; nil where there is no list, which is not an empty one: that
 // removes everything. cnitool calls GC without a list, after libcni has sent a DEL for all it remembers.
-func (c *conf) validAttachments() (map[state.Key]bool, error) {
+func (c *conf) validAttachments() (map[runtimedir.Key]bool, error) {
 	const key = "cni.dev/valid-attachments"
 	if len(c.valid) == 0 {
 		return nil, nil
@@ -124,13 +125,13 @@ func (c *conf) validAttachments() (map[state.Key]bool, error) {
 		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf(
 			`%s: must be a list of {"containerID": "…", "ifname": "…"}: %v`, key, err), "")
 	}
-	valid := make(map[state.Key]bool, len(list))
+	valid := make(map[runtimedir.Key]bool, len(list))
 	for i, attachment := range list {
 		if attachment.ContainerID == "" || attachment.IfName == "" {
 			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(
 				"%s: entry %d: containerID and ifname must not be empty", key, i), "")
 		}
-		valid[state.Key(attachment)] = true
+		valid[runtimedir.Key(attachment)] = true
 	}
 	return valid, nil
 }

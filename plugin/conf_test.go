@@ -7,12 +7,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // FuzzConf feeds standard input to the commands. RUNTIMEDIR stands for a directory of the test's.
@@ -31,10 +33,10 @@ func FuzzConf(f *testing.F) {
 	f.Fuzz(func(t *testing.T, stdin []byte) {
 		stdin = bytes.ReplaceAll(stdin, []byte("RUNTIMEDIR"), []byte(dir))
 		conf, err := parseConf(stdin)
-		if !filepath.IsAbs(conf.runtimeDir) {
-			t.Fatalf("runtimeDir is %q", conf.runtimeDir)
+		if !filepath.IsAbs(conf.dir.Path()) {
+			t.Fatalf("runtimeDir is %q", conf.dir.Path())
 		}
-		if err == nil && conf.runtimeDir != dir {
+		if err == nil && conf.dir.Path() != dir {
 			return // not to write all over the machine
 		}
 		args := &skel.CmdArgs{ContainerID: "c1", IfName: "eth0", Args: "K8S_POD_NAMESPACE=a;K8S_POD_UID=u", StdinData: stdin}
@@ -63,19 +65,34 @@ func FuzzConf(f *testing.F) {
 		case stdout.Len() > 0:
 			t.Errorf("ADD fails and prints %q", &stdout)
 		}
-		if conf.runtimeDir != dir {
+		if conf.dir.Path() != dir {
 			return
 		}
 		if err := p.del(args); err != nil {
 			t.Errorf("DEL: %v", err)
 		}
-		attachments, err := state.Read(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) || len(attachments) > 0 {
-			t.Errorf("after DEL there is %v (%v)", attachments, err)
+		file, err := runtimedir.New(dir).ReadState()
+		if err != nil && !errors.Is(err, fs.ErrNotExist) || len(file.Attachments) > 0 {
+			t.Errorf("after DEL there is %v (%v)", file.Attachments, err)
 		}
 		if stderr.Len() > 0 {
 			t.Errorf("not in the log: %s", &stderr)
 		}
-		_ = os.Remove(filepath.Join(dir, "plugin.log"))
+		_ = os.Remove(filepath.Join(dir, "plugin", "plugin.log"))
 	})
+}
+
+// A disk that hangs keeps a pod for a bounded time.
+func TestFileWorkIsBounded(t *testing.T) {
+	hangs := make(chan struct{})
+	defer close(hangs)
+	var stderr bytes.Buffer
+	p := Plugin{Stderr: &stderr}
+	p.within(time.Millisecond, &skel.CmdArgs{ContainerID: "c1", Args: "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b"}, "ADD", func() { <-hangs })
+	if want := `level=ERROR msg="the runtime directory does not respond; the record of the pod is left as it is" command=ADD waited=1ms containerID=c1 pod=a/b`; !strings.Contains(stderr.String(), want) {
+		t.Errorf("standard error is %q, want %q", &stderr, want)
+	}
+	if lockWait >= fileWait || fileWait >= 2*time.Second {
+		t.Errorf("lockWait %s, fileWait %s", lockWait, fileWait)
+	}
 }

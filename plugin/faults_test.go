@@ -14,8 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Whatever the state of the runtime directory, pods start and stop.
@@ -44,32 +43,31 @@ func TestFailsOpen(t *testing.T) {
 		{
 			name: "a directory in place of the file",
 			prior: func(t *testing.T, dir string) {
-				if err := os.Mkdir(filepath.Join(dir, "state.json"), 0o700); err != nil {
+				if err := os.MkdirAll(filepath.Join(dir, "plugin", "state.json"), 0o700); err != nil {
 					t.Fatal(err)
 				}
 			},
-			log: "state.json: is a directory",
+			log: "state.json is a directory; allowed: a regular file",
 		},
 		{
-			name: "full disk",
+			name: "the file cannot be written",
 			prior: func(t *testing.T, dir string) {
 				add(conf(dir, nil)).of("c0").ok(t)
-				if err := os.Symlink("/dev/full", filepath.Join(dir, "state.json.tmp")); err != nil {
-					t.Fatal(err)
-				}
+				// The temporary file cannot be made. A disk that is full is tried in package runtimedir.
+				put(t, filepath.Join(dir, "plugin", "state.json.tmp", "full"), "")
 			},
-			log:   "no space left on device",
+			log:   "directory not empty",
 			after: func(t *testing.T, dir string) { wantRecorded(t, dir, "c0 10.244.1.7") },
 		},
 		{
 			name: "newer",
 			prior: func(t *testing.T, dir string) {
-				put(t, filepath.Join(dir, "state.json"), newer)
+				put(t, filepath.Join(dir, "plugin", "state.json"), newer)
 			},
 			log: "state.json has version 2",
 			after: func(t *testing.T, dir string) {
 				wantLog(t, dir, "command=DEL containerID=c1 pod=kube-system/apm-x")
-				if got := files(t, dir)["state.json"]; got != newer {
+				if got := files(t, dir)["plugin/state.json"]; got != newer {
 					t.Errorf("the file is %q, want it untouched", got)
 				}
 			},
@@ -77,12 +75,12 @@ func TestFailsOpen(t *testing.T) {
 		{
 			name: "corrupt",
 			prior: func(t *testing.T, dir string) {
-				put(t, filepath.Join(dir, "state.json"), "{")
+				put(t, filepath.Join(dir, "plugin", "state.json"), "{")
 			},
 			log: "state.json is corrupt",
 			after: func(t *testing.T, dir string) {
 				wantRecorded(t, dir) // added and deleted
-				if got := files(t, dir)["state.json.corrupt"]; got != "{" {
+				if got := files(t, dir)["plugin/state.json.corrupt"]; got != "{" {
 					t.Errorf("kept is %q", got)
 				}
 			},
@@ -90,10 +88,10 @@ func TestFailsOpen(t *testing.T) {
 		{
 			name: "corrupt file of an agent",
 			prior: func(t *testing.T, dir string) {
-				agent(t, dir, true, published.Agent{Name: "kube-system.magic"})
-				put(t, filepath.Join(dir, "agents", "kube-system.magic.json"), "{")
+				agent(t, dir, "kube-system.magic", true, runtimedir.Pods{})
+				put(t, filepath.Join(dir, "agents", "kube-system.magic", "pods.json"), "{")
 			},
-			log:   "kube-system.magic.json is corrupt",
+			log:   "pods.json is corrupt",
 			after: func(t *testing.T, dir string) { wantRecorded(t, dir) },
 		},
 	} {
@@ -120,7 +118,7 @@ func TestFailsOpen(t *testing.T) {
 // DEL sets a corrupt file aside as ADD does, so that it is said once.
 func TestDelOfACorruptFile(t *testing.T) {
 	dir := t.TempDir()
-	put(t, filepath.Join(dir, "state.json"), "{")
+	put(t, filepath.Join(dir, "plugin", "state.json"), "{")
 	del(conf(dir, nil)).ok(t)
 	wantLog(t, dir, "state.json is corrupt", "command=DEL")
 	wantRecorded(t, dir)
@@ -146,7 +144,7 @@ func TestLockHeldForGood(t *testing.T) {
 	dir := t.TempDir()
 	c := conf(dir, values{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []values{}})
 	add(c).of("c0").ok(t)
-	lock, err := os.Open(filepath.Join(dir, "state.lock"))
+	lock, err := os.OpenFile(filepath.Join(dir, "plugin", "state.lock"), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +161,7 @@ func TestLockHeldForGood(t *testing.T) {
 	if waited := time.Since(begun); waited > 20*time.Second {
 		t.Errorf("ADD, DEL and GC waited %s, want about 1s each", waited)
 	}
-	wantLog(t, dir, "command=ADD", "command=DEL", state.ErrBusy.Error())
+	wantLog(t, dir, "command=ADD", "command=DEL", runtimedir.ErrBusy.Error())
 	wantRecorded(t, dir, "c0 10.244.1.7")
 }
 
@@ -171,20 +169,20 @@ func TestLogIsBounded(t *testing.T) {
 	dir := t.TempDir()
 	c := conf(dir, values{"selectors": selectors("a in (")}) // logs one line
 	const limit = 256 << 10
-	put(t, filepath.Join(dir, "plugin.log"), strings.Repeat("x", limit-1))
-	put(t, filepath.Join(dir, "plugin.log.1"), "old")
+	put(t, filepath.Join(dir, "plugin", "plugin.log"), strings.Repeat("x", limit-1))
+	put(t, filepath.Join(dir, "plugin", "plugin.log.1"), "old")
 
 	add(c).ok(t)
-	if got := files(t, dir); got["plugin.log.1"] != "old" || len(got["plugin.log"]) <= limit {
-		t.Fatalf("rotated before it was full: %d bytes", len(got["plugin.log"]))
+	if got := files(t, dir); got["plugin/plugin.log.1"] != "old" || len(got["plugin/plugin.log"]) <= limit {
+		t.Fatalf("rotated before it was full: %d bytes", len(got["plugin/plugin.log"]))
 	}
 	add(c).ok(t)
 	got := files(t, dir)
-	if len(got["plugin.log.1"]) <= limit {
-		t.Errorf("plugin.log.1 has %d bytes, want the full log", len(got["plugin.log.1"]))
+	if len(got["plugin/plugin.log.1"]) <= limit {
+		t.Errorf("plugin.log.1 has %d bytes, want the full log", len(got["plugin/plugin.log.1"]))
 	}
-	if strings.Count(got["plugin.log"], "\n") != 1 || !strings.Contains(got["plugin.log"], "level=WARN") {
-		t.Errorf("plugin.log is %q, want one line", got["plugin.log"])
+	if strings.Count(got["plugin/plugin.log"], "\n") != 1 || !strings.Contains(got["plugin/plugin.log"], "level=WARN") {
+		t.Errorf("plugin.log is %q, want one line", got["plugin/plugin.log"])
 	}
 }
 

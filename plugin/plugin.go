@@ -2,10 +2,13 @@
 // attachments of the pods that an agent on this node wants to know of, and passes the result through.
 //
 // It fails open. It adds reachability, not security, so no fault of its own fails an ADD: it logs and
-// passes through, and the agent finds out by other ways. Errors are only a configuration that is not
+// passes through, and the agent finds the pod by the API. Errors are only a configuration that is not
 // usable and a missing prevResult. DEL always succeeds.
 //
-// Limits: it does local file work only, and waits for its turn for at most lockWait. It never speaks to the
+// What it reads of agents comes from containers. It is used for what an agent may decide, which is whether a pod is
+// recorded for it; a record of a pod that is there is never dropped because of it.
+//
+// Limits: it does local file work only, for at most fileWait. It never connects to the
 // API server and never enters the sandbox.
 package plugin
 
@@ -17,7 +20,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
-	"os"
 	"slices"
 	"time"
 
@@ -25,12 +27,16 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// lockWait bounds how long a pod may be kept by another process that holds the lock of the state file.
-const lockWait = time.Second
+// A pod starts and stops within 2 s, whatever the state of the runtime directory.
+const (
+	// lockWait is how long to wait for another process that holds the lock of the state file.
+	lockWait = time.Second
+	// fileWait bounds all file work of a command, that wait included: a disk may hang.
+	fileWait = 1500 * time.Millisecond
+)
 
 // Plugin is the plugin with the streams of its process.
 type Plugin struct {
@@ -61,7 +67,7 @@ func (p Plugin) add(args *skel.CmdArgs) error {
 	pod := parseArgs(args.Args)
 	// No claim is the common case: no file is touched.
 	if claims := conf.claims(pod.namespace); len(claims) > 0 {
-		p.record(args, conf, pod, claims, result)
+		p.within(fileWait, args, "ADD", func() { p.record(args, conf, pod, claims, result) })
 	}
 	if _, err := p.Stdout.Write(result); err != nil {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("writing the result: %v", err), "")
@@ -69,17 +75,35 @@ func (p Plugin) add(args *skel.CmdArgs) error {
 	return nil
 }
 
+// within waits for file work, but not for longer than limit: the process ends then, and the work with it. A file is replaced
+// as a whole or not at all.
+func (p Plugin) within(limit time.Duration, args *skel.CmdArgs, command string, work func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		work()
+	}()
+	timeout := time.NewTimer(limit)
+	defer timeout.Stop()
+	select {
+	case <-done:
+	case <-timeout.C:
+		newLogger(p.Stderr, command).Error("the runtime directory does not respond; the record of the pod is left as it is",
+			"waited", limit, "containerID", args.ContainerID, "pod", parseArgs(args.Args))
+	}
+}
+
 // record records the pod if one of the claims is on it, or could be. What goes wrong is logged here.
 func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, result json.RawMessage) {
-	log := p.logger(conf.runtimeDir, "ADD").With("containerID", args.ContainerID, "pod", pod)
+	log := p.logger(conf.dir, "ADD").With("containerID", args.ContainerID, "pod", pod)
 	// The log is in there too.
-	if err := os.MkdirAll(conf.runtimeDir, 0o755); err != nil {
+	if err := conf.dir.MakeState(); err != nil {
 		log.Error("the pod is not recorded", "error", err)
 		return
 	}
-	agents := liveAgents(conf.runtimeDir, log)
-	labels := podLabels(conf, pod, claims, agents, log)
-	if !wanted(claims, labels, log) {
+	agents := liveAgents(conf.dir, log)
+	wanted, labels := conf.match(pod, claims, agents, log)
+	if !wanted {
 		return
 	}
 	interfaces, err := parseInterfaces(result)
@@ -95,7 +119,7 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 		log.Warn("the pod is not recorded: prevResult has no address of its interface", "ifName", args.IfName)
 		return
 	}
-	attachment := state.Attachment{
+	attachment := runtimedir.Attachment{
 		ContainerID:   args.ContainerID,
 		IfName:        args.IfName,
 		Network:       conf.network,
@@ -108,32 +132,35 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 		Netns:         args.Netns,
 		AddedAt:       time.Now().UTC(),
 	}
-	// Gone with the dead is the record of an earlier ADD of the same.
-	if err := update(conf.runtimeDir, log, append(dead(agents), attachment.Key()), attachment); err != nil {
+	// The record of an earlier ADD of the same goes.
+	if err := update(conf.dir, log, append(dead(conf.dir, agents), attachment.Key()), attachment); err != nil {
 		log.Error("the pod is not recorded", "error", err)
 	}
 }
 
 func (p Plugin) del(args *skel.CmdArgs) error {
-	// A configuration that is not usable still tells where the records are. The selectors do not count: they may
+	// A configuration that is not usable still names the runtime directory. The selectors do not count: they may
 	// have changed since the ADD.
 	conf, _, _ := parseCommon(args.StdinData)
+	p.within(fileWait, args, "DEL", func() { p.forget(args, conf) })
+	return nil
+}
 
-	// Without a record of ours nothing is touched and no lock is waited for. Reading first is safe: the file is
+// forget removes the record of the pod, if it has one. What goes wrong is logged here.
+func (p Plugin) forget(args *skel.CmdArgs, conf *conf) {
+	// Without a record nothing is touched and no lock is waited for. Reading first is safe: the file is
 	// replaced as a whole, a record stays in it from the end of its ADD on, and a runtime does not call DEL
 	// while the ADD of the same container runs. (An ADD that outlived its runtime could come later than any
-	// lock as well; its record falls to the agent.)
-	key := state.Key{ContainerID: args.ContainerID, IfName: args.IfName}
-	recorded, err := state.Recorded(conf.runtimeDir, key)
+	// lock as well; the agent finds its record.)
+	key := runtimedir.Key{ContainerID: args.ContainerID, IfName: args.IfName}
+	recorded, err := conf.dir.Recorded(key)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !recorded {
-		return nil
+		return
 	}
-	log := p.logger(conf.runtimeDir, "DEL").With("containerID", args.ContainerID, "pod", parseArgs(args.Args))
-	gone := dead(liveAgents(conf.runtimeDir, log))
-	if err := update(conf.runtimeDir, log, append(gone, key)); err != nil {
+	log := p.logger(conf.dir, "DEL").With("containerID", args.ContainerID, "pod", parseArgs(args.Args))
+	if err := update(conf.dir, log, append(dead(conf.dir, liveAgents(conf.dir, log)), key)); err != nil {
 		log.Error("the record of the pod may stay", "error", err)
 	}
-	return nil
 }
 
 // check compares the record with prevResult. No record is no fault: the pod may be older than the plugin.
@@ -150,18 +177,18 @@ func check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	attachments, err := state.Read(conf.runtimeDir)
+	file, err := conf.dir.ReadState()
 	if err != nil {
 		// Fails open: without records there is nothing to compare, and the next ADD says what is wrong.
 		return nil
 	}
-	key := state.Key{ContainerID: args.ContainerID, IfName: args.IfName}
-	i := slices.IndexFunc(attachments, func(a state.Attachment) bool { return a.Key() == key })
+	key := runtimedir.Key{ContainerID: args.ContainerID, IfName: args.IfName}
+	i := slices.IndexFunc(file.Attachments, func(a runtimedir.Attachment) bool { return a.Key() == key })
 	if i < 0 {
 		return nil
 	}
 	want, _ := interfaces.addresses(args.IfName) // ADD has logged what is ignored
-	got := attachments[i].IPs
+	got := file.Attachments[i].IPs
 	slices.SortFunc(want, netip.Addr.Compare)
 	slices.SortFunc(got, netip.Addr.Compare)
 	if !slices.Equal(want, got) {
@@ -180,19 +207,19 @@ func (p Plugin) gc(args *skel.CmdArgs) error {
 	if err != nil || valid == nil {
 		return err
 	}
-	log := p.logger(conf.runtimeDir, "GC")
-	gone := dead(liveAgents(conf.runtimeDir, log))
-	attachments, _ := state.Read(conf.runtimeDir) // what is wrong with the file, the update says
-	for _, a := range attachments {
+	log := p.logger(conf.dir, "GC")
+	gone := dead(conf.dir, liveAgents(conf.dir, log))
+	file, _ := conf.dir.ReadState() // what is wrong with the file, the update reports
+	for _, a := range file.Attachments {
 		if a.Network == conf.network && !valid[a.Key()] {
 			gone = append(gone, a.Key())
 		}
 	}
-	err = update(conf.runtimeDir, log, gone)
+	err = update(conf.dir, log, gone)
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // no runtime dir, so no records
 		return nil
-	case errors.Is(err, state.ErrBusy):
+	case errors.Is(err, runtimedir.ErrBusy):
 		return types.NewError(types.ErrTryAgainLater, err.Error(), "")
 	}
 	return err
@@ -205,40 +232,58 @@ func status(args *skel.CmdArgs) error {
 }
 
 // update changes the state file and logs what it met there.
-func update(dir string, log *slog.Logger, gone []state.Key, add ...state.Attachment) error {
-	warning, err := state.Update(dir, lockWait, gone, add...)
+func update(dir runtimedir.Dir, log *slog.Logger, gone []runtimedir.Key, add ...runtimedir.Attachment) error {
+	warning, err := dir.Update(lockWait, gone, add...)
 	if warning != nil {
 		log.Warn("the state file was not usable", "error", warning)
 	}
 	return err
 }
 
-// liveAgents are the agents that run on this node. What the file of another says may have been overtaken.
-func liveAgents(dir string, log *slog.Logger) []*published.Agent {
-	names, err := published.Names(dir)
+// liveAgents is what the agents that run on this node report of pods, by name. What another has reported may be out of date.
+func liveAgents(dir runtimedir.Dir, log *slog.Logger) map[string]*runtimedir.Pods {
+	names, err := dir.Agents()
 	if err != nil {
-		log.Warn("the agents' files cannot be listed", "error", err)
+		log.Warn("the agents cannot be listed", "error", err)
 	}
-	var agents []*published.Agent
+	agents := map[string]*runtimedir.Pods{}
 	for _, name := range names {
-		if !published.Live(dir, name) {
+		agent := dir.Agent(name)
+		if !agent.Live() {
 			continue
 		}
-		agent, err := published.Read(dir, name)
+		pods, err := agent.ReadPods()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it has reported nothing yet
+		}
 		if err != nil {
-			log.Warn("an agent's file is not usable", "error", err)
+			log.Warn("the file of an agent is not usable", "agent", name, "error", err)
 			continue
 		}
-		agents = append(agents, agent)
+		agents[name] = pods
 	}
 	return agents
 }
 
-// dead are the attachments that agents know to be gone, though no DEL came for them.
-func dead(agents []*published.Agent) (keys []state.Key) {
+// dead are the records that agents report as dead, though no DEL came for them: where the link that leads to the sandbox is
+// gone, so is the sandbox. An agent alone could withdraw a pod that is there.
+func dead(dir runtimedir.Dir, agents map[string]*runtimedir.Pods) (keys []runtimedir.Key) {
+	reported := map[runtimedir.Key]bool{}
 	for _, agent := range agents {
-		for _, attachment := range agent.Dead {
-			keys = append(keys, state.Key(attachment))
+		for _, key := range agent.Dead {
+			reported[key] = true
+		}
+	}
+	if len(reported) == 0 {
+		return nil
+	}
+	file, _ := dir.ReadState() // what is wrong with the file, the update reports
+	for _, a := range file.Attachments {
+		if !reported[a.Key()] || a.HostInterface == "" {
+			continue
+		}
+		if _, exists := driver(a.HostInterface); !exists {
+			keys = append(keys, a.Key())
 		}
 	}
 	return keys

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"os"
@@ -12,15 +13,15 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const asPlugin = "TEST_BINARY_IS_THE_PLUGIN"
@@ -162,13 +163,19 @@ func (c command) of(containerID string) command {
 	return c
 }
 
-// recorded is the state file in one line per record, container and addresses.
-func recorded(t testing.TB, dir string) []string {
+func read(t testing.TB, dir string) []runtimedir.Attachment {
 	t.Helper()
-	attachments, err := state.Read(dir)
+	file, err := runtimedir.New(dir).ReadState()
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
+	return file.Attachments
+}
+
+// recorded is the state file in one line per record, container and addresses.
+func recorded(t testing.TB, dir string) []string {
+	t.Helper()
+	attachments := read(t, dir)
 	var lines []string
 	for _, a := range attachments {
 		line := a.ContainerID
@@ -189,7 +196,7 @@ func wantRecorded(t testing.TB, dir string, want ...string) {
 
 func wantLog(t testing.TB, dir string, want ...string) {
 	t.Helper()
-	log, err := os.ReadFile(filepath.Join(dir, "plugin.log"))
+	log, err := os.ReadFile(filepath.Join(dir, "plugin", "plugin.log"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
@@ -212,20 +219,27 @@ func wantNoDir(t testing.TB, dir string) {
 
 func put(t testing.TB, path, content string) {
 	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// agent is a live agent, or one that has stopped, and its file.
-func agent(t *testing.T, dir string, live bool, content published.Agent) {
+// agent is a live agent, or one that has stopped, and what it reports of pods.
+func agent(t *testing.T, dir, name string, live bool, pods runtimedir.Pods) {
 	t.Helper()
-	lock, err := published.Lock(dir, content.Name)
+	agent := runtimedir.New(dir).Agent(name)
+	lock, err := agent.Lock()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = lock.Close() })
-	if err := published.Write(dir, &content); err != nil {
+	if _, err := agent.WritePods(pods); err != nil {
+		t.Fatal(err)
+	}
+	if err := agent.WriteStatus(runtimedir.Status{}); err != nil {
 		t.Fatal(err)
 	}
 	if !live {
@@ -317,16 +331,16 @@ func TestAddPassesAResultWithoutVersion(t *testing.T) {
 
 func TestRecord(t *testing.T) {
 	dir := t.TempDir()
-	add(conf(dir, values{"runtimeConfig": values{"labels": values{"app": "apm-server"}}})).ok(t)
-	got, err := state.Read(dir)
-	if err != nil || len(got) != 1 {
-		t.Fatalf("Read: %v, %v", got, err)
+	add(conf(dir, values{"runtimeConfig": values{"labels": values{"app": "apm-server", "tier": "back"}}})).ok(t)
+	got := read(t, dir)
+	if len(got) != 1 {
+		t.Fatalf("records %v", got)
 	}
 	if got[0].AddedAt.IsZero() {
 		t.Error("addedAt is missing")
 	}
-	got[0].AddedAt = state.Attachment{}.AddedAt
-	want := state.Attachment{
+	got[0].AddedAt = runtimedir.Attachment{}.AddedAt
+	want := runtimedir.Attachment{
 		ContainerID: "c1", IfName: "eth0", Network: "pods", Namespace: "kube-system", Name: "apm-x", UID: "u1",
 		Labels: map[string]string{"app": "apm-server"},
 		IPs:    []netip.Addr{netip.MustParseAddr("10.244.1.7")},
@@ -364,7 +378,7 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 		{name: "runtimeConfig of other capabilities", conf: values{"runtimeConfig": values{"portMappings": []int{}}}, want: unknown},
 		{name: "runtimeConfig null", conf: values{"runtimeConfig": json.RawMessage("null")}, want: unknown},
 		{name: "runtimeConfig of another shape", conf: values{"runtimeConfig": values{"labels": "app=other"}}, want: unknown, log: "ignored"},
-		{name: "args match", conf: values{"args": values{"cni": values{"labels": list{label("app", "apm-server"), label("b", "")}}}}, want: labels{"app": "apm-server", "b": ""}},
+		{name: "args match", conf: values{"args": values{"cni": values{"labels": list{label("app", "apm-server"), label("b", "")}}}}, want: labels{"app": "apm-server"}},
 		{name: "args do not match", conf: values{"args": values{"cni": values{"labels": list{label("b", "c")}}}}, want: no},
 		{name: "args of another shape", conf: values{"args": "odd"}, want: unknown, log: "ignored"},
 		{name: "runtimeConfig comes before args", conf: values{
@@ -403,7 +417,7 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			if test.agent != nil {
-				agent(t, dir, !test.stopped, published.Agent{Name: "kube-system.magic", Labels: map[string]map[string]string{"u1": test.agent}})
+				agent(t, dir, "kube-system.magic", !test.stopped, runtimedir.Pods{Labels: map[string]map[string]string{"u1": test.agent}})
 			}
 			c := conf(dir, test.conf)
 			if test.selectors != nil {
@@ -416,10 +430,7 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 			if diff := cmp.Diff(bridgeResult, add.ok(t)); diff != "" {
 				t.Errorf("result (-want +got):\n%s", diff)
 			}
-			attachments, err := state.Read(dir)
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				t.Fatal(err)
-			}
+			attachments := read(t, dir)
 			var got any = no
 			if len(attachments) == 1 {
 				got = attachments[0].Labels
@@ -525,7 +536,7 @@ func TestDel(t *testing.T) {
 	t.Run("of a pod never added", func(t *testing.T) {
 		dir := t.TempDir()
 		add(conf(dir, nil)).ok(t)
-		if err := os.Remove(filepath.Join(dir, "state.lock")); err != nil {
+		if err := os.Remove(filepath.Join(dir, "plugin", "state.lock")); err != nil {
 			t.Fatal(err)
 		}
 		del(conf(dir, nil)).of("c2").ok(t)
@@ -533,7 +544,7 @@ func TestDel(t *testing.T) {
 		second.ifName = "net1"
 		second.ok(t)
 		wantRecorded(t, dir, "c1 10.244.1.7")
-		if _, err := os.Stat(filepath.Join(dir, "state.lock")); !errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(dir, "plugin", "state.lock")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("the lock was taken: %v", err)
 		}
 	})
@@ -565,7 +576,7 @@ func TestAddAgainReplaces(t *testing.T) {
 	wantRecorded(t, dir, "c2 10.244.1.7", "c1 10.244.1.8", "c1 10.244.1.8")
 }
 
-// What an agent knows to be dead leaves when something is written anyway.
+// A record that an agent reports as dead goes when something is written anyway: if its host interface is gone too.
 func TestDead(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -573,25 +584,82 @@ func TestDead(t *testing.T) {
 		run  func(conf values) command
 		want []string
 	}{
-		{"ADD", true, func(c values) command { return add(c).of("new") }, []string{"c1 10.244.1.7", "new 10.244.1.7"}},
-		{"ADD of what was believed dead", true, func(c values) command { return add(c).of("dead") }, []string{"c1 10.244.1.7", "dead 10.244.1.7"}},
-		{"DEL", true, del, nil},
-		{"DEL of another pod", true, func(c values) command { return del(c).of("other") }, []string{"dead 10.244.1.7", "c1 10.244.1.7"}},
-		{"GC", true, func(c values) command { return command{name: "GC", conf: c} }, []string{"c1 10.244.1.7"}},
-		{"ADD, the agent has stopped", false, func(c values) command { return add(c).of("new") }, []string{"dead 10.244.1.7", "c1 10.244.1.7", "new 10.244.1.7"}},
+		{"ADD", true, func(c values) command { return add(c).of("new") }, []string{"c1", "standing", "unknown", "new"}},
+		{"ADD of what was believed dead", true, func(c values) command { return add(c).of("dead") }, []string{"c1", "standing", "unknown", "dead"}},
+		{"DEL", true, del, []string{"standing", "unknown"}},
+		{"DEL of another pod", true, func(c values) command { return del(c).of("other") }, []string{"dead", "c1", "standing", "unknown"}},
+		{"GC", true, func(c values) command { return command{name: "GC", conf: c} }, []string{"c1", "standing", "unknown"}},
+		{"ADD, the agent has stopped", false, func(c values) command { return add(c).of("new") }, []string{"dead", "c1", "standing", "unknown", "new"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
-			c := conf(dir, values{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []values{
-				{"containerID": "dead", "ifname": "eth0"}, {"containerID": "c1", "ifname": "eth0"},
-			}})
-			add(c).of("dead").ok(t)
+			valid := []values{{"containerID": "c1", "ifname": "eth0"}}
+			var reported []runtimedir.Key
+			record := func(id, link string) {
+				key := runtimedir.Key{ContainerID: id, IfName: "eth0"}
+				_, err := runtimedir.New(dir).Update(time.Minute, nil, runtimedir.Attachment{ContainerID: id, IfName: "eth0", Network: "pods", HostInterface: link})
+				if err != nil {
+					t.Fatal(err)
+				}
+				reported = append(reported, key)
+				valid = append(valid, values{"containerID": id, "ifname": "eth0"})
+			}
+			c := conf(dir, values{"cniVersion": "1.1.0"})
+			record("dead", "no-such-link")
 			add(c).ok(t)
-			agent(t, dir, test.live, published.Agent{Name: "any", Dead: []published.Attachment{
-				{ContainerID: "dead", IfName: "eth0"}, {ContainerID: "c1", IfName: "net1"},
-			}})
+			record("standing", "lo")
+			record("unknown", "")
+			c["cni.dev/valid-attachments"] = valid
+			agent(t, dir, "any", test.live, runtimedir.Pods{Dead: append(reported, runtimedir.Key{ContainerID: "c1", IfName: "net1"})})
 			test.run(c).ok(t)
-			wantRecorded(t, dir, test.want...)
+			var got []string
+			for _, line := range recorded(t, dir) {
+				id, _, _ := strings.Cut(line, " ")
+				got = append(got, id)
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("records (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// An agent decides for itself alone: what it reports of a pod counts for its own selectors.
+func TestAgentsSpeakForThemselves(t *testing.T) {
+	type labels = map[string]string
+	both := values{
+		"a": []values{{"namespace": "kube-system", "selector": "app=apm-server"}},
+		"b": []values{{"namespace": "kube-system", "selector": "app=apm-server,tier!=front"}},
+	}
+	for _, test := range []struct {
+		name string
+		a, b labels // nil: it does not know the pod
+		want any
+	}{
+		{"neither knows", nil, nil, labels(nil)},
+		{"one knows that it does not match", labels{"app": "x"}, nil, labels(nil)},
+		{"both know", labels{"app": "apm-server", "tier": "back"}, labels{"app": "apm-server"}, labels{"app": "apm-server"}},
+		{"both know that it does not match", labels{"app": "x"}, labels{"app": "x"}, "not recorded"},
+		{"one keys of the other", labels{"app": "apm-server"}, labels{"app": "apm-server", "tier": "back"}, labels{"app": "apm-server", "tier": "back"}},
+		{"they contradict each other", labels{"app": "apm-server"}, labels{"app": "x"}, labels(nil)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for name, known := range map[string]labels{"a": test.a, "b": test.b} {
+				var pods runtimedir.Pods
+				if known != nil {
+					pods.Labels = map[string]map[string]string{"u1": known}
+				}
+				agent(t, dir, name, true, pods)
+			}
+			add(conf(dir, values{"selectors": both})).ok(t)
+			var got any = "not recorded"
+			if attachments := read(t, dir); len(attachments) == 1 {
+				got = attachments[0].Labels
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("labels recorded (-want +got):\n%s", diff)
+			}
 		})
 	}
 }
@@ -657,8 +725,8 @@ func TestCheck(t *testing.T) {
 		{"other address recorded", func(t *testing.T, dir string) { add(conf(dir, nil)).ok(t) }, other, "[10.244.1.7] recorded, and [10.244.1.8]"},
 		{"only another container recorded", func(t *testing.T, dir string) { add(conf(dir, nil)).of("c2").ok(t) }, other, ""},
 		{"nothing recorded", func(*testing.T, string) {}, nil, ""},
-		{"corrupt", func(t *testing.T, dir string) { put(t, filepath.Join(dir, "state.json"), "{") }, nil, ""},
-		{"newer", func(t *testing.T, dir string) { put(t, filepath.Join(dir, "state.json"), `{"version": 2}`) }, nil, ""},
+		{"corrupt", func(t *testing.T, dir string) { put(t, filepath.Join(dir, "plugin", "state.json"), "{") }, nil, ""},
+		{"newer", func(t *testing.T, dir string) { put(t, filepath.Join(dir, "plugin", "state.json"), `{"version": 2}`) }, nil, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -680,20 +748,21 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// files is the content of a directory.
+// files is the content of the files below a directory.
 func files(t *testing.T, dir string) map[string]string {
 	t.Helper()
-	entries, err := os.ReadDir(dir)
+	content := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		name, _ := filepath.Rel(dir, path)
+		content[name] = string(data)
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
-	}
-	content := map[string]string{}
-	for _, entry := range entries {
-		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		content[entry.Name()] = string(data)
 	}
 	return content
 }

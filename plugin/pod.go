@@ -10,8 +10,8 @@ import (
 
 	"k8s.io/apimachinery/pkg/labels"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // pod is what CNI_ARGS tell of a pod. Empty where nobody told: cnitool, or a runtime without Kubernetes.
@@ -64,40 +64,51 @@ func (c *conf) claims(namespace string) []claim {
 	return claims
 }
 
-// wanted says whether a pod with these labels (nil: not known) is to be recorded. When in doubt it is: the
-// agent decides.
-func wanted(claims []claim, podLabels map[string]string, log *slog.Logger) bool {
-	record := podLabels == nil
+// match says whether a pod is to be recorded, and with which labels: those that the selectors of the claims ask for. Nil is
+// not known. When in doubt the pod is recorded: the agent decides. Where the runtime passes no labels, each agent's selectors
+// meet the labels that this agent itself has reported: it cannot speak for others.
+func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods, log *slog.Logger) (wanted bool, record map[string]string) {
+	passed, err := c.labels()
+	if err != nil {
+		log.Warn("labels that the runtime passes are ignored", "error", err)
+	}
+	record, complete := map[string]string{}, true
 	for _, claim := range claims {
 		selector, err := labels.Parse(claim.selector)
 		if err != nil {
 			log.Warn("a selector does not parse; pods of its namespaces are recorded whatever their labels are",
 				"agent", claim.agent, "selector", claim.selector, "error", err)
-			record = true
+			wanted, complete = true, complete && passed != nil
 			continue
 		}
-		record = record || selector.Matches(labels.Set(podLabels))
-	}
-	return record
-}
-
-// podLabels are the labels of the pod from the first who knows them: the runtime by either convention, or an agent
-// with a claim on it. Nil: not known.
-func podLabels(conf *conf, pod pod, claims []claim, agents []*published.Agent, log *slog.Logger) map[string]string {
-	known, err := conf.labels()
-	if err != nil {
-		log.Warn("labels that the runtime passes are ignored", "error", err)
-	}
-	if known != nil || pod.uid == "" {
-		return known
-	}
-	for _, agent := range agents {
-		hasClaim := slices.ContainsFunc(claims, func(c claim) bool { return c.agent == agent.Name })
-		if known := agent.Labels[pod.uid]; hasClaim && known != nil {
-			return known
+		known := passed
+		if agent := agents[claim.agent]; known == nil && agent != nil && pod.uid != "" {
+			known = agent.Labels[pod.uid]
+		}
+		known = runtimedir.KeepLabels(known, keys(selector))
+		wanted = wanted || known == nil || selector.Matches(labels.Set(known))
+		complete = complete && known != nil
+		for key, value := range known {
+			if other, ok := record[key]; ok && other != value {
+				complete = false
+			}
+			record[key] = value
 		}
 	}
-	return nil
+	if !complete {
+		return wanted, nil
+	}
+	return wanted, record
+}
+
+// keys are the label keys that a selector asks for.
+func keys(selector labels.Selector) map[string]bool {
+	keys := map[string]bool{}
+	requirements, _ := selector.Requirements()
+	for _, requirement := range requirements {
+		keys[requirement.Key()] = true
+	}
+	return keys
 }
 
 // labels are those that the runtime passes with the configuration; nil where it passes none.

@@ -144,7 +144,7 @@ const (
 
 func (e *examination) pluginLog() {
 	const check = "plugin.log"
-	path := filepath.Join(e.RuntimeDir, "plugin.log")
+	path := filepath.Join(e.RuntimeDir, "plugin", "plugin.log")
 	file, err := os.Open(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
