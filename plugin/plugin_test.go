@@ -247,6 +247,15 @@ func agent(t *testing.T, dir, name string, live bool, pods runtimedir.Pods) {
 	}
 }
 
+// reported is what an agent reports that knows these labels of the pod of podArgs; nil: it does not know the pod.
+func reported(labels map[string]string) (pods runtimedir.Pods) {
+	if labels != nil {
+		id := runtimedir.PodID{Namespace: "kube-system", Name: "apm-x", UID: "u1"}
+		pods.Labels = []runtimedir.PodLabels{{PodID: id, Labels: labels}}
+	}
+	return pods
+}
+
 func TestVersion(t *testing.T) {
 	got := command{name: "VERSION"}.ok(t)
 	want := `{"cniVersion":"1.1.0","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}` + "\n"
@@ -417,7 +426,7 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			if test.agent != nil {
-				agent(t, dir, "kube-system.magic", !test.stopped, runtimedir.Pods{Labels: map[string]map[string]string{"u1": test.agent}})
+				agent(t, dir, "kube-system.magic", !test.stopped, reported(test.agent))
 			}
 			c := conf(dir, test.conf)
 			if test.selectors != nil {
@@ -646,11 +655,7 @@ func TestAgentsSpeakForThemselves(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
 			for name, known := range map[string]labels{"a": test.a, "b": test.b} {
-				var pods runtimedir.Pods
-				if known != nil {
-					pods.Labels = map[string]map[string]string{"u1": known}
-				}
-				agent(t, dir, name, true, pods)
+				agent(t, dir, name, true, reported(known))
 			}
 			add(conf(dir, values{"selectors": both})).ok(t)
 			var got any = "not recorded"

@@ -83,7 +83,7 @@ func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods
 		}
 		known := passed
 		if agent := agents[claim.agent]; known == nil && agent != nil && pod.uid != "" {
-			known = agent.Labels[pod.uid]
+			known = agent.LabelsOf(runtimedir.PodID{Namespace: pod.namespace, Name: pod.name, UID: pod.uid})
 		}
 		known = runtimedir.KeepLabels(known, keys(selector))
 		wanted = wanted || known == nil || selector.Matches(labels.Set(known))
