@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"helm.sh/helm/v3/pkg/chart"
 	"helm.sh/helm/v3/pkg/chart/loader"
 	"helm.sh/helm/v3/pkg/chartutil"
 	"helm.sh/helm/v3/pkg/engine"
@@ -36,6 +37,7 @@ const (
 // everything sets each option of a magic IP to something that is not its default.
 const everything = `
 config:
+  reservedAddresses: [10.1.2.3, fd00:1::/64]
   magicIPs:
     - ipAddress: fd00:a9fe:d2d2::1
       namespace: "*"
@@ -232,20 +234,31 @@ func render(t *testing.T, values map[string]any) map[string]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	release := chartutil.ReleaseOptions{Name: "169-254-210-210", Namespace: "kube-system", IsInstall: true}
-	all, err := chartutil.ToRenderValues(chart, values, release, nil)
+	rendered, err := renderChart(chart, values)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return rendered
+}
+
+func renderChart(chart *chart.Chart, values map[string]any) (map[string]string, error) {
+	if err := chartutil.ProcessDependencies(chart, values); err != nil {
+		return nil, err
+	}
+	release := chartutil.ReleaseOptions{Name: "169-254-210-210", Namespace: "kube-system", IsInstall: true}
+	all, err := chartutil.ToRenderValues(chart, values, release, nil)
+	if err != nil {
+		return nil, err
+	}
 	rendered, err := engine.Render(chart, all)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	byName := map[string]string{}
 	for name, text := range rendered {
 		byName[path.Base(name)] = text
 	}
-	return byName
+	return byName, nil
 }
 
 func configMap(t *testing.T, values map[string]any) string {

@@ -1,13 +1,13 @@
 {{/*
-The magic IPs as a JSON list, so that templates can look at them: what config.magicIPs says, and in front of it the
+The magic IPs as a JSON list, so that templates can look at them: those of config.magicIPs, and in front of them the
 one of the keys beside it, unless config.magicIPs is there and config.selector is still the placeholder.
 What is empty is left out. Numbers and booleans may have come as strings (--set-string).
 */}}
 {{- define "magic-ip-address.magicIPs" -}}
-{{- $config := .Values.config -}}
+{{- $config := include "magic-ip-address.effectiveConfig" . | fromJson -}}
 {{- $listed := default list $config.magicIPs -}}
 {{- if or (not $listed) (ne (toString $config.selector) "app=myapp") -}}
-{{- $flat := omit $config "magicIPs" "name" "pollInterval" "verbose" "port" "targetPort" "protocol" -}}
+{{- $flat := omit $config "magicIPs" "reservedAddresses" "name" "pollInterval" "verbose" "port" "targetPort" "protocol" -}}
 {{- $listed = prepend $listed (set $flat "ports" (list (pick $config "port" "targetPort" "protocol"))) -}}
 {{- end -}}
 {{- $magicIPs := list -}}
@@ -45,7 +45,64 @@ What is empty is left out. Numbers and booleans may have come as strings (--set-
 {{/* The agent's configuration file. */}}
 {{- define "magic-ip-address.config" -}}
 name: {{ include "magic-ip-address.agentName" . | quote }}
-pollInterval: {{ .Values.config.pollInterval | default 5 | int }}s
+pollInterval: {{ (include "magic-ip-address.effectiveConfig" . | fromJson).pollInterval | default 5 | int }}s
+{{- with .Values.config.reservedAddresses }}
+reservedAddresses:
+{{ toYaml . | indent 2 }}
+{{- end }}
 magicIPs:
 {{ include "magic-ip-address.magicIPs" . | fromJsonArray | toYaml | indent 2 }}
+{{- end -}}
+
+{{/* The bits of a valid address, as text: 32 for IPv4, also for IPv4 in IPv6 (::ffff:0:0/96), else 128. */}}
+{{- define "magic-ip-address.bits" -}}
+{{- $nibbles := dict "0" "0000" "1" "0001" "2" "0010" "3" "0011" "4" "0100" "5" "0101" "6" "0110" "7" "0111" "8" "1000" "9" "1001" "a" "1010" "b" "1011" "c" "1100" "d" "1101" "e" "1110" "f" "1111" -}}
+{{- $hex := "" -}}
+{{- $text := . -}}
+{{- with regexFind "[0-9]+[.][0-9.]+$" . -}}
+  {{- range splitList "." . -}}
+    {{- $hex = printf "%s%02x" $hex (int .) -}}
+  {{- end -}}
+  {{- $text = printf "%s%s:%s" (trimSuffix . $text) (substr 0 4 $hex) (substr 4 8 $hex) -}}
+{{- end -}}
+{{- if contains ":" . -}}
+  {{- $halves := splitList "::" $text -}}
+  {{- $left := first $halves | splitList ":" | compact -}}
+  {{- $right := rest $halves | join ":" | splitList ":" | compact -}}
+  {{- $zeros := repeat (add (len $left) (len $right) | sub 8 | int) "0 " | splitList " " | compact -}}
+  {{- $hex = "" -}}
+  {{- range concat $left $zeros $right -}}
+    {{- $hex = printf "%s%s" $hex (printf "0000%s" . | lower | trunc -4) -}}
+  {{- end -}}
+  {{- $hex = regexReplaceAll "^0{20}ffff" $hex "" -}}
+{{- end -}}
+{{- range splitList "" $hex -}}{{- get $nibbles . -}}{{- end -}}
+{{- end -}}
+
+{{/*
+What each address is reserved for that a magic IP has, as JSON: by clouds and cluster components, or by
+config.reservedAddresses. The agent does not serve them unless allowReserved is set.
+*/}}
+{{- define "magic-ip-address.reserved" -}}
+{{- $prefixes := dict -}}
+{{- $known := .Files.Get "files/reserved.yaml" | fromYaml -}}
+{{- $known = set $known "config.reservedAddresses" (default list .Values.config.reservedAddresses) -}}
+{{- range $use, $texts := $known -}}
+  {{- range $texts -}}
+    {{- $parts := splitList "/" . -}}
+    {{- $bits := first $parts | include "magic-ip-address.bits" -}}
+    {{- $prefixes = set $prefixes (substr 0 (rest $parts | first | default (len $bits) | int) $bits) $use -}}
+  {{- end -}}
+{{- end -}}
+{{- $reserved := dict -}}
+{{- range include "magic-ip-address.magicIPs" . | fromJsonArray -}}
+  {{- $magicIP := .ipAddress -}}
+  {{- $bits := include "magic-ip-address.bits" $magicIP -}}
+  {{- range $length := untilStep 0 (add (len $bits) 1 | int) 1 -}}
+    {{- with get $prefixes (substr 0 $length $bits) -}}
+      {{- $reserved = set $reserved $magicIP . -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- toJson $reserved -}}
 {{- end -}}

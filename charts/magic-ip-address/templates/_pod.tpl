@@ -24,10 +24,15 @@
 {{- end -}}
 
 {{- define "magic-ip-address.logLevel" -}}
-{{- ternary "debug" "info" (has (.Values.config.verbose | toString) (list "true" "1")) -}}
+{{- ternary "debug" "info" (has ((include "magic-ip-address.effectiveConfig" . | fromJson).verbose | toString) (list "true" "1")) -}}
 {{- end -}}
 
-{{/* What both containers are refused. They are root, since host directories and netlink are root's. */}}
+{{/* Where the agent serves metrics. Brackets are right for both families. */}}
+{{- define "magic-ip-address.metricsAddress" -}}
+[{{ default "$(HOST_IP)" .Values.metrics.bindAddress }}]:{{ .Values.metrics.port | int }}
+{{- end -}}
+
+{{/* The security context of both containers. They are root, since host directories and netlink are root's. */}}
 {{- define "magic-ip-address.confinement" -}}
 runAsUser: 0
 runAsGroup: 0
@@ -36,6 +41,10 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 seccompProfile:
   type: RuntimeDefault
+{{- with .Values.appArmorProfile }}
+appArmorProfile:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- $seLinux := .Values.seLinuxOptions }}
 {{- if and (not $seLinux) (eq .Values.cni.preset "openshift") }}
 {{- $seLinux = dict "type" "spc_t" }}
