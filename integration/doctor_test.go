@@ -138,7 +138,7 @@ func (w *world) doctorOfCNI() {
 	w.finds("FAIL", first, "runtimeDir is /run/elsewhere")
 	back()
 	addConf(w.t, w.Node, "00-empty.conf", nil)
-	w.finds("FAIL", "00-empty.conf is empty")
+	w.finds("FAIL", "00-empty.conf is empty", "containerd starts no pod")
 	w.run("rm /run/cni/net.d/00-empty.conf; chmod 644 /run/cni/bin/magic-ip-address")
 	w.finds("FAIL", "plugin binary", "cannot be executed")
 	w.run("chmod 755 /run/cni/bin/magic-ip-address")

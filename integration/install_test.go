@@ -18,14 +18,14 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 )
 
 // The node of these tests has its network configurations in /run/net.d and its CNI plugins in /run/bin: the upstream ones by
 // links, ours when it is installed.
 const (
-	confDir = "/run/net.d"
-	binDir  = "/run/bin"
+	confDir    = "/run/net.d"
+	binDir     = "/run/bin"
+	pluginType = "magic-ip-address"
 	// primary is what the primary CNI of the node has written, in its own manner.
 	primary = "{\"cniVersion\":\"1.1.0\",  \"plugins\" : [\r\n\t{ \"type\": \"bridge\", \"bridge\": \"cni0\", \"isGateway\": true, \"mtu\": 1.4e3, \"x\": \"\\u0041\",\r\n" +
 		"\t  \"ipam\": {\"type\": \"host-local\", \"ranges\": [[{\"subnet\": \"10.244.1.0/24\"}]], \"routes\": [{\"dst\": \"0.0.0.0/0\"}]} } ],\r\n\"name\":\"bridge\"}"
@@ -73,7 +73,7 @@ func (s *site) flags(command string, more ...string) []string {
 	return append([]string{command, "--config", "/run/agent.yaml", "--runtime-dir", lab.RuntimeDir, "--cni-conf-dir", confDir, "--cni-bin-dir", binDir}, more...)
 }
 
-func (s *site) plugin() string { return filepath.Join(s.root, "bin", install.PluginType) }
+func (s *site) plugin() string { return filepath.Join(s.root, "bin", pluginType) }
 
 // cni calls a runtime's command for a target, with the network configurations in a directory.
 func (s *site) cni(command, dir, pod string) {
@@ -133,7 +133,7 @@ func (s *site) afterwards(cached, pod string) {
 	if err := s.gone(); err != nil {
 		s.t.Errorf("after pods have come and gone: %v", err)
 	}
-	if _, err := os.Stat(s.Path(binDir + "/" + install.PluginType)); err != nil {
+	if _, err := os.Stat(s.Path(binDir + "/" + pluginType)); err != nil {
 		s.t.Errorf("the plugin, which cached configurations name: %v", err)
 	}
 }
@@ -174,7 +174,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	if _, err := s.RunAgent(t.Context(), s.flags("install", "--plugin", s.plugin())...); err != nil {
 		t.Fatal(err)
 	}
-	if got := s.conflist(); !strings.Contains(got, install.PluginType) || !strings.HasPrefix(primary, got[:100]) {
+	if got := s.conflist(); !strings.Contains(got, pluginType) || !strings.HasPrefix(primary, got[:100]) {
 		t.Errorf("conflist:\n%s", got)
 	}
 	agent, err := s.StartAgent([]byte(installConfig))
@@ -196,7 +196,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	if err := agent.Stop(patience(t)); err != nil {
 		t.Fatal(err)
 	}
-	if s.rules() == s.before || !strings.Contains(s.conflist(), install.PluginType) {
+	if s.rules() == s.before || !strings.Contains(s.conflist(), pluginType) {
 		t.Error("to stop an agent is not to uninstall it")
 	}
 	out, err := s.RunAgent(t.Context(), s.flags("uninstall")...)

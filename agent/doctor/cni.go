@@ -5,37 +5,24 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/labels"
+
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
-// plugin is the type of our entry in a conflist, and the name of its binary.
-const plugin = "magic-ip-address"
-
-// conflist is what we read of a CNI configuration: a list of plugins, or a single one.
-type conflist struct {
-	entry
-	Plugins []entry `json:"plugins"`
-}
-
-type entry struct {
-	Type       string `json:"type"`
-	RuntimeDir string `json:"runtimeDir"`
-	Selectors  map[string][]struct {
-		Namespace string `json:"namespace"`
-		Selector  string `json:"selector"`
-	} `json:"selectors"`
-}
-
-// cni looks at the conflist that the runtime loads, and at the binary.
+// cni looks at the network that the runtime loads, and at the binary.
 func (e *examination) cni() {
 	e.binary()
 	const check = "conflist"
-	files, err := os.ReadDir(e.ConfDir)
+	directory, err := conflist.Read(e.ConfDir, conflist.Options{Runtime: e.Runtime, BinDir: e.BinDir})
 	if errors.Is(err, fs.ErrNotExist) {
 		e.add(Hidden, check, e.ConfDir+" is not visible from here", "on the node, or with --cni-conf-dir")
 		return
@@ -44,75 +31,78 @@ func (e *examination) cni() {
 		e.add(Fail, check, err.Error(), "run this as root")
 		return
 	}
-	var names []string
-	for _, file := range files { // in order; the runtime takes the first
-		if slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(file.Name())) {
-			names = append(names, file.Name())
-		}
-	}
-	if len(names) == 0 {
-		e.add(Fail, check, "no CNI configuration in "+e.ConfDir, "install a CNI plugin that gives pods their addresses, and then this one behind it")
+	view, err := directory.View()
+	if err != nil {
+		e.add(Fail, check, err.Error(), "")
 		return
 	}
-	for i, name := range names {
-		path := filepath.Join(e.ConfDir, name)
-		conf, err := readConflist(path)
-		if err != nil && i == 0 {
-			e.add(Fail, check, err.Error(), "mend it, or have its owner write it anew")
-		}
-		at := slices.IndexFunc(conf.Plugins, func(p entry) bool { return p.Type == plugin })
+	level := Warn
+	if view.Blocked {
+		level = Fail
+	}
+	for _, note := range view.Notes {
+		e.add(level, check, note, "")
+	}
+	if view.Loads == "" {
+		e.add(Fail, check, "no CNI configuration that a runtime could use in "+e.ConfDir, "install a CNI plugin that gives pods their addresses, and then this one behind it")
+		return
+	}
+	found := false
+	for _, f := range view.Entries {
+		path := filepath.Join(e.ConfDir, f.File)
 		switch {
-		case i == 0 && at < 0 && err == nil:
-			e.add(Fail, check, path+", which the runtime loads, has no entry of type "+plugin, "install it: pods are only known by the API until then. Add the entry behind the plugin that assigns addresses")
-		case i > 0 && at >= 0:
-			e.add(Warn, check, path+" has an entry of type "+plugin+", but the runtime loads "+names[0], "take the entry to "+names[0]+", or remove one of the two files")
-		case i == 0 && at == 0:
-			e.add(Fail, check, path+": the entry of type "+plugin+" comes first", "move it behind the plugin that assigns addresses")
-		case i == 0 && at > 0:
-			e.entry(path, conf.Plugins[at])
+		case f.File != view.Expected:
+			e.add(Warn, check, fmt.Sprintf("%s has an entry of type %s, but the runtime loads %s", path, entry.Type, view.Loads),
+				fmt.Sprintf("move the entry to %s, or remove one of the two files", view.Expected))
+		case f.First:
+			e.add(Fail, check, path+": the entry of type "+entry.Type+" comes first", "move it behind the plugin that assigns addresses")
+		default:
+			e.entry(path, f)
 		}
+		found = found || f.File == view.Expected
 	}
-}
-
-func readConflist(path string) (conflist, error) {
-	var conf conflist
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return conf, err
+	if !found {
+		e.add(Fail, check, fmt.Sprintf("%s, which the runtime loads, has no entry of type %s", filepath.Join(e.ConfDir, view.Loads), entry.Type),
+			"install it: pods are only known by the API until then. Add the entry behind the plugin that assigns addresses, in "+view.Expected)
 	}
-	if len(data) == 0 {
-		return conf, fmt.Errorf("%s is empty", path)
-	}
-	if err := json.Unmarshal(data, &conf); err != nil {
-		return conf, fmt.Errorf("%s: %w", path, err)
-	}
-	return conf, nil
 }
 
 // entry looks at our entry: each agent needs its key in it, with the selectors of its configuration.
-func (e *examination) entry(path string, ours entry) {
+func (e *examination) entry(path string, ours conflist.Found) {
 	const check = "conflist"
-	dir := ours.RuntimeDir
-	if dir == "" {
-		dir = "/run/magic-ip-address"
+	dir, err := ours.Dir()
+	if err != nil {
+		e.add(Fail, check, fmt.Sprintf("%s: %v: no pod can be started with this entry", path, err), "correct it, or have it installed again")
+		return
 	}
-	if filepath.Clean(dir) != filepath.Clean(e.RuntimeDir) {
+	if dir != filepath.Clean(e.RuntimeDir) {
 		e.add(Fail, check, fmt.Sprintf("%s: runtimeDir is %s, and here it is %s", path, dir, e.RuntimeDir), "plugin and agent must share one: change runtimeDir or --runtime-dir")
 		return
 	}
-	for _, a := range e.agents {
-		have := map[string]bool{}
-		for _, s := range ours.Selectors[a.Name] {
-			have[s.Namespace+" "+s.Selector] = true
+	all, err := ours.ByAgent()
+	if err != nil {
+		e.add(Fail, check, fmt.Sprintf("%s: %v: no pod can be started with this entry", path, err), "correct it, or have it installed again")
+		return
+	}
+	for _, agent := range slices.Sorted(maps.Keys(all)) {
+		for _, s := range all[agent] {
+			if _, err := labels.Parse(s.Selector); err != nil {
+				e.add(Fail, check, fmt.Sprintf("%s: the selector %q of agent %s is not valid, so that the plugin records no pod for it: %v", path, s.Selector, agent, err),
+					"correct it, or have it installed again")
+			}
 		}
+	}
+	for _, a := range e.agents {
 		var missing []string
 		for _, m := range a.MagicIPs {
-			if want := m.Namespace + " " + m.Selector; !have[want] && !slices.Contains(missing, want) {
-				missing = append(missing, want)
+			if !slices.Contains(all[a.Name], entry.Selector{Namespace: m.Namespace, Selector: m.Selector}) {
+				if want := m.Namespace + " " + m.Selector; !slices.Contains(missing, want) {
+					missing = append(missing, want)
+				}
 			}
 		}
 		switch {
-		case ours.Selectors[a.Name] == nil:
+		case all[a.Name] == nil:
 			e.add(Fail, check, fmt.Sprintf("%s: selectors has no key %q: the plugin records no pod for this agent", path, a.Name), "add "+selectorsOf(a))
 		case len(missing) > 0:
 			e.add(Fail, check, fmt.Sprintf("%s: selectors of %q lack %s", path, a.Name, strings.Join(missing, "; ")), "it should be "+selectorsOf(a))
@@ -124,17 +114,13 @@ func (e *examination) entry(path string, ours entry) {
 
 // selectorsOf is the key that an agent needs.
 func selectorsOf(a agent.NodeAgent) string {
-	type selector struct {
-		Namespace string `json:"namespace"`
-		Selector  string `json:"selector"`
-	}
-	var list []selector
+	var list []entry.Selector
 	for _, m := range a.MagicIPs {
-		if s := (selector{m.Namespace, m.Selector}); !slices.Contains(list, s) {
+		if s := (entry.Selector{Namespace: m.Namespace, Selector: m.Selector}); !slices.Contains(list, s) {
 			list = append(list, s)
 		}
 	}
-	data, err := json.Marshal(map[string][]selector{a.Name: list})
+	data, err := json.Marshal(map[string][]entry.Selector{a.Name: list})
 	if err != nil {
 		return ""
 	}
@@ -143,7 +129,7 @@ func selectorsOf(a agent.NodeAgent) string {
 
 func (e *examination) binary() {
 	const check = "plugin binary"
-	path := filepath.Join(e.BinDir, plugin)
+	path := filepath.Join(e.BinDir, entry.Type)
 	if _, err := os.Stat(e.BinDir); errors.Is(err, fs.ErrNotExist) {
 		e.add(Hidden, check, e.BinDir+" is not visible from here", "on the node, or with --cni-bin-dir")
 		return

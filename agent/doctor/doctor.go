@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/state"
 )
 
@@ -16,6 +17,7 @@ type Options struct {
 	Name       string // only this agent; empty for all of the node
 	ConfDir    string // of the CNI configuration
 	BinDir     string // of the CNI plugins
+	Runtime    conflist.Runtime
 	Version    string
 }
 

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"fmt"
+
 	"github.com/spf13/cobra"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 )
 
 func doctorCommand() *cobra.Command {
 	options := doctor.Options{Version: version}
-	var output string
+	var output, runtime string
 	command := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look at this node, and say what is wrong and what to do next",
@@ -21,6 +24,10 @@ Run it as root on the node, or in the agent's container, which sees less.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := oneOf("--output", output, "table", "json"); err != nil {
 				return err
+			}
+			var err error
+			if options.Runtime, err = conflist.ParseRuntime(runtime); err != nil {
+				return fmt.Errorf("--runtime: %w", err)
 			}
 			report := doctor.Examine(cmd.Context(), options)
 			write := report.WriteTable
@@ -38,6 +45,7 @@ Run it as root on the node, or in the agent's container, which sees less.`,
 	f.StringVar(&options.Name, "name", "", "only the agent called `NAME`")
 	f.StringVar(&options.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the CNI configuration")
 	f.StringVar(&options.BinDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins")
+	runtimeFlag(f, &runtime)
 	f.StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
 	return command
 }

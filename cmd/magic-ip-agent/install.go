@@ -15,6 +15,8 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 )
 
@@ -26,9 +28,14 @@ func (d *directories) flags(f *pflag.FlagSet) {
 	f.StringVar(&d.conf, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the network configurations that the container runtime reads")
 }
 
+// runtimeFlag is whose rules decide which file is loaded.
+func runtimeFlag(f *pflag.FlagSet, runtime *string) {
+	f.StringVar(runtime, "runtime", string(conflist.Auto), "`NAME` of the container runtime, by whose rules a network configuration is loaded: containerd, crio, or auto, which looks for it")
+}
+
 type installFlags struct {
 	directories
-	config, binDir, plugin, daemonSet, kubeconfig, logLevel string
+	runtimeName, config, binDir, plugin, daemonSet, kubeconfig, logLevel string
 	watch, noAPI                                            bool
 }
 
@@ -39,7 +46,8 @@ func installCommand() *cobra.Command {
 		Short: "Put the CNI plugin and its entry in the network configuration in place",
 		Long: `Put the CNI plugin and its entry in the network configuration in place.
 
-The entry goes into the file that the container runtime takes: the first of *.conf, *.conflist and *.json that it can use.
+The entry goes into the network that the container runtime loads: that of the first of *.conf, *.conflist and *.json that it can
+use. A list of plugins is edited; a single plugin's configuration stays as it is, and gets a list beside it that is loaded first.
 Without --config the configuration comes from the environment, as for run.
 
 With --watch it is kept so, until SIGTERM: when the primary CNI writes its file anew, when the plugin goes, when
@@ -51,7 +59,8 @@ the configuration changes. With --daemonset, it is taken out again when that Dae
 	flags.flags(f)
 	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML)")
 	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins that the container runtime runs")
-	f.StringVar(&flags.plugin, "plugin", "/usr/local/bin/"+install.PluginType, "the plugin `FILE` to install")
+	f.StringVar(&flags.plugin, "plugin", "/usr/local/bin/"+entry.Type, "the plugin `FILE` to install")
+	runtimeFlag(f, &flags.runtimeName)
 	f.BoolVar(&flags.watch, "watch", false, "keep it so, until SIGTERM")
 	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this installer belongs to; when it is deleted, the entry is taken out")
 	f.StringVar(&flags.kubeconfig, "kubeconfig", "", "`FILE` with credentials for the Kubernetes API; without it the pod's service account")
@@ -66,8 +75,12 @@ func (f *installFlags) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	runtime, err := conflist.ParseRuntime(f.runtimeName)
+	if err != nil {
+		return fmt.Errorf("--runtime: %w", err)
+	}
 	options := install.Options{
-		RuntimeDir: f.runtime, BinDir: f.binDir, ConfDir: f.conf, Plugin: f.plugin, Version: version,
+		RuntimeDir: f.runtime, Runtime: runtime, BinDir: f.binDir, ConfDir: f.conf, Plugin: f.plugin, Version: version,
 		Load: func() (install.Config, error) {
 			loaded, err := config.Load(f.config, f.noAPI)
 			return toInstall(loaded), err
@@ -98,7 +111,7 @@ func (f *installFlags) run(ctx context.Context) error {
 func toInstall(c config.Config) install.Config {
 	wanted := install.Config{Name: c.Name}
 	for _, port := range c.Ports {
-		selector := install.Selector{Namespace: port.Namespace, Selector: port.SelectorText}
+		selector := entry.Selector{Namespace: port.Namespace, Selector: port.SelectorText}
 		if port.Unserved == "" && !slices.Contains(wanted.Selectors, selector) {
 			wanted.Selectors = append(wanted.Selectors, selector)
 		}
@@ -173,10 +186,10 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
 func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logger) error {
 	// In a container the node's directories may have other paths than the entry says.
-	if err := install.Remove(ctx, f.conf, install.AnyRuntimeDir, name, log); err != nil {
+	if err := install.Remove(ctx, f.conf, conflist.AnyRuntimeDir, name, log); err != nil {
 		return fmt.Errorf("the entry is still in %s: %w", f.conf, err)
 	}
-	if err := install.RemoveTemps(ctx, f.binDir); err != nil {
+	if err := conflist.RemoveTemps(ctx, f.binDir); err != nil {
 		return err
 	}
 	selected, err := backend.Select(ctx, f.backend, name)

@@ -2,6 +2,7 @@ package install
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -11,11 +12,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"golang.org/x/mod/semver"
 	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 // binary is the plugin that this installer brings, and where it goes.
@@ -45,7 +51,7 @@ func identify(path string) (identity, error) {
 	return identity{stat.Ino, stat.Size, stat.Mode, stat.Mtim, stat.Ctim}, nil
 }
 
-func (b *binary) path() string { return filepath.Join(b.dir, PluginType) }
+func (b *binary) path() string { return filepath.Join(b.dir, entry.Type) }
 
 // digest is the SHA-256 of the plugin that this installer brings.
 func (b *binary) digest() (string, error) {
@@ -64,14 +70,11 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*Record, error)) (
 	if id, err := identify(b.path()); err == nil && id == b.placed {
 		return false, nil
 	}
-	unlock, err := lock(ctx, b.dir)
+	unlock, err := conflist.Lock(ctx, b.dir)
 	if err != nil {
-		return false, fmt.Errorf("directory of the CNI plugins (--cni-bin-dir): %w", err)
+		return false, b.explain(fmt.Errorf("directory of the CNI plugins (--cni-bin-dir): %w", err))
 	}
 	defer unlock()
-	if err := (directory{path: b.dir}).removeTemps(); err != nil {
-		return false, b.explain(err)
-	}
 	ours, err := os.ReadFile(b.source)
 	if err != nil {
 		return false, fmt.Errorf("plugin to install (--plugin): %w", err)
@@ -94,8 +97,12 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*Record, error)) (
 		}
 	}
 	if !keep {
-		if err := b.write(ctx, ours); err != nil {
-			return false, err
+		err := conflist.WriteProgram(b.path(), ours, func(path string) (err error) {
+			b.speaks, err = versions(ctx, path)
+			return err
+		})
+		if err != nil {
+			return false, b.explain(err)
 		}
 	}
 	b.placed, err = identify(b.path())
@@ -110,23 +117,6 @@ func preferred(digest, version string, others []*Record) bool {
 		}
 	}
 	return false
-}
-
-// write makes data the plugin, once it is known to run here. A rename: the file that is replaced may be running
-// (ETXTBSY).
-func (b *binary) write(ctx context.Context, data []byte) error {
-	d := directory{path: b.dir}
-	temp, err := d.temp(PluginType, data, 0o755)
-	if err != nil {
-		return b.explain(err)
-	}
-	if b.speaks, err = versions(ctx, temp); err == nil {
-		err = os.Rename(temp, b.path())
-	}
-	if err != nil {
-		return errors.Join(b.explain(err), os.Remove(temp))
-	}
-	return syncDir(b.dir)
 }
 
 // explain adds what to do about a directory that cannot be written.
@@ -151,16 +141,11 @@ func versions(ctx context.Context, path string) ([]string, error) {
 	return answer.SupportedVersions, nil
 }
 
-// accepts asks the plugin in place whether it understands our entry of a file: one that it does not would fail every pod.
-func (b *binary) accepts(ctx context.Context, file File) error {
-	l, err := parseList(file.Data)
-	if err != nil || len(l.ours) == 0 {
-		return err
-	}
-	entry := l.plugins.items[l.ours[0]]
-	conf := splice(l.data[entry.start:entry.end], 1, 1, []byte(`"cniVersion": "1.1.0", "name": "`+PluginType+`", `))
+// accepts asks the plugin in place whether it understands an entry: one that it does not would fail every pod.
+func (b *binary) accepts(ctx context.Context, entry []byte) error {
+	conf := slices.Concat([]byte(`{"cniVersion": "1.1.0", "name": "magic-ip-address", `), bytes.TrimPrefix(entry, []byte("{")))
 	if _, err := call(ctx, b.path(), "STATUS", conf); err != nil {
-		return fmt.Errorf("the plugin would not take its entry in %s: %w", file.Name, err)
+		return fmt.Errorf("the plugin would not take its entry: %w", err)
 	}
 	return nil
 }
@@ -186,41 +171,32 @@ func call(ctx context.Context, path, command string, stdin []byte) ([]byte, erro
 }
 
 // compareVersions compares two of the form v1.2.3, and what git describe puts behind: v1.2.3-4-g0123abc is four commits
-// later. Others cannot be compared.
+// later, where semantic versioning takes that for a pre-release. Others cannot be compared.
 func compareVersions(a, b string) (order int, known bool) {
-	x, okA := parseVersion(a)
-	y, okB := parseVersion(b)
-	if !okA || !okB {
+	x, commitsX := described(a)
+	y, commitsY := described(b)
+	if strings.HasSuffix(a, "-dirty") || strings.HasSuffix(b, "-dirty") || !semver.IsValid(x) || !semver.IsValid(y) || semver.Canonical(x) != x || semver.Canonical(y) != y {
 		return 0, false
 	}
-	for i := range x {
-		if x[i] != y[i] {
-			return x[i] - y[i], true
-		}
-	}
-	return 0, true
+	return cmp.Or(semver.Compare(x, y), cmp.Compare(commitsX, commitsY)), true
 }
 
-func parseVersion(text string) (numbers [4]int, ok bool) {
-	text, ok = strings.CutPrefix(text, "v")
-	core, rest, described := strings.Cut(text, "-")
-	parts := strings.Split(core, ".")
-	if !ok || len(parts) != 3 {
-		return numbers, false
-	}
-	if described {
-		commits, hash, ok := strings.Cut(rest, "-")
-		if !ok || !strings.HasPrefix(hash, "g") {
-			return numbers, false // a pre-release, or changes that no commit has
+// described cuts what git describe puts behind a version: the commits since then, and the last of them.
+func described(version string) (tag string, commits int) {
+	if cut, hash, ok := lastCut(version); ok && strings.HasPrefix(hash, "g") {
+		if tag, count, ok := lastCut(cut); ok {
+			if commits, err := strconv.Atoi(count); err == nil {
+				return tag, commits
+			}
 		}
-		parts = append(parts, commits)
 	}
-	for i, part := range parts {
-		n, err := strconv.Atoi(part)
-		if err != nil {
-			return numbers, false
-		}
-		numbers[i] = n
+	return version, 0
+}
+
+func lastCut(text string) (before, after string, ok bool) {
+	i := strings.LastIndexByte(text, '-')
+	if i < 0 {
+		return text, "", false
 	}
-	return numbers, true
+	return text[:i], text[i+1:], true
 }

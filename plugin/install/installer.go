@@ -1,16 +1,12 @@
-// Package install puts the CNI plugin on a node: its binary, and its entry in the network configuration that the
-// container runtime uses. And it takes the entry out again.
+// Package install puts the CNI plugin on a node, and keeps it there: its binary, and by package conflist its entry in the
+// network configuration that the container runtime loads. And it removes the entry again.
 //
 // The entry is shared by all agents of a node; each installer adds, changes and removes only the key of its own agent.
-// Files are edited by changing the bytes that are ours and no others, so that what a person or the primary CNI wrote
-// comes back as it was.
 //
-// Limits: it edits the file that sorts first, as runtimes choose it that are not told a network by name. The binary stays
-// behind, inert: runtimes may still call DEL through configurations that they have cached.
+// Limits: the binary stays behind, inert: runtimes may still call DEL through configurations that they have cached.
 package install
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,19 +15,18 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 // Config is the part of an agent's configuration that is installed.
 type Config struct {
 	Name      string // of the agent
-	Selectors []Selector
+	Selectors []entry.Selector
 }
 
 // Options say what to install, and where.
@@ -39,6 +34,7 @@ type Options struct {
 	RuntimeDir string
 	BinDir     string // of the node's CNI plugins
 	ConfDir    string // of its network configurations
+	Runtime    conflist.Runtime
 	Plugin     string // the binary to install
 	Version    string // of that
 	// Load reads and validates the configuration of the agent; ConfigFile is watched for it.
@@ -51,7 +47,7 @@ type Options struct {
 }
 
 // errWaiting says that there is no network configuration to add to yet.
-var errWaiting = errors.New("no network configuration is there that a runtime could use: waiting for the primary CNI to write one")
+var errWaiting = errors.New("waiting for the primary CNI to write one")
 
 type installer struct {
 	Options
@@ -161,197 +157,89 @@ func (i *installer) install(ctx context.Context) (again time.Duration, err error
 	if replaced {
 		i.Log.Info("plugin put in place", "binary", i.binary.path(), "version", i.Version)
 	}
-	unlock, err := lock(ctx, i.ConfDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, fmt.Errorf("%s: %w", i.ConfDir, errWaiting)
-	}
-	if err != nil {
-		return 0, err
-	}
-	defer unlock()
-	for range 5 {
-		if again, err = i.configure(ctx); !errors.Is(err, errChanged) {
-			break
-		}
-	}
-	return again, err
+	return i.configure(ctx)
 }
 
-// explain adds what to do about a directory that cannot be written.
-func explain(err error) error {
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%w: the directory of network configurations cannot be written; name the one that the runtime uses with --cni-conf-dir "+
-			"(value cni.confDir of the chart)", err)
-	}
-	return err
-}
-
-// configure puts the key into the file that the runtime takes, and out of all others. The caller holds the directory's lock.
+// configure puts the key into the network that the runtime loads, and out of all others.
 func (i *installer) configure(ctx context.Context) (again time.Duration, err error) {
-	d, err := readDirectory(i.ConfDir)
-	if err != nil {
-		return 0, err
-	}
-	if err := d.removeTemps(); err != nil {
-		return 0, err
-	}
-	chosen, again, notes, err := d.pick(time.Now())
-	i.record.Notes = notes
-	if err != nil || again > 0 { // a file that is just being written may be the one
-		return again, err
-	}
-	if chosen == nil {
-		i.record.Conflist = ""
-		return 0, fmt.Errorf("%s: %w", i.ConfDir, errWaiting)
+	plan, err := conflist.Update(ctx, i.ConfDir, i.conflistOptions(), func(d *conflist.Directory) (conflist.Plan, error) {
+		if len(i.config.Selectors) == 0 {
+			return d.Take(i.config.Name, i.RuntimeDir)
+		}
+		plan, err := d.Put(conflist.Key{Agent: i.config.Name, RuntimeDir: i.RuntimeDir, Selectors: i.config.Selectors}, i.binary.speaks)
+		if err == nil && plan.File != "" && !plan.Empty() {
+			if wait := i.lost(plan); wait > 0 {
+				return plan.Postponed(wait), nil
+			}
+			if refused := i.binary.accepts(ctx, plan.Entry()); refused != nil {
+				return plan.Postponed(0), fmt.Errorf("%s: %w", filepath.Join(i.ConfDir, plan.File), refused)
+			}
+		}
+		return plan, err
+	})
+	i.record.Notes = plan.Notes
+	if note := i.quarrel.note(); note != "" {
+		i.record.Notes = append(i.record.Notes, note)
 	}
 	if len(i.config.Selectors) == 0 {
 		i.record.Notes = append(i.record.Notes, "no magic IP of this agent can be served, so that no pod has to be recorded: its key is in no network configuration")
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && !errors.Is(err, conflist.ErrChanged):
+		return 0, fmt.Errorf("%s is not there: %w", i.ConfDir, errWaiting)
+	case errors.Is(err, conflist.ErrNone):
 		i.record.Conflist, i.present = "", ""
-		return 0, i.withdraw(d, "")
+		return 0, fmt.Errorf("%s: %w: %w", i.ConfDir, err, errWaiting)
+	case errors.Is(err, conflist.ErrVersion), err == nil && plan.Again == 0 && plan.File == "":
+		i.record.Conflist, i.present = "", ""
+		return 0, err
+	case err != nil || plan.Again > 0:
+		return plan.Again, err
 	}
-	key := Key{Agent: i.config.Name, RuntimeDir: i.RuntimeDir, Selectors: i.config.Selectors}
-	after, err := chosen.With(key, i.binary.speaks)
-	if err == nil {
-		after, err = d.rename(chosen.File, after)
+	if !plan.Empty() {
+		i.Log.Info("entry put in place", "conflist", filepath.Join(i.ConfDir, plan.File), "agent", i.config.Name)
 	}
-	if err != nil {
-		return 0, fmt.Errorf("%s: %w", i.ConfDir, err)
-	}
-	if after.Name != chosen.Name || !bytes.Equal(after.Data, chosen.Data) {
-		if wait := i.lost(chosen); wait > 0 {
-			return wait, nil
-		}
-		err := harmless(chosen.File, after)
-		if err == nil {
-			err = i.binary.accepts(ctx, after)
-		}
-		if err == nil {
-			err = explain(d.place(*chosen, after))
-		}
-		if err != nil {
-			return 0, err
-		}
+	if !plan.Empty() || i.record.InstalledAt.IsZero() { // or it had outlived what was noted of it
 		i.record.InstalledAt = time.Now().UTC().Truncate(time.Millisecond)
-		i.Log.Info("entry put in place", "conflist", filepath.Join(i.ConfDir, after.Name), "agent", i.config.Name)
 	}
 	i.quarrel.stands()
-	i.present, i.record.Conflist = after.Name, filepath.Join(i.ConfDir, after.Name)
-	if i.record.InstalledAt.IsZero() { // it had outlived what was noted of it
-		i.record.InstalledAt = time.Now().UTC().Truncate(time.Millisecond)
-	}
-	if note := i.quarrel.note(); note != "" {
-		i.record.Notes = append(i.record.Notes, note)
-	}
-	return 0, i.withdraw(d, after.Name)
+	i.present, i.record.Conflist = plan.File, filepath.Join(i.ConfDir, plan.File)
+	return 0, nil
 }
 
-// lost notes that a key that was there is so no more, if it is not, and returns how long to leave it at that.
-func (i *installer) lost(chosen *candidate) (wait time.Duration) {
-	if l, err := parseList(chosen.Data); i.present == "" || err == nil && l.has(i.config.Name, i.RuntimeDir) {
-		return 0 // not lost: never there yet, or with other selectors
+func (i *installer) conflistOptions() conflist.Options {
+	return conflist.Options{Runtime: i.Runtime, BinDir: i.BinDir}
+}
+
+// lost notes that a key that was there is so no more, if it is not, and returns how long to leave it at that. A key that is to
+// go to another file, which sorts first now, is not lost.
+func (i *installer) lost(plan conflist.Plan) (wait time.Duration) {
+	if !plan.Lost || plan.File != i.present {
+		return 0
 	}
 	now := time.Now()
-	if i.quarrel.lost(now, filepath.Join(i.ConfDir, chosen.Name)) {
-		i.Log.Warn("somebody has removed the entry of this agent", "conflist", chosen.Name, "times", i.quarrel.times, "backIn", i.quarrel.until.Sub(now))
-	}
-	if note := i.quarrel.note(); note != "" {
-		i.record.Notes = append(i.record.Notes, note)
+	if i.quarrel.lost(now, filepath.Join(i.ConfDir, plan.File)) {
+		i.Log.Warn("the entry of this agent was removed by another program; until it is back, the agent knows new pods by the API only",
+			"conflist", filepath.Join(i.ConfDir, plan.File), "times", i.quarrel.times, "backIn", i.quarrel.until.Sub(now))
 	}
 	return max(0, i.quarrel.until.Sub(now))
 }
 
-// withdraw takes the key out of every file but one.
-func (i *installer) withdraw(d directory, except string) error {
-	var all error
-	for _, c := range d.files {
-		if c.Name == except || c.foreign != nil {
-			continue
-		}
-		err := withdraw(d, c, i.config.Name, i.RuntimeDir, i.Log)
-		all = errors.Join(all, err)
-	}
-	return all
-}
-
-func withdraw(d directory, c candidate, agent, runtimeDir string, log *slog.Logger) error {
-	if l, err := parseList(c.Data); filepath.Ext(c.Name) != listExt || err != nil || !l.has(agent, runtimeDir) {
-		return nil // nothing of ours is in there
-	}
-	after, err := c.Without(agent, runtimeDir)
-	if err != nil {
-		return err
-	}
-	// The one that was kept does not come back where its owner has written it anew.
-	if after.Name != c.Name && d.exists(after.Name) {
-		if err := os.Remove(filepath.Join(d.path, c.Name)); err != nil {
-			return err
-		}
-		return errors.Join(os.Remove(filepath.Join(d.path, c.KeptName+keptExt)), syncDir(d.path))
-	}
-	if c.unusable == nil {
-		if err := harmless(c.File, after); err != nil {
-			return err
-		}
-	}
-	if err := d.place(c, after); err != nil {
-		return explain(err)
-	}
-	log.Info("entry taken out", "conflist", filepath.Join(d.path, after.Name), "agent", agent)
-	return nil
-}
-
-// Remove takes the key of an agent out of all network configurations of a directory.
+// Remove removes the key of an agent from all network configurations of a directory. What is still there is an error.
 func Remove(ctx context.Context, confDir, runtimeDir, agent string, log *slog.Logger) error {
-	unlock, err := lock(ctx, confDir)
-	if errors.Is(err, fs.ErrNotExist) {
+	plan, err := conflist.Update(ctx, confDir, conflist.Options{}, func(d *conflist.Directory) (conflist.Plan, error) {
+		return d.Take(agent, runtimeDir)
+	})
+	if errors.Is(err, fs.ErrNotExist) && plan.Empty() {
 		return nil
 	}
-	if err != nil {
-		return err
+	if err == nil && !plan.Empty() {
+		log.Info("entry removed", "directory", confDir, "files", strings.Join(plan.Paths(), ", "), "agent", agent)
 	}
-	defer unlock()
-	for range 5 {
-		if err = removeFrom(confDir, runtimeDir, agent, log); !errors.Is(err, errChanged) {
-			break
-		}
+	for _, note := range plan.Notes {
+		log.Warn(note)
 	}
-	return err
-}
-
-func removeFrom(confDir, runtimeDir, agent string, log *slog.Logger) error {
-	d, err := readDirectory(confDir)
-	if err != nil {
-		return err
-	}
-	err = d.removeTemps()
-	for _, c := range d.files {
-		if c.foreign == nil {
-			err = errors.Join(err, withdraw(d, c, agent, runtimeDir, log))
-		}
-	}
-	if err != nil {
-		return err
-	}
-	return d.removeKept()
-}
-
-// removeKept removes what was kept of files whose list has nothing of ours any more, because its owner has written it
-// anew, or removed it.
-func (d directory) removeKept() error {
-	d, err := readDirectory(d.path)
-	if err != nil {
-		return err
-	}
-	for _, original := range d.kept {
-		ours := slices.ContainsFunc(d.files, func(c candidate) bool {
-			l, err := parseList(c.Data)
-			return c.KeptName == original && (err != nil || len(l.ours) > 0)
-		})
-		if !ours {
-			err = errors.Join(err, os.Remove(filepath.Join(d.path, original+keptExt)))
-		}
-	}
-	return err
+	return errors.Join(err, conflist.RemoveTemps(ctx, confDir))
 }
 
 // files are what an installer has in the runtime dir.

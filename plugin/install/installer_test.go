@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 var update = flag.Bool("update", false, "write installed and cleaned anew")
@@ -41,7 +42,7 @@ type node struct {
 func newNode(t *testing.T) *node {
 	t.Helper()
 	dir := t.TempDir()
-	n := &node{T: t, log: &lockedBuffer{}, config: Config{Name: "default.magic-ip", Selectors: []Selector{
+	n := &node{T: t, log: &lockedBuffer{}, config: Config{Name: "default.magic-ip", Selectors: []entry.Selector{
 		{Namespace: "default", Selector: "app=echo,tier in (a,b),x<3"}, {Namespace: "*", Selector: "app=statsd"},
 	}}}
 	n.options = Options{

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 const simple = `{
@@ -48,7 +50,7 @@ func TestParallelInstallers(t *testing.T) {
 	installAs := func(i int) error {
 		options := n.options
 		options.Load = func() (Config, error) {
-			return Config{Name: name(i), Selectors: []Selector{{Namespace: "default", Selector: "app=x"}}}, nil
+			return Config{Name: name(i), Selectors: []entry.Selector{{Namespace: "default", Selector: "app=x"}}}, nil
 		}
 		return Once(t.Context(), options)
 	}
@@ -59,12 +61,11 @@ func TestParallelInstallers(t *testing.T) {
 	wantKeys := func(when string, want func(i int) bool) {
 		t.Helper()
 		text := n.confs()["10-a.conflist"]
-		l, err := parseList([]byte(text))
-		if err != nil || len(l.ours) != 1 {
-			t.Fatalf("%s: %d entries, %v:\n%s", when, len(l.ours), err, text)
+		if entries := strings.Count(text, `"magic-ip-address"`); entries != 1 {
+			t.Fatalf("%s: %d entries:\n%s", when, entries, text)
 		}
 		for i := range agents {
-			if l.has(name(i), defaultRuntimeDir) != want(i) {
+			if n.has(name(i)) != want(i) {
 				t.Errorf("%s: key of %s: %t", when, name(i), !want(i))
 			}
 		}
@@ -85,29 +86,6 @@ func TestParallelInstallers(t *testing.T) {
 	}
 }
 
-// TestReplaceOnlyWhatWasRead: a primary CNI that writes its file between our reading and our writing keeps what it wrote.
-func TestReplaceOnlyWhatWasRead(t *testing.T) {
-	t.Parallel()
-	n := newNode(t)
-	n.conf("10-a.conflist", "new")
-	d := directory{path: n.options.ConfDir}
-	if err := d.replace("10-a.conflist", []byte("old"), []byte("ours"), 0o644); !errors.Is(err, errChanged) {
-		t.Errorf("replace: %v", err)
-	}
-	n.want("the file", map[string]string{"10-a.conflist": "new"}, n.confs())
-	if err := d.replace("20-gone.conflist", []byte("old"), []byte("ours"), 0o644); err == nil {
-		t.Error("a file that is gone is made anew")
-	}
-	n.want("no file", map[string]string{"10-a.conflist": "new"}, n.confs())
-	if err := d.replace("10-a.conflist", []byte("new"), []byte("ours"), 0o640); err != nil {
-		t.Error(err)
-	}
-	n.want("the file", map[string]string{"10-a.conflist": "ours"}, n.confs())
-	if info, err := os.Stat(filepath.Join(d.path, "10-a.conflist")); err != nil || info.Mode() != 0o640 {
-		t.Errorf("mode %v: %v", info.Mode(), err)
-	}
-}
-
 // TestModeIsKept: a file that only root may read stays so, as a list and back again.
 func TestModeIsKept(t *testing.T) {
 	t.Parallel()
@@ -123,7 +101,7 @@ func TestModeIsKept(t *testing.T) {
 		}
 	}
 	n.install()
-	mode("10-a.conflist")
+	mode("10-a-conf.magic-ip-address.conflist")
 	n.uninstall()
 	mode("10-a.conf")
 }
@@ -137,7 +115,7 @@ func TestSymbolicLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.install()
-	if target, err := os.Readlink(link); err != nil || target != "cni.d" || !strings.Contains(n.confs()["cni.d"], PluginType) {
+	if target, err := os.Readlink(link); err != nil || target != "cni.d" || !strings.Contains(n.confs()["cni.d"], entry.Type) {
 		t.Errorf("the link leads to %q (%v), whose file is\n%s", target, err, n.confs()["cni.d"])
 	}
 	n.uninstall()
@@ -191,7 +169,7 @@ func TestFileThatIsBeingWritten(t *testing.T) {
 		_ = os.WriteFile(filepath.Join(n.options.ConfDir, "05-first.conflist"), []byte(simple), 0o644)
 	}()
 	n.install()
-	if got := n.confs(); got["10-a.conflist"] != simple || !strings.Contains(got["05-first.conflist"], PluginType) {
+	if got := n.confs(); got["10-a.conflist"] != simple || !strings.Contains(got["05-first.conflist"], entry.Type) {
 		t.Errorf("not in the first file: %v", got)
 	}
 }
@@ -206,7 +184,7 @@ func TestKeyMovesToTheFirstFile(t *testing.T) {
 	n.conf("05-b.conflist", simple)
 	n.install()
 	got := n.confs()
-	if !strings.Contains(got["05-b.conflist"], PluginType) {
+	if !strings.Contains(got["05-b.conflist"], entry.Type) {
 		t.Errorf("not in the first file:\n%s", got["05-b.conflist"])
 	}
 	delete(got, "05-b.conflist")
@@ -226,7 +204,7 @@ func TestNoSelectors(t *testing.T) {
 	}
 }
 
-func (n *node) placed() string { n.Helper(); return n.read(n.options.BinDir)[PluginType] }
+func (n *node) placed() string { n.Helper(); return n.read(n.options.BinDir)[entry.Type] }
 
 // TestPluginThatDoesNotRun: no entry names it, and the one that was there before stays.
 func TestPluginThatDoesNotRun(t *testing.T) {
@@ -236,13 +214,13 @@ func TestPluginThatDoesNotRun(t *testing.T) {
 	} {
 		n := newNode(t)
 		n.conf("10-a.conflist", simple)
-		n.put(filepath.Join(n.options.BinDir, PluginType), "before")
+		n.put(filepath.Join(n.options.BinDir, entry.Type), "before")
 		n.put(n.options.Plugin, broken)
 		if err := n.once(); err == nil {
 			t.Errorf("%s: installed", name)
 		}
 		n.want(name, map[string]string{"10-a.conflist": simple}, n.confs())
-		n.want(name, map[string]string{PluginType: "before"}, n.read(n.options.BinDir))
+		n.want(name, map[string]string{entry.Type: "before"}, n.read(n.options.BinDir))
 	}
 	// One that runs and would fail every pod because of what is in its entry.
 	n := newNode(t)
@@ -259,7 +237,7 @@ func TestPluginIsReplaced(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.conf("10-a.conflist", simple)
-	path := filepath.Join(n.options.BinDir, PluginType)
+	path := filepath.Join(n.options.BinDir, entry.Type)
 	sleep, err := os.ReadFile("/bin/sleep")
 	if err != nil {
 		t.Fatal(err)
@@ -270,9 +248,9 @@ func TestPluginIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = running.Process.Kill(); _ = running.Wait() }()
-	n.put(path+tempExt, "left by an installer that was killed")
+	n.put(path+".magic-ip-address.tmp", "left by an installer that was killed")
 	n.install()
-	n.want("the directory", map[string]string{PluginType: fmt.Sprintf(plugin, "v1.0.0")}, n.read(n.options.BinDir))
+	n.want("the directory", map[string]string{entry.Type: fmt.Sprintf(plugin, "v1.0.0")}, n.read(n.options.BinDir))
 
 	if err := os.Chmod(path, 0o600); err != nil {
 		t.Fatal(err)
@@ -357,7 +335,8 @@ func TestCompareVersions(t *testing.T) {
 	}{
 		{"v1.2.3", "v1.2.3", 0, true}, {"v1.2.3", "v1.2.10", -1, true}, {"v2.0.0", "v1.99.99", 1, true},
 		{"v1.2.3-4-g0123abc", "v1.2.3", 1, true}, {"v1.2.3-4-g0123abc", "v1.2.3-12-gfff", -1, true}, {"v1.2.3-4-g0123abc", "v1.2.4", -1, true},
-		{"devel", "v1.2.3", 0, false}, {"v1.2.3-rc1", "v1.2.3", 0, false}, {"0123abc-dirty", "0123abc-dirty", 0, false}, {"v1.2", "v1.2.0", 0, false}, {"v1.2.x", "v1.2.0", 0, false},
+		{"v1.2.3-rc1", "v1.2.3", -1, true}, {"v1.2.3-rc1-2-gabc", "v1.2.3-rc1", 1, true}, {"v1.2.3-rc1-2-gabc", "v1.2.3", -1, true},
+		{"devel", "v1.2.3", 0, false}, {"v1.2.3-dirty", "v1.2.3", 0, false}, {"v1.2.3-4-g0123abc-dirty", "v1.2.3", 0, false}, {"0123abc-dirty", "0123abc-dirty", 0, false}, {"v1.2", "v1.2.0", 0, false}, {"v1.2.x", "v1.2.0", 0, false},
 	} {
 		order, known := compareVersions(test.a, test.b)
 		if known != test.known || order < 0 != (test.order < 0) || order > 0 != (test.order > 0) {
@@ -393,25 +372,6 @@ func TestRecordComesFirst(t *testing.T) {
 	n.install()
 }
 
-// TestHarmless: a change that a loader would notice beyond our entry is none.
-func TestHarmless(t *testing.T) {
-	t.Parallel()
-	before := File{Name: "10-a.conflist", Data: []byte(simple)}
-	for _, change := range [][2]string{
-		{`"a"`, `"b"`}, {"1.0.0", "1.1.0"}, {"bridge", "ptp"}, {`{"type": "bridge"}`, `{"type": "bridge", "mtu": 1}`}, {`"name"`, `"disableCheck": true, "name"`},
-		{`"name"`, `"disableGC": true, "name"`}, {`{"type": "bridge"}`, ""}, {`{"type": "bridge"}`, `{"type": "bridge"}, {"type": "tuning"}`}, {"]", ""},
-	} {
-		after := File{Name: before.Name, Data: []byte(strings.Replace(simple, change[0], change[1], 1))}
-		if err := harmless(before, after); err == nil {
-			t.Errorf("%s to %s is taken for harmless", change[0], change[1])
-		}
-	}
-	after := File{Name: before.Name, Data: []byte(strings.Replace(simple, `{"type": "bridge"}`, `{"type":"bridge"},{"type": "magic-ip-address"}`, 1))}
-	if err := harmless(before, after); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestRecordOfANewerBuild(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -443,7 +403,7 @@ func TestRemoveWhateverRuntimeDir(t *testing.T) {
 	if err := Remove(t.Context(), n.options.ConfDir, "/host"+n.options.RuntimeDir, n.config.Name, n.options.Log); err != nil || reflect.DeepEqual(before, n.confs()) {
 		t.Errorf("with another runtime directory: %v, %v", err, n.confs())
 	}
-	if err := Remove(t.Context(), n.options.ConfDir, AnyRuntimeDir, n.config.Name, n.options.Log); err != nil {
+	if err := Remove(t.Context(), n.options.ConfDir, conflist.AnyRuntimeDir, n.config.Name, n.options.Log); err != nil {
 		t.Error(err)
 	}
 	n.want("after any", before, n.confs())

@@ -51,7 +51,7 @@ func (q *quarrel) note() string {
 	if q.times <= patientTimes || time.Since(q.at) > calm {
 		return ""
 	}
-	text := fmt.Sprintf("somebody has removed the entry from %s %d times, last at %s", q.path, q.times, q.at.UTC().Format(time.RFC3339))
+	text := fmt.Sprintf("another program has removed the entry from %s %d times, last at %s", q.path, q.times, q.at.UTC().Format(time.RFC3339))
 	if q.open {
 		text += "; it is put back at " + q.until.UTC().Format(time.RFC3339)
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 )
 
 const (
@@ -127,7 +128,8 @@ func (i *installer) serve(ctx context.Context) error {
 			timer.Reset(settle)
 			continue
 		case event := <-watcher.Events:
-			if event.Op != fsnotify.Chmod || filepath.Dir(event.Name) == i.BinDir {
+			// Attempts of our own that fail are no news.
+			if !conflist.IsOurs(event.Name) && (event.Op != fsnotify.Chmod || filepath.Dir(event.Name) == i.BinDir) {
 				pause(ctx, watcher)
 				timer.Reset(0)
 			}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 // watch runs an installer; stop is SIGTERM.
@@ -54,12 +56,8 @@ func (n *node) eventually(what string, so func() bool) {
 
 // has says whether 10-a.conflist has the key of an agent.
 func (n *node) has(agent string) bool {
-	data, err := os.ReadFile(filepath.Join(n.options.ConfDir, "10-a.conflist"))
-	if err != nil {
-		return false
-	}
-	l, err := parseList(data)
-	return err == nil && l.has(agent, n.options.RuntimeDir)
+	d, err := conflist.Read(n.options.ConfDir, conflist.Options{})
+	return err == nil && d.Has("10-a.conflist", agent, n.options.RuntimeDir)
 }
 
 // awaitKey waits for the key in 10-a.conflist.
@@ -131,13 +129,13 @@ func TestWatchPutsBack(t *testing.T) {
 			}
 		},
 		"plugin removed": func(n *node) {
-			if err := os.Remove(filepath.Join(n.options.BinDir, PluginType)); err != nil {
+			if err := os.Remove(filepath.Join(n.options.BinDir, entry.Type)); err != nil {
 				n.Fatal(err)
 			}
 		},
-		"plugin overwritten": func(n *node) { n.put(filepath.Join(n.options.BinDir, PluginType), "odd") },
+		"plugin overwritten": func(n *node) { n.put(filepath.Join(n.options.BinDir, entry.Type), "odd") },
 		"plugin's mode": func(n *node) {
-			if err := os.Chmod(filepath.Join(n.options.BinDir, PluginType), 0o644); err != nil {
+			if err := os.Chmod(filepath.Join(n.options.BinDir, entry.Type), 0o644); err != nil {
 				n.Fatal(err)
 			}
 		},
@@ -158,7 +156,7 @@ func TestWatchPutsBack(t *testing.T) {
 			damage(n)
 			n.awaitKey()
 			n.eventually("the plugin", func() bool {
-				info, err := os.Stat(filepath.Join(n.options.BinDir, PluginType))
+				info, err := os.Stat(filepath.Join(n.options.BinDir, entry.Type))
 				return err == nil && info.Mode() == 0o755 && n.placed() == fmt.Sprintf(plugin, "v1.0.0")
 			})
 			n.eventually("the record", func() bool {
@@ -190,14 +188,14 @@ func TestWatchDoesNotFight(t *testing.T) {
 	n.watch()
 	n.eventually("to say that it is in a quarrel", func() bool {
 		record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
-		return err == nil && len(record.Notes) == 1 && strings.Contains(record.Notes[0], "somebody has removed the entry from") && strings.Contains(record.Notes[0], "cni.exclusive")
+		return err == nil && len(record.Notes) == 1 && strings.Contains(record.Notes[0], "another program has removed the entry from") && strings.Contains(record.Notes[0], "cni.exclusive")
 	})
 	// Its pauses are 0, 0, 1, 2, 4 … seconds.
 	time.Sleep(4 * time.Second)
 	if times := removed.Load(); times < 3 || times > 6 {
 		t.Errorf("the entry was put back %d times within about 4 seconds", times)
 	}
-	if !strings.Contains(n.log.String(), "somebody has removed the entry") {
+	if !strings.Contains(n.log.String(), "removed by another program") {
 		t.Error("nothing in the log")
 	}
 }
@@ -233,7 +231,7 @@ func TestWatchFollowsTheConfiguration(t *testing.T) {
 		if !renamed {
 			name, selector = n.config.Name, string(data)
 		}
-		return Config{Name: name, Selectors: []Selector{{Namespace: "default", Selector: selector}}}, nil
+		return Config{Name: name, Selectors: []entry.Selector{{Namespace: "default", Selector: selector}}}, nil
 	}
 	n.watch()
 	selects := func(selector string) {
@@ -404,7 +402,7 @@ func TestUndoTriesAgain(t *testing.T) {
 	undo := n.undone()
 	n.watch()
 	n.awaitKey()
-	unlock, err := lock(t.Context(), n.options.ConfDir)
+	unlock, err := conflist.Lock(t.Context(), n.options.ConfDir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,79 @@
+package conflist
+
+import (
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+)
+
+// View is what is to be told of a directory.
+type View struct {
+	// Loads is the file that the runtime loads; empty where there is none.
+	Loads string
+	// Blocked: a file before that keeps containerd from loading it.
+	Blocked bool
+	// Expected is the file that the entry belongs in.
+	Expected string
+	Entries  []Found
+	Notes    []string
+}
+
+// Found is an entry of the plugin in a file.
+type Found struct {
+	File  string
+	First bool // in the chain that is loaded: there is no plugin before it that assigns addresses
+	entry.Raw
+}
+
+// View returns what the runtime loads, and each entry. An error is why that cannot be told.
+func (d *Directory) View() (View, error) {
+	var v View
+	loads, _, notes, err := d.first(time.Time{}, func(file) bool { return false })
+	if err != nil {
+		return v, err
+	}
+	v.Notes = notes
+	if loads != nil {
+		v.Loads = loads.name
+		v.Blocked = d.options.Runtime != CRIO && slices.ContainsFunc(d.files, func(f file) bool { return f.unusable != nil && f.name < loads.name })
+	}
+	target, _, notes, err := d.target(time.Time{})
+	if err != nil {
+		return v, err
+	}
+	for _, note := range notes {
+		if !slices.Contains(v.Notes, note) {
+			v.Notes = append(v.Notes, note)
+		}
+	}
+	all := slices.Clone(d.files)
+	if target != nil {
+		switch folder := folderOf(*target); {
+		case filepath.Ext(target.name) != listExt:
+			v.Expected = ownName(target.name)
+		case (&Plan{d: d}).folderOnly(*target):
+			v.Expected = folder + "/" + folderEntry
+			all = append(all, d.folders[folder]...)
+		default:
+			v.Expected = target.name
+		}
+	}
+	for _, f := range all {
+		document, err := parse(f.data)
+		if err != nil || filepath.Ext(f.name) != listExt && !strings.Contains(f.name, "/") {
+			continue
+		}
+		for _, e := range document.entries() {
+			found := Found{File: f.name, First: slices.Contains(document.ours(), 0), Raw: raw(e)}
+			if folder, _, ok := strings.Cut(f.name, "/"); ok {
+				found.First = f.first(d.folders[folder])
+				v.Expected = f.name
+			}
+			v.Entries = append(v.Entries, found)
+		}
+	}
+	return v, nil
+}
