@@ -35,7 +35,7 @@ demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (nee
 
 .PHONY: test
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
-	integration/prerequisites nft iptables conntrack ip nsenter gcc
+	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3
@@ -48,7 +48,7 @@ e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minu
 
 .PHONY: e2e
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
-	integration/prerequisites nft iptables conntrack ip nsenter gcc
+	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 20m -tags e2e ./integration/cluster/release ./integration/cluster/...
 

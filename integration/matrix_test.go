@@ -202,6 +202,10 @@ func (m *matrix) print(w io.Writer) (faults []string) {
 
 // TestMain prints the matrix after the tests. A run of some of the tests may leave cases out.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == lockAll {
+		fmt.Fprintln(os.Stderr, lockEverything(os.Args[2:]))
+		os.Exit(1)
+	}
 	code := m.Run()
 	whole := flag.Lookup("test.list").Value.String() == ""
 	for _, filter := range []string{"test.run", "test.skip"} {
