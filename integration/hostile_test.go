@@ -276,7 +276,7 @@ func wantLocked(t *testing.T, path string) {
 		}
 		defer func() { _ = dir.Close() }()
 		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("%s is not locked: %w", path, err)
+			return fmt.Errorf("%s is not locked: %v", path, err)
 		}
 		return nil
 	})

@@ -36,7 +36,7 @@ func runtimeFlag(f *pflag.FlagSet, runtime *string) {
 type installFlags struct {
 	directories
 	runtimeName, config, binDir, plugin, daemonSet, kubeconfig, logLevel string
-	watch, noAPI                                            bool
+	watch, noAPI                                                         bool
 }
 
 func installCommand() *cobra.Command {
