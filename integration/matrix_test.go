@@ -56,8 +56,9 @@ const (
 	evenSpread    = "distribution random: even over 3 targets"
 	sctpInit      = "SCTP, crafted INIT: served, other port refused"
 	sctpSocket    = "SCTP, association between sockets: served"
-	newUplink     = "link gets a default route: dropped within 1 s"
-	formerUplink  = "link loses its default route: served again"
+	awayUplink    = "uplink without its default route: dropped"
+	strayDefault  = "pod's link with a default route: served"
+	otherNetworks = "link to another network, any default route: dropped"
 	sameBridge    = "bridge-nf-call 0, pod of that bridge: masqueraded"
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
 	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
@@ -85,7 +86,7 @@ var rows = []row{
 	{noneHold, onBridge}, {noneHoldOver, onBridge},
 	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
-	{newUplink, onBridge}, {formerUplink, onBridge},
+	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
 	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge},
 	{beforeAgent, onBridge}, {spoofed, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},

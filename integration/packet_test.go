@@ -293,50 +293,72 @@ func TestNothingLeaks(t *testing.T) {
 	})
 }
 
-// TestUplinkChanges gives a veth link, behind which pods can be, a default route, and takes it away again.
+// TestUplinkChanges moves default routes: away from the uplink, to the link of a pod that is a gateway, to a link that
+// connects the node with another network. All three are veths whose other end is in another network namespace.
 func TestUplinkChanges(t *testing.T) {
 	onEach(t, func(t *testing.T, backend string) {
 		w := serving(t, backend, "bridge", config())
-		w.run(makeNetNS + `
-			netns other
-			ip link add other type veth peer name eth0 netns other
-			ip link set other up
-			ip -n other link set eth0 up
-			ip address add 203.0.113.1/24 dev other
-			ip address add 2001:db8:3::1/64 dev other nodad
-			ip -n other address add 203.0.113.2/24 dev eth0
-			ip -n other address add 2001:db8:3::2/64 dev eth0 nodad
-			ip -n other route add default via 203.0.113.1
-			ip -n other route add default via 2001:db8:3::1`)
+		const pair = makeNetNS + `
+			pair() { # NAME LENGTH4 LENGTH6 GATEWAY4 POD4 GATEWAY6 POD6
+				netns $1
+				ip link add $1 type veth peer name eth0 netns $1
+				ip link set $1 up
+				ip -n $1 link set eth0 up
+				ip address add $4/$2 dev $1
+				ip address add $6/$3 dev $1 nodad
+				ip -n $1 address add $5/$2 dev eth0
+				ip -n $1 address add $7/$3 dev eth0 nodad
+				ip -n $1 route add default via $4 dev eth0 onlink
+				ip -n $1 route add default via $6 dev eth0 onlink
+			}
+			routed() { # NAME NUMBER
+				pair $1 32 128 10.22.0.1 10.22.1.$2 fd00:22::1 fd00:22:1::$2
+				ip route add 10.22.1.$2 dev $1
+				ip route add fd00:22:1::$2 dev $1
+			}
+			`
+		w.run(pair + `
+			routed gateway 254
+			pair other 24 64 203.0.113.1 203.0.113.2 2001:db8:3::1 2001:db8:3::2`)
 		w.addTarget("echo")
 		w.echo("echo")
-		within := func(limit time.Duration, to netip.AddrPort, want string) error {
-			deadline := time.Now().Add(limit)
-			return lab.Eventually(patience(t), func() error {
-				asked := time.Now()
-				err := w.want("other", to, want)
-				if err == nil && asked.After(deadline) {
-					t.Errorf("%s: %q only %v late", to, want, asked.Sub(deadline))
-				}
-				return err
-			})
+		// seen waits until the agent has taken in what was changed before: a pod's new link is served.
+		links := 0
+		seen := func(six bool) {
+			links++
+			name := fmt.Sprint("pod", links)
+			w.run(pair + fmt.Sprintf("routed %s %d", name, links))
+			if err := lab.Eventually(patience(t), func() error { return w.want(name, magic(six), "answered by echo") }); err != nil {
+				t.Fatal(err)
+			}
 		}
 		for _, six := range []bool{false, true} {
-			gateway, other := "203.0.113.2", netip.MustParseAddr(lab.UplinkIPv4)
+			uplink, gateway, other, flag := lab.UplinkIPv4, "10.22.1.254", "203.0.113.2", "-4"
 			if six {
-				gateway, other = "2001:db8:3::2", netip.MustParseAddr(lab.UplinkIPv6)
+				uplink, gateway, other, flag = lab.UplinkIPv6, "fd00:22:1::254", "2001:db8:3::2", "-6"
 			}
-			w.note(formerUplink, six, within(time.Second, magic(six), "answered by echo"))
-			// A second default route, in a table of its own as policy routing has it, and none again.
-			w.run("ip route add default via " + gateway + " table 77")
-			w.note(newUplink, six, within(time.Second, magic(six), "silence"))
-			w.run("ip route delete default via " + gateway + " table 77")
-			w.note(formerUplink, six, within(time.Second, magic(six), "answered by echo"))
-			// The default route moves here from eth0, and back.
-			w.run("ip route replace default via " + gateway)
-			w.note(newUplink, six, within(time.Second, magic(six), "silence"))
-			w.run("ip route replace default via " + other.String())
-			w.note(formerUplink, six, within(time.Second, magic(six), "answered by echo"))
+			for _, change := range []string{
+				"true",
+				"ip route add default via " + gateway + " dev gateway onlink table 77",
+				"ip route add default via " + other + " table 78",
+				"ip route replace default via " + other,
+				"ip route replace default via " + gateway + " dev gateway onlink",
+				"ip " + flag + " route delete default",
+				"ip route add default via " + uplink,
+			} {
+				w.run(change)
+				seen(six)
+				for _, q := range []struct{ row, from, want string }{
+					{awayUplink, lab.Uplink, "silence"}, {otherNetworks, "other", "silence"}, {strayDefault, "gateway", "answered by echo"},
+				} {
+					if err := w.want(q.from, magic(six), q.want); err != nil {
+						w.note(q.row, six, fmt.Errorf("after %q: %w", change, err))
+					}
+				}
+			}
+			for _, row := range []string{awayUplink, otherNetworks, strayDefault} {
+				w.note(row, six, nil)
+			}
 		}
 		if restarted := strings.Count(w.agent.Log(), "starting"); restarted != 1 {
 			t.Errorf("the agent has started %d times", restarted)

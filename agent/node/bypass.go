@@ -11,50 +11,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// instead is what to take where netfilter is bypassed.
-const instead = "Cilium's Local Redirect Policy does the same there, and else a Service with internalTrafficPolicy: Local"
+// instead is what to use where netfilter is bypassed.
+const instead = "Cilium's Local Redirect Policy does the same there; elsewhere use a Service with internalTrafficPolicy: Local"
 
-// Bypasses names, one sentence each, the eBPF data planes of this node that may take packets past netfilter, and
-// so past the rules. What cannot be looked at is not named. It reads the network namespace of the calling thread.
+// Bypasses names, one sentence each, the data planes of this node that may forward packets of pods past netfilter, and so
+// past the rules. It names nothing where the kernel does not answer. It reads the network namespace of the calling thread.
 func Bypasses() []string {
-	var links []netlink.Link
-	err := whole(func() (err error) {
-		links, err = netlink.LinkList()
-		return err
-	})
+	snapshot, err := Kernel{}.Snapshot()
 	if err != nil {
 		return nil
 	}
-	names := map[string]bool{}
-	for _, link := range links {
-		names[link.Attrs().Name] = true
-	}
+	network := Classify(snapshot, Known{})
 	maps, _ := filepath.Glob("/sys/fs/bpf/tc/globals/cilium_*")
 	var found []string
 	switch {
-	case names["cilium_host"] || names["cilium_net"] || len(maps) > 0:
+	case network.Interfaces["cilium_host"] || network.Interfaces["cilium_net"] || len(maps) > 0:
 		found = append(found, "Cilium is on this node: with eBPF host routing (the default of its kube-proxy replacement) packets of pods bypass the rules. "+
-			"Set bpf.hostLegacyRouting=true, or take something else: "+instead)
-	case names["bpfin.cali"] || names["bpfout.cali"]:
-		found = append(found, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or take something else: "+instead)
+			"Set bpf.hostLegacyRouting=true, or use something else: "+instead)
+	case network.Interfaces["bpfin.cali"] || network.Interfaces["bpfout.cali"]:
+		found = append(found, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or something else: "+instead)
+	}
+	for _, link := range network.Links {
+		switch product := ovsProduct(link.Name); {
+		case link.Kind != "openvswitch" || product == "":
+			continue
+		case product == "OVN-Kubernetes":
+			found = append(found, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): they bypass the rules, and pods do not reach magic IPs. "+
+				"With routingViaHost: true they pass this node's network stack, but the replies do not. Use something else: a Service with internalTrafficPolicy: Local", product, link.Name))
+		default:
+			found = append(found, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): replies bypass the rules, and pods do not reach magic IPs. "+
+				"Use something else: a Service with internalTrafficPolicy: Local", product, link.Name))
+		}
 	}
 	if len(found) > 0 {
-		return found // whose programs those are is known
-	}
-	uplinks, _, err := readRoutes()
-	if err != nil {
-		return nil
+		return found // the programs below are theirs
 	}
 	var programs []string
-	for _, link := range links {
-		if podLinkType(link.Type()) && !uplinks[link.Attrs().Index] {
+	for _, link := range network.Links {
+		if link.Role == Served {
 			programs = append(programs, programsOf(link)...)
 		}
 	}
 	if len(programs) > 0 {
 		slices.Sort(programs)
-		found = append(found, fmt.Sprintf("eBPF programs take the packets of pods first (%s): where they redirect, the rules are bypassed. "+
-			"If magic IPs are not reached, that is why: %s", fewOf(programs), instead))
+		found = append(found, fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
+			"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead))
 	}
 	return found
 }
@@ -67,22 +68,21 @@ func fewOf(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-// programsOf are the eBPF programs that see what comes in by a link: of the classic tc, of tcx and of netkit.
-func programsOf(link netlink.Link) (programs []string) {
-	name := link.Attrs().Name
-	if filters, err := netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS); err == nil {
+// programsOf are the eBPF programs that see what comes in by a link: those of classic tc, of tcx and of netkit.
+func programsOf(link Link) (programs []string) {
+	if filters, err := netlink.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: link.Index}}, netlink.HANDLE_MIN_INGRESS); err == nil {
 		for _, filter := range filters {
 			if bpf, ok := filter.(*netlink.BpfFilter); ok {
-				programs = append(programs, fmt.Sprintf("%s: tc %s", name, bpf.Name))
+				programs = append(programs, fmt.Sprintf("%s: tc %s", link.Name, bpf.Name))
 			}
 		}
 	}
 	for kind, attach := range map[string]uint32{"tcx": unix.BPF_TCX_INGRESS, "netkit": bpfNetkitPeer} {
-		if kind == "netkit" && link.Type() != kind {
+		if kind == "netkit" && link.Kind != kind {
 			continue
 		}
-		if count := attached(link.Attrs().Index, attach); count > 0 {
-			programs = append(programs, fmt.Sprintf("%s: %d by %s", name, count, kind))
+		if count := attached(link.Index, attach); count > 0 {
+			programs = append(programs, fmt.Sprintf("%s: %d by %s", link.Name, count, kind))
 		}
 	}
 	return programs
@@ -91,8 +91,8 @@ func programsOf(link netlink.Link) (programs []string) {
 // bpfNetkitPeer is BPF_NETKIT_PEER (linux/bpf.h): what comes from the pod.
 const bpfNetkitPeer = 55
 
-// attached asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h). Kernels that do not
-// know the kind of attachment, and those that forbid to ask, have none to tell of.
+// attached asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h): none where the kernel does
+// not know the kind of attachment or does not permit the query.
 func attached(index int, attach uint32) uint32 {
 	query := struct {
 		target, attachType, flags, attachFlags uint32

@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"unsafe"
@@ -30,11 +31,18 @@ func TestBypasses(t *testing.T) {
 	}
 }
 
-// TestProgramsOfPods: whoever has attached them, and in whichever of the two ways.
+// TestProgramsOfPods: attached by classic tc and by tcx.
 func TestProgramsOfPods(t *testing.T) {
-	nodetest.Namespace(t, "link add eth0 type veth peer name far\nlink set eth0 up\nlink set far up\naddr add 192.0.2.2/24 dev eth0\nroute add default via 192.0.2.1\nlink add veth-a type veth peer name pod-a\nlink add veth-b type veth peer name pod-b")
+	nodetest.Namespace(t, fmt.Sprintf(`
+		link add eth0 type veth peer name far netns %[1]s
+		link set eth0 up
+		addr add 192.0.2.2/24 dev eth0
+		route add default via 192.0.2.1
+		link add veth-a type veth peer name pod-a netns %[2]s
+		link add veth-b type veth peer name pod-b netns %[2]s
+	`, nodetest.Another(t), nodetest.Another(t)))
 	program := loadProgram(t)
-	attachTC(t, "eth0", program) // no pod's
+	attachTC(t, "eth0", program) // not a pod's
 	if found := node.Bypasses(); len(found) > 0 {
 		t.Errorf("found %q at an uplink", found)
 	}

@@ -76,7 +76,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		Backend:     selected,
 		BackendNote: selected.Reason,
 		Flows:       conntrack.Table{},
-		Node:        node.Kernel{},
+		Node:        &node.Reader{},
 		ForeignRules: func(ctx context.Context, addresses []netip.Addr) []string {
 			found, _ := foreign.Rules(ctx, addresses)
 			return found
@@ -85,7 +85,9 @@ func (f *runFlags) run(ctx context.Context) error {
 		Watchers: []agent.Watcher{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {
-				return node.Watch(ctx, func() { wake(agent.Network) })
+				return node.Watch(ctx, func() { wake(agent.Network) }, func(err error) {
+					log.Error("changes of links, addresses and routes are seen by polling only until the kernel reports them again", "error", err)
+				})
 			},
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return selected.Watch(ctx, func() { wake(agent.Rules) })

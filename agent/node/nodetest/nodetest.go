@@ -4,6 +4,7 @@ package nodetest
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -21,6 +22,27 @@ func Namespace(t *testing.T, commands string) {
 		t.Fatalf("a network namespace (needs root): %v", err)
 	}
 	IP(t, commands)
+}
+
+// Another makes a network namespace beside the test's, for the far ends of links. It returns a path that ip(8) takes for
+// its name; the namespace ends with the test.
+func Another(t *testing.T) string {
+	t.Helper()
+	made := make(chan error, 1)
+	var file *os.File
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			file, err = os.Open("/proc/thread-self/ns/net")
+		}
+		made <- err
+	}()
+	if err := <-made; err != nil {
+		t.Fatalf("a network namespace (needs root): %v", err)
+	}
+	t.Cleanup(func() { _ = file.Close() })
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file.Fd())
 }
 
 // IP runs ip(8) with the arguments on each line.

@@ -1,0 +1,81 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// groups are the rtnetlink multicast groups of links, addresses, routes and next hop objects.
+func groups() []uint32 {
+	return []uint32{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEXTHOP,
+	}
+}
+
+// Watch calls changed after each event that may change what Snapshot returns, until ctx ends. It calls it once at the
+// start, since what changed before the subscription went unseen, and after lost events. Where the subscription fails, it
+// reports that and tries again.
+func Watch(ctx context.Context, changed func(), report func(error)) error {
+	const retry = time.Second
+	for {
+		err := watch(ctx, changed, func(*netlink.Conn) {})
+		if ctx.Err() != nil {
+			return nil
+		}
+		report(err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(retry):
+		}
+	}
+}
+
+// watch returns when ctx has ended or the subscription has failed.
+func watch(ctx context.Context, changed func(), subscribed func(*netlink.Conn)) error {
+	connection, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = connection.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = connection.SetReadDeadline(time.Unix(1, 0)) })()
+	for _, group := range groups() {
+		// Linux before 5.3 has no next hop objects.
+		if err := connection.JoinGroup(group); err != nil && group != unix.RTNLGRP_NEXTHOP {
+			return err
+		}
+	}
+	subscribed(connection)
+	changed()
+	for {
+		messages, err := connection.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, unix.ENOBUFS): // events were lost; the subscription goes on
+			changed()
+		case err != nil:
+			return err
+		default:
+			for _, message := range messages {
+				if matters(message) {
+					changed()
+				}
+			}
+		}
+	}
+}
+
+// matters says whether an event may change what Classify decides. A node may learn routes to others by the thousand, by
+// gateways: of these only default ones count at once, and the rest with the next poll.
+func matters(message netlink.Message) bool {
+	if t := message.Header.Type; t != unix.RTM_NEWROUTE && t != unix.RTM_DELROUTE || len(message.Data) < unix.SizeofRtMsg {
+		return true
+	}
+	route, err := parseRoute(message.Data)
+	return err != nil || !route.skip && !route.local && (route.Default() || !route.gateway)
+}
