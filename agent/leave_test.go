@@ -172,7 +172,7 @@ func TestLeave(t *testing.T) {
 		if !l.rules() || !published.Live(l.dir, leavingName) {
 			t.Error("gone before the installer")
 		}
-		if err := os.Remove(record); err != nil {
+		if err := os.RemoveAll(filepath.Join(l.dir, "install")); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)
@@ -207,7 +207,7 @@ func TestLeaveWithoutTheInstaller(t *testing.T) {
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		l.want("left", false, all("agents agents/default.magic-ip.install", stateFiles)...)
+		l.want("left", false, all("install install/default.magic-ip install/default.magic-ip/record.json")...)
 		sigterm()
 	})
 }

@@ -14,10 +14,10 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // directories are those that installing and uninstalling have in common.
@@ -167,18 +167,17 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 		return err
 	}
 	// Their locks are held from here on, so that none of them comes back meanwhile.
-	lock, err := published.Lock(f.runtime, name)
-	if err == nil {
-		defer func() { _ = lock.Close() }()
-		lock, err = install.Lock(f.runtime, name)
-	}
-	switch {
-	case err == nil:
-		defer func() { _ = lock.Close() }()
-	case !errors.Is(err, published.ErrLocked):
-		return err
-	case !f.force:
-		return fmt.Errorf("agent %s or its installer is running on this node: stop it first (helm uninstall does all of this), or say --force", name)
+	dir := runtimedir.New(f.runtime)
+	for _, take := range []func() (*runtimedir.Lock, error){dir.Agent(name).Lock, dir.Installer(name).Lock} {
+		lock, err := take()
+		switch {
+		case err == nil:
+			defer func() { _ = lock.Close() }()
+		case !errors.Is(err, runtimedir.ErrLocked):
+			return err
+		case !f.force:
+			return fmt.Errorf("agent %s or its installer is running on this node: stop it first (helm uninstall does all of this), or use --force", name)
+		}
 	}
 	return f.remove(ctx, name, log)
 }
@@ -199,7 +198,8 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if err != nil {
 		return fmt.Errorf("the rules are still there: %w", err)
 	}
-	if err := errors.Join(published.LeaveFiles(f.runtime, install.Files(f.runtime, name)...), published.Leave(f.runtime, name)); err != nil {
+	dir := runtimedir.New(f.runtime)
+	if err := errors.Join(install.RemoveFiles(f.conf, dir, name), dir.Agent(name).Leave()); err != nil {
 		return err
 	}
 	fmt.Fprintf(os.Stdout, "agent %s is uninstalled; the plugin stays, and does nothing\n", name)

@@ -22,6 +22,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // binary is the plugin that this installer brings, and where it goes.
@@ -66,7 +67,7 @@ func hexDigest(data []byte) string { return fmt.Sprintf("%x", sha256.Sum256(data
 // Releases of several versions share one file. It is the newest of those whose installers run; where versions
 // cannot be compared, or are the same, the first one's stands. So two installers never take turns in replacing each other's, and a
 // release that is rolled back alone brings its older plugin, which its agent understands.
-func (b *binary) ensure(ctx context.Context, others func() ([]*Record, error)) (replaced bool, err error) {
+func (b *binary) ensure(ctx context.Context, others func() ([]*runtimedir.Record, error)) (replaced bool, err error) {
 	if id, err := identify(b.path()); err == nil && id == b.placed {
 		return false, nil
 	}
@@ -110,7 +111,7 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*Record, error)) (
 }
 
 // preferred says whether the plugin with this digest, which is in place, is another installer's that stands against version.
-func preferred(digest, version string, others []*Record) bool {
+func preferred(digest, version string, others []*runtimedir.Record) bool {
 	for _, other := range others {
 		if order, known := compareVersions(other.PluginVersion, version); other.PluginSHA256 == digest && (!known || order >= 0) {
 			return true

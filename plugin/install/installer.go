@@ -12,15 +12,15 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Config is the part of an agent's configuration that is installed.
@@ -53,8 +53,9 @@ type installer struct {
 	Options
 	config  Config
 	binary  binary
-	record  Record
-	written *Record // as it is in the file; nil before it is
+	files   runtimedir.Installer
+	record  runtimedir.Record
+	written *runtimedir.Record // as it is in the file; nil before it is
 	// present is the file in which the key was last seen; empty before, and after it was seen to be lost.
 	present string
 	quarrel quarrel
@@ -66,25 +67,25 @@ func newInstaller(options Options) (*installer, error) {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	i := &installer{
-		Options: options, config: config,
+		Options: options, config: config, files: runtimedir.New(options.RuntimeDir).Installer(config.Name),
 		binary: binary{source: options.Plugin, dir: options.BinDir, version: options.Version},
 	}
 	digest, err := i.binary.digest()
 	if err != nil {
 		return nil, fmt.Errorf("plugin to install (--plugin): %w", err)
 	}
-	i.record = Record{Version: RecordVersion, Binary: i.binary.path(), PluginVersion: options.Version, PluginSHA256: digest}
+	i.record = runtimedir.Record{Version: runtimedir.Version, Binary: i.binary.path(), PluginVersion: options.Version, PluginSHA256: digest}
 	return i, nil
 }
 
-// begin takes what an installer of this name has noted before.
-func (i *installer) begin() {
-	before, err := ReadRecord(i.RuntimeDir, i.config.Name)
-	switch {
+// begin takes what an installer of this name has recorded before.
+func (i *installer) begin(lock *runtimedir.Lock) {
+	before, err := i.files.ReadRecord()
+	switch err = errors.Join(lock.Lost, err); {
 	case err == nil:
 		i.record.Conflist, i.record.InstalledAt = before.Conflist, before.InstalledAt
-	case !errors.Is(err, fs.ErrNotExist):
-		i.Log.Warn("what was noted before cannot be used", "error", err)
+	case lock.Lost != nil || !errors.Is(err, fs.ErrNotExist):
+		i.Log.Warn("the record of this installer cannot be used and begins anew", "error", err)
 	}
 }
 
@@ -94,20 +95,20 @@ func Once(ctx context.Context, options Options) error {
 	if err != nil {
 		return err
 	}
-	locked, err := Lock(i.RuntimeDir, i.config.Name)
-	if errors.Is(err, published.ErrLocked) {
+	lock, err := i.files.Lock()
+	if errors.Is(err, runtimedir.ErrLocked) {
 		return fmt.Errorf("another installer of agent %s is running on this node", i.config.Name)
 	}
 	if err != nil {
 		return err
 	}
-	defer func() { _ = published.Unlock(locked) }()
-	i.begin()
+	defer func() { _ = lock.Close() }()
+	i.begin(lock)
 	for {
 		again, err := i.sync(ctx, nil)
 		if err != nil && i.record.InstalledAt.IsZero() {
-			// Nothing of ours is anywhere but the binary: no note is left that would have to be uninstalled.
-			return errors.Join(err, published.LeaveFiles(i.RuntimeDir, i.files()...))
+			// Nothing of ours is anywhere but the binary: no record is left that would have to be uninstalled.
+			return errors.Join(err, i.files.Leave())
 		}
 		if err != nil || again == 0 {
 			return err
@@ -130,15 +131,17 @@ func (i *installer) sync(ctx context.Context, problem error) (again time.Duratio
 	if err != nil {
 		i.record.LastError = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
-	return again, errors.Join(err, i.note())
+	return again, errors.Join(err, i.write())
 }
 
-// note writes the record where it has changed.
-func (i *installer) note() error {
-	if _, err := os.Stat(RecordPath(i.RuntimeDir, i.config.Name)); i.written != nil && err == nil && reflect.DeepEqual(*i.written, i.record) {
-		return nil
+// write writes the record where it has changed, or is gone.
+func (i *installer) write() error {
+	if i.written != nil && reflect.DeepEqual(*i.written, i.record) {
+		if _, err := i.files.ReadRecord(); err == nil {
+			return nil
+		}
 	}
-	if err := writeRecord(i.RuntimeDir, i.config.Name, i.record); err != nil {
+	if err := i.files.WriteRecord(i.record); err != nil {
 		return err
 	}
 	written := i.record
@@ -147,10 +150,12 @@ func (i *installer) note() error {
 }
 
 func (i *installer) install(ctx context.Context) (again time.Duration, err error) {
-	if err := i.note(); err != nil { // before anything of ours is anywhere
+	if err := i.write(); err != nil { // before anything of ours is anywhere
 		return 0, err
 	}
-	replaced, err := i.binary.ensure(ctx, func() ([]*Record, error) { return otherInstallers(i.RuntimeDir, i.config.Name) })
+	replaced, err := i.binary.ensure(ctx, func() ([]*runtimedir.Record, error) {
+		return otherInstallers(runtimedir.New(i.RuntimeDir), i.config.Name)
+	})
 	if err != nil {
 		return 0, err // a configuration never names a plugin that is not there
 	}
@@ -242,11 +247,57 @@ func Remove(ctx context.Context, confDir, runtimeDir, agent string, log *slog.Lo
 	return errors.Join(err, conflist.RemoveTemps(ctx, confDir))
 }
 
-// files are what an installer has in the runtime dir.
-func (i *installer) files() []string { return Files(i.RuntimeDir, i.config.Name) }
+// otherInstallers are the records of the installers of other agents that run on this node; an error where one is of a newer
+// build.
+func otherInstallers(dir runtimedir.Dir, name string) (others []*runtimedir.Record, err error) {
+	names, err := dir.Installers()
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range names {
+		if other == name || !dir.Installer(other).Live() {
+			continue
+		}
+		record, err := dir.Installer(other).ReadRecord()
+		if err != nil {
+			return nil, err
+		}
+		others = append(others, record)
+	}
+	return others, nil
+}
 
-// Files are what the installer of an agent has in the runtime dir.
-func Files(runtimeDir, name string) []string {
-	path := RecordPath(runtimeDir, name)
-	return []string{path, path + ".tmp", recordLock(runtimeDir, name)}
+// RemoveFiles removes what the installer of an agent has in the runtime directory, after its key: the record first, which the
+// agent waits for, and what the plugin has written where no agent has a key any more. The caller holds the installer's lock.
+func RemoveFiles(confDir string, dir runtimedir.Dir, name string) error {
+	installer := dir.Installer(name)
+	if err := installer.RemoveRecord(); err != nil {
+		return err
+	}
+	return errors.Join(removeState(confDir, dir), installer.Leave())
+}
+
+// stateWait is longer than a pod keeps the lock of the state file.
+const stateWait = 2 * time.Second
+
+// removeState removes what the plugin has written, unless an agent has a key in an entry, or an installer that will put one
+// there.
+func removeState(confDir string, dir runtimedir.Dir) error {
+	if installers, err := dir.Installers(); err != nil || len(installers) > 0 {
+		return err
+	}
+	d, err := conflist.Read(confDir, conflist.Options{})
+	if err == nil {
+		var view conflist.View
+		if view, err = d.View(); err == nil && slices.ContainsFunc(view.Entries, func(e conflist.Found) bool {
+			entryDir, err := e.Dir()
+			return err != nil || strings.HasSuffix(dir.Path(), entryDir) // in a container the directory may have a prefix
+		}) {
+			return nil
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the records of pods stay in %s: whether another agent needs them cannot be told: %w", dir.Path(), err)
+	}
+	return dir.RemoveState(stateWait)
 }

@@ -15,8 +15,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 var update = flag.Bool("update", false, "write installed and cleaned anew")
@@ -62,6 +62,13 @@ func newNode(t *testing.T) *node {
 		}
 	})
 	return n
+}
+
+func (n *node) dir() runtimedir.Dir { return runtimedir.New(n.options.RuntimeDir) }
+
+// recordPath is the record of the installer of an agent.
+func (n *node) recordPath(agent string) string {
+	return filepath.Join(n.options.RuntimeDir, "install", agent, "record.json")
 }
 
 func (n *node) put(path, content string) {
@@ -119,7 +126,7 @@ func (n *node) uninstall() {
 	if err := Remove(n.Context(), n.options.ConfDir, n.options.RuntimeDir, n.config.Name, n.options.Log); err != nil {
 		n.Fatal(err)
 	}
-	if err := published.LeaveFiles(n.options.RuntimeDir, Files(n.options.RuntimeDir, n.config.Name)...); err != nil {
+	if err := RemoveFiles(n.options.ConfDir, n.dir(), n.config.Name); err != nil {
 		n.Fatal(err)
 	}
 }

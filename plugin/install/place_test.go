@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const simple = `{
@@ -56,7 +56,7 @@ func TestParallelInstallers(t *testing.T) {
 	}
 	remove := func(i int) error {
 		err := Remove(t.Context(), n.options.ConfDir, n.options.RuntimeDir, name(i), n.options.Log)
-		return errors.Join(err, published.LeaveFiles(n.options.RuntimeDir, Files(n.options.RuntimeDir, name(i))...))
+		return errors.Join(err, RemoveFiles(n.options.ConfDir, n.dir(), name(i)))
 	}
 	wantKeys := func(when string, want func(i int) bool) {
 		t.Helper()
@@ -151,7 +151,7 @@ func TestDirectoriesAndPipes(t *testing.T) {
 	}
 	n.conf("10-a.conflist", simple)
 	n.install()
-	record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+	record, err := n.dir().Installer(n.config.Name).ReadRecord()
 	if err != nil || filepath.Base(record.Conflist) != "10-a.conflist" || len(record.Notes) != 1 || !strings.Contains(record.Notes[0], "is no regular file") {
 		t.Errorf("record %+v, %v", record, err)
 	}
@@ -199,7 +199,7 @@ func TestNoSelectors(t *testing.T) {
 	n.config.Selectors = nil
 	n.install()
 	n.want("nothing to record", map[string]string{"10-a.conflist": simple}, n.confs())
-	if record, err := ReadRecord(n.options.RuntimeDir, n.config.Name); err != nil || len(record.Notes) != 1 || record.Conflist != "" {
+	if record, err := n.dir().Installer(n.config.Name).ReadRecord(); err != nil || len(record.Notes) != 1 || record.Conflist != "" {
 		t.Errorf("record %+v, %v", record, err)
 	}
 }
@@ -282,11 +282,11 @@ func TestReleasesOfSeveralVersions(t *testing.T) {
 	}
 	running := func(name string) (stop func()) {
 		t.Helper()
-		lock, err := Lock(n.options.RuntimeDir, name)
+		lock, err := n.dir().Installer(name).Lock()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return func() { _ = published.Unlock(lock) }
+		return func() { _ = lock.Close() }
 	}
 	want := func(when, content string) {
 		t.Helper()
@@ -313,11 +313,11 @@ func TestReleasesOfSeveralVersions(t *testing.T) {
 	want("a version that cannot be compared", "old")
 	newB()
 	want("the newer one comes back", "new")
-	record, err := os.ReadFile(RecordPath(n.options.RuntimeDir, "a"))
+	record, err := os.ReadFile(n.recordPath("a"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.put(RecordPath(n.options.RuntimeDir, "a"), strings.Replace(string(record), `"version": 1`, `"version": 2`, 1))
+	n.put(n.recordPath("a"), strings.Replace(string(record), `"version": 1`, `"version": 2`, 1))
 	as("d", "v9.0.0", "newest")()
 	want("beside an installer that cannot be judged", "new")
 	stop()
@@ -356,7 +356,7 @@ func TestDirectoryOfPlugins(t *testing.T) {
 			t.Errorf("%s: %v", dir, err)
 		}
 		n.want(dir, map[string]string{"10-a.conflist": simple}, n.confs())
-		if _, err := ReadRecord(n.options.RuntimeDir, n.config.Name); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := n.dir().Installer(n.config.Name).ReadRecord(); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: a record of what is not installed: %v", dir, err)
 		}
 	}
@@ -368,7 +368,7 @@ func TestRecordComesFirst(t *testing.T) {
 	n := newNode(t)
 	n.conf("10-a.conflist", simple)
 	script := fmt.Sprintf(plugin, "v1.0.0")
-	n.put(n.options.Plugin, strings.Replace(script, "case", "test -e "+RecordPath(n.options.RuntimeDir, n.config.Name)+" || exit 1\ncase", 1))
+	n.put(n.options.Plugin, strings.Replace(script, "case", "test -e "+n.recordPath(n.config.Name)+" || exit 1\ncase", 1))
 	n.install()
 }
 
@@ -377,14 +377,14 @@ func TestRecordOfANewerBuild(t *testing.T) {
 	n := newNode(t)
 	n.conf("10-a.conflist", simple)
 	n.install()
-	path := RecordPath(n.options.RuntimeDir, n.config.Name)
+	path := n.recordPath(n.config.Name)
 	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, content := range []string{strings.Replace(string(data), `"version": 1`, `"version": 2`, 1), "{"} {
 		n.put(path, content)
-		if _, err := ReadRecord(n.options.RuntimeDir, n.config.Name); err == nil {
+		if _, err := n.dir().Installer(n.config.Name).ReadRecord(); err == nil {
 			t.Errorf("%s is read", content)
 		}
 		n.install() // which is this build's now
@@ -407,4 +407,51 @@ func TestRemoveWhateverRuntimeDir(t *testing.T) {
 		t.Error(err)
 	}
 	n.want("after any", before, n.confs())
+}
+
+// TestRemoveFiles: the plugin's files go with the last key of their runtime directory.
+func TestRemoveFiles(t *testing.T) {
+	t.Parallel()
+	const key = `{"type": "magic-ip-address", "runtimeDir": "%s", "selectors": {"other": [{"namespace": "default", "selector": "app=echo"}]}}`
+	list := func(entry string) string {
+		return `{"cniVersion": "1.0.0", "name": "a", "plugins": [{"type": "bridge"}` + entry + `]}`
+	}
+	for name, test := range map[string]struct {
+		conf      func(n *node) string
+		installer bool // another one has a record, and its key is not in place now
+		stays     bool
+	}{
+		"no entry":                        {conf: func(*node) string { return list("") }},
+		"no configuration":                {conf: func(*node) string { return "" }},
+		"an entry of another agent":       {conf: func(n *node) string { return list(", " + fmt.Sprintf(key, n.options.RuntimeDir)) }, stays: true},
+		"an entry of another directory":   {conf: func(*node) string { return list(", " + fmt.Sprintf(key, "/run/another")) }},
+		"a key that another one will put": {conf: func(*node) string { return list("") }, installer: true, stays: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			if conf := test.conf(n); conf != "" {
+				n.conf("10-a.conflist", conf)
+			}
+			n.recordPod("c1")
+			if test.installer {
+				if err := n.dir().Installer("other").WriteRecord(runtimedir.Record{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			lock, err := n.dir().Installer(n.config.Name).Lock()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = lock.Close() }()
+			if err := RemoveFiles(n.options.ConfDir, n.dir(), n.config.Name); err != nil {
+				t.Error(err)
+			}
+			if _, err := n.dir().ReadState(); (err == nil) != test.stays {
+				t.Errorf("the records: %v", err)
+			}
+			if _, err := os.Stat(filepath.Dir(n.recordPath(n.config.Name))); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the installer's directory: %v", err)
+			}
+		})
+	}
 }

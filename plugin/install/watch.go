@@ -4,15 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const (
@@ -26,6 +25,8 @@ const (
 	maxRetry = time.Minute
 	// standby is how often the second of two installers of one name looks whether the first has gone.
 	standby = 200 * time.Millisecond
+	// lastAdds is how long an ADD may take that a runtime has begun before it has read the configuration without the entry.
+	lastAdds = 5 * time.Second
 	// leaveTime bounds the last work after SIGTERM: kubelet kills after 30 s.
 	leaveTime = 20 * time.Second
 )
@@ -47,12 +48,12 @@ func Watch(ctx context.Context, options Options) error {
 			stop()
 		}
 	}()
-	locked, err := i.standBy(ctx)
-	if err != nil || locked == nil {
+	lock, err := i.standBy(ctx)
+	if err != nil || lock == nil {
 		return err
 	}
-	defer func() { _ = locked.Close() }()
-	i.begin()
+	defer func() { _ = lock.Close() }()
+	i.begin(lock)
 	if err := i.serve(serving); err != nil {
 		return err
 	}
@@ -64,23 +65,31 @@ func Watch(ctx context.Context, options Options) error {
 	if err := i.leave(ctx); err != nil {
 		return err
 	}
-	if err := published.Unlock(locked); err != nil {
+	if err := lock.Close(); err != nil {
 		return err
 	}
 	// A container of a DaemonSet that ends is started again, and would install again.
 	i.Log.Info("uninstalled; waiting to be stopped")
+	select {
+	case <-ctx.Done():
+	case <-time.After(lastAdds):
+	}
+	// A pod may have been recorded by an ADD that had begun with the entry.
+	if err := removeState(i.ConfDir, runtimedir.New(i.RuntimeDir)); err != nil {
+		i.Log.Warn("files of the plugin may be left in the runtime directory; they mean nothing without its entry", "error", err)
+	}
 	<-ctx.Done()
 	return nil
 }
 
 // standBy waits until no other process installs for this agent; nil where ctx has ended before.
-func (i *installer) standBy(ctx context.Context) (locked *os.File, err error) {
+func (i *installer) standBy(ctx context.Context) (*runtimedir.Lock, error) {
 	for first := true; ; first = false {
-		file, err := Lock(i.RuntimeDir, i.config.Name)
+		lock, err := i.files.Lock()
 		if err == nil {
-			return file, nil
+			return lock, nil
 		}
-		if !errors.Is(err, published.ErrLocked) {
+		if !errors.Is(err, runtimedir.ErrLocked) {
 			return nil, err
 		}
 		if first {
@@ -208,7 +217,7 @@ func (i *installer) look(ctx context.Context) (again time.Duration, err error) {
 	return i.sync(ctx, loadErr)
 }
 
-// leave takes the key out, and then the notes of it: that is what the agent waits for.
+// leave removes the key, and then the record of it: that is what the agent waits for.
 func (i *installer) leave(ctx context.Context) error {
 	i.Log.Info("the installation is to be undone: taking the entry out", "agent", i.config.Name)
 	// SIGTERM may have come already, or may come now.
@@ -217,7 +226,7 @@ func (i *installer) leave(ctx context.Context) error {
 	for wait := standby; ; wait *= 2 {
 		err := Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.Log)
 		if err == nil {
-			return published.LeaveFiles(i.RuntimeDir, i.files()...)
+			return RemoveFiles(i.ConfDir, runtimedir.New(i.RuntimeDir), i.config.Name)
 		}
 		i.Log.Error("the entry is still there", "error", err)
 		select {

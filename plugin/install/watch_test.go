@@ -12,9 +12,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // watch runs an installer; stop is SIGTERM.
@@ -84,7 +84,7 @@ func TestWatchWaitsForThePrimary(t *testing.T) {
 	}
 	stop := n.watch()
 	n.eventually("to say that it waits", func() bool {
-		record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+		record, err := n.dir().Installer(n.config.Name).ReadRecord()
 		return err == nil && strings.Contains(record.LastError, "waiting for the primary CNI")
 	})
 	if n.placed() == "" {
@@ -96,12 +96,12 @@ func TestWatchWaitsForThePrimary(t *testing.T) {
 	n.rename(simple)
 	n.awaitKey()
 	n.eventually("to say that it waits no more", func() bool {
-		record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+		record, err := n.dir().Installer(n.config.Name).ReadRecord()
 		return err == nil && record.LastError == "" && filepath.Base(record.Conflist) == "10-a.conflist" && !record.InstalledAt.IsZero()
 	})
 	stop()
 	n.awaitKey() // SIGTERM is not uninstall
-	if _, err := ReadRecord(n.options.RuntimeDir, n.config.Name); err != nil {
+	if _, err := n.dir().Installer(n.config.Name).ReadRecord(); err != nil {
 		t.Error(err)
 	}
 }
@@ -140,7 +140,7 @@ func TestWatchPutsBack(t *testing.T) {
 			}
 		},
 		"record removed": func(n *node) {
-			if err := os.RemoveAll(RecordPath(n.options.RuntimeDir, n.config.Name)); err != nil {
+			if err := os.RemoveAll(n.recordPath(n.config.Name)); err != nil {
 				n.Fatal(err)
 			}
 			n.put(filepath.Join(n.options.ConfDir, "unrelated"), "")
@@ -160,7 +160,7 @@ func TestWatchPutsBack(t *testing.T) {
 				return err == nil && info.Mode() == 0o755 && n.placed() == fmt.Sprintf(plugin, "v1.0.0")
 			})
 			n.eventually("the record", func() bool {
-				_, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+				_, err := n.dir().Installer(n.config.Name).ReadRecord()
 				return err == nil
 			})
 		})
@@ -187,7 +187,7 @@ func TestWatchDoesNotFight(t *testing.T) {
 	defer func() { cancel(); <-ended }()
 	n.watch()
 	n.eventually("to say that it is in a quarrel", func() bool {
-		record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+		record, err := n.dir().Installer(n.config.Name).ReadRecord()
 		return err == nil && len(record.Notes) == 1 && strings.Contains(record.Notes[0], "another program has removed the entry from") && strings.Contains(record.Notes[0], "cni.exclusive")
 	})
 	// Its pauses are 0, 0, 1, 2, 4 … seconds.
@@ -241,7 +241,7 @@ func TestWatchFollowsTheConfiguration(t *testing.T) {
 	says := func(want string) {
 		t.Helper()
 		n.eventually("to say "+want, func() bool {
-			record, err := ReadRecord(n.options.RuntimeDir, n.config.Name)
+			record, err := n.dir().Installer(n.config.Name).ReadRecord()
 			return err == nil && (want == "" && record.LastError == "" || want != "" && strings.Contains(record.LastError, want))
 		})
 	}
@@ -274,7 +274,7 @@ func TestStandby(t *testing.T) {
 	n.watch()
 	n.eventually("to stand by", func() bool { return strings.Contains(n.log.String(), "standing by") })
 	stop()
-	n.eventually("to take over", func() bool { return Live(n.options.RuntimeDir, n.config.Name) })
+	n.eventually("to take over", func() bool { return n.dir().Installer(n.config.Name).Live() })
 	n.rename(simple)
 	n.awaitKey()
 }
@@ -316,6 +316,7 @@ func TestUndone(t *testing.T) {
 	undo := n.undone()
 	stop := n.watch()
 	n.awaitKey()
+	n.recordPod("c1")
 	undo()
 	n.awaitGone()
 	// It neither ends, to be started again, nor does it put anything back.
@@ -327,8 +328,17 @@ func TestUndone(t *testing.T) {
 	if len(n.ended) > 0 {
 		t.Error("it has ended")
 	}
+	n.recordPod("c2") // by an ADD that had begun with the entry
 	stop()
 	n.awaitGone()
+}
+
+// recordPod is what an ADD does in the runtime directory.
+func (n *node) recordPod(id string) {
+	n.Helper()
+	if _, err := n.dir().Update(time.Minute, nil, runtimedir.Attachment{ContainerID: id, IfName: "eth0"}); err != nil {
+		n.Fatal(err)
+	}
 }
 
 // TestUndoneAfterSIGTERM: the news of what it was sent for come later.
@@ -349,14 +359,14 @@ func TestUndoneWhileStandingBy(t *testing.T) {
 	for range 10 { // of two things that may be done first
 		n := newNode(t)
 		n.conf("10-a.conflist", simple)
-		lock, err := Lock(n.options.RuntimeDir, n.config.Name)
+		lock, err := n.dir().Installer(n.config.Name).Lock()
 		if err != nil {
 			t.Fatal(err)
 		}
 		n.undone()()
 		n.watch()
 		n.eventually("to stand by", func() bool { return strings.Contains(n.log.String(), "standing by") })
-		if err := published.Unlock(lock); err != nil {
+		if err := lock.Close(); err != nil {
 			t.Fatal(err)
 		}
 		n.eventually("to wait", func() bool { return strings.Contains(n.log.String(), "waiting to be stopped") })
@@ -379,7 +389,7 @@ func TestUndoneBesideOthers(t *testing.T) {
 	if err := Once(t.Context(), other); err != nil {
 		t.Fatal(err)
 	}
-	n.put(filepath.Join(n.options.RuntimeDir, "state.json"), "{}")
+	n.recordPod("c1")
 	undo := n.undone()
 	n.watch()
 	n.awaitKey()
@@ -389,7 +399,7 @@ func TestUndoneBesideOthers(t *testing.T) {
 	if !n.has("other") {
 		t.Error("the other's key is gone")
 	}
-	if _, err := os.Stat(filepath.Join(n.options.RuntimeDir, "state.json")); err != nil {
+	if _, err := os.Stat(n.dir().StatePath()); err != nil {
 		t.Error(err)
 	}
 }
@@ -408,7 +418,7 @@ func TestUndoTriesAgain(t *testing.T) {
 	}
 	undo()
 	time.Sleep(time.Second)
-	if _, err := ReadRecord(n.options.RuntimeDir, n.config.Name); err != nil {
+	if _, err := n.dir().Installer(n.config.Name).ReadRecord(); err != nil {
 		t.Errorf("the record is gone before the key: %v", err)
 	}
 	unlock()

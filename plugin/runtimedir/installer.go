@@ -1,6 +1,10 @@
 package runtimedir
 
-import "time"
+import (
+	"errors"
+	"io/fs"
+	"time"
+)
 
 const (
 	recordFile  = "record.json"
@@ -50,6 +54,22 @@ func (i Installer) ReadRecord() (*Record, error) {
 		return nil, err
 	}
 	return record, nil
+}
+
+// RemoveRecord removes the record: the key is in no network configuration any more.
+func (i Installer) RemoveRecord() error {
+	if err := i.removeOld(i.oldFile); err != nil {
+		return err
+	}
+	f, err := i.open()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	return f.remove(recordFile)
 }
 
 // WriteRecord replaces the record. The caller holds the lock.

@@ -109,8 +109,8 @@ func (d Dir) oldWriters(of func(name string) writer) (names []string, err error)
 	return names, err
 }
 
-// removeOld removes the files of the layout before of a writer, where the file system can be written.
-func (w writer) removeOld() error {
+// removeOld removes files of the layout before, where the file system can be written.
+func (w writer) removeOld(names ...string) error {
 	f, err := w.dir.open(agentsDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -119,7 +119,7 @@ func (w writer) removeOld() error {
 		return err
 	}
 	defer f.close()
-	return f.removeOld(w.oldFile, w.oldFile+tempExt, w.oldFile+corruptExt, w.oldLock)
+	return f.removeOld(names...)
 }
 
 // removeOld removes files, directories excepted. In a read-only mount they stay for the plugin.
@@ -378,8 +378,7 @@ func (d Dir) clearAgents() error {
 
 // cutOldExt returns the name of the writer that a file of the layout before belongs to.
 func cutOldExt(file string, of func(string) writer) (name string, ok bool) {
-	w := of("")
-	for _, ext := range []string{w.oldFile, w.oldFile + tempExt, w.oldFile + corruptExt, w.oldLock} {
+	for _, ext := range of("").oldFiles() {
 		if name, ok := strings.CutSuffix(file, ext); ok {
 			return name, true
 		}
@@ -396,6 +395,11 @@ func (w writer) takenOver() bool {
 	defer f.close()
 	private, err := f.private()
 	return err == nil && private && !w.oldLive()
+}
+
+// oldFiles are the files of the layout before of a writer.
+func (w writer) oldFiles() []string {
+	return []string{w.oldFile, w.oldFile + tempExt, w.oldFile + corruptExt, w.oldLock}
 }
 
 // readOldState is what is recorded at the top.

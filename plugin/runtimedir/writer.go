@@ -82,7 +82,7 @@ func (w writer) Live() bool {
 func (w writer) Leave() error {
 	f, err := w.open()
 	if errors.Is(err, fs.ErrNotExist) {
-		return w.removeOld()
+		return w.removeOld(w.oldFiles()...)
 	}
 	if err != nil {
 		return err
@@ -95,7 +95,7 @@ func (w writer) Leave() error {
 		}
 	}
 	// Only then may another process become the writer.
-	if err = errors.Join(err, w.removeOld(), f.remove(lockFile)); err != nil {
+	if err = errors.Join(err, w.removeOld(w.oldFiles()...), f.remove(lockFile)); err != nil {
 		return err
 	}
 	w.dir.removeEmpty(w.group, w.name)
