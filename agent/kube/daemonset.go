@@ -72,11 +72,15 @@ func ConnectDaemonSet(kubeconfig, name string, log *slog.Logger) (*DaemonSet, er
 	if !found || namespace == "" || name == "" || strings.Contains(name, "/") {
 		return nil, fmt.Errorf("DaemonSet %q is not allowed; allowed: NAMESPACE/NAME", namespace+"/"+name)
 	}
-	pods, err := Connect(kubeconfig, name) // for its client alone: no pods are asked for
+	config, err := credentials(kubeconfig)
 	if err != nil {
 		return nil, err
 	}
-	return newDaemonSet(pods.client, namespace, name, log), nil
+	client, err := newClient(config)
+	if err != nil {
+		return nil, err
+	}
+	return newDaemonSet(client, namespace, name, log), nil
 }
 
 func newDaemonSet(client kubernetes.Interface, namespace, name string, log *slog.Logger) *DaemonSet {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,9 +28,13 @@ import (
 func TestEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := fake.NewClientset()
-		var refusal error
+		var answer atomic.Pointer[error]
+		fails := func(err error) { answer.Store(&err) }
 		client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
-			return refusal != nil, nil, refusal
+			if err := answer.Load(); err != nil {
+				return true, nil, *err
+			}
+			return false, nil, nil
 		})
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
@@ -50,17 +55,17 @@ func TestEvents(t *testing.T) {
 		send(time.Minute, gained, lost)
 		send(time.Minute, lost)
 
-		refusal = apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", nil)
+		fails(apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", nil))
 		send(time.Minute, gained)
 		if problem := events.Problem(); !strings.Contains(problem, "allow create and patch of events there") {
 			t.Errorf("without the right: %q", problem)
 		}
-		refusal = errors.New("connection refused")
+		fails(errors.New("connection refused"))
 		send(time.Minute, event.Event{Reason: event.Unserved, Warning: true, Message: "late"})
 		if problem := events.Problem(); problem != "connection refused" {
 			t.Errorf("while the API server is away: %q", problem)
 		}
-		refusal = nil
+		answer.Store(nil)
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if problem := events.Problem(); problem != "" {

@@ -24,14 +24,13 @@ func TestHealth(t *testing.T) {
 			}
 		}
 		want("before anything", Feed{Namespace: "default"})
+		heard := time.Now()
 		ctx, end := running(t, p, func() {})
 		f := p.feeds["default"]
-		f.heard(nil)
-		heard := time.Now()
 		want("watching", Feed{Namespace: "default", Healthy: true, HeardAt: heard})
-		time.Sleep(watchSilence)
+		time.Sleep(watchSilence - time.Since(heard))
 		want("silent", Feed{Namespace: "default", HeardAt: heard})
-		f.heard(apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no")))
+		f.answered(apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no")))
 		want("refused", Feed{Namespace: "default", Refused: true, HeardAt: heard})
 		before := p.Requests()
 		if before["watch"] == 0 || before["poll"] != 0 {

@@ -156,7 +156,7 @@ func TestForbidden(t *testing.T) {
 	w.goesTo("echo")
 	w.must(plane.Forbid(w.Context()))
 	allow := w.whenBack(func(w *world) { w.must(plane.Allow(w.patience())) })
-	const missing = "the API server refuses pods of namespace default: allow get, list and watch of pods there"
+	const missing = "the API server does not allow the pods of namespace default; allow get, list and watch of pods there"
 
 	// Whoever watches already is not stopped: the watch has to begin anew.
 	plane.KillAPIServer()

@@ -399,7 +399,7 @@ func TestNamespaces(t *testing.T) {
 	revoke()
 	w.agent.Kill()
 	w.start()
-	w.problem("the API server refuses pods of namespace several-too: allow get, list and watch of pods there")
+	w.problem("the API server does not allow the pods of namespace several-too; allow get, list and watch of pods there")
 	w.staysWith("first")
 	w.answersOf(apiOnly, "second")
 	last := w.create("last").add().running(true)

@@ -117,11 +117,16 @@ func names(view inventory.View) string {
 func TestPollAndWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := fake.NewClientset()
-		version, listErr := "10", error(nil)
+		var version atomic.Value
+		version.Store("10")
+		var listErr atomic.Pointer[error]
 		client.PrependReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
-			pod := examplePod()
-			pod.Name, pod.ResourceVersion = "as-of-"+version, version
-			return true, &corev1.PodList{ListMeta: metav1.ListMeta{ResourceVersion: version}, Items: []corev1.Pod{*pod}}, listErr
+			pod, of := examplePod(), version.Load().(string)
+			pod.Name, pod.ResourceVersion = "as-of-"+of, of
+			if err := listErr.Load(); err != nil {
+				return true, nil, *err
+			}
+			return true, &corev1.PodList{ListMeta: metav1.ListMeta{ResourceVersion: of}, Items: []corev1.Pod{*pod}}, nil
 		})
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
@@ -135,32 +140,31 @@ func TestPollAndWatch(t *testing.T) {
 		}
 		expect("watching", "as-of-10")
 
-		f.heard(errors.New("broken"))
-		version = "20"
+		f.answered(errors.New("broken"))
+		version.Store("20")
 		p.Poll(ctx)
 		synctest.Wait()
 		expect("polled", "as-of-20")
-		f.heard(nil)
+		f.answered(nil)
 		expect("the watch begins anew", "as-of-20")
 		time.Sleep(pollTimeout)
 		expect("the watch has told all, in versions that went back", "as-of-10")
 
-		f.heard(errors.New("broken"))
-		version = "9"
+		f.answered(errors.New("broken"))
+		version.Store("9")
 		p.Poll(ctx)
 		synctest.Wait()
 		expect("a poll from before", "as-of-10")
 
-		f.heard(nil)
-		time.Sleep(watchSilence)
-		listErr = errors.New("late")
+		version.Store("10")
+		f.answered(errors.New("broken"))
+		late := errors.New("late")
+		listErr.Store(&late)
 		client.PrependReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
-			time.Sleep(time.Second)
-			f.heard(nil)
+			f.answered(nil)
 			return false, nil, nil
 		})
 		p.Poll(ctx)
-		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		expect("a poll that has failed beside a watch that answers", "as-of-10")
 		end()
@@ -171,14 +175,17 @@ func TestPollAndWatch(t *testing.T) {
 func TestFeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := fake.NewClientset(examplePod())
-		var listErr error
-		lists := 0
+		var forbidden atomic.Bool
+		var lists atomic.Int32
 		client.PrependReactor("list", "pods", func(action clienttesting.Action) (bool, runtime.Object, error) {
-			lists++
+			lists.Add(1)
 			if got := action.(clienttesting.ListAction).GetListRestrictions().Fields.String(); got != "spec.nodeName=node1" {
 				t.Errorf("field selector is %q", got)
 			}
-			return listErr != nil, nil, listErr
+			if !forbidden.Load() {
+				return false, nil, nil
+			}
+			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no"))
 		})
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
@@ -196,24 +203,24 @@ func TestFeed(t *testing.T) {
 		}
 
 		// A healthy watch costs nothing per poll, a silent one a list.
-		before := lists
+		before := lists.Load()
 		p.Poll(ctx)
 		synctest.Wait()
-		if lists != before {
+		if lists.Load() != before {
 			t.Error("a poll beside a healthy watch has listed")
 		}
-		time.Sleep(watchSilence)
+		time.Sleep(watchSilence - time.Second) // running took the first second; a moment later the informer lists again
 		if view := p.View(); view.Reachable || names(view) != "default/echo" {
 			t.Errorf("a silent watch: %+v", view)
 		}
-		listErr = apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no"))
+		forbidden.Store(true)
 		p.Poll(ctx)
 		synctest.Wait()
 		view := p.View()
 		if view.Reachable || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
 			t.Errorf("a poll that was refused: %+v", view)
 		}
-		listErr = nil
+		forbidden.Store(false)
 		if err := client.Tracker().Delete(schema.GroupVersionResource{Version: "v1", Resource: "pods"}, "default", "echo"); err != nil {
 			t.Fatal(err)
 		}
@@ -281,7 +288,7 @@ func TestWatchEnds(t *testing.T) {
 		f := p.feeds["default"]
 		begin := func() *watch.FakeWatcher {
 			w := watch.NewFake()
-			followed := f.follow(w)
+			followed := f.follow(w, func() {})
 			go func() {
 				for range followed.ResultChan() { //nolint:revive // until it ends
 				}
@@ -296,7 +303,7 @@ func TestWatchEnds(t *testing.T) {
 				t.Errorf("%s: healthy is %v, problem %q", when, f.healthy(), got)
 			}
 		}
-		f.heard(nil)
+		f.answered(nil)
 		expect("listed", false, "")
 		time.Sleep(pollTimeout + time.Second)
 		expect("listed, and no watch has begun", false, "no other has begun")

@@ -1,0 +1,111 @@
+package kube
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
+)
+
+// Pods are the pods of the node as the Kubernetes API reports them.
+type Pods struct {
+	client   kubernetes.Interface
+	node     string
+	requests requests
+
+	mu    sync.Mutex
+	ctx   context.Context // of Run; nil before
+	wake  func()
+	feeds map[string]*feed // by namespace
+}
+
+// Run calls wake after each change of what View returns, until ctx ends.
+func (p *Pods) Run(ctx context.Context, wake func()) error {
+	p.mu.Lock()
+	p.ctx, p.wake = ctx, wake
+	for _, f := range p.feeds {
+		f.start(ctx)
+	}
+	p.mu.Unlock()
+	<-ctx.Done()
+	return nil
+}
+
+// Select sets the namespaces that are watched; inventory.AllNamespaces is every one.
+func (p *Pods) Select(namespaces []string) {
+	if slices.Contains(namespaces, inventory.AllNamespaces) {
+		namespaces = []string{inventory.AllNamespaces}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, namespace := range namespaces {
+		if p.feeds[namespace] != nil {
+			continue
+		}
+		f := p.newFeed(namespace)
+		p.feeds[namespace] = f
+		if p.ctx != nil {
+			f.start(p.ctx)
+		}
+	}
+	for namespace, f := range p.feeds {
+		if !slices.Contains(namespaces, namespace) {
+			f.stop()
+			delete(p.feeds, namespace)
+		}
+	}
+}
+
+// View is what the API reported last.
+func (p *Pods) View() inventory.View {
+	view := inventory.View{Spoken: true, Reachable: true}
+	for _, f := range p.all() {
+		pods, spoken, problem := f.view()
+		view.Pods = append(view.Pods, pods...)
+		view.Spoken = view.Spoken && spoken
+		if spoken {
+			view.Told = append(view.Told, f.namespace)
+		}
+		if spoken && problem == "" {
+			view.Current = append(view.Current, f.namespace)
+		}
+		if problem != "" {
+			view.Reachable = false
+			if !f.fresh() {
+				view.Problems = append(view.Problems, problem)
+			}
+		}
+	}
+	slices.Sort(view.Problems)
+	return view
+}
+
+// Poll lists the namespaces whose watch is not healthy; a healthy watch costs the API server nothing. It does not wait
+// for the answer, after which it calls wake: the agent goes on whatever the API server does.
+func (p *Pods) Poll(ctx context.Context) {
+	p.mu.Lock()
+	wake := p.wake
+	p.mu.Unlock()
+	if wake == nil {
+		return // Run has not begun
+	}
+	for _, f := range p.all() {
+		if !f.healthy() && f.polling.CompareAndSwap(false, true) {
+			go func() {
+				defer f.polling.Store(false)
+				f.poll(ctx)
+				wake()
+			}()
+		}
+	}
+}
+
+func (p *Pods) all() []*feed {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Values(p.feeds))
+}
