@@ -70,6 +70,9 @@ func TestDoctor(t *testing.T) {
 		w.finds("warn", "169.254.210.210:8080/tcp", "has no endpoint; new connections: reject", "app=echo")
 		w.addTarget("echo")
 		w.awaitEndpoint("echo")
+		w.finds("FAIL", "endpoints", "(pod default/echo) refuses connections: nothing listens")
+		w.finds("FAIL", "probe", "refused the SYN", "probably because of endpoints")
+		w.echo("echo")
 		w.healthy()
 		w.finds("ok", "rules", "are in the kernel")
 		w.finds("ok", "backend", "uses "+strings.Split(backend, "-")[0])
@@ -193,7 +196,6 @@ func (w *world) doctorOfNetwork(backend string) {
 	w.run("ip route delete default")
 	w.finds("warn", "no route to 169.254.210.210", "ENETUNREACH")
 	w.run("ip route add 169.254.210.210 dev cni1") // as doctor says
-	w.echo("echo")
 	if err := w.want(lab.Host, magic(false), "answered by echo"); err != nil {
 		w.t.Error(err)
 	}

@@ -19,6 +19,9 @@ type Options struct {
 	BinDir     string // of the CNI plugins
 	Runtime    conflist.Runtime
 	Version    string
+	// FromPod ("namespace/name") and NetNS (a path) say which network namespace to probe from; without them it is one that
+	// is made for it.
+	FromPod, NetNS string
 }
 
 // examination is what the checks look at, read once.
@@ -53,10 +56,10 @@ func Examine(ctx context.Context, options Options) *Report {
 	} else {
 		e.add(Hidden, "rules", "they, and eBPF programs, cannot be looked at without CAP_NET_ADMIN", "run this as root, or in the agent's container")
 	}
-	e.bridges()
-	e.reversePath()
-	e.hostRoutes()
+	e.nodeNetwork(ctx)
 	e.magicIPs()
+	e.endpoints(ctx)
+	e.probe(ctx)
 	report := &Report{Version: ReportVersion, ExaminedAt: e.now.UTC(), DoctorVersion: options.Version, Findings: e.found}
 	report.judge()
 	return report

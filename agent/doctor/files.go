@@ -130,7 +130,9 @@ func (e *examination) magicIPs() {
 	}
 }
 
-func frontendOf(m published.MagicIP) plan.Frontend {
+type magicIP = published.MagicIP
+
+func frontendOf(m magicIP) plan.Frontend {
 	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
 }
 

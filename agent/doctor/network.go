@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -16,14 +17,24 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// bridges names those whose frames do not pass netfilter: there the source address is not kept.
-func (e *examination) bridges() {
-	const check = "bridges"
+// nodeNetwork looks at links, routes and filters of the node.
+func (e *examination) nodeNetwork(ctx context.Context) {
 	network, err := (node.Kernel{}).Read()
 	if err != nil {
-		e.add(Hidden, check, err.Error(), "run this as root in the network namespace of the node")
-		return
+		e.add(Hidden, "links", err.Error(), "run this as root in the network namespace of the node")
+	} else {
+		e.forwarding(network)
+		e.bridges(network)
 	}
+	e.reversePath()
+	e.filters(ctx)
+	e.connections()
+	e.hostRoutes()
+}
+
+// bridges names those whose frames do not pass netfilter: there the source address is not kept.
+func (e *examination) bridges(network node.Network) {
+	const check = "bridges"
 	four, six := false, false
 	for _, address := range e.addresses() {
 		four, six = four || address.Is4(), six || address.Is6()

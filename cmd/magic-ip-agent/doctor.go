@@ -46,6 +46,9 @@ Run it as root on the node, or in the agent's container, which sees less.`,
 	f.StringVar(&options.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the CNI configuration")
 	f.StringVar(&options.BinDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins")
 	runtimeFlag(f, &runtime)
+	f.StringVar(&options.FromPod, "from-pod", "", "probe from the network namespace of this pod, `NAMESPACE/NAME`; needs CAP_SYS_ADMIN")
+	f.StringVar(&options.NetNS, "netns", "", "probe from the network namespace at this `PATH`; needs CAP_SYS_ADMIN")
+	command.MarkFlagsMutuallyExclusive("from-pod", "netns")
 	f.StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
 	return command
 }

@@ -1,0 +1,259 @@
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/doctor/filter"
+	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// procNet is a sysctl below /proc/sys/net of the calling thread's network namespace.
+func procNet(path ...string) (int, error) {
+	data, err := os.ReadFile(filepath.Join(append([]string{"/proc/sys/net"}, path...)...))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(data)))
+}
+
+// families are those that the agents have magic IPs of.
+func (e *examination) families() (all []plan.Family) {
+	for _, family := range plan.Families() {
+		if slices.ContainsFunc(e.addresses(), func(a netip.Addr) bool { return plan.FamilyOf(a) == family }) {
+			all = append(all, family)
+		}
+	}
+	return all
+}
+
+// forwarding sees that the kernel forwards packets that come in by the links of pods (Documentation/networking/ip-sysctl.rst:
+// for IPv4 each link has a switch of its own, for IPv6 the one of all links decides).
+func (e *examination) forwarding(network node.Network) {
+	const check = "forwarding"
+	const cost = "packets of pods to an endpoint, and its answers, are dropped in silence"
+	looked := 0
+	for _, family := range e.families() {
+		if family == plan.IPv6 {
+			on, err := procNet("ipv6", "conf", "all", "forwarding")
+			switch {
+			case err != nil:
+				e.add(Hidden, check, "IPv6: "+err.Error(), "run this as root in the network namespace of the node")
+			case on == 0:
+				e.add(Fail, check, "net.ipv6.conf.all.forwarding is 0: IPv6 "+cost, "sysctl net.ipv6.conf.all.forwarding=1, and see what sets it to 0")
+			default:
+				looked++
+			}
+			continue
+		}
+		all, err := procNet("ipv4", "ip_forward")
+		switch {
+		case err != nil:
+			e.add(Hidden, check, "IPv4: "+err.Error(), "run this as root in the network namespace of the node")
+			continue
+		case all == 0:
+			e.add(Fail, check, "net.ipv4.ip_forward is 0: "+cost, "sysctl net.ipv4.ip_forward=1, and see what sets it to 0")
+			continue
+		}
+		var off []string
+		for _, link := range network.PodInterfaces {
+			on, err := procNet("ipv4", "conf", link, "forwarding")
+			switch {
+			case errors.Is(err, fs.ErrNotExist): // the link has gone
+			case err != nil:
+				e.add(Hidden, check, link+": "+err.Error(), "")
+			case on == 0:
+				off = append(off, link)
+			default:
+				looked++
+			}
+		}
+		if len(off) > 0 {
+			e.add(Fail, check, fmt.Sprintf("forwarding of IPv4 is off on %s: %s", few(off), cost),
+				fmt.Sprintf("sysctl net.ipv4.conf.%s.forwarding=1, and see what sets it to 0", strings.ReplaceAll(off[0], ".", "/")))
+		}
+	}
+	if looked > 0 && !e.failed(check) {
+		e.add(OK, check, "the kernel forwards what comes in by the links of pods", "")
+	}
+}
+
+// failed says whether a check has failed.
+func (e *examination) failed(check string) bool {
+	return slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == check && f.Level == Fail })
+}
+
+// filters sees that no filter in the forward hook drops what pods send to the endpoints.
+func (e *examination) filters(ctx context.Context) {
+	const check = "filters"
+	looked := 0
+	for _, family := range e.families() {
+		packet, ok := e.packetToEndpoint(family)
+		if !ok {
+			continue
+		}
+		for _, table := range filterTables(ctx, family) {
+			if table.err != nil {
+				e.add(Hidden, check, fmt.Sprintf("%s: %v", table.name, table.err), "run this as root in the network namespace of the node")
+				continue
+			}
+			looked++
+			verdict, by := filter.Forward(table.rules, packet)
+			switch verdict {
+			case filter.Drop:
+				e.add(Fail, check, fmt.Sprintf("%s, table filter: a packet of a pod to endpoint %s is dropped by %s", table.name, packet.Destination, by),
+					"accept what pods send to each other, for example: "+table.accept(packet))
+			case filter.Unknown:
+				e.add(Warn, check, fmt.Sprintf("%s, table filter: whether a packet of a pod to endpoint %s is accepted depends on what this command does not evaluate; otherwise it is dropped by %s",
+					table.name, packet.Destination, by), "see what the probe says")
+			}
+		}
+	}
+	found, err := nftForward(ctx)
+	switch {
+	case err != nil:
+		e.add(Hidden, check, err.Error(), "run this as root in the network namespace of the node, with nft")
+	default:
+		looked++
+		for _, c := range found {
+			level, text := Fail, "no rule of it accepts anything"
+			if c.accepts {
+				level, text = Warn, "this command does not evaluate its rules"
+			}
+			e.add(level, check, fmt.Sprintf("nftables chain %s drops what it forwards by its policy, and %s", c.name, text), "see that it accepts what pods send to each other: nft list chain "+c.name)
+		}
+	}
+	if looked > 0 && !slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == check }) {
+		e.add(OK, check, "none in the forward hook drops what pods send to the endpoints", "")
+	}
+}
+
+// packetToEndpoint is what a pod's first packet to an endpoint of this family looks like in the forward hook: from another pod
+// of the endpoint's network.
+func (e *examination) packetToEndpoint(family plan.Family) (filter.Packet, bool) {
+	for _, target := range e.targets() {
+		if plan.FamilyOf(target.Address) != family || len(target.Endpoints) == 0 {
+			continue
+		}
+		endpoint := target.Endpoints[0]
+		index, ok := routeTo(endpoint.Addr())
+		if !ok {
+			continue
+		}
+		link, err := netlink.LinkByIndex(index)
+		if err != nil || link.Attrs().Name == "lo" {
+			continue // a process of the node: nothing is forwarded
+		}
+		return filter.Packet{In: link.Attrs().Name, Out: link.Attrs().Name, Source: endpoint.Addr(), Destination: endpoint, Protocol: string(target.Protocol)}, true
+	}
+	return filter.Packet{}, false
+}
+
+type filterTable struct {
+	name  string // the command without -save
+	rules string // as iptables-save prints them
+	err   error
+}
+
+// accept is the command that lets packets such as this one through.
+func (t filterTable) accept(p filter.Packet) string {
+	return fmt.Sprintf("%s -I FORWARD -i %s -o %s -j ACCEPT", t.name, p.In, p.Out)
+}
+
+// filterTables are the filter tables of both kinds of iptables that are in use.
+func filterTables(ctx context.Context, family plan.Family) (tables []filterTable) {
+	command := "iptables"
+	if family == plan.IPv6 {
+		command = "ip6tables"
+	}
+	for _, kind := range []string{"-nft", "-legacy"} {
+		legacy := kind == "-legacy"
+		if legacy && !iptables.LegacyTable(family, "filter") {
+			continue
+		}
+		out, err := exec.CommandContext(ctx, command+kind+"-save", "-t", "filter").Output()
+		if errors.Is(err, exec.ErrNotFound) && !legacy {
+			continue // nftForward looks at its chains, too
+		}
+		tables = append(tables, filterTable{command + kind, string(out), err})
+	}
+	return tables
+}
+
+type nftChain struct {
+	name    string // family, table and name
+	accepts bool
+}
+
+// nftForward are the base chains in the forward hook whose policy is to drop, but those of iptables-nft and of the agents.
+func nftForward(ctx context.Context) ([]nftChain, error) {
+	out, err := exec.CommandContext(ctx, "nft", "--json", "list", "chains").Output()
+	if err != nil {
+		return nil, fmt.Errorf("nft list chains: %w", err)
+	}
+	var listing struct {
+		NFTables []struct {
+			Chain struct{ Family, Table, Name, Hook, Policy string }
+		}
+	}
+	if err := json.Unmarshal(out, &listing); err != nil {
+		return nil, fmt.Errorf("nft list chains: %w", err)
+	}
+	var found []nftChain
+	for _, object := range listing.NFTables {
+		c := object.Chain
+		ofIPTables := c.Table == "filter" && c.Name == "FORWARD" && (c.Family == "ip" || c.Family == "ip6")
+		if c.Hook != "forward" || c.Policy != "drop" || ofIPTables && present("iptables-nft-save") || strings.HasPrefix(c.Table, nftables.TablePrefix) {
+			continue
+		}
+		name := c.Family + " " + c.Table + " " + c.Name
+		rules, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "chain", c.Family, c.Table, c.Name).Output()
+		if err != nil {
+			return nil, fmt.Errorf("nft list chain %s: %w", name, err)
+		}
+		words := strings.Fields(strings.NewReplacer(";", " ", ",", " ").Replace(string(rules)))
+		accepts := slices.ContainsFunc(words, func(w string) bool { return slices.Contains([]string{"accept", "jump", "goto", "vmap"}, w) })
+		found = append(found, nftChain{name, accepts})
+	}
+	return found, nil
+}
+
+func present(command string) bool {
+	_, err := exec.LookPath(command)
+	return err == nil
+}
+
+// connections sees that the kernel's connection table has room: where it is full, new connections are dropped.
+func (e *examination) connections() {
+	const check = "conntrack"
+	count, err := procNet("netfilter", "nf_conntrack_count")
+	limit, limitErr := procNet("netfilter", "nf_conntrack_max")
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		e.add(Hidden, check, "the kernel shows no connection table here", "")
+	case err != nil || limitErr != nil:
+		e.add(Hidden, check, errors.Join(err, limitErr).Error(), "run this as root in the network namespace of the node")
+	case limit > 0 && count >= limit:
+		e.add(Fail, check, fmt.Sprintf("the connection table is full (%d of %d entries): new connections are dropped in silence", count, limit),
+			"sysctl net.netfilter.nf_conntrack_max, and see what opens them: conntrack -S; conntrack -L")
+	case limit > 0 && count >= limit/10*9:
+		e.add(Warn, check, fmt.Sprintf("the connection table is nearly full (%d of %d entries): when it is, new connections are dropped", count, limit), "sysctl net.netfilter.nf_conntrack_max")
+	default:
+		e.add(OK, check, fmt.Sprintf("%d of %d entries", count, limit), "")
+	}
+}

@@ -1,0 +1,235 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/doctor/probe"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+const probeCheck = "probe"
+
+// rights is what a probe needs.
+const rights = "run this as root on the node, or in a container with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_NET_RAW in the node's network and PID namespaces"
+
+// probe sends packets to the magic IPs from where a pod is, and says where they end.
+func (e *examination) probe(ctx context.Context) {
+	targets := e.targets()
+	if len(targets) == 0 {
+		e.add(Hidden, probeCheck, "no magic IP is served that packets could be sent to", "")
+		return
+	}
+	client, name, done := e.client()
+	if name == "" {
+		return
+	}
+	defer done()
+	var all []probe.Target
+	unprobed := 0
+	for _, target := range targets {
+		if target.Protocol == plan.SCTP || len(all) == most {
+			unprobed++
+			continue
+		}
+		all = append(all, target)
+	}
+	traces, err := probe.Run(ctx, client, all, connectTimeout)
+	if errors.Is(err, probe.ErrNotPermitted) {
+		e.add(Hidden, probeCheck, err.Error(), rights)
+		return
+	}
+	if err != nil {
+		e.add(Hidden, probeCheck, fmt.Sprintf("from %s: %v", name, err), "")
+		return
+	}
+	var ends []string // what became of those that did what they should, counted
+	count := map[string]int{}
+	for _, trace := range traces {
+		level, text, next := e.judgeTrace(trace)
+		if level != OK {
+			e.add(level, probeCheck, fmt.Sprintf("from %s to %s: %s", name, trace.Frontend, text), next)
+			continue
+		}
+		if count[text]++; count[text] == 1 {
+			ends = append(ends, text)
+		}
+	}
+	for i, end := range ends {
+		ends[i] = fmt.Sprintf("%d %s", count[end], end)
+	}
+	if len(ends) > 0 {
+		e.add(OK, probeCheck, fmt.Sprintf("from %s: %s", name, strings.Join(ends, ", ")), "")
+	}
+	if unprobed > 0 {
+		e.add(Hidden, probeCheck, fmt.Sprintf("%d more were not tried: SCTP, and more than %d", unprobed, most), "")
+	}
+}
+
+// client is the network namespace to probe from. Where there is none, it adds a finding and name is empty.
+func (e *examination) client() (client netns.NsHandle, name string, done func()) {
+	path := e.NetNS
+	name = path
+	if e.FromPod != "" {
+		path, name = "", "pod "+e.FromPod
+		for _, record := range e.records {
+			if record.Namespace+"/"+record.Name == e.FromPod && (path == "" || record.IfName == "eth0") {
+				path = record.Netns
+			}
+		}
+		if path == "" {
+			e.add(Hidden, probeCheck, "pod "+e.FromPod+" has no record with a network namespace: the plugin records pods that a selector matches and that have a network of their own",
+				"give the path of its network namespace: --netns /proc/PID/ns/net, where PID is a process of the pod")
+			return netns.None(), "", nil
+		}
+	}
+	if path != "" {
+		client, err := probe.Open(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && e.FromPod != "":
+			e.add(Fail, probeCheck, fmt.Sprintf("the network namespace of %s is gone, or not visible from here: %v", name, err), "run this on the node; if it is gone there, delete the pod")
+		case err != nil:
+			e.add(Fail, probeCheck, err.Error(), "")
+		default:
+			return client, name, func() { _ = client.Close() }
+		}
+		return netns.None(), "", nil
+	}
+	bridge := e.podBridge()
+	var taken []netip.Addr
+	for _, record := range e.records {
+		taken = append(taken, record.IPs...)
+	}
+	for _, target := range e.targets() {
+		for _, endpoint := range target.Endpoints {
+			taken = append(taken, endpoint.Addr())
+		}
+	}
+	site, err := probe.NewSite(bridge, taken)
+	switch {
+	case errors.Is(err, probe.ErrNotPermitted):
+		e.add(Hidden, probeCheck, "packets cannot be sent from a pod's place: "+err.Error(), rights)
+		return netns.None(), "", nil
+	case err != nil:
+		e.add(Hidden, probeCheck, fmt.Sprintf("a namespace to send packets from cannot be made: %v", err), "use --from-pod or --netns")
+		return netns.None(), "", nil
+	}
+	name = "a namespace of its own on a veth"
+	if bridge != "" {
+		name = "a namespace of its own on bridge " + bridge
+	}
+	return site.Namespace, name, func() {
+		if err := site.Close(); err != nil {
+			e.add(Warn, probeCheck, fmt.Sprintf("link %s, which was made to send packets from, is left: %v", site.Link, err), "ip link delete "+site.Link)
+		}
+	}
+}
+
+// podBridge is the bridge that the node reaches most endpoints and recorded pods by; empty where pods are not on a bridge.
+func (e *examination) podBridge() string {
+	var addresses []netip.Addr
+	for _, target := range e.targets() {
+		for _, endpoint := range target.Endpoints {
+			addresses = append(addresses, endpoint.Addr())
+		}
+	}
+	for _, record := range e.records {
+		addresses = append(addresses, record.IPs...)
+	}
+	count := map[string]int{}
+	best := ""
+	for _, address := range addresses {
+		index, ok := routeTo(address)
+		if !ok {
+			continue
+		}
+		link, err := netlink.LinkByIndex(index)
+		if err != nil {
+			continue
+		}
+		name := ""
+		if link.Type() == "bridge" {
+			name = link.Attrs().Name
+		}
+		if count[name]++; count[name] > count[best] {
+			best = name
+		}
+	}
+	return best
+}
+
+// judgeTrace says what a trace means, and which of the other findings is the cause.
+func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next string) {
+	m, found := e.served(trace.Frontend)
+	without := found && len(m.Endpoints) == 0
+	text = trace.Text
+	switch trace.Hop {
+	case probe.Answered:
+		return OK, "answered", ""
+	case probe.Rejected:
+		if without && m.Action == string(plan.Reject) {
+			return OK, "rejected for want of an endpoint", ""
+		}
+		if without {
+			return Fail, text + ", although it should " + m.Action, e.cause("rules", "agent")
+		}
+		return Fail, text + ": the rules reject this client, or a filter does", e.cause("links", "rules", "filters", "agent")
+	case probe.Node:
+		if without && m.Action == string(plan.Hold) {
+			return OK, "held for want of an endpoint", ""
+		}
+		return Fail, text, e.cause("forwarding", "rp_filter", "conntrack", "links", "rules", "filters", "agent")
+	case probe.Client:
+		return Fail, text, "give the client a route to it: a default route is enough. In the client's namespace: ip route get " + trace.Address.String()
+	case probe.Astray:
+		if without && m.Action == string(plan.Pass) {
+			return OK, "passed for want of an endpoint", ""
+		}
+		return Fail, text, e.cause("rules of others", "rules", "data plane", "agent")
+	case probe.Refused:
+		return Fail, text, e.cause("endpoints")
+	case probe.Silent:
+		if trace.Protocol == plan.UDP {
+			return OK, "delivered to the endpoint, which need not answer an empty datagram", ""
+		}
+		return Fail, text, e.cause("endpoints", "filters", "rp_filter")
+	case probe.Reply:
+		return Fail, text, e.cause("bridges", "rp_filter", "data plane", "filters")
+	}
+	return Hidden, text, ""
+}
+
+// served finds what the agents say of a frontend.
+func (e *examination) served(frontend plan.Frontend) (magicIP, bool) {
+	for _, a := range e.agents {
+		for _, m := range a.MagicIPs {
+			if m.Refused == "" && frontendOf(m) == frontend {
+				return m, true
+			}
+		}
+	}
+	return magicIP{}, false
+}
+
+// cause points to what a check has found that explains where a probe ended: of these checks, a failure first.
+func (e *examination) cause(checks ...string) string {
+	for _, level := range []Level{Fail, Warn} {
+		for _, check := range checks {
+			i := slices.IndexFunc(e.found, func(f Finding) bool {
+				return f.Level == level && (f.Check == check || strings.HasPrefix(f.Check, check+" "))
+			})
+			if i >= 0 {
+				return fmt.Sprintf("probably because of %s: %s", e.found[i].Check, e.found[i].Text)
+			}
+		}
+	}
+	return "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
+}
