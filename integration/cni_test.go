@@ -45,6 +45,7 @@ func TestAddCheckDel(t *testing.T) {
 				pod := lab.Pod{Name: "a", UID: "1-2-3", Labels: echo}
 				attached := add(t, node, network, pod)
 
+				link := hostInterface(t, node, "a")
 				want := []state.Attachment{{
 					ContainerID:   pod.ContainerID(),
 					IfName:        "eth0",
@@ -54,7 +55,8 @@ func TestAddCheckDel(t *testing.T) {
 					UID:           "1-2-3",
 					Labels:        echo,
 					IPs:           podAddresses(t, node, "a"),
-					HostInterface: hostInterface(t, node, "a"),
+					HostInterface: link.Name,
+					HostIfIndex:   link.Index,
 					Netns:         "/run/netns/a",
 				}}
 				if diff := cmp.Diff(want, records(t, node), ignoreAddedAt, compareAddrs); diff != "" {
@@ -427,7 +429,7 @@ func podAddresses(t *testing.T, node *lab.Node, namespace string) []netip.Addr {
 }
 
 // hostInterface is the node's link at the other end of a pod's eth0.
-func hostInterface(t *testing.T, node *lab.Node, namespace string) string {
+func hostInterface(t *testing.T, node *lab.Node, namespace string) *netlink.LinkAttrs {
 	t.Helper()
 	var peer int
 	err := node.In(namespace, func() error {
@@ -440,18 +442,18 @@ func hostInterface(t *testing.T, node *lab.Node, namespace string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var name string
+	var host *netlink.LinkAttrs
 	err = node.In(lab.Host, func() error {
 		link, err := netlink.LinkByIndex(peer)
 		if err == nil {
-			name = link.Attrs().Name
+			host = link.Attrs()
 		}
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return name
+	return host
 }
 
 func withVersion(t *testing.T, conflist []byte, version string) []byte {

@@ -268,7 +268,7 @@ func (m *model) event() {
 func (m *model) attach(pod *modelPod) {
 	m.t.Helper()
 	attached := add(m.t, m.Node, "dual-stack", pod.Pod)
-	pod.ips, pod.link, pod.broken = attached.IPs, hostInterface(m.t, m.Node, pod.Name), false
+	pod.ips, pod.link, pod.broken = attached.IPs, hostInterface(m.t, m.Node, pod.Name).Name, false
 	for _, p := range []uint16{port, otherPort} {
 		echo, err := m.StartEcho(pod.Name, pod.Name, p)
 		if err != nil {

@@ -66,7 +66,7 @@ func testPackets(t *testing.T, w *world) {
 	}
 	link := map[string]string{"bridge": "cni1"}[w.kind]
 	if link == "" {
-		link = hostInterface(t, w.Node, client.NetNS)
+		link = hostInterface(t, w.Node, client.NetNS).Name
 	}
 	w.start(configOf(agentName,
 		entry(plain, ""), entry(excluding, "excludeTarget: true"), entry(withoutUs, "hostClients: false"), entry(passing, "noEndpoint: pass"),

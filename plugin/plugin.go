@@ -119,6 +119,7 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 		log.Warn("the pod is not recorded: prevResult has no address of its interface", "ifName", args.IfName)
 		return
 	}
+	hostInterface, hostIfIndex := interfaces.host(args.IfName, lookUp)
 	attachment := runtimedir.Attachment{
 		ContainerID:   args.ContainerID,
 		IfName:        args.IfName,
@@ -128,7 +129,8 @@ func (p Plugin) record(args *skel.CmdArgs, conf *conf, pod pod, claims []claim, 
 		UID:           pod.uid,
 		Labels:        labels,
 		IPs:           addrs,
-		HostInterface: interfaces.host(driver),
+		HostInterface: hostInterface,
+		HostIfIndex:   hostIfIndex,
 		Netns:         args.Netns,
 		AddedAt:       time.Now().UTC(),
 	}
@@ -266,7 +268,7 @@ func liveAgents(dir runtimedir.Dir, log *slog.Logger) map[string]*runtimedir.Pod
 }
 
 // dead are the records that agents report as dead, though no DEL came for them: where the link that leads to the sandbox is
-// gone, so is the sandbox. An agent alone could withdraw a pod that is there.
+// gone, or another has its name, so is the sandbox. An agent alone could withdraw a pod that is there.
 func dead(dir runtimedir.Dir, agents map[string]*runtimedir.Pods) (keys []runtimedir.Key) {
 	reported := map[runtimedir.Key]bool{}
 	for _, agent := range agents {
@@ -282,7 +284,8 @@ func dead(dir runtimedir.Dir, agents map[string]*runtimedir.Pods) (keys []runtim
 		if !reported[a.Key()] || a.HostInterface == "" {
 			continue
 		}
-		if _, exists := driver(a.HostInterface); !exists {
+		link, exists := lookUp(a.HostInterface)
+		if replaced := a.HostIfIndex != 0 && link.index != 0 && link.index != a.HostIfIndex; !exists || replaced {
 			keys = append(keys, a.Key())
 		}
 	}

@@ -585,7 +585,8 @@ func TestAddAgainReplaces(t *testing.T) {
 	wantRecorded(t, dir, "c2 10.244.1.7", "c1 10.244.1.8", "c1 10.244.1.8")
 }
 
-// A record that an agent reports as dead goes when something is written anyway: if its host interface is gone too.
+// A record that an agent reports as dead goes when something is written anyway: if its host interface is gone too, or
+// another link has its name.
 func TestDead(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -596,17 +597,17 @@ func TestDead(t *testing.T) {
 		{"ADD", true, func(c values) command { return add(c).of("new") }, []string{"c1", "standing", "unknown", "new"}},
 		{"ADD of what was believed dead", true, func(c values) command { return add(c).of("dead") }, []string{"c1", "standing", "unknown", "dead"}},
 		{"DEL", true, del, []string{"standing", "unknown"}},
-		{"DEL of another pod", true, func(c values) command { return del(c).of("other") }, []string{"dead", "c1", "standing", "unknown"}},
+		{"DEL of another pod", true, func(c values) command { return del(c).of("other") }, []string{"dead", "replaced", "c1", "standing", "unknown"}},
 		{"GC", true, func(c values) command { return command{name: "GC", conf: c} }, []string{"c1", "standing", "unknown"}},
-		{"ADD, the agent has stopped", false, func(c values) command { return add(c).of("new") }, []string{"dead", "c1", "standing", "unknown", "new"}},
+		{"ADD, the agent has stopped", false, func(c values) command { return add(c).of("new") }, []string{"dead", "replaced", "c1", "standing", "unknown", "new"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
 			valid := []values{{"containerID": "c1", "ifname": "eth0"}}
 			var reported []runtimedir.Key
-			record := func(id, link string) {
+			record := func(id, link string, index int) {
 				key := runtimedir.Key{ContainerID: id, IfName: "eth0"}
-				_, err := runtimedir.New(dir).Update(time.Minute, nil, runtimedir.Attachment{ContainerID: id, IfName: "eth0", Network: "pods", HostInterface: link})
+				_, err := runtimedir.New(dir).Update(time.Minute, nil, runtimedir.Attachment{ContainerID: id, IfName: "eth0", Network: "pods", HostInterface: link, HostIfIndex: index})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -614,10 +615,11 @@ func TestDead(t *testing.T) {
 				valid = append(valid, values{"containerID": id, "ifname": "eth0"})
 			}
 			c := conf(dir, values{"cniVersion": "1.1.0"})
-			record("dead", "no-such-link")
+			record("dead", "no-such-link", 0)
+			record("replaced", "lo", 4711)
 			add(c).ok(t)
-			record("standing", "lo")
-			record("unknown", "")
+			record("standing", "lo", 1)
+			record("unknown", "", 0)
 			c["cni.dev/valid-attachments"] = valid
 			agent(t, dir, "any", test.live, runtimedir.Pods{Dead: append(reported, runtimedir.Key{ContainerID: "c1", IfName: "net1"})})
 			test.run(c).ok(t)

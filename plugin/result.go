@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"unsafe"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
@@ -57,34 +58,51 @@ func (r *interfaces) addresses(ifName string) (addrs []netip.Addr, ignored error
 }
 
 // host is the link on the node that leads to the sandbox: the last of the node's, in the order in which the plugins
-// of the chain named them, that is not made to serve many or to shape traffic. Empty where the result names none.
+// of the chain named them, of a kind that ends with the sandbox. Empty where the result names none.
 //
 // A link that is not there is passed over: the agent takes the absence of the recorded one for the end of the
-// sandbox, and results name links that never were (the VPC CNI of AWS keeps notes in such entries).
-func (r *interfaces) host(driver func(string) (name string, exists bool)) string {
-	for _, link := range slices.Backward(r.Interfaces) {
-		if link.Sandbox != "" {
+// sandbox, and results name links that never were (the VPC CNI of AWS keeps notes in such entries). So is one with the
+// name of the interface in the sandbox: Azure CNI names the pod's end without its sandbox, and the node may have an
+// uplink of this name.
+func (r *interfaces) host(ifName string, look func(string) (link, bool)) (name string, index int) {
+	for _, entry := range slices.Backward(r.Interfaces) {
+		if entry.Sandbox != "" || entry.Name == ifName {
 			continue
 		}
-		// ifb: the plugin bandwidth appends the link that it shapes with.
-		if name, exists := driver(link.Name); exists && name != "bridge" && name != "ifb" {
-			return link.Name
+		if link, exists := look(entry.Name); exists && slices.Contains([]string{"veth", "netkit", "tun", ""}, link.driver) {
+			return entry.Name, link.index
 		}
 	}
-	return ""
+	return "", 0
 }
 
-// driver is the name of the kernel driver of a link of the node, see SIOCETHTOOL in netdevice(7), and whether there is
-// such a link. The name is empty where the kernel does not tell it.
-func driver(link string) (name string, exists bool) {
+// link is a link of the node: its kernel driver, empty where the kernel does not tell it, and its index, 0 likewise.
+type link struct {
+	driver string
+	index  int
+}
+
+// lookUp asks the kernel for the link of this name, see SIOCETHTOOL and SIOCGIFINDEX in netdevice(7).
+func lookUp(name string) (l link, exists bool) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return "", true
+		return link{}, true
 	}
 	defer func() { _ = unix.Close(fd) }()
-	info, err := unix.IoctlGetEthtoolDrvinfo(fd, link)
-	if err != nil {
-		return "", !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) // EINVAL: too long for a link's name
+	request := struct {
+		name  [unix.IFNAMSIZ]byte
+		index int32
+		_     [20]byte // of struct ifreq
+	}{}
+	if copy(request.name[:unix.IFNAMSIZ-1], name) < len(name) {
+		return link{}, false // too long for a link's name
 	}
-	return unix.ByteSliceToString(info.Driver[:]), true
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCGIFINDEX, uintptr(unsafe.Pointer(&request))); errno != 0 {
+		return link{}, errno != unix.ENODEV
+	}
+	l.index = int(request.index)
+	if info, err := unix.IoctlGetEthtoolDrvinfo(fd, name); err == nil {
+		l.driver = unix.ByteSliceToString(info.Driver[:])
+	}
+	return l, true
 }

@@ -14,8 +14,10 @@ import (
 )
 
 func TestInterfaces(t *testing.T) {
-	// The links that are on the node of the test; the kernel does not tell the driver of eth0.
-	drivers := map[string]string{"cni0": "bridge", "veth1": "veth", "bwp1": "ifb", "cali1": "veth", "eth0": ""}
+	// The links that are on the node of the test; the kernel does not tell the driver of odd1.
+	links := map[string]link{
+		"cni0": {"bridge", 3}, "veth1": {"veth", 4}, "bwp1": {"ifb", 5}, "cali1": {"veth", 6}, "odd1": {"", 7}, "eth0": {"hv_netvsc", 2}, "eth1": {"mlx5e_rep", 8},
+	}
 	tests := []struct {
 		name    string
 		result  string
@@ -64,8 +66,18 @@ func TestInterfaces(t *testing.T) {
 		},
 		{
 			name:   "an address of the node's end",
-			result: `{"interfaces": [{"name": "eth0"}, {"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 0, "address": "10.244.1.1/24"}]}`,
-			host:   "eth0",
+			result: `{"interfaces": [{"name": "odd1"}, {"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 0, "address": "10.244.1.1/24"}]}`,
+			host:   "odd1",
+		},
+		{
+			name:   "azure names the end of the pod without its sandbox",
+			result: `{"interfaces": [{"name": "eth0"}], "ips": [{"address": "10.244.1.7/16"}]}`,
+			addrs:  "10.244.1.7",
+		},
+		{
+			name:   "a device of the node stays when the sandbox ends",
+			result: `{"interfaces": [{"name": "eth1"}, {"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 1, "address": "10.244.1.7/16"}]}`,
+			addrs:  "10.244.1.7",
 		},
 		{
 			name: "a link that never was",
@@ -113,21 +125,22 @@ func TestInterfaces(t *testing.T) {
 			if diff := cmp.Diff(test.ignored, message); diff != "" {
 				t.Errorf("ignored (-want +got):\n%s", diff)
 			}
-			if host := interfaces.host(func(link string) (string, bool) {
-				driver, exists := drivers[link]
-				return driver, exists
-			}); host != test.host {
-				t.Errorf("host interface is %q, want %q", host, test.host)
+			host, index := interfaces.host("eth0", func(name string) (link, bool) {
+				l, exists := links[name]
+				return l, exists
+			})
+			if host != test.host || index != links[test.host].index {
+				t.Errorf("host interface is %q with index %d, want %q", host, index, test.host)
 			}
 		})
 	}
 }
 
 // What the kernel says of real links, in a network namespace of the test's own.
-func TestDriver(t *testing.T) {
+func TestLookUp(t *testing.T) {
 	const inside = "TEST_HAS_ITS_OWN_NETWORK"
 	if os.Getenv(inside) == "" {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestDriver$", "-test.v")
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestLookUp$", "-test.v")
 		cmd.Env = append(os.Environ(), inside+"=1")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 		if os.Getuid() != 0 {
@@ -153,9 +166,13 @@ func TestDriver(t *testing.T) {
 			t.Fatalf("%s: %v", link.Attrs().Name, err)
 		}
 	}
-	for link, want := range map[string]string{"cni0": "bridge", "veth1": "veth", "missing": "", "a-name-longer-than-15": ""} {
-		if got, exists := driver(link); got != want || exists != (want != "") {
-			t.Errorf("driver of %s is %q, there %v, want %q", link, got, exists, want)
+	for name, want := range map[string]string{"cni0": "bridge", "veth1": "veth", "missing": "", "a-name-longer-than-15": ""} {
+		index := 0
+		if link, err := netlink.LinkByName(name); err == nil {
+			index = link.Attrs().Index
+		}
+		if got, exists := lookUp(name); got.driver != want || got.index != index || exists != (want != "") {
+			t.Errorf("%s is %+v, there %v, want driver %q and index %d", name, got, exists, want, index)
 		}
 	}
 }

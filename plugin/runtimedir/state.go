@@ -31,9 +31,11 @@ type Attachment struct {
 	Labels map[string]string `json:"labels,omitzero"`
 	IPs    []netip.Addr      `json:"ips"`
 	// HostInterface is the link on the node that leads to the sandbox, where the CNI result names it.
-	HostInterface string    `json:"hostInterface,omitempty"`
-	Netns         string    `json:"netns,omitempty"` // a path
-	AddedAt       time.Time `json:"addedAt"`
+	HostInterface string `json:"hostInterface,omitempty"`
+	// HostIfIndex is the index of that link, which identifies it: a name passes to another link. 0 where not known.
+	HostIfIndex int       `json:"hostIfIndex,omitempty"`
+	Netns       string    `json:"netns,omitempty"` // a path
+	AddedAt     time.Time `json:"addedAt"`
 }
 
 // Key identifies an attachment. Never the address: addresses are reused while the DEL of their former
