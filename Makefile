@@ -38,6 +38,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
+	go test -C integration/conflist -race -count=1 ./...
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3
 	integration/fuzz $(FUZZTIME)
 
@@ -89,6 +90,7 @@ lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/golangci-lint run --build-tags e2e ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	cd integration/conflist && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 
 .PHONY: mutate
 mutate: ## change the pure rooms line by line, and see that a unit test fails each time (MUTATE=, slow)
@@ -103,6 +105,6 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning

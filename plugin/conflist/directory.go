@@ -12,6 +12,7 @@
 package conflist
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -75,6 +76,7 @@ type Directory struct {
 	folders map[string][]file // of CNI 1.1: the *.conf of each folder that a list is merged with, by its name
 	broken  map[string]error  // why a folder cannot be read
 	kept    []file            // single-plugin configurations that a version before this one renamed
+	aside   []file            // those with an entry that no loader reads: what a link led to, copies that others keep
 }
 
 // file is a file of the directory.
@@ -108,6 +110,11 @@ func Read(path string, options Options) (*Directory, error) {
 				d.kept = append(d.kept, f)
 			}
 		}
+		if !e.IsDir() && !isConfiguration(e.Name()) && !IsOurs(e.Name()) {
+			if f := d.read(e.Name()); e.Type().IsRegular() && bytes.Contains(f.data, []byte(quote(entry.Type))) && hasEntries(f.data) {
+				d.aside = append(d.aside, f)
+			}
+		}
 		if e.IsDir() || !isConfiguration(e.Name()) {
 			continue
 		}
@@ -117,6 +124,9 @@ func Read(path string, options Options) (*Directory, error) {
 		}
 		d.files = append(d.files, f)
 	}
+	d.aside = slices.DeleteFunc(d.aside, func(f file) bool {
+		return slices.ContainsFunc(d.files, func(g file) bool { return g.target == f.target })
+	})
 	for _, f := range d.files {
 		if name := folderOf(f); name != "" && d.folders[name] == nil && d.broken[name] == nil {
 			d.readFolder(name)

@@ -82,6 +82,7 @@ func (p Plan) Entry() []byte {
 func (d *Directory) Put(key Key, versions []string) (Plan, error) {
 	p := Plan{d: d.clone()}
 	p.takeOver()
+	p.removeOrphans()
 	target, again, notes, err := p.d.target(time.Now())
 	p.Again, p.Notes = again, notes
 	switch {
@@ -100,6 +101,7 @@ func (d *Directory) Put(key Key, versions []string) (Plan, error) {
 			err = fmt.Errorf("%w: pods would fail with the entry in it, so that it is removed; the agent knows pods by the API only until that is corrected", err)
 		} else if err != nil {
 			p = Plan{Notes: notes, d: d.clone()}
+			p.removeOrphans()
 		}
 		if err != nil {
 			err = fmt.Errorf("%s: %w", filepath.Join(d.path, before.name), err)
@@ -140,6 +142,7 @@ func (p *Plan) put(target file, key Key, versions []string) error {
 func (d *Directory) Take(agent, runtimeDir string) (Plan, error) {
 	p := Plan{d: d.clone()}
 	p.takeOver()
+	p.removeOrphans()
 	return p, errors.Join(p.withdraw("", agent, runtimeDir), p.follow())
 }
 
@@ -264,7 +267,7 @@ func (f file) first(files []file) bool { return len(files) > 0 && files[0].name 
 // withdraw removes the key of an agent from every file but one.
 func (p *Plan) withdraw(except, agent, runtimeDir string) (all error) {
 	remove := func(f file) {
-		if filepath.Ext(f.name) != listExt && !strings.Contains(f.name, "/") {
+		if ext := filepath.Ext(f.name); (ext == ".conf" || ext == ".json") && !strings.Contains(f.name, "/") {
 			return // a single plugin, and not ours
 		}
 		if f.name == except || !has(f.data, agent, runtimeDir) {
@@ -286,6 +289,11 @@ func (p *Plan) withdraw(except, agent, runtimeDir string) (all error) {
 	}
 	for _, f := range slices.Clone(p.d.files) {
 		remove(f)
+	}
+	if except == "" {
+		for _, f := range p.d.aside {
+			remove(f)
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.d.folders)) {
 		for _, f := range slices.Clone(p.d.folders[name]) {
@@ -323,16 +331,25 @@ func ownNameOf(name string) string {
 	return ownName(name)
 }
 
-// follow brings the lists of our own in step with their originals. One whose original is gone or cannot be used goes, and
-// so does one that has no entry any more, unless another file refers to it: then it is there for as long as the original
-// is, without the entry.
-func (p *Plan) follow() error {
-	var all error
+// removeOrphans removes the lists of our own whose original is gone or cannot be used.
+func (p *Plan) removeOrphans() {
 	for _, f := range slices.Clone(p.d.files) {
 		if name, own := originalOf(f.name); own {
 			original := p.d.find(name)
-			gone := original == nil || original.foreign == nil && original.unusable != nil && time.Since(original.modified) > settleTime
-			if gone || !p.d.refersTo(f.name) && !hasEntries(f.data) {
+			if original == nil || original.foreign == nil && original.unusable != nil && time.Since(original.modified) > settleTime {
+				p.write(f, nil)
+			}
+		}
+	}
+}
+
+// follow brings the lists of our own in step with their originals. One that has no entry any more goes, unless another
+// file refers to it: then it is there for as long as the original is, without the entry.
+func (p *Plan) follow() error {
+	var all error
+	for _, f := range slices.Clone(p.d.files) {
+		if isOwn(f) {
+			if !p.d.refersTo(f.name) && !hasEntries(f.data) {
 				p.write(f, nil)
 			}
 			continue
@@ -551,8 +568,9 @@ func (p *Plan) write(f file, data []byte) {
 		p.d.delete(f.name)
 		return
 	}
-	f.data = data
-	p.d.insert(f)
+	if f.data = data; isConfiguration(f.name) { // and not aside
+		p.d.insert(f)
+	}
 }
 
 // create notes a new file with the mode and the owner of another.
