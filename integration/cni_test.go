@@ -142,7 +142,7 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 			if test.recorded {
 				want = []state.Attachment{{ContainerID: attached.ContainerID, Labels: test.labels}}
 			}
-			onlyLabels := cmpopts.IgnoreFields(state.Attachment{}, "IfName", "Network", "Namespace", "Name", "UID", "IPs", "HostInterface", "Netns")
+			onlyLabels := cmpopts.IgnoreFields(state.Attachment{}, "IfName", "Network", "Namespace", "Name", "UID", "IPs", "HostInterface", "HostIfIndex", "Netns")
 			if diff := cmp.Diff(want, records(t, node), onlyLabels, ignoreAddedAt); diff != "" {
 				t.Errorf("records (-want +got):\n%s", diff)
 			}
