@@ -28,18 +28,23 @@ const (
 // fileLimit is how long a pod may be kept at most.
 const fileLimit = 2 * time.Second
 
-// hostileNode is a node on which kubelet has made the directories that the chart mounts, with files outside of them that
-// must not be touched.
+// hostileNode is a node with the directories that the chart mounts, and files outside of them that must not be touched.
 func hostileNode(t *testing.T) *lab.Node {
 	t.Helper()
 	node := newNode(t, "10-bridge.conflist")
+	kubelet(t, node)
+	return node
+}
+
+// kubelet makes the directories that the chart mounts, as kubelet does, and the baits.
+func kubelet(t *testing.T, node *lab.Node) {
+	t.Helper()
 	runIn(t, node, fmt.Sprintf(`mkdir -p %[1]s/plugin %[1]s/agents/%[2]s %[1]s/agents/%[3]s %[1]s/install/%[2]s %[1]s/install/%[3]s
 chmod -R 755 %[1]s
 mkdir %[4]s
 for name in text empty json; do echo "$name" >%[4]s/$name; done
 echo '{"version": 1, "attachments": []}' >%[4]s/json
 : >%[4]s/empty`, lab.RuntimeDir, agentName, otherName, bait))
-	return node
 }
 
 func runIn(t *testing.T, node *lab.Node, script string) string {
@@ -101,7 +106,7 @@ func obstruct(t *testing.T, node *lab.Node, dir, obstacle string, files ...strin
 	o := obstacles[obstacle]
 	script := fmt.Sprintf("for file in %s; do rm -rf $file fifo.$file json.$file; %s; done", strings.Join(files, " "), o.script)
 	if o.asRoot || dir != hostile {
-		runIn(t, node, "cd "+dir+"; "+script)
+		runIn(t, node, "mkdir -p "+dir+"; cd "+dir+"; "+script)
 	} else {
 		inContainer(t, node, script)
 	}
@@ -285,17 +290,101 @@ func wantLocked(t *testing.T, path string) {
 	}
 }
 
-// TestUnprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod.
+// TestHostileNeighbour: nor are agents of other releases, nor those who ask for their state. hostileNode's baits are on its node.
+func TestHostileNeighbour(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "nftables", "bridge")
+	kubelet(t, w.Node)
+	w.start(config())
+	before := baits(t, w.Node)
+	lock, err := runtimedir.New(w.Path(lab.RuntimeDir)).Agent(otherName).Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	for obstacle := range obstacles {
+		obstruct(t, w.Node, hostile, obstacle, agentFiles...)
+		w.addPod("bridge", target("a"))
+		w.awaitEndpoint("a")
+		for _, command := range []string{"status", "doctor"} {
+			ctx, cancel := lab.Patience(t.Context(), 10*time.Second)
+			out, err := w.RunAgent(ctx, command, "--runtime-dir", lab.RuntimeDir)
+			if ctx.Err() != nil {
+				t.Errorf("%s: %s hangs", obstacle, command)
+			}
+			if !strings.Contains(out, agentName) {
+				t.Errorf("%s: %s prints %q (%v)", obstacle, command, out, err)
+			}
+			cancel()
+		}
+		del(t, w.Node, networkOf("bridge").name, target("a"))
+		w.awaitEndpoint("")
+		if after := baits(t, w.Node); after != before {
+			t.Fatalf("%s: outside has changed, before:\n%s\nafter:\n%s", obstacle, before, after)
+		}
+	}
+}
+
+// TestHostileFilesOfAnInstaller: whatever is in place of an installer's files, or of the files in its temporary names, it touches
+// nothing outside, and it ends.
+func TestHostileFilesOfAnInstaller(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	kubelet(t, s.Node)
+	before := baits(t, s.Node)
+	for obstacle := range obstacles {
+		obstruct(t, s.Node, lab.RuntimeDir+"/install/"+agentName, obstacle, "record.json", "record.json.tmp", "live")
+		obstruct(t, s.Node, hostile, obstacle, agentFiles...)
+		for _, command := range [][]string{s.flags("install", "--plugin", s.plugin()), s.flags("uninstall")} {
+			ctx, cancel := lab.Patience(t.Context(), 10*time.Second)
+			out, err := s.RunAgent(ctx, command...)
+			if ctx.Err() != nil {
+				t.Errorf("%s: %s hangs", obstacle, command[0])
+			}
+			// A directory that is not empty is the only thing that a writer does not replace.
+			if err != nil && obstacle != "directory" {
+				t.Errorf("%s: %s: %v: %s", obstacle, command[0], err, out)
+			}
+			cancel()
+		}
+		if after := baits(t, s.Node); after != before {
+			t.Fatalf("%s: outside has changed, before:\n%s\nafter:\n%s", obstacle, before, after)
+		}
+	}
+}
+
+// TestUnprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod
+// and no installer.
 func TestUnprivilegedLocks(t *testing.T) {
 	t.Parallel()
-	node := hostileNode(t)
-	lockedByAll(t, node, lab.RuntimeDir)
-	for i := range 5 {
-		startsAndStops(t, node, fmt.Sprint("pod ", i))
-	}
-	if data, err := os.ReadFile(node.Path(runtimedir.New(lab.RuntimeDir).LogPath())); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("plugin.log: %s, %v", data, err)
-	}
+	t.Run("pods", func(t *testing.T) {
+		t.Parallel()
+		node := hostileNode(t)
+		lockedByAll(t, node, lab.RuntimeDir)
+		for i := range 5 {
+			startsAndStops(t, node, fmt.Sprint("pod ", i))
+		}
+		if data, err := os.ReadFile(node.Path(runtimedir.New(lab.RuntimeDir).LogPath())); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("plugin.log: %s, %v", data, err)
+		}
+	})
+	t.Run("installer", func(t *testing.T) {
+		t.Parallel()
+		s := newSite(t)
+		kubelet(t, s.Node)
+		lockedByAll(t, s.Node, lab.RuntimeDir, confDir, binDir)
+		for range 3 {
+			for _, command := range [][]string{s.flags("install", "--plugin", s.plugin()), s.flags("uninstall")} {
+				began := time.Now()
+				if _, err := s.RunAgent(t.Context(), command...); err != nil {
+					t.Error(err)
+				}
+				if took := lab.WorkingTime(began, time.Now()); took > fileLimit {
+					t.Errorf("%s took %s", command[0], took)
+				}
+			}
+		}
+	})
 }
 
 // TestLocksOfTheOtherAgent: nor does the hostile agent, which sees all of the runtime directory, read-only.

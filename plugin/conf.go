@@ -13,7 +13,7 @@ import (
 )
 
 // rawConf is the network configuration as it comes in. What belongs to one key is decoded alone, so that an
-// error can name the key, and what the runtime or other plugins put in need not be understood.
+// error names the key, and keys of the runtime or of other plugins may have any format.
 type rawConf struct {
 	CNIVersion string `json:"cniVersion"`
 	Name       string `json:"name"`
@@ -41,7 +41,7 @@ type conf struct {
 // parseConf returns *types.Error, code 6 for what has another type than it should and code 7 for a value that
 // is not allowed. The conf has a runtimeDir also when there is an error.
 //
-// A selector that does not parse is no error: it is one agent's, and the pods are everybody's.
+// A selector that does not parse is no error: it belongs to one agent, and an error would fail the pods of all.
 func parseConf(stdin []byte) (*conf, error) {
 	c, raw, err := parseCommon(stdin)
 	if err == nil {
@@ -71,7 +71,7 @@ func parseCommon(stdin []byte) (*conf, *rawConf, error) {
 	return c, &raw, err
 }
 
-// result is what ADD prints: prevResult. Its very bytes, so that fields survive that this build does not know, unless
+// result is what ADD prints: prevResult. Its bytes are unchanged, so that unknown fields survive, unless
 // it has to be converted to the version of the configuration.
 func (c *conf) result() (json.RawMessage, error) {
 	if entry.Absent(c.prevResult) {
@@ -96,7 +96,7 @@ func (c *conf) result() (json.RawMessage, error) {
 }
 
 func convert(from string, result json.RawMessage, to string) (converted json.RawMessage, err error) {
-	// The library (1.3.1) does not expect null among the interfaces, addresses and routes that it converts.
+	// The library (1.3.1) panics on null among the interfaces, addresses and routes that it converts.
 	defer func() {
 		if recover() != nil {
 			err = errors.New("cannot be converted: has it an entry that is null?")
@@ -113,8 +113,8 @@ func convert(from string, result json.RawMessage, to string) (converted json.Raw
 	return json.Marshal(wanted)
 }
 
-// validAttachments are those that GC is to keep; nil where there is no list, which is not an empty one: that
-// removes everything. cnitool calls GC without a list, after libcni has sent a DEL for all it remembers.
+// validAttachments are those that GC is to keep; nil where there is no list. An empty list
+// removes everything. cnitool calls GC without a list, after libcni has sent a DEL for each attachment in its cache.
 func (c *conf) validAttachments() (map[runtimedir.Key]bool, error) {
 	const key = "cni.dev/valid-attachments"
 	if len(c.valid) == 0 {

@@ -1,5 +1,5 @@
 // Package plugin is the CNI plugin: chained behind the plugin that assigns addresses, it records the
-// attachments of the pods that an agent on this node wants to know of, and passes the result through.
+// attachments of the pods that an agent on this node has selectors for, and passes the result through.
 //
 // It fails open. It adds reachability, not security, so no fault of its own fails an ADD: it logs and
 // passes through, and the agent finds the pod by the API. Errors are only a configuration that is not
@@ -44,8 +44,8 @@ type Plugin struct {
 	Stderr io.Writer // the log, where the log file cannot be written
 }
 
-// Versions are the versions of the CNI specification that the plugin speaks. Older ones have results of
-// another shape.
+// Versions are the versions of the CNI specification that the plugin implements. The results of older ones have
+// another format.
 func Versions() version.PluginInfo {
 	return version.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 }
@@ -233,7 +233,7 @@ func status(args *skel.CmdArgs) error {
 	return err
 }
 
-// update changes the state file and logs what it met there.
+// update changes the state file. A file that cannot be used is logged here.
 func update(dir runtimedir.Dir, log *slog.Logger, gone []runtimedir.Key, add ...runtimedir.Attachment) error {
 	warning, err := dir.Update(lockWait, gone, add...)
 	if warning != nil {

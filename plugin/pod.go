@@ -14,7 +14,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// pod is what CNI_ARGS tell of a pod. Empty where nobody told: cnitool, or a runtime without Kubernetes.
+// pod is the identity of a pod in CNI_ARGS. Empty where there is none: cnitool, or a runtime without Kubernetes.
 type pod struct {
 	namespace, name, uid string
 }
@@ -27,8 +27,8 @@ func (p pod) LogValue() slog.Value {
 	return slog.StringValue(p.namespace + "/" + p.name)
 }
 
-// parseArgs reads CNI_ARGS, "K=V;K=V" in any order. The library's parser refuses what it does not know; odd
-// arguments are no reason to fail a pod.
+// parseArgs reads CNI_ARGS, "K=V;K=V" in any order. The library's parser rejects unknown and malformed
+// pairs; they are no reason to fail a pod.
 func parseArgs(args string) pod {
 	var p pod
 	for pair := range strings.SplitSeq(args, ";") {
@@ -50,8 +50,8 @@ type claim struct {
 	agent, selector string
 }
 
-// claims are those on pods of namespace, in the order of the agents' names. A pod without a namespace is met by
-// those on every namespace only.
+// claims are those on pods of namespace, in the order of the agents' names. A pod without a namespace has those
+// on every namespace only.
 func (c *conf) claims(namespace string) []claim {
 	var claims []claim
 	for _, agent := range slices.Sorted(maps.Keys(c.selectors)) {

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// interfaces is the part of a CNI result that says which interface has which addresses; it has the same shape
-// in all versions that the plugin speaks.
+// interfaces is the part of a CNI result with the addresses of each interface; it has the same format
+// in all versions that the plugin implements.
 type interfaces struct {
 	Interfaces []struct {
 		Name    string `json:"name"`
@@ -33,8 +33,8 @@ func parseInterfaces(result json.RawMessage) (*interfaces, error) {
 	return &parsed, nil
 }
 
-// addresses are those of the interface ifName inside the sandbox, and those that are not said to be of any
-// interface: Calico, for one, names the host's end alone. The error tells which entries are not understood; the
+// addresses are those of the interface ifName inside the sandbox, and those without an
+// interface: Calico, for one, names the host's end only. The error names the entries that are ignored; the
 // others count.
 func (r *interfaces) addresses(ifName string) (addrs []netip.Addr, ignored error) {
 	for _, ip := range r.IPs {
@@ -58,10 +58,10 @@ func (r *interfaces) addresses(ifName string) (addrs []netip.Addr, ignored error
 }
 
 // host is the link on the node that leads to the sandbox: the last of the node's, in the order in which the plugins
-// of the chain named them, of a kind that ends with the sandbox. Empty where the result names none.
+// of the chain added them, of a kind that ends with the sandbox. Empty where the result names none.
 //
-// A link that is not there is passed over: the agent takes the absence of the recorded one for the end of the
-// sandbox, and results name links that never were (the VPC CNI of AWS keeps notes in such entries). So is one with the
+// A link that is not there is skipped: where the recorded link is absent, the agent considers the sandbox gone,
+// and results name links that never exist (the VPC CNI of AWS keeps data in such entries). So is one with the
 // name of the interface in the sandbox: Azure CNI names the pod's end without its sandbox, and the node may have an
 // uplink of this name.
 func (r *interfaces) host(ifName string, look func(string) (link, bool)) (name string, index int) {
@@ -76,7 +76,7 @@ func (r *interfaces) host(ifName string, look func(string) (link, bool)) (name s
 	return "", 0
 }
 
-// link is a link of the node: its kernel driver, empty where the kernel does not tell it, and its index, 0 likewise.
+// link is a link of the node: its kernel driver, empty where the kernel does not report it, and its index, 0 likewise.
 type link struct {
 	driver string
 	index  int

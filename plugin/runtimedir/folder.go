@@ -279,6 +279,9 @@ func (f *folder) remove(names ...string) (all error) {
 	return all
 }
 
+// maxEntries bounds what is read of a directory.
+const maxEntries = 10_000
+
 // list returns what is in f, in order.
 func (f *folder) list() ([]fs.DirEntry, error) {
 	fd, err := unix.Openat(f.fd, ".", folderFlags, 0) // with an offset of its own
@@ -286,7 +289,10 @@ func (f *folder) list() ([]fs.DirEntry, error) {
 		return nil, &fs.PathError{Op: "open", Path: f.path, Err: err}
 	}
 	dir := os.NewFile(uintptr(fd), f.path)
-	entries, err := dir.ReadDir(-1)
+	entries, err := dir.ReadDir(maxEntries)
+	if errors.Is(err, io.EOF) { // it is empty
+		err = nil
+	}
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 	return entries, errors.Join(err, dir.Close())
 }

@@ -350,3 +350,31 @@ func TestOldLockHeldForGood(t *testing.T) {
 	}
 	_ = taken.Close()
 }
+
+// TestReadersDuringTheTakeover: at no moment a record is seen in neither of the two files.
+func TestReadersDuringTheTakeover(t *testing.T) {
+	key := runtimedir.Key{ContainerID: "c1", IfName: "eth0"}
+	for range 30 {
+		_, d := before(t)
+		done := make(chan error, 1)
+		go func() {
+			_, err := d.Update(generous, nil, attachment("c3"))
+			done <- err
+		}()
+		for taken := false; !taken; {
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Fatal(err)
+				}
+				taken = true
+			default:
+			}
+			recorded, err := d.Recorded(key)
+			file, readErr := d.ReadState()
+			if !recorded || err != nil || readErr != nil || len(file.Attachments) < 2 {
+				t.Fatalf("Recorded is %t, %v; ReadState %v, %v", recorded, err, file.Attachments, readErr)
+			}
+		}
+	}
+}

@@ -69,8 +69,8 @@ func (d Dir) StatePath() string { return d.path + "/" + pluginDir + "/" + stateF
 // ReadState returns all that is recorded. Errors are fs.ErrNotExist where nothing was ever recorded,
 // *NewerVersionError, *CorruptError, *UnsafeError, or the operating system's. It changes nothing and takes no lock.
 func (d Dir) ReadState() (File, error) {
+	old, oldErr := d.readOldState() // first: it may be moved in between
 	file, err := d.readPluginState()
-	old, oldErr := d.readOldState()
 	switch {
 	case errors.Is(oldErr, fs.ErrNotExist):
 		return file, err
@@ -126,14 +126,15 @@ func (a Attachment) validate() error {
 
 // Recorded says whether an attachment is recorded, without the cost of decoding any. The errors are those of ReadState.
 func (d Dir) Recorded(key Key) (bool, error) {
+	old, oldErr := d.recorded(key) // first: it may be moved in between
 	recorded, err := d.recorded(key, pluginDir)
-	if recorded || err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return recorded, err
+	switch {
+	case old:
+		return true, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return false, oldErr
 	}
-	if old, oldErr := d.recorded(key); !errors.Is(oldErr, fs.ErrNotExist) {
-		return old, oldErr
-	}
-	return false, err
+	return recorded, err
 }
 
 func (d Dir) recorded(key Key, names ...string) (bool, error) {
