@@ -1,8 +1,10 @@
 # The image of both containers of the DaemonSet: two static binaries, nft and iptables (nft and legacy), and the
 # libraries of those. No shell, no package manager. Nothing of the target platform is executed while it is built, so
 # amd64 builds arm64 and the other way round without emulation.
-ARG GO_IMAGE=docker.io/library/golang:1.26.8-bookworm
-ARG DEBIAN_IMAGE=docker.io/library/debian:bookworm-20250520-slim
+#
+# The base images are pinned by the digests of their lists for all platforms; the tags are for people.
+ARG GO_IMAGE=docker.io/library/golang:1.26.8-bookworm@sha256:a688600ca24f8a4d3ca77f95b0dd40704a9fc787c826660eb7ba0b641b8b175d
+ARG DEBIAN_IMAGE=docker.io/library/debian:bookworm-20250520-slim@sha256:90522eeb7e5923ee2b871c639059537b30521272f10ca86fdbbbb2b75a8c40cd
 
 FROM --platform=$BUILDPLATFORM ${GO_IMAGE} AS build
 WORKDIR /src

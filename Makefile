@@ -64,8 +64,9 @@ cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (
 	go run ./integration/cluster/up $(CLUSTER)
 
 .PHONY: image
-image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=, PLATFORM=)
-	$(BUILDER) build $(if $(PLATFORM),--platform $(PLATFORM)) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .
+image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=, PLATFORM=, GO_IMAGE=, DEBIAN_IMAGE=)
+	$(BUILDER) build $(if $(PLATFORM),--platform $(PLATFORM)) --build-arg VERSION=$(VERSION) \
+	  $(foreach base,GO_IMAGE DEBIAN_IMAGE,$(if $($(base)),--build-arg $(base)=$($(base)))) --tag $(IMAGE) .
 
 .PHONY: e2e-image
 e2e-image: ## the same image without a registry, into bin/image.tar (needs root)
