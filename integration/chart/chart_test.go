@@ -200,7 +200,8 @@ func TestCommandsKnowTheirFlags(t *testing.T) {
 				}
 			}
 		}
-		if len(commands) != 5 {
+		commands = append(commands, testCommands(t, values)...)
+		if len(commands) != 7 {
 			t.Fatalf("found %q", commands)
 		}
 		for _, command := range commands {
@@ -210,6 +211,25 @@ func TestCommandsKnowTheirFlags(t *testing.T) {
 			}
 		}
 	}
+}
+
+// testCommands are those of the pods of helm test.
+func testCommands(t *testing.T, values string) (commands [][]string) {
+	t.Helper()
+	type pod struct{ Containers []struct{ Args []string } }
+	for _, document := range strings.Split(render(t, set(t, values))["test.yaml"], "\n---\n") {
+		var object struct {
+			Spec struct {
+				Containers []struct{ Args []string }
+				Template   struct{ Spec pod }
+			}
+		}
+		unmarshal(t, document, &object)
+		for _, c := range append(object.Spec.Containers, object.Spec.Template.Spec.Containers...) {
+			commands = append(commands, c.Args)
+		}
+	}
+	return commands
 }
 
 func TestREADMEIsGenerated(t *testing.T) {

@@ -13,8 +13,8 @@
 {{- if and (hasSuffix "kube-magic-ip-assigner" .Values.image.repository) (not (include "magic-ip-address.isOldImage" .)) -}}
   {{- fail (printf "image.repository %s is the agent of chart 0.1.x; leave image.repository and image.tag out, or set them to the image of this chart" .Values.image.repository) -}}
 {{- end -}}
-{{- if and (not .Values.api.enabled) (not .Values.cni.enabled) -}}
-  {{- fail "with api.enabled=false and cni.enabled=false nothing tells the agent of pods; one of the two must be true" -}}
+{{- if not (or .Values.api.enabled (include "magic-ip-address.installs" .)) -}}
+  {{- fail "with api.enabled=false and cni.enabled=false (which cni.preset=openshift means) the agent has no source of pods; one of the two must be true" -}}
 {{- end -}}
 {{- if and .Values.appArmorProfile (semverCompare "<1.30-0" .Capabilities.KubeVersion.Version) -}}
   {{- fail (printf "appArmorProfile needs Kubernetes 1.30, this is %s; leave it out: the container runtime applies its default profile" .Capabilities.KubeVersion.Version) -}}
@@ -154,7 +154,7 @@ and the pods after do not know of it. */}}
         {{- fail (printf "config.name cannot be changed in a living release: the rules of %s would stay on the nodes. %s" (trimPrefix "--name=" .) $way) -}}
       {{- end -}}
     {{- end -}}
-  {{- else if and (eq .name "installer") (not $.Values.cni.enabled) -}}
+  {{- else if and (eq .name "installer") (not (include "magic-ip-address.installs" $)) -}}
     {{- fail (printf "cni.enabled cannot be switched off in a living release: its entry in the CNI configuration of the nodes would stay. %s" $way) -}}
   {{- end -}}
 {{- end -}}

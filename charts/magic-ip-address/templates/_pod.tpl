@@ -1,3 +1,11 @@
+{{/*
+Whether the plugin is installed. Not on OpenShift, unless a directory is given: CRI-O reads /etc/kubernetes/cni/net.d there, whose
+only file is that of Multus, one plugin and no chain; and no plugin of /etc/cni/multus/net.d is executed for every pod.
+*/}}
+{{- define "magic-ip-address.installs" -}}
+{{- if and .Values.cni.enabled (or (ne .Values.cni.preset "openshift") .Values.cni.confDir) -}}true{{- end -}}
+{{- end -}}
+
 {{/* Directories of the node by preset, as JSON. */}}
 {{- define "magic-ip-address.cniDirs" -}}
 {{- $presets := dict
@@ -5,7 +13,7 @@
   "k3s" (dict "bin" "/var/lib/rancher/k3s/data/cni" "conf" "/var/lib/rancher/k3s/agent/etc/cni/net.d")
   "microk8s" (dict "bin" "/var/snap/microk8s/current/opt/cni/bin" "conf" "/var/snap/microk8s/current/args/cni-network")
   "gke" (dict "bin" "/home/kubernetes/bin" "conf" "/etc/cni/net.d")
-  "openshift" (dict "bin" "/var/lib/cni/bin" "conf" "/etc/cni/multus/net.d")
+  "openshift" (dict "bin" "/var/lib/cni/bin" "conf" "/etc/kubernetes/cni/net.d")
 -}}
 {{- $preset := get $presets .Values.cni.preset -}}
 {{- dict "bin" (default $preset.bin .Values.cni.binDir) "conf" (default $preset.conf .Values.cni.confDir) | toJson -}}
@@ -21,6 +29,12 @@
 - --no-api
 {{- end }}
 - --log-level={{ include "magic-ip-address.logLevel" . }}
+{{- end -}}
+
+{{- define "magic-ip-address.tokenMount" -}}
+- name: api-access
+  mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+  readOnly: true
 {{- end -}}
 
 {{- define "magic-ip-address.logLevel" -}}
@@ -53,4 +67,25 @@ appArmorProfile:
 seLinuxOptions:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end -}}
+
+{{/* Where pods run, those of `helm test` too. */}}
+{{- define "magic-ip-address.scheduling" -}}
+nodeSelector:
+  {{- merge (include "magic-ip-address.texts" .Values.nodeSelector | fromYaml) (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "magic-ip-address.pullSecrets" -}}
+{{- with include "magic-ip-address.imagePullSecrets" . | fromJsonArray -}}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
 {{- end -}}
