@@ -91,15 +91,7 @@ func (w *world) confined(n *whole.Node) {
 func (w *world) confinedProcess(n *whole.Node, pod *corev1.Pod, container string) {
 	w.Helper()
 	pid := w.pidOf(n, pod, container)
-	status, err := os.ReadFile(n.Path(fmt.Sprintf("/proc/%d/status", pid)))
-	w.must(err)
-	field := func(name string) string {
-		match := regexp.MustCompile(`(?m)^` + name + `:\s+(.*)$`).FindSubmatch(status)
-		if match == nil {
-			w.Fatalf("no %s in\n%s", name, status)
-		}
-		return string(match[1])
-	}
+	field := func(name string) string { return w.processField(pid, n, name) }
 	capabilities := map[string]string{"agent": "0000000000001000", "installer": "0000000000000000"}[container] // bit 12: CAP_NET_ADMIN
 	for name, want := range map[string]string{"CapEff": capabilities, "CapPrm": capabilities, "CapBnd": capabilities, "NoNewPrivs": "1", "Seccomp": "2"} {
 		if got := field(name); got != want {
@@ -112,6 +104,18 @@ func (w *world) confinedProcess(n *whole.Node, pod *corev1.Pod, container string
 	kilobytes, err := strconv.Atoi(strings.TrimSuffix(field("VmRSS"), " kB"))
 	w.must(err)
 	figures.add("resident memory of the %s on %s: %.1f MiB", container, n.Name, float64(kilobytes)/1024)
+}
+
+// processField is a field of /proc/PID/status.
+func (w *world) processField(pid int, n *whole.Node, name string) string {
+	w.Helper()
+	status, err := os.ReadFile(n.Path(fmt.Sprintf("/proc/%d/status", pid)))
+	w.must(err)
+	match := regexp.MustCompile(`(?m)^` + name + `:\s+(.*)$`).FindSubmatch(status)
+	if match == nil {
+		w.Fatalf("no %s in\n%s", name, status)
+	}
+	return string(match[1])
 }
 
 // pidOf is the process of a container, as the node numbers them.

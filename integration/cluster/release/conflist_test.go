@@ -111,7 +111,7 @@ func TestQuarrel(t *testing.T) {
 		t.Errorf("the installer notes %q", notes)
 	}
 	for _, command := range []string{"status", "doctor"} {
-		printed := w.kubectl("exec", "-n", system, w.podOn(n, system, daemonSet).Name, "-c", "agent", "--", "magic-ip-agent", command)
+		printed := w.agent(w.podOn(n, system, daemonSet), command)
 		if !strings.Contains(printed, said) {
 			t.Errorf("%s does not speak of that:\n%s", command, printed)
 		}

@@ -4,8 +4,6 @@ package release_test
 
 import (
 	"fmt"
-	"io"
-	"net/http"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -48,17 +46,9 @@ func TestWhoIsTarget(t *testing.T) {
 // metrics are served at the node's address, and not elsewhere.
 func (w *world) metrics(n *whole.Node) {
 	w.Helper()
-	client := http.Client{Transport: &http.Transport{DialContext: n.Lab().Dial(lab.Host), DisableKeepAlives: true}, Timeout: 5 * time.Second}
-	response, err := client.Get(fmt.Sprintf("http://%s:9641/metrics", n.Address))
+	_, err := w.scrape(n, n.Address.String()+":9641")
 	w.must(err)
-	defer func() { _ = response.Body.Close() }()
-	body, err := io.ReadAll(response.Body)
-	w.must(err)
-	if response.StatusCode != http.StatusOK || !strings.Contains(string(body), "\nmagic_ip_") {
-		w.Errorf("%s: metrics: %s\n%s", n.Name, response.Status, body)
-	}
-	if response, err := client.Get("http://127.0.0.1:9641/metrics"); err == nil {
-		_ = response.Body.Close()
+	if _, err := w.scrape(n, "127.0.0.1:9641"); err == nil {
 		w.Errorf("%s: metrics are served at 127.0.0.1 too", n.Name)
 	}
 }

@@ -4,7 +4,9 @@ package release_test
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -116,21 +118,52 @@ func (w *world) configured(interval string) {
 	})
 }
 
-// TestUpgradeOfOldChart: a release of chart 0.1.0 becomes one of this chart. The DNAT rules of its agents, which nobody
-// removes, are named, and take no packet.
+// oldValues are a values file of chart 0.1.x: its defaults, which people copy whole, and extraVars in base64, since that chart put
+// them into a Secret as they were: 9200 and 10.
+const oldValues = `
+image: {repository: mumoshu/kube-magic-ip-assigner, tag: 0.9.0-1.9.8, pullPolicy: IfNotPresent}
+config: {ipAddress: 169.254.210.210, selector: app=apm-server, hostInterface: cni0, port: 80, protocol: tcp, verbose: null, pollInterval: 5}
+extraVars: {TARGET_PORT: OTIwMA==, POLL_INTERVAL: MTA=, CLUSTER: cHJvZA==}
+resources: {}
+rbac: {create: true}
+serviceAccount: {create: true, name: null}
+`
+
+// TestUpgradeOfOldChart: a release of chart 0.1.x becomes one of this chart, by the old command or with the old values. The DNAT
+// rules of its agents, which nobody removes, are named, and take no packet.
 func TestUpgradeOfOldChart(t *testing.T) {
-	w := newWorld(t)
-	w.targets(system)
+	file := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(file, []byte(oldValues), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, old := range []struct {
+		version string
+		upgrade []string
+		port    uint16
+	}{
+		{"0.1.0", strings.Fields(command), magic.Port()},
+		{"0.1.1", []string{"upgrade", name, chart, "--namespace", system, "--values", file}, 80},
+		{"0.1.2", []string{"upgrade", name, chart, "--namespace", system, "--reset-then-reuse-values"}, 80},
+	} {
+		t.Run(old.version, func(t *testing.T) {
+			w := newWorld(t)
+			w.targets(system)
+			w.upgradeOfOldChart(old.version, file, old.upgrade, netip.AddrPortFrom(magic.Addr(), old.port))
+		})
+	}
+}
+
+func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to netip.AddrPort) {
+	w.Helper()
 	w.releases = append(w.releases, apm)
-	old := []string{"--namespace", system, "--set", "config.selector=app=apm-server"}
-	w.helm(append([]string{"install", name, "integration/cluster/release/testdata/chart-0.1.0"}, old...)...)
+	w.helm("install", name, "integration/cluster/release/testdata/chart-"+version, "--namespace", system, "--values", values)
 	w.eventually("the old release", func() error { return w.daemonSetDone(system, daemonSet) })
 	// The rules that its agents have made: their targets are gone since.
 	rules := map[string][]string{} // by node, the commands that remove them
 	for i, n := range cluster.Nodes {
 		iptables := []string{"iptables-nft", "iptables-legacy"}[i]
 		gone := n.Pods().Addr().Next().Next() // the client's by now
-		rule := strings.Fields(fmt.Sprintf("PREROUTING -d %s/32 -i cni0 -p tcp -m tcp --dport %d -j DNAT --to-destination %s:%[2]d", magic.Addr(), magic.Port(), gone))
+		rule := strings.Fields(fmt.Sprintf("PREROUTING -d %s/32 -i cni0 -p tcp -m tcp --dport %d -j DNAT --to-destination %s:9200", to.Addr(), to.Port(), gone))
 		_, err := n.Exec(w.ctx, iptables, append([]string{"-t", "nat", "-A"}, rule...)...)
 		w.must(err)
 		rules[n.Name] = append([]string{iptables, "-t", "nat", "-D"}, rule...)
@@ -146,32 +179,32 @@ func TestUpgradeOfOldChart(t *testing.T) {
 	})
 	w.Cleanup(remove)
 
-	// Its values bring its image along: that is refused with a word on what to do.
+	// --reuse-values leaves out the values that the old chart did not have: rejected, with the remedy.
 	_, err := cluster.Helm(w.ctx, "upgrade", name, chart, "--namespace", system, "--reuse-values")
 	if err == nil || !strings.Contains(err.Error(), "--reset-then-reuse-values") {
-		t.Errorf("helm upgrade --reuse-values over the old chart: %v", err)
+		w.Errorf("helm upgrade --reuse-values over the old chart: %v", err)
 	}
-	notes := w.helm(strings.Fields(command)...)
-	if !strings.Contains(notes, "chart 0.1.0") || !strings.Contains(notes, "iptables rule") {
-		t.Errorf("helm does not speak of what the old release has left:\n%s", notes)
+	notes := w.helm(upgrade...)
+	if !strings.Contains(notes, "This release was chart "+version) || !strings.Contains(notes, "iptables rule") {
+		w.Errorf("helm does not speak of what chart %s has left:\n%s", version, notes)
 	}
 	w.rolledOut(apm)
-	w.servedBy(magic, system)
+	w.servedBy(to, system)
 	for _, n := range cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
 		rule := strings.Join(rules[n.Name][4:], " ")
 		for command, said := range map[string][]string{"status": {rule}, "doctor": {rule, strings.Join(rules[n.Name], " ")}} {
-			printed := w.kubectl("exec", "-n", system, pod.Name, "-c", "agent", "--", "magic-ip-agent", command)
+			printed := w.agent(pod, command)
 			for _, want := range said {
 				if !strings.Contains(printed, want) {
-					t.Errorf("%s on %s does not say %q:\n%s", command, n.Name, want, printed)
+					w.Errorf("%s on %s does not say %q:\n%s", command, n.Name, want, printed)
 				}
 			}
 		}
 	}
-	load := w.load(magic, lab.NewConnection, lab.KeepAlive)
+	load := w.load(to, lab.NewConnection, lab.KeepAlive)
 	remove()
-	w.servedBy(magic, system)
+	w.servedBy(to, system)
 	load.unbroken("an old rule removed")
 }
 

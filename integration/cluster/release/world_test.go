@@ -224,6 +224,16 @@ func (w *world) kubectl(args ...string) string {
 	return out
 }
 
+// agent runs a command of the agent in its container. In the container doctor exits with 3, since it does not see the CNI directories.
+func (w *world) agent(pod *corev1.Pod, command string) string {
+	w.Helper()
+	out, err := cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "agent", "--", "magic-ip-agent", command)
+	if err != nil && !(command == "doctor" && strings.Contains(err.Error(), "exit code 3")) {
+		w.Fatal(err)
+	}
+	return out
+}
+
 // upgrade installs or upgrades a release with these values, and waits until that is done on all nodes. It returns what helm
 // has printed.
 func (w *world) upgrade(r release, values ...string) string {
