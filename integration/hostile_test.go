@@ -148,6 +148,33 @@ func TestHostileAgent(t *testing.T) {
 	}
 }
 
+// TestSwappedFiles: what a name leads to changes all the time, between what is asked of it and what is done with it.
+func TestSwappedFiles(t *testing.T) {
+	t.Parallel()
+	node := hostileNode(t)
+	before := baits(t, node)
+	lock, err := runtimedir.New(node.Path(lab.RuntimeDir)).Agent(otherName).Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	inBackground(t, node, "cd "+hostile+`
+echo '{"version": 1}' >regular
+mkfifo fifo
+while :; do for file in `+strings.Join(agentFiles, " ")+`; do
+  ln regular new.$file; mv new.$file $file
+  ln -s `+bait+`/json new.$file; mv new.$file $file
+  ln fifo new.$file; mv new.$file $file
+  cp regular new.$file; mv new.$file $file
+done; done`)
+	for i := range 10 {
+		startsAndStops(t, node, fmt.Sprint("pod ", i))
+	}
+	if after := baits(t, node); after != before {
+		t.Fatalf("outside has changed, before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
 // startsAndStops adds and deletes a pod.
 func startsAndStops(t *testing.T, node *lab.Node, when string) {
 	t.Helper()

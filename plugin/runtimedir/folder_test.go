@@ -294,3 +294,31 @@ func TestSizesAreBounded(t *testing.T) {
 		t.Errorf("claims %v, %v; want those before", claims, err)
 	}
 }
+
+// TestLeasesAreNotWaitedFor: the owner of a file may take a lease on it (fcntl(2)), which makes who opens it wait for up to 45 s.
+func TestLeasesAreNotWaitedFor(t *testing.T) {
+	for file := range readers("") {
+		dir := t.TempDir()
+		path := filepath.Join(dir, file)
+		put(t, path, `{"version": 1}`)
+		lease, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.FcntlInt(lease.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			t.Fatal(err)
+		}
+		read := readers(dir)[file]
+		select {
+		case err := <-background(read):
+			if !errors.Is(err, unix.EWOULDBLOCK) {
+				t.Errorf("%s: %v, want EWOULDBLOCK", file, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: the reader waits", file)
+		}
+		if err := lease.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
