@@ -58,7 +58,7 @@ func newClient(config *rest.Config) (kubernetes.Interface, error) {
 		config.BearerToken, config.BearerTokenFile = "", ""
 		config.Wrap(transport.ResettableTokenSourceWrapTransport(token))
 	}
-	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return patience{next} })
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return &throttle{next: next} })
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	config.UserAgent = "magic-ip-agent"

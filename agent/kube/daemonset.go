@@ -196,7 +196,7 @@ func (d *DaemonSet) Deleted(ctx context.Context) bool {
 	defer cancel()
 	d.drain(ctx)
 	if !d.deleted {
-		_ = d.look(ctx)
+		_ = d.look(withUrgency(ctx, once))
 		d.drain(ctx)
 	}
 	return d.deleted

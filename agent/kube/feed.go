@@ -37,10 +37,11 @@ type feed struct {
 	polling   atomic.Bool
 	begunAt   time.Time
 
-	// polled is what the last poll listed, guarded by connection.mu; nil where it failed.
+	// polled is what the last poll that succeeded listed; nil for none. Guarded by connection.mu.
 	polled        []inventory.Pod
 	polledAt      time.Time
 	polledVersion string
+	pollFailed    bool // the last one did
 }
 
 func (p *Pods) newFeed(namespace string) *feed {
@@ -127,7 +128,7 @@ func (f *feed) view() (pods []inventory.Pod, spoken bool, problem string) {
 	} else {
 		pods, spoken = f.watched(), f.informer.HasSynced()
 	}
-	if f.polled != nil && !f.polledAt.Before(f.heardAt) {
+	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.heardAt) {
 		return pods, spoken, ""
 	}
 	switch {
@@ -157,19 +158,23 @@ func (f *feed) watched() (pods []inventory.Pod) {
 // poll lists once.
 func (f *feed) poll(ctx context.Context) {
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(context.WithValue(ctx, isPoll{}, true), pollTimeout)
+	ctx, cancel := context.WithTimeout(withUrgency(ctx, sheds), pollTimeout)
 	defer cancel()
 	f.pods.requests.poll.Add(1)
 	fromCache := metav1.ListOptions{ResourceVersion: "0"}
 	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, f.ofNode(fromCache))
+	if errors.Is(err, errThrottled) {
+		return
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("the API server has not answered within %s", pollTimeout)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.pollFailed = err != nil
 	if err != nil {
 		if f.heardAt.Before(begun) { // and the watch has not answered meanwhile
-			f.err, f.polled = err, nil
+			f.err = err
 		}
 		return
 	}

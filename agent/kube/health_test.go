@@ -36,8 +36,7 @@ func TestHealth(t *testing.T) {
 		if before["watch"] == 0 || before["poll"] != 0 {
 			t.Errorf("requests before a poll: %v", before)
 		}
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		if after := p.Requests(); after["poll"] != 1 {
 			t.Errorf("requests after a poll: %v", after)
 		}

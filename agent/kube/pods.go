@@ -3,8 +3,10 @@ package kube
 import (
 	"context"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"sync"
+	"time"
 
 	"k8s.io/client-go/kubernetes"
 
@@ -17,10 +19,11 @@ type Pods struct {
 	node     string
 	requests requests
 
-	mu    sync.Mutex
-	ctx   context.Context // of Run; nil before
-	wake  func()
-	feeds map[string]*feed // by namespace
+	mu       sync.Mutex
+	ctx      context.Context // of Run; nil before
+	wake     func()
+	feeds    map[string]*feed // by namespace
+	polledAt time.Time        // when Poll was called last
 }
 
 // Run calls wake after each change of what View returns, until ctx ends.
@@ -86,19 +89,31 @@ func (p *Pods) View() inventory.View {
 
 // Poll lists the namespaces whose watch is not healthy; a healthy watch costs the API server nothing. It does not wait
 // for the answer, after which it calls wake: the agent goes on whatever the API server does.
+//
+// The lists are spread over half the time since the last call, for the watches of a whole cluster end at one moment. While the API
+// server asks for no request there are none, and the last answer counts on.
 func (p *Pods) Poll(ctx context.Context) {
 	p.mu.Lock()
 	wake := p.wake
+	spread := time.Duration(0)
+	if !p.polledAt.IsZero() {
+		spread = min(time.Since(p.polledAt)/2, maxSpread)
+	}
+	p.polledAt = time.Now()
 	p.mu.Unlock()
 	if wake == nil {
 		return // Run has not begun
 	}
 	for _, f := range p.all() {
-		if !f.healthy() && f.polling.CompareAndSwap(false, true) {
+		if !f.healthy() && !f.fresh() && f.polling.CompareAndSwap(false, true) {
 			go func() {
 				defer f.polling.Store(false)
-				f.poll(ctx)
-				wake()
+				select {
+				case <-ctx.Done():
+				case <-time.After(rand.N(spread + 1)):
+					f.poll(ctx)
+					wake()
+				}
 			}()
 		}
 	}

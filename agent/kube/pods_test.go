@@ -75,6 +75,15 @@ func running(t *testing.T, p *Pods, wake func()) (ctx context.Context, end func(
 	}
 }
 
+// pollNow is a poll that is not spread, and has ended.
+func pollNow(ctx context.Context, p *Pods) {
+	p.mu.Lock()
+	p.polledAt = time.Time{}
+	p.mu.Unlock()
+	p.Poll(ctx)
+	synctest.Wait()
+}
+
 // TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
 func TestTrimAndConvert(t *testing.T) {
 	want := inventory.Pod{
@@ -142,9 +151,15 @@ func TestPollAndWatch(t *testing.T) {
 
 		f.answered(errors.New("broken"))
 		version.Store("20")
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		expect("polled", "as-of-20")
+		fails := errors.New("late")
+		listErr.Store(&fails)
+		pollNow(ctx, p)
+		if view := p.View(); names(view) != "default/as-of-20" || view.Reachable {
+			t.Errorf("the next poll failed: %+v, want as-of-20, not reachable", view)
+		}
+		listErr.Store(nil)
 		f.answered(nil)
 		expect("the watch begins anew", "as-of-20")
 		time.Sleep(pollTimeout)
@@ -152,20 +167,17 @@ func TestPollAndWatch(t *testing.T) {
 
 		f.answered(errors.New("broken"))
 		version.Store("9")
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		expect("a poll from before", "as-of-10")
 
 		version.Store("10")
 		f.answered(errors.New("broken"))
-		late := errors.New("late")
-		listErr.Store(&late)
+		listErr.Store(&fails)
 		client.PrependReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
 			f.answered(nil)
 			return false, nil, nil
 		})
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		expect("a poll that has failed beside a watch that answers", "as-of-10")
 		end()
 	})
@@ -204,8 +216,7 @@ func TestFeed(t *testing.T) {
 
 		// A healthy watch costs nothing per poll, a silent one a list.
 		before := lists.Load()
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		if lists.Load() != before {
 			t.Error("a poll beside a healthy watch has listed")
 		}
@@ -214,8 +225,7 @@ func TestFeed(t *testing.T) {
 			t.Errorf("a silent watch: %+v", view)
 		}
 		forbidden.Store(true)
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		view := p.View()
 		if view.Reachable || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
 			t.Errorf("a poll that was refused: %+v", view)
@@ -224,8 +234,7 @@ func TestFeed(t *testing.T) {
 		if err := client.Tracker().Delete(schema.GroupVersionResource{Version: "v1", Resource: "pods"}, "default", "echo"); err != nil {
 			t.Fatal(err)
 		}
-		p.Poll(ctx)
-		synctest.Wait()
+		pollNow(ctx, p)
 		if view := p.View(); !view.Reachable || names(view) != "" {
 			t.Errorf("a poll that was answered: %+v", view)
 		}
@@ -327,31 +336,6 @@ func TestWatchEnds(t *testing.T) {
 		third.Stop()
 		synctest.Wait()
 	})
-}
-
-// TestPatience: a poll takes no for an answer at once, and others wait as they are told to.
-func TestPatience(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Retry-After", "20")
-		http.Error(w, "come later", http.StatusServiceUnavailable)
-	}))
-	defer server.Close()
-	p, err := New(&rest.Config{Host: server.URL}, "node1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.Select([]string{"default"})
-	f := p.feeds["default"]
-	begun := time.Now()
-	f.poll(t.Context())
-	if _, _, problem := f.view(); !strings.Contains(problem, "unable to handle the request") || time.Since(begun) > pollTimeout {
-		t.Errorf("after %v: %q", time.Since(begun), problem)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	if _, err := p.client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{}); err == nil || !strings.Contains(err.Error(), "deadline") {
-		t.Errorf("a request that waits: %v", err)
-	}
 }
 
 // TestTokenFile: a token that is refused is read again, and another one in the file is taken at once.
