@@ -209,19 +209,19 @@ func (p Plugin) gc(args *skel.CmdArgs) error {
 	if err != nil || valid == nil {
 		return err
 	}
+	file, err := conf.dir.ReadState() // what is wrong with the file, the update reports
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	log := p.logger(conf.dir, "GC")
 	gone := dead(conf.dir, liveAgents(conf.dir, log))
-	file, _ := conf.dir.ReadState() // what is wrong with the file, the update reports
 	for _, a := range file.Attachments {
 		if a.Network == conf.network && !valid[a.Key()] {
 			gone = append(gone, a.Key())
 		}
 	}
 	err = update(conf.dir, log, gone)
-	switch {
-	case errors.Is(err, fs.ErrNotExist): // no runtime dir, so no records
-		return nil
-	case errors.Is(err, runtimedir.ErrBusy):
+	if errors.Is(err, runtimedir.ErrBusy) {
 		return types.NewError(types.ErrTryAgainLater, err.Error(), "")
 	}
 	return err

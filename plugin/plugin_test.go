@@ -718,6 +718,18 @@ func TestGC(t *testing.T) {
 		command{name: "GC", conf: conf(dir, values{"cniVersion": "1.1.0", "cni.dev/valid-attachments": valid()})}.ok(t)
 		wantNoDir(t, dir)
 	})
+	t.Run("after everything was removed", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := runtimedir.New(dir).MakeState(); err != nil {
+			t.Fatal(err)
+		}
+		c := conf(dir, values{"cniVersion": "1.1.0", "cni.dev/valid-attachments": valid()})
+		command{name: "GC", conf: c}.ok(t)
+		del(c).ok(t)
+		if left := files(t, dir); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+	})
 }
 
 func TestCheck(t *testing.T) {
