@@ -307,10 +307,10 @@ func wantLocked(t *testing.T, path string) {
 			return err
 		}
 		defer func() { _ = dir.Close() }()
-		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("%s is not locked: %v", path, err)
+		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return nil
 		}
-		return nil
+		return fmt.Errorf("%s is not locked", path)
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -179,7 +179,7 @@ func TestWritersTouchNothingOutside(t *testing.T) {
 		"agents/a/memory.json":  func() error { return agent.WriteMemory(runtimedir.Memory{}) },
 		"install/a/record.json": func() error { return installer.WriteRecord(runtimedir.Record{}) },
 	} {
-		for _, link := range []func(old, new string) error{os.Symlink, os.Link} {
+		for _, link := range []func(target, name string) error{os.Symlink, os.Link} {
 			bait := filepath.Join(t.TempDir(), "bait")
 			put(t, bait, "bait")
 			for _, ext := range []string{"", ".tmp"} {
