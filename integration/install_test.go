@@ -271,6 +271,57 @@ func TestReadOnlyDirectories(t *testing.T) {
 	}
 }
 
+// TestFilesThatCannotBeWritten are named once, with what is wrong and what to do, and are not tried again and again. An uninstallation that
+// cannot remove the entry fails and keeps the record.
+func TestFilesThatCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	const file = confDir + "/10-bridge.conflist"
+	for name, test := range map[string]struct{ lock, unlock, says string }{
+		"a mount of its own":     {"cp " + file + " /run/copy; mount --bind " + file + " " + file, "umount " + file, "the file is a mount point of its own"},
+		"immutable":              {"chattr +i " + file, "chattr -i " + file, "immutable"},
+		"an immutable directory": {"chattr +i " + confDir, "chattr -i " + confDir, "immutable"},
+		"read-only":              {"mount --bind " + confDir + " " + confDir + "; mount -o remount,bind,ro " + confDir, "umount " + confDir, "mounted read-only"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			s.run(test.lock)
+			installer := s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
+			if err := lab.Eventually(patience(t), func() error {
+				if !strings.Contains(installer.Log(), test.says) {
+					return fmt.Errorf("it does not say %q:\n%s", test.says, installer.Log())
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			s.run("sleep 3") // its pauses are 1, 2, 4 … seconds: more attempts, and not one word more
+			if said := strings.Count(installer.Log(), "cannot be written"); said != 1 {
+				t.Errorf("said %d times:\n%s", said, installer.Log())
+			}
+			s.run(test.unlock)
+			s.awaitEntry(installer)
+			if err := installer.Stop(patience(t)); err != nil {
+				t.Fatal(err)
+			}
+			s.run(test.lock)
+			if out, err := s.RunAgent(t.Context(), s.flags("uninstall")...); err == nil || !strings.Contains(err.Error(), test.says) || strings.Contains(out, "is uninstalled") {
+				t.Errorf("uninstall: %v: %s", err, out)
+			}
+			if out := s.run("find " + lab.RuntimeDir + " -name record.json"); out == "" {
+				t.Error("the record is gone and the entry is there")
+			}
+			s.run(test.unlock)
+			if _, err := s.RunAgent(t.Context(), s.flags("uninstall")...); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.gone(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // TestDirectoryRemovedOnTheNode: a container whose mount leads nowhere ends, so that it is started again with what is there now.
 func TestDirectoryRemovedOnTheNode(t *testing.T) {
 	t.Parallel()

@@ -31,9 +31,9 @@ func (e *examination) cni() {
 		e.add(Fail, check, err.Error(), "run this as root")
 		return
 	}
-	view, err := directory.View()
-	if err != nil {
-		e.add(Fail, check, err.Error(), "")
+	view := directory.View()
+	if view.Unknown != nil {
+		e.add(Fail, check, view.Unknown.Error(), "until then nobody can tell which pods are recorded")
 		return
 	}
 	level := Warn

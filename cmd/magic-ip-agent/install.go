@@ -184,9 +184,13 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
 func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logger) error {
+	dir, recorded := runtimedir.New(f.runtime), ""
+	if record, err := dir.Installer(name).ReadRecord(); err == nil {
+		recorded = record.Conflist
+	}
 	// In a container the node's directories may have other paths than the entry says.
-	if err := install.Remove(ctx, f.conf, conflist.AnyRuntimeDir, name, log); err != nil {
-		return fmt.Errorf("the entry is still in %s: %w", f.conf, err)
+	if err := install.Remove(ctx, f.conf, conflist.AnyRuntimeDir, name, recorded, log); err != nil {
+		return fmt.Errorf("the entry of agent %s is still in %s, so that nothing else is uninstalled: %w", name, f.conf, err)
 	}
 	if err := conflist.RemoveTemps(ctx, f.binDir); err != nil {
 		return err
@@ -198,7 +202,6 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if err != nil {
 		return fmt.Errorf("the rules are still there: %w", err)
 	}
-	dir := runtimedir.New(f.runtime)
 	if err := errors.Join(install.RemoveFiles(f.conf, dir, name), dir.Agent(name).Leave()); err != nil {
 		return err
 	}

@@ -138,12 +138,16 @@ func (p *Plan) put(target file, key Key, versions []string) error {
 }
 
 // Take returns how the key of an agent is removed from all files. What cannot be removed is an error; the changes are
-// the rest.
-func (d *Directory) Take(agent, runtimeDir string) (Plan, error) {
+// the rest. last is the file that had the key last, if that is known.
+func (d *Directory) Take(agent, runtimeDir, last string) (Plan, error) {
 	p := Plan{d: d.clone()}
 	p.takeOver()
 	p.removeOrphans()
-	return p, errors.Join(p.withdraw("", agent, runtimeDir), p.follow())
+	var unknown error
+	if f := d.find(last); f != nil {
+		unknown = f.foreign
+	}
+	return p, errors.Join(p.withdraw("", agent, runtimeDir), p.follow(), unknown)
 }
 
 // Has says whether a file has the key of an agent.

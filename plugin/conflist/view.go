@@ -19,6 +19,8 @@ type View struct {
 	Expected string
 	Entries  []Found
 	Notes    []string
+	// Unknown is why it cannot be told which file that is.
+	Unknown error
 }
 
 // Found is an entry of the plugin in a file.
@@ -28,21 +30,17 @@ type Found struct {
 	entry.Raw
 }
 
-// View returns what the runtime loads, and each entry. An error is why that cannot be told.
-func (d *Directory) View() (View, error) {
-	var v View
+// View returns what the runtime loads, and each entry.
+func (d *Directory) View() (v View) {
 	loads, _, notes, err := d.first(time.Time{}, func(file) bool { return false })
-	if err != nil {
-		return v, err
-	}
-	v.Notes = notes
+	v.Notes, v.Unknown = notes, err
 	if loads != nil {
 		v.Loads = loads.name
 		v.Blocked = d.options.Runtime != CRIO && slices.ContainsFunc(d.files, func(f file) bool { return f.unusable != nil && f.name < loads.name })
 	}
 	target, _, notes, err := d.target(time.Time{})
-	if err != nil {
-		return v, err
+	if v.Unknown == nil {
+		v.Unknown = err
 	}
 	for _, note := range notes {
 		if !slices.Contains(v.Notes, note) {
@@ -75,5 +73,5 @@ func (d *Directory) View() (View, error) {
 			v.Entries = append(v.Entries, found)
 		}
 	}
-	return v, nil
+	return v
 }

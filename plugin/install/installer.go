@@ -169,7 +169,7 @@ func (i *installer) install(ctx context.Context) (again time.Duration, err error
 func (i *installer) configure(ctx context.Context) (again time.Duration, err error) {
 	plan, err := conflist.Update(ctx, i.ConfDir, i.conflistOptions(), func(d *conflist.Directory) (conflist.Plan, error) {
 		if len(i.config.Selectors) == 0 {
-			return d.Take(i.config.Name, i.RuntimeDir)
+			return d.Take(i.config.Name, i.RuntimeDir, filepath.Base(i.record.Conflist))
 		}
 		plan, err := d.Put(conflist.Key{Agent: i.config.Name, RuntimeDir: i.RuntimeDir, Selectors: i.config.Selectors}, i.binary.speaks)
 		if err == nil && plan.File != "" && !plan.Empty() {
@@ -230,13 +230,23 @@ func (i *installer) lost(plan conflist.Plan) (wait time.Duration) {
 	return max(0, i.quarrel.until.Sub(now))
 }
 
-// Remove removes the key of an agent from all network configurations of a directory. What is still there is an error.
-func Remove(ctx context.Context, confDir, runtimeDir, agent string, log *slog.Logger) error {
+// Remove removes the key of an agent from all network configurations of a directory. That it is still there, or that this
+// cannot be told, is an error. recorded is the file that has the key, as far as that was recorded.
+func Remove(ctx context.Context, confDir, runtimeDir, agent, recorded string, log *slog.Logger) error {
 	plan, err := conflist.Update(ctx, confDir, conflist.Options{}, func(d *conflist.Directory) (conflist.Plan, error) {
-		return d.Take(agent, runtimeDir)
+		return d.Take(agent, runtimeDir, filepath.Base(recorded))
 	})
+	elsewhere := recorded != "" && !strings.HasPrefix(recorded, filepath.Clean(confDir)+"/")
+	if elsewhere {
+		if d, errRecorded := conflist.Read(filepath.Dir(recorded), conflist.Options{}); errRecorded == nil && d.Has(filepath.Base(recorded), agent, runtimeDir) {
+			err = errors.Join(err, fmt.Errorf("%s has the entry, and is not in %s: name its directory with --cni-conf-dir", recorded, confDir))
+		}
+	}
 	if errors.Is(err, fs.ErrNotExist) && plan.Empty() {
-		return nil
+		if !elsewhere {
+			return nil // it is gone with the directory
+		}
+		return fmt.Errorf("%s is not there, and the entry was last in %s: name the directory of that file with --cni-conf-dir", confDir, recorded)
 	}
 	if err == nil && !plan.Empty() {
 		log.Info("entry removed", "directory", confDir, "files", strings.Join(plan.Paths(), ", "), "agent", agent)
@@ -287,14 +297,11 @@ func removeState(confDir string, dir runtimedir.Dir) error {
 		return err
 	}
 	d, err := conflist.Read(confDir, conflist.Options{})
-	if err == nil {
-		var view conflist.View
-		if view, err = d.View(); err == nil && slices.ContainsFunc(view.Entries, func(e conflist.Found) bool {
-			entryDir, err := e.Dir()
-			return err != nil || strings.HasSuffix(dir.Path(), entryDir) // in a container the directory may have a prefix
-		}) {
-			return nil
-		}
+	if err == nil && slices.ContainsFunc(d.View().Entries, func(e conflist.Found) bool {
+		entryDir, err := e.Dir()
+		return err != nil || strings.HasSuffix(dir.Path(), entryDir) // in a container the directory may have a prefix
+	}) {
+		return nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the records of pods stay in %s: whether another agent needs them cannot be told: %w", dir.Path(), err)

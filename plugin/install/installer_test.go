@@ -123,7 +123,7 @@ func (n *node) install() {
 
 func (n *node) uninstall() {
 	n.Helper()
-	if err := Remove(n.Context(), n.options.ConfDir, n.options.RuntimeDir, n.config.Name, n.options.Log); err != nil {
+	if err := Remove(n.Context(), n.options.ConfDir, n.options.RuntimeDir, n.config.Name, "", n.options.Log); err != nil {
 		n.Fatal(err)
 	}
 	if err := RemoveFiles(n.options.ConfDir, n.dir(), n.config.Name); err != nil {

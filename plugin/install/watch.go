@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -120,7 +121,7 @@ func (i *installer) serve(ctx context.Context) error {
 	// A folder that is made later, or anew, is watched from the next time on. What has happened before that is seen
 	// by then too: it is looked at after arming.
 	arm := func() {
-		for _, folder := range folders {
+		for _, folder := range append(subfolders(i.ConfDir), folders...) {
 			if watching {
 				_ = watcher.Add(folder) // what is wrong with it, sync says
 			}
@@ -160,7 +161,7 @@ func (i *installer) serve(ctx context.Context) error {
 			return nil
 		case err == nil:
 			if said != "" {
-				i.Log.Info("mended")
+				i.Log.Info("recovered: plugin and entry are in place")
 			}
 			retry, said = minRetry, ""
 			if again <= 0 {
@@ -170,9 +171,9 @@ func (i *installer) serve(ctx context.Context) error {
 		default:
 			waiting := errors.Is(err, errWaiting)
 			if said != err.Error() && waiting {
-				i.Log.Warn(err.Error())
+				i.Log.Warn("the entry is not in place yet; until it is, the agent knows pods by the API only", "error", err)
 			} else if said != err.Error() {
-				i.Log.Error(err.Error())
+				i.Log.Error("plugin or entry cannot be put in place; tried again with growing pauses, the agent knows new pods by the API only until then", "error", err)
 			}
 			said = err.Error()
 			timer.Reset(retry)
@@ -181,6 +182,17 @@ func (i *installer) serve(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// subfolders are the folders in a directory: of the plugins of a network, or of files that links lead to.
+func subfolders(path string) (folders []string) {
+	entries, _ := os.ReadDir(path)
+	for _, e := range entries {
+		if e.IsDir() {
+			folders = append(folders, filepath.Join(path, e.Name()))
+		}
+	}
+	return folders
 }
 
 // replaced says whether a path leads to a directory that has no name any more: a mount of one that was removed.
@@ -224,7 +236,7 @@ func (i *installer) leave(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
 	defer cancel()
 	for wait := standby; ; wait *= 2 {
-		err := Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.Log)
+		err := Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.record.Conflist, i.Log)
 		if err == nil {
 			return RemoveFiles(i.ConfDir, runtimedir.New(i.RuntimeDir), i.config.Name)
 		}

@@ -1,0 +1,282 @@
+package conflist
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+)
+
+// spoken are the versions of CNI that the plugin speaks.
+var spoken = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
+
+// directory makes a directory of these files, as if they had been there for a while. A content "-> target" makes a link.
+func directory(t *testing.T, files map[string]string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "net.d")
+	past := time.Now().Add(-time.Hour)
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if target, ok := strings.CutPrefix(content, "-> "); ok {
+			if err := os.Symlink(target, path); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if err := errors.Join(os.WriteFile(path, []byte(content), 0o644), os.Chtimes(path, past, past)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func read(t *testing.T, dir string, runtime Runtime) *Directory {
+	t.Helper()
+	d, err := Read(dir, Options{Runtime: runtime})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// TestView: what is loaded, where the entry belongs, and where it is.
+func TestView(t *testing.T) {
+	t.Parallel()
+	list := func(plugins string) string { return `{"cniVersion":"1.0.0","name":"a","plugins":[` + plugins + `]}` }
+	const bridge, single, ours = `{"type":"bridge"}`, `{"cniVersion":"1.0.0","name":"a","type":"bridge"}`, `{"type":"magic-ip-address"}`
+	for name, test := range map[string]struct {
+		files                         map[string]string
+		loads, expected, found, notes string
+		blocked                       bool
+		unknown                       string
+	}{
+		"nothing":            {files: map[string]string{"README": ""}},
+		"a list":             {files: map[string]string{"10-a.conflist": list(bridge + "," + ours)}, loads: "10-a.conflist", expected: "10-a.conflist", found: "10-a.conflist"},
+		"without entry":      {files: map[string]string{"10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist"},
+		"entry first":        {files: map[string]string{"10-a.conflist": list(ours + "," + bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", found: "10-a.conflist first"},
+		"elsewhere":          {files: map[string]string{"05-b.conflist": list(bridge), "10-a.conflist": list(bridge + "," + ours)}, loads: "05-b.conflist", expected: "05-b.conflist", found: "10-a.conflist"},
+		"single":             {files: map[string]string{"10-a.conf": single}, loads: "10-a.conf", expected: "10-a-conf.magic-ip-address.conflist"},
+		"with our list":      {files: map[string]string{"10-a.conf": single, "10-a-conf.magic-ip-address.conflist": list(bridge + "," + ours)}, loads: "10-a-conf.magic-ip-address.conflist", expected: "10-a-conf.magic-ip-address.conflist", found: "10-a-conf.magic-ip-address.conflist"},
+		"empty first":        {files: map[string]string{"00-a.conf": "", "10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", notes: "00-a.conf is empty", blocked: true},
+		"a dangling link":    {files: map[string]string{"00-a.conf": "-> nowhere", "10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", notes: "no such file", blocked: true},
+		"a loop":             {files: map[string]string{"00-a.conf": "-> 00-b.conf", "00-b.conf": "-> 00-a.conf", "10-a.conflist": list(bridge)}, unknown: "too many levels of symbolic links"},
+		"a link out":         {files: map[string]string{"00-a.conf": "-> /etc/hostname", "10-a.conflist": list(bridge + "," + ours)}, unknown: "leads out of the directory", found: "10-a.conflist"},
+		"a link up":          {files: map[string]string{"00-a.conf": "-> ../other/a.conf"}, unknown: "leads out of the directory"},
+		"a folder":           {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/zz-magic-ip-address.conf": ours}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf", found: "a/zz-magic-ip-address.conf"},
+		"a broken folder":    {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": "{", "20-b.conflist": strings.Replace(list(bridge), `"a"`, `"b"`, 1)}, loads: "20-b.conflist", expected: "20-b.conflist", notes: "a/10-bridge.conf", blocked: true},
+		"a link of a folder": {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a": "-> b", "b/10-bridge.conf": bridge}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			v := read(t, directory(t, test.files), Auto).View()
+			var found []string
+			for _, f := range v.Entries {
+				found = append(found, f.File)
+				if f.First {
+					found[len(found)-1] += " first"
+				}
+			}
+			if diff := cmp.Diff([]any{test.loads, test.expected, test.found, test.blocked}, []any{v.Loads, v.Expected, strings.Join(found, ", "), v.Blocked}); diff != "" {
+				t.Errorf("loaded, expected, found, blocked (-want +got):\n%s", diff)
+			}
+			if notes := strings.Join(v.Notes, "\n"); !strings.Contains(notes, test.notes) || test.notes == "" && notes != "" {
+				t.Errorf("notes %q, want %q", notes, test.notes)
+			}
+			if got := fmt.Sprint(v.Unknown); !strings.Contains(got, test.unknown) || test.unknown == "" && v.Unknown != nil {
+				t.Errorf("unknown: %v", v.Unknown)
+			}
+		})
+	}
+}
+
+// TestHugeFile: a reader of others' files needs no more memory than a configuration is large.
+func TestHugeFile(t *testing.T) {
+	t.Parallel()
+	dir := directory(t, map[string]string{"00-a.conf": "", "10-a.conflist": `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`})
+	if err := os.Truncate(filepath.Join(dir, "00-a.conf"), 1<<40); err != nil {
+		t.Fatal(err)
+	}
+	if v := read(t, dir, Auto).View(); v.Loads != "10-a.conflist" || !strings.Contains(v.Notes[0], "1099511627776 bytes") {
+		t.Errorf("%+v", v)
+	}
+}
+
+// TestHarmless: a plan that a loader would notice beyond our entry is none.
+func TestHarmless(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion": "1.0.0", "name": "a", "plugins": [{"type": "bridge"}]}`
+	const entryText = `{"type": "magic-ip-address"}`
+	const with = `{"cniVersion": "1.0.0", "name": "a", "plugins": [{"type": "bridge"}, ` + entryText + `]}`
+	for _, change := range [][2]string{
+		{`"a"`, `"b"`}, {"1.0.0", "1.1.0"}, {"bridge", "ptp"}, {`{"type": "bridge"}`, `{"type": "bridge", "mtu": 1}`}, {`"name"`, `"disableCheck": true, "name"`},
+		{`"name"`, `"disableGC": true, "name"`}, {`"name"`, `"loadOnlyInlinedPlugins": true, "name"`}, {`{"type": "bridge"}, `, ""},
+		{`{"type": "bridge"}`, `{"type": "bridge"}, {"type": "tuning"}`}, {"]", ""}, {", " + entryText, ""}, {entryText, entryText + ", " + entryText},
+		{`{"type": "bridge"}, ` + entryText, entryText + `, {"type": "bridge"}`}, {"", ""},
+	} {
+		d := read(t, directory(t, map[string]string{"10-a.conflist": list}), Auto)
+		p := Plan{d: d.clone(), File: "10-a.conflist"}
+		p.write(*d.find("10-a.conflist"), []byte(strings.Replace(with, change[0], change[1], 1)))
+		if err := p.harmless(*d.find("10-a.conflist")); (err == nil) != (change[0] == "") {
+			t.Errorf("%q to %q: %v", change[0], change[1], err)
+		}
+	}
+}
+
+// TestFolderEntry is the last of the plugins in a folder, and goes as a whole.
+func TestFolderEntry(t *testing.T) {
+	t.Parallel()
+	files := map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/zz.conf": `{"type":"bridge"}`, "a/zzz.conf": `{"type":"tuning"}`}
+	dir := directory(t, files)
+	for _, agent := range []string{"a", "b"} {
+		if _, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Put(keyOf(agent), spoken) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list, err := read(t, dir, Auto).load(*read(t, dir, Auto).find("10-a.conflist"))
+	if err != nil || len(list.Plugins) != 3 || list.Plugins[2].Network.Type != entry.Type || !strings.Contains(string(list.Plugins[2].Bytes), "app=b") {
+		t.Errorf("%v, %v", list, err)
+	}
+	for _, agent := range []string{"a", "b"} {
+		if _, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Take(agent, entry.DefaultRuntimeDir, "") }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Join(dir, "a"))
+	if err != nil || len(entries) != 2 {
+		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// TestNamesSortFirst: the list of our own before its original, and the entry behind all others of a folder.
+func TestNamesSortFirst(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"10-a.conf", "10-a.json", ".conf", "a-conf.conf", "a-json.conf", "a.conf.conf", "ä.conf", "~.json", "-.conf"} {
+		own := ownName(name)
+		if original, ok := originalOf(own); own >= name || !ok || original != name || filepath.Ext(own) != listExt {
+			t.Errorf("%s: %s, which is of %s", name, own, original)
+		}
+	}
+	for _, name := range []string{"10-a.conflist", "magic-ip-address.conflist", ".magic-ip-address.conflist", "a.magic-ip-address.conflist"} {
+		if original, ok := originalOf(name); ok {
+			t.Errorf("%s is taken for a list of %s", name, original)
+		}
+	}
+}
+
+func TestDetect(t *testing.T) {
+	t.Parallel()
+	const containerd = "1 0 0:30 / / rw - overlay overlay rw,lowerdir=/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/5/fs\n"
+	const crio = "1 0 0:30 / / rw - overlay overlay rw,lowerdir=/var/lib/containers/storage/overlay/l/ABC\n"
+	for name, test := range map[string]struct {
+		files []string
+		mount string
+		want  Runtime
+	}{
+		"nothing":         {want: Auto},
+		"containerd":      {files: []string{"run/containerd/containerd.sock"}, want: Containerd},
+		"k3s":             {files: []string{"run/k3s/containerd/containerd.sock"}, want: Containerd},
+		"CRI-O":           {files: []string{"run/crio/crio.sock"}, mount: containerd, want: CRIO},
+		"both":            {files: []string{"run/crio/crio.sock", "run/containerd/containerd.sock"}, want: Auto},
+		"in a container":  {mount: "7 1 0:2 / /proc rw - proc proc rw\n" + containerd, want: Containerd},
+		"in one of CRI-O": {mount: crio, want: CRIO},
+		"others' mounts":  {mount: "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n" + strings.Replace(crio, " / / ", " / /var/lib/x ", 1), want: Auto},
+	} {
+		root := t.TempDir()
+		for _, file := range test.files {
+			if err := errors.Join(os.MkdirAll(filepath.Join(root, filepath.Dir(file)), 0o755), os.WriteFile(filepath.Join(root, file), nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := errors.Join(os.MkdirAll(filepath.Join(root, "proc/self"), 0o755), os.WriteFile(filepath.Join(root, "proc/self/mountinfo"), []byte(test.mount), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if got := Detect(root); got != test.want {
+			t.Errorf("%s: %s, want %s", name, got, test.want)
+		}
+	}
+	for _, name := range []string{"containerd", "crio", "auto"} {
+		if _, err := ParseRuntime(name); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := ParseRuntime("docker"); err == nil {
+		t.Error("docker is taken")
+	}
+}
+
+// TestLock: there is one holder, also where the file of the lock has been removed or replaced, and none of it stays.
+func TestLock(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	held, done := make(chan bool, 1), make(chan error)
+	const workers = 8
+	for range workers {
+		go func() {
+			for range 20 {
+				unlock, err := Lock(t.Context(), dir)
+				if err != nil {
+					done <- err
+					return
+				}
+				select {
+				case held <- true:
+				default:
+					done <- errors.New("two have the lock")
+					return
+				}
+				if info, err := os.Stat(filepath.Join(dir, lockName)); err != nil || info.Mode() != 0o600 {
+					done <- fmt.Errorf("%v, %w", info, err)
+					return
+				}
+				<-held
+				unlock()
+			}
+			done <- nil
+		}()
+	}
+	for range workers {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// TestUpdateTriesAgain where another program writes meanwhile.
+func TestUpdateTriesAgain(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`
+	dir := directory(t, map[string]string{"10-a.conflist": list})
+	looks := 0
+	plan, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) {
+		if looks++; looks == 2 { // after it has been read under the lock
+			if err := os.WriteFile(filepath.Join(dir, "10-a.conflist"), []byte(strings.Replace(list, "bridge", "ptp", 1)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return d.Put(keyOf("a"), spoken)
+	})
+	if err != nil || plan.File != "10-a.conflist" {
+		t.Fatal(plan.File, err)
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "10-a.conflist"))
+	if err != nil || looks != 3 || !strings.Contains(string(data), "ptp") || !strings.Contains(string(data), entry.Type) {
+		t.Errorf("%d looks, %v: %s", looks, err, data)
+	}
+	if entries, _ := os.ReadDir(dir); !slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() == "10-a.conflist" }) || len(entries) != 1 {
+		t.Errorf("%v", entries)
+	}
+}
