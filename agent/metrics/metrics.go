@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
@@ -198,13 +199,21 @@ func (m *Metrics) note(problem string) {
 	m.problem = problem
 }
 
+const (
+	// maxConnections bounds the files that clients can make the agent hold open; a scraper needs one.
+	maxConnections = 16
+	// headerTimeout bounds the time until a request is complete.
+	headerTimeout = 3 * time.Second
+)
+
 func (m *Metrics) serve(ctx context.Context, listener net.Listener) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.Handler())
-	server := &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10}
+	server := &http.Server{Handler: mux, ReadTimeout: headerTimeout, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
+	server.SetKeepAlivesEnabled(false) // idle clients would keep others out
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 	m.Log.Info("metrics are served", "addr", listener.Addr())
-	return server.Serve(listener)
+	return server.Serve(netutil.LimitListener(listener, maxConnections))
 }
 
 // Handler answers with the metrics.

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -188,6 +189,69 @@ func TestServe(t *testing.T) {
 	_ = response.Body.Close()
 	stop()
 	<-ended
+}
+
+// TestIdleConnections: clients that hold connections open cost a bounded number of files, and are cut off so that others are answered.
+func TestIdleConnections(t *testing.T) {
+	t.Parallel()
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener := &countingListener{Listener: inner}
+	m := New(Options{RuntimeDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- m.serve(ctx, listener) }()
+	for i := range 4 * maxConnections {
+		client, err := net.Dial("tcp", inner.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = client.Close() }()
+		if i%2 == 0 { // one half sends a request slowly, or reads no answer
+			_, _ = client.Write([]byte("GET /metrics HTTP/1.1\r\nHost: a\r\n"))
+		}
+	}
+	// The queue before this request is as long as four rounds of connections that send nothing.
+	client := http.Client{Timeout: 10 * headerTimeout}
+	response, err := client.Get("http://" + inner.Addr().String() + "/metrics")
+	if err != nil || response.StatusCode != http.StatusOK {
+		t.Fatalf("another client: %v, %v", response, err)
+	}
+	_ = response.Body.Close()
+	if most := listener.most.Load(); most > maxConnections {
+		t.Errorf("%d connections at once, want at most %d", most, maxConnections)
+	}
+	stop()
+	<-ended
+}
+
+// countingListener counts the connections that are open.
+type countingListener struct {
+	net.Listener
+	open, most atomic.Int32
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.most.Store(max(l.most.Load(), l.open.Add(1)))
+	}
+	return &countedConn{Conn: c, listener: l}, err
+}
+
+type countedConn struct {
+	net.Conn
+	listener *countingListener
+	closed   atomic.Bool
+}
+
+func (c *countedConn) Close() error {
+	if c.closed.CompareAndSwap(false, true) {
+		c.listener.open.Add(-1)
+	}
+	return c.Conn.Close()
 }
 
 func eventually(t *testing.T, is func() bool) {
