@@ -1,9 +1,10 @@
 // Package agent keeps the node's rules in step with the pods that the magic IPs are for.
 //
-// Its sources are the CNI plugin's state file, its configuration, what other agents on the node have
-// published and the node's network. Whenever one of them changes, the agent computes the whole desired
-// state with the pure functions of packages endpoint and plan, brings the kernel to it, and publishes
-// what it did.
+// Its sources are the CNI plugin's state file, the Kubernetes API, its configuration, the claims of other agents on the node
+// and the node's network. Whenever one of them changes, the agent computes the whole desired state with the pure packages
+// inventory, endpoint and plan, brings the kernel to it, and writes what it did into the runtime directory.
+//
+// Until the sources that a decision needs are synced, the decision is not made, and what the kernel has stays.
 package agent
 
 import (
@@ -11,19 +12,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
-	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
-	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Backend brings rules into the kernel.
@@ -32,8 +30,10 @@ type Backend interface {
 	// Sync makes the kernel's rules those of the plan. An error with InPlace() true is about other rules: those
 	// of the plan are in the kernel.
 	Sync(ctx context.Context, p *plan.Plan) error
-	// Verify says what somebody else has changed since; the next Sync mends it.
+	// Verify returns what differs from the last Sync: externally modified rules. The next Sync restores them.
 	Verify(ctx context.Context) (differs []string, err error)
+	// Exists says whether the kernel has rules of this agent.
+	Exists(ctx context.Context) bool
 }
 
 // Flows deletes conntrack entries that a plan has made stale.
@@ -43,7 +43,7 @@ type Flows interface {
 
 // Node is the network of the node.
 type Node interface {
-	Read() (node.Network, error)
+	Snapshot() (node.Snapshot, error)
 	EnableHairpin(hostInterface string) (switched bool, err error)
 }
 
@@ -51,11 +51,24 @@ type Node interface {
 type API interface {
 	// Select makes these the namespaces whose pods are asked for.
 	Select(namespaces []string)
-	// View is what it said last.
+	// View is what it reported last.
 	View() inventory.View
 	// Poll asks again where that is needed. It does not wait for the answer.
 	Poll(ctx context.Context)
 }
+
+// Meter counts what the loop does.
+type Meter interface {
+	Synced(took time.Duration, err error) // the rules, or that has failed
+	Swept(flows int)
+	Polled()
+}
+
+type noMeter struct{}
+
+func (noMeter) Synced(time.Duration, error) {}
+func (noMeter) Swept(int)                   {}
+func (noMeter) Polled()                     {}
 
 // Source is what may have changed.
 type Source uint32
@@ -63,17 +76,18 @@ type Source uint32
 // The sources that wake the agent.
 const (
 	Records    Source = 1 << iota // the plugin's state file
-	Network                       // links, addresses, default routes
-	Others                        // what other agents have published
+	Network                       // links, addresses, routes
+	Others                        // the claims of other agents
 	Settings                      // the configuration
-	Rules                         // the kernel's rules: somebody else has changed ours
+	Rules                         // the kernel's rules were externally modified
 	Pods                          // the Kubernetes API
+	Notes                         // Options.Notes
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Rules | Pods | Poll
+	allSources = Records | Network | Others | Settings | Rules | Pods | Notes | Poll
 )
 
-// Watcher calls wake when a source may have changed, until ctx ends.
-type Watcher func(ctx context.Context, wake func(Source)) error
+// Task runs beside the loop until ctx ends; an error ends the agent. wake tells the loop that a source may have changed.
+type Task func(ctx context.Context, wake func(Source)) error
 
 // Options are the parts that an agent is made of.
 type Options struct {
@@ -81,71 +95,44 @@ type Options struct {
 	// Load reads and validates the configuration.
 	Load    func() (config.Config, error)
 	Backend Backend
-	// BackendNote is published: why it is this backend.
+	// BackendNote is the reason for this backend, for people.
 	BackendNote string
 	Flows       Flows
 	Node        Node
 	API         API // nil: what the CNI plugin records is all that is known
-	// ForeignRules names the rules of others that translate one of these addresses.
-	ForeignRules func(context.Context, []netip.Addr) []string
-	// Bypasses names what keeps packets of this node from the rules; nil: not looked for.
-	Bypasses func() []string
-	// Notes are published beside the agent's own; they are asked for each time.
+	// Uptime is the time since the node was started (CLOCK_BOOTTIME): what is measured over a restart of the agent.
+	Uptime func() time.Duration
+	// Notes are shown in the status beside the agent's own; they are asked for each time.
 	Notes []func() []string
-	// Published are called with what the agent publishes whenever that changes, and with what it was before
-	// (nil: nothing). They return at once.
-	Published []func(before, now *published.Agent)
-	Watchers  []Watcher
+	// Meter counts what the loop does; nil: it is not counted.
+	Meter Meter
+	// Observers are called with the status whenever that changes, and with what it was before (nil: none). They return at once.
+	Observers []func(before, now *runtimedir.Status)
+	Tasks     []Task
 	Uninstall Uninstall
 	Log       *slog.Logger
 }
 
-// Agent is one running agent. Its methods but wake are called by one goroutine only.
-type Agent struct {
+// agent is one running agent. Its methods but wake are called by one goroutine only.
+type agent struct {
 	Options
+	dir     runtimedir.Dir
+	own     runtimedir.Agent
 	pending atomic.Uint32 // the sources that have changed since they were last read
 	woken   chan struct{}
 
 	config    config.Config
+	keys      map[string]bool // the label keys of its selectors
 	startedAt time.Time
-	records   records
-	pods      pods
-	network   node.Network
-	others    []*published.Agent
-	// restored is what this agent had published before it was restarted.
-	restored *published.Agent
-	// restoredOf are its magic IPs by frontend.
-	restoredOf map[plan.Frontend][]published.MagicIP
-	// services are remembered by frontend; serving are those of config.Ports, in order: nil where another port before has the
-	// frontend, and none at all until decide has looked.
-	services map[plan.Frontend]*service
-	serving  []*service
-
-	applied  *plan.Plan // nil before the first sync; the last one was at syncedAt
-	syncedAt time.Time
-	// again is swept a second time with the next poll: a packet that was on its way through the old rules
-	// while the table was dumped makes its entry after the dump.
-	again     plan.Change
-	mendedAt  time.Time
-	foreign   foreign
-	published *published.Agent
-	errs      map[string]string // by what failed, what is wrong now
-}
-
-// foreign are the rules of others that translate our addresses, and what bypasses ours, as of the last look.
-type foreign struct {
-	at        time.Time
-	addresses []netip.Addr
-	rules     []string
-	bypasses  []string
-}
-
-// service is what the agent remembers of a frontend.
-type service struct {
-	claimedAt time.Time
-	lostAt    time.Time // when the last endpoint went; zero while there is one
-	refused   string
-	endpoints []endpoint.Chosen
+	sources   sources
+	pods      *inventory.Inventory
+	services  services
+	kernel    kernel
+	files     files
+	// keep: the kernel has rules of this agent, of which it remembers nothing. They stay until all sources are synced.
+	keep bool
+	// logged are the problems of the last pass, by what they are about.
+	logged map[string]string
 }
 
 // ErrStandby is not an error to report: the context ended while another process held the agent's name.
@@ -153,59 +140,70 @@ var ErrStandby = errors.New("ended while standing by")
 
 // Run serves until ctx ends, and then leaves the rules in place. It first waits for its name to be free.
 func Run(ctx context.Context, options Options) error {
-	a := &Agent{Options: options, woken: make(chan struct{}, 1), services: map[plan.Frontend]*service{}, errs: map[string]string{}, pods: pods{withdrawn: map[string][]netip.Addr{}}}
-	var err error
-	if a.config, err = a.Load(); err != nil {
-		return fmt.Errorf("configuration: %w", err)
+	a, err := newAgent(options)
+	if err != nil {
+		return err
 	}
-	parent := ctx
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	uninstall := a.awaitUninstall(ctx, stop)
-	lock, err := a.lock(parent)
+	stoppable, stop := context.WithCancel(ctx)
+	defer stop()
+	tasks, running := errgroup.WithContext(stoppable)
+	if a.Uninstall.Wanted != nil {
+		tasks.Go(func() error { // asked from the start, standing by included
+			if a.Uninstall.Wanted(running) {
+				return errUninstall
+			}
+			return nil
+		})
+	}
+	lock, err := a.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-
-	watching := make(chan struct{})
-	running := atomic.Int32{}
-	running.Store(int32(len(a.Watchers)))
-	for _, watch := range a.Watchers {
-		go func() {
-			if err := watch(ctx, a.wake); err != nil {
-				stop(err)
-			}
-			if running.Add(-1) == 0 {
-				close(watching)
-			}
-		}()
+	for _, task := range a.Tasks {
+		tasks.Go(func() error { return task(running, a.wake) })
 	}
-	a.restore()
-	a.serve(ctx)
-	stop(nil)
-	if len(a.Watchers) > 0 {
-		<-watching
-	}
-	if uninstall() {
-		return a.leave(parent, lock)
-	}
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+	a.restore(running)
+	tasks.Go(func() error {
+		a.serve(running)
+		return nil
+	})
+	switch err := tasks.Wait(); {
+	case errors.Is(err, errUninstall):
+		return a.leave(ctx, lock)
+	case err != nil:
 		return err
 	}
 	a.Log.Info("stopped; the rules stay in place")
 	return nil
 }
 
+func newAgent(options Options) (*agent, error) {
+	if options.Meter == nil {
+		options.Meter = noMeter{}
+	}
+	a := &agent{Options: options, dir: runtimedir.New(options.RuntimeDir), woken: make(chan struct{}, 1)}
+	a.kernel.agent, a.files.agent = a, a
+	var err error
+	if a.config, err = a.Load(); err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	a.own = a.dir.Agent(a.config.Name)
+	return a, nil
+}
+
 // lock waits until no other process runs under this agent's name.
-func (a *Agent) lock(ctx context.Context) (interface{ Close() error }, error) {
+func (a *agent) lock(ctx context.Context) (*runtimedir.Lock, error) {
 	const retry = 200 * time.Millisecond
 	for first := true; ; first = false {
-		lock, err := published.Lock(a.RuntimeDir, a.config.Name)
+		lock, err := a.own.Lock()
 		if err == nil {
+			if lock.Lost != nil {
+				a.Log.Warn("files of the version before cannot be taken over; starting without them", "error", lock.Lost)
+			}
 			return lock, nil
 		}
-		if !errors.Is(err, published.ErrLocked) {
+		if !errors.Is(err, runtimedir.ErrLocked) {
 			return nil, fmt.Errorf("agent %s: %w", a.config.Name, err)
 		}
 		if first {
@@ -220,7 +218,7 @@ func (a *Agent) lock(ctx context.Context) (interface{ Close() error }, error) {
 }
 
 // wake notes that sources have changed. Any goroutine may call it; it never blocks.
-func (a *Agent) wake(sources Source) {
+func (a *agent) wake(sources Source) {
 	a.pending.Or(uint32(sources))
 	select {
 	case a.woken <- struct{}{}:
@@ -228,9 +226,10 @@ func (a *Agent) wake(sources Source) {
 	}
 }
 
-// serve is the loop: changes that come while a sync is under way are taken together in the next one.
-func (a *Agent) serve(ctx context.Context) {
-	a.startedAt = time.Now()
+const minBackoff = 100 * time.Millisecond
+
+// serve is the loop: changes that come while a pass is under way are taken together in the next one.
+func (a *agent) serve(ctx context.Context) {
 	poll := time.NewTicker(a.config.PollInterval)
 	defer poll.Stop()
 	retry := time.NewTimer(0)
@@ -245,13 +244,13 @@ func (a *Agent) serve(ctx context.Context) {
 			a.wake(Poll)
 			continue
 		case <-retry.C:
+			backoff = min(2*backoff, a.config.PollInterval)
 		case <-a.woken:
 		}
 		interval := a.config.PollInterval
-		next, ok := a.sync(ctx, Source(a.pending.Swap(0)))
+		next, ok := a.pass(ctx, Source(a.pending.Swap(0)))
 		if !ok {
 			next = backoff
-			backoff = min(2*backoff, a.config.PollInterval)
 		} else {
 			backoff = minBackoff
 		}
@@ -264,174 +263,89 @@ func (a *Agent) serve(ctx context.Context) {
 	}
 }
 
-const (
-	minBackoff = 100 * time.Millisecond
-	// mendPause keeps the agent from fighting with somebody who changes its rules again and again.
-	mendPause       = time.Second
-	foreignInterval = 10 * time.Minute
-)
-
-// sync reads what has changed and brings kernel and published file to the state that follows. next is
+// pass reads what has changed and brings kernel and runtime directory to the state that follows. next is
 // when to look again although nothing happens (0: never); ok is false where something is to be retried.
-func (a *Agent) sync(ctx context.Context, changed Source) (next time.Duration, ok bool) {
+func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	if news := a.read(ctx, changed); ctx.Err() != nil || !news && a.applied != nil && len(a.errs) == 0 {
+	news := a.read(ctx, changed, now)
+	if ctx.Err() != nil || !news && a.kernel.applied != nil && len(a.logged) == 0 {
 		return 0, true
 	}
-	if a.published == nil {
-		// Claims are made known before they are acted on: of two agents that start at once the younger
-		// sees the older in time.
-		a.decide(now)
-		a.publish(now, false)
-		a.read(ctx, Others)
-	}
-	next = a.decide(now)
-	p := a.plan(now)
-	fresh := a.applied == nil || !p.Equal(a.applied)
-	damaged := false
-	pause := a.mendedAt.Add(mendPause).Sub(now)
-	if changed&Poll != 0 || changed&Rules != 0 && pause <= 0 {
-		differs, err := a.Backend.Verify(ctx)
-		a.note(a.Backend.Name()+" verify", err)
-		if len(differs) > 0 {
-			a.Log.Warn("somebody else has changed our rules; mending them", "backend", a.Backend.Name(), "differs", differs)
-			fresh, damaged, a.mendedAt = true, true, now
+	waits := a.waits()
+	if len(waits) == 0 {
+		next = a.decide(now)
+		if a.files.claims.written == nil {
+			// Claims are made known before they are acted on: of two agents that start at once the younger
+			// sees the older in time.
+			a.files.publishClaims()
+			a.readOthers()
+			next = a.decide(now)
 		}
-	} else if changed&Rules != 0 {
-		a.pending.Or(uint32(Rules)) // for the next look, below
-		if next == 0 || pause < next {
-			next = pause
-		}
+		next = soonest(next, a.kernel.apply(ctx, a.plan(now), changed, now))
 	}
+	a.report(append(a.problems(), waits...))
+	a.files.publish(now, changed&Poll != 0, waits)
 	if changed&Poll != 0 {
-		if !a.again.Empty() {
-			_, err := a.Flows.Sweep(ctx, a.applied, a.again)
-			a.note("conntrack", err)
-			a.again = plan.Change{}
-		}
+		a.Meter.Polled()
 	}
-	ok = true
-	if fresh || a.errs[a.Backend.Name()] != "" {
-		started := time.Now()
-		err := a.Backend.Sync(ctx, &p)
-		a.note(a.Backend.Name(), err)
-		ok = err == nil
-		if ok || inPlace(err) {
-			a.Log.Debug("rules in place", "backend", a.Backend.Name(), "took", time.Since(started))
-			a.sweep(ctx, &p, damaged)
-			a.applied, a.syncedAt = &p, now
-		}
-	}
-	a.hairpin()
-	if changed&Poll != 0 {
-		a.lookForForeign(ctx, now) // last: rules of ours do not wait for a look at everybody's
-	}
-	a.publish(now, changed&Poll != 0)
-	return next, ok
+	return next, len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
 }
 
-func inPlace(err error) bool {
-	var sync interface{ InPlace() bool }
-	return errors.As(err, &sync) && sync.InPlace()
+// waits are why nothing can be decided yet; none where it can.
+func (a *agent) waits() (waits []problem) {
+	const consequence = "; until then the rules in the kernel stay as they are, and new pods are not served"
+	if !a.sources.networkSynced {
+		waits = append(waits, problem{"start", errors.New("waiting for the node's network to be read" + consequence)})
+	}
+	if !a.sources.othersSynced {
+		waits = append(waits, problem{"start", errors.New("waiting for the claims of the other agents to be read" + consequence)})
+	}
+	if a.keep && a.pods.AllSynced() {
+		a.keep = false
+	}
+	if a.keep {
+		waits = append(waits, problem{"start", errors.New("waiting for the state file and the Kubernetes API: this agent remembers nothing of the rules in the kernel" + consequence)})
+	}
+	return waits
 }
 
-// lookForForeign names rules of others that translate our addresses, and what bypasses ours. It is a look at all rules of the
-// node, so it is done seldom: at the start, when the addresses change, and every foreignInterval.
-func (a *Agent) lookForForeign(ctx context.Context, now time.Time) {
-	var addresses []netip.Addr
-	for _, port := range a.config.Ports {
-		addresses = append(addresses, port.Address)
+func soonest(a, b time.Duration) time.Duration {
+	if a == 0 || b > 0 && b < a {
+		return b
 	}
-	if slices.Equal(addresses, a.foreign.addresses) && now.Sub(a.foreign.at) < foreignInterval {
-		return
+	return a
+}
+
+// problem is an error that is true now, and what it is about.
+type problem struct {
+	about string
+	err   error
+}
+
+// problems are computed anew in each pass from the sources and the kernel, so that none outlives its cause.
+func (a *agent) problems() []problem {
+	return append(append(a.sources.problems(), a.kernel.problems()...), a.files.problems()...)
+}
+
+// report logs each problem once for as long as it stays the same, and its end.
+func (a *agent) report(problems []problem) {
+	logged := map[string]string{}
+	for _, p := range problems {
+		text := p.err.Error()
+		if before := logged[p.about]; before != "" {
+			text = before + "; " + text
+		}
+		logged[p.about] = text
 	}
-	a.foreign.addresses, a.foreign.at = addresses, now
-	found := a.ForeignRules(ctx, addresses)
-	for _, rule := range found {
-		if !slices.Contains(a.foreign.rules, rule) {
-			a.Log.Warn("somebody else translates a magic IP too; remove the rule", "rule", rule)
+	for about, text := range logged {
+		if a.logged[about] != text {
+			a.Log.Error("failed; it is tried again", "what", about, "error", text)
 		}
 	}
-	a.foreign.rules = found
-	if a.Bypasses == nil {
-		return
-	}
-	bypasses := a.Bypasses()
-	for _, bypass := range bypasses {
-		if !slices.Contains(a.foreign.bypasses, bypass) {
-			a.Log.Warn(bypass)
+	for about := range a.logged {
+		if _, still := logged[about]; !still {
+			a.Log.Info("recovered", "what", about)
 		}
 	}
-	a.foreign.bypasses = bypasses
+	a.logged = logged
 }
-
-// sweep deletes the flows that the plan now in the kernel has made stale. While rules were damaged, new flows
-// of any frontend may have gone anywhere.
-func (a *Agent) sweep(ctx context.Context, p *plan.Plan, damaged bool) {
-	change := p.Since(a.applied)
-	if damaged {
-		anew := p.Since(nil)
-		change.Frontends, change.Untranslated = anew.Frontends, anew.Untranslated
-	}
-	deleted, err := a.Flows.Sweep(ctx, p, change)
-	a.note("conntrack", err)
-	if deleted > 0 {
-		a.Log.Info("flows ended whose endpoint is gone", "flows", deleted)
-	}
-	a.again.Frontends = append(a.again.Frontends, change.Frontends...)
-	a.again.Untranslated = append(a.again.Untranslated, change.Untranslated...)
-	a.again.Removed = append(a.again.Removed, change.Removed...)
-	a.again.Gone = append(a.again.Gone, change.Gone...)
-}
-
-// hairpin lets endpoints behind a bridge port talk to themselves through their magic IP.
-func (a *Agent) hairpin() {
-	done := map[netip.Addr]bool{} // many magic IPs may lead to one pod
-	for i, port := range a.config.Ports {
-		s := a.serving[i]
-		if s == nil || port.ExcludeTarget {
-			continue
-		}
-		for _, chosen := range s.endpoints {
-			if done[chosen.Address.Addr()] {
-				continue
-			}
-			done[chosen.Address.Addr()] = true
-			i := slices.IndexFunc(a.records.list, func(r state.Attachment) bool { return slices.Contains(r.IPs, chosen.Address.Addr()) })
-			if i < 0 || a.records.list[i].HostInterface == "" {
-				continue
-			}
-			switched, err := a.Node.EnableHairpin(a.records.list[i].HostInterface)
-			a.note("hairpin of "+a.records.list[i].HostInterface, err)
-			if switched {
-				a.Log.Info("hairpin switched on, so that the pod reaches itself", "interface", a.records.list[i].HostInterface, "pod", podName(chosen))
-			}
-		}
-	}
-}
-
-// note remembers and logs an error, once for as long as it stays the same.
-func (a *Agent) note(what string, err error) {
-	switch {
-	case err == nil:
-		if a.errs[what] != "" {
-			a.Log.Info("mended", "what", what)
-		}
-		delete(a.errs, what)
-	case a.errs[what] != err.Error():
-		a.Log.Error(err.Error(), "what", what)
-		a.errs[what] = err.Error()
-	}
-}
-
-// lastError is what is wrong now, in one line; empty where nothing is.
-func (a *Agent) lastError() string {
-	var all []string
-	for what, err := range a.errs {
-		all = append(all, what+": "+err)
-	}
-	slices.Sort(all)
-	return strings.ReplaceAll(strings.Join(all, "; "), "\n", "; ")
-}
-
-func podName(c endpoint.Chosen) string { return c.Namespace + "/" + c.Name }

@@ -8,116 +8,143 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
+
+// service is what the agent has decided of a frontend, and what it remembers of it.
+type service struct {
+	claimedAt time.Time
+	// lostAt is when the last endpoint went; zero while there is one, and where there was none. lostUptime is the same
+	// moment as the time since the node was started.
+	lostAt     time.Time
+	lostUptime time.Duration
+	unserved   string // the reason; empty where it is served
+	endpoints  []endpoint.Chosen
+}
+
+// services are those of the configuration. inOrder are those of config.Ports, in order: nil where another port before has the
+// frontend, and none at all until decide has looked.
+type services struct {
+	byFrontend map[plan.Frontend]*service
+	inOrder    []*service
+}
 
 // decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
 // returns when a decision changes by time alone (0: never).
-func (a *Agent) decide(now time.Time) (next time.Duration) {
-	targets := endpoint.NewIndex(endpoint.Targets(endpoint.Sources{
-		Records: a.labelled(), Interfaces: a.network.Interfaces, Now: now,
-		Pods: a.pods.Pods, Told: a.pods.told, Current: a.pods.Current, Withdrawn: a.pods.withdrawn,
-	}))
-	if a.serving == nil {
-		a.take(now)
+func (a *agent) decide(now time.Time) (next time.Duration) {
+	targets := endpoint.NewIndex(a.pods.Targets(now))
+	claims := a.claimsOfOthers()
+	if a.services.inOrder == nil {
+		a.takeServices(claims, now)
 	}
+	var standing map[netip.Addr]bool
 	for i, port := range a.config.Ports {
-		s := a.serving[i]
+		s := a.services.inOrder[i]
 		if s == nil {
-			continue // refused when it was parsed
+			continue // unserved since it was parsed
 		}
-		before, refusedBefore := s.endpoints, s.refused
-		s.refused = a.refusal(port, s.claimedAt)
+		before, unservedBefore := s.endpoints, s.unserved
+		s.unserved = a.unserved(port, s.claimedAt, claims[port.Frontend])
 		s.endpoints = nil
-		if s.refused == "" {
+		if s.unserved == "" {
 			s.endpoints = targets.Choose(port.Selection)
-			a.keepRestored(port, s)
+		}
+		if s.unserved == "" && len(s.endpoints) == 0 && len(before) > 0 && !a.pods.Synced(port.Namespace) {
+			// That there is no endpoint cannot be decided yet: those in the kernel stay, as long as nothing speaks against them.
+			if standing == nil {
+				standing = addressSet(a.pods.Sandboxes())
+			}
+			s.endpoints = slices.DeleteFunc(slices.Clone(before), func(c endpoint.Chosen) bool { return !standing[c.Address.Addr()] })
 		}
 		if len(s.endpoints) > 0 {
 			s.lostAt = time.Time{}
-		} else if len(before) > 0 || s.lostAt.IsZero() && a.hadEndpoint(port) {
-			s.lostAt = now
+		} else if len(before) > 0 {
+			s.lostAt, s.lostUptime = now, a.Uptime()
 		}
-		if wait := s.lostAt.Add(port.HoldFor).Sub(now); port.NoEndpoint == plan.Hold && !s.lostAt.IsZero() && wait > 0 && (next == 0 || wait < next) {
-			next = wait
+		if wait := s.lostAt.Add(port.HoldFor).Sub(now); port.NoEndpoint == plan.Hold && !s.lostAt.IsZero() && wait > 0 {
+			next = soonest(next, wait)
 		}
-		a.report(port, s, before, refusedBefore)
+		a.logDecision(port, s, before, unservedBefore)
 	}
 	return next
 }
 
-// take makes the services of the configuration, with what is remembered of them, and forgets others.
-func (a *Agent) take(now time.Time) {
-	services := make(map[plan.Frontend]*service, len(a.config.Ports))
-	a.serving = make([]*service, len(a.config.Ports))
+func addressSet(addresses []netip.Addr) map[netip.Addr]bool {
+	set := make(map[netip.Addr]bool, len(addresses))
+	for _, address := range addresses {
+		set[address] = true
+	}
+	return set
+}
+
+// takeServices makes the services of the configuration, with what is remembered of them, and forgets others. A new claim is
+// younger than all that are there, whatever the clock has done since they were made.
+func (a *agent) takeServices(claims map[plan.Frontend][]claim, now time.Time) {
+	byFrontend := make(map[plan.Frontend]*service, len(a.config.Ports))
+	a.services.inOrder = make([]*service, len(a.config.Ports))
 	for i, port := range a.config.Ports {
-		if _, twice := services[port.Frontend]; twice {
+		if _, twice := byFrontend[port.Frontend]; twice {
 			continue
 		}
-		s := a.services[port.Frontend]
+		s := a.services.byFrontend[port.Frontend]
 		if s == nil {
-			s = &service{claimedAt: now}
+			s = &service{claimedAt: now.UTC().Round(0)}
+			for _, c := range claims[port.Frontend] {
+				if !c.ClaimedAt.Before(s.claimedAt) {
+					s.claimedAt = c.ClaimedAt.Add(1)
+				}
+			}
 		}
-		services[port.Frontend], a.serving[i] = s, s
+		byFrontend[port.Frontend], a.services.inOrder[i] = s, s
 	}
-	a.services = services
+	a.services.byFrontend = byFrontend
 }
 
-// keepRestored prefers the endpoints from before a restart for as long as not every source has spoken.
-func (a *Agent) keepRestored(port config.Port, s *service) {
-	kept := a.restoredEndpoints(port)
-	if len(kept) == 0 {
-		return
-	}
-	if !port.Spread {
-		s.endpoints = nil
-	}
-	for _, e := range kept {
-		if slices.ContainsFunc(s.endpoints, func(c endpoint.Chosen) bool { return c.Address == e.Address }) {
-			continue
+// claim is a claim of another agent.
+type claim struct {
+	agent string
+	runtimedir.Claim
+}
+
+// claimsOfOthers are those that are served.
+func (a *agent) claimsOfOthers() map[plan.Frontend][]claim {
+	claims := map[plan.Frontend][]claim{}
+	for _, other := range a.sources.others {
+		for _, c := range other.claims {
+			if c.Served {
+				claims[c.Frontend] = append(claims[c.Frontend], claim{other.name, c})
+			}
 		}
-		namespace, name := splitPod(e.Pod)
-		s.endpoints = append(s.endpoints, endpoint.Chosen{
-			Target:  &endpoint.Target{Namespace: namespace, Name: name, UID: e.UID, Recorded: e.Recorded},
-			Address: e.Address,
-		})
 	}
+	return claims
 }
 
-// hadEndpoint says whether the frontend had an endpoint when this agent was restarted.
-func (a *Agent) hadEndpoint(port config.Port) bool {
-	return slices.ContainsFunc(a.restoredOf[port.Frontend], func(m published.MagicIP) bool { return len(m.Endpoints) > 0 })
-}
-
-// refusal says why this agent may not serve a frontend; empty where it may.
-func (a *Agent) refusal(port config.Port, claimedAt time.Time) string {
+// unserved says why this agent may not serve a frontend; empty where it may.
+func (a *agent) unserved(port config.Port, claimedAt time.Time, others []claim) string {
 	if port.Unserved != "" {
 		return port.Unserved
 	}
-	if slices.Contains(a.network.Addresses, port.Address) {
+	if slices.Contains(a.sources.network.Addresses, port.Address) {
 		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
 	}
-	if port.Address.Is6() && !a.network.IPv6 {
+	if port.Address.Is6() && !a.sources.network.IPv6 {
 		return "this node has no IPv6: no route of it leads anywhere"
 	}
-	for _, other := range a.others {
-		for _, m := range other.MagicIPs {
-			older := m.ClaimedAt.Before(claimedAt) || m.ClaimedAt.Equal(claimedAt) && other.Name < a.config.Name
-			if frontendOf(m) == port.Frontend && m.Refused == "" && older {
-				reason := port.String() + " is claimed by agent " + other.Name + " since " + m.ClaimedAt.Format(time.RFC3339)
-				if !published.Live(a.RuntimeDir, other.Name) {
-					reason += ", which does not run but whose rules may be there; where it is gone for good, take them out and remove " +
-						published.Path(a.RuntimeDir, other.Name)
-				}
-				return reason
-			}
+	for _, c := range others {
+		if !c.ClaimedAt.Before(claimedAt) && !(c.ClaimedAt.Equal(claimedAt) && c.agent < a.config.Name) {
+			continue
 		}
+		reason := port.String() + " is claimed by agent " + c.agent + " since " + c.ClaimedAt.Format(time.RFC3339)
+		if other := a.dir.Agent(c.agent); !other.Live() {
+			reason += ", which does not run but whose rules may be there; where it is gone for good: magic-ip-agent uninstall --name " + c.agent
+		}
+		return reason
 	}
 	return ""
 }
 
 // action is what becomes of new packets to a frontend that this agent may serve.
-func (a *Agent) action(port config.Port, s *service, now time.Time) plan.Action {
+func (a *agent) action(port config.Port, s *service, now time.Time) plan.Action {
 	switch {
 	case len(s.endpoints) > 0:
 		return plan.Serve
@@ -128,17 +155,19 @@ func (a *Agent) action(port config.Port, s *service, now time.Time) plan.Action 
 }
 
 // plan is what follows from the decisions.
-func (a *Agent) plan(now time.Time) plan.Plan {
+func (a *agent) plan(now time.Time) plan.Plan {
+	network := &a.sources.network
 	in := plan.Input{
-		PodInterfaces: slices.Clone(a.network.PodInterfaces),
-		Bridges:       a.network.Bridges,
-		HostAddresses: a.network.Addresses,
-		Settled:       a.settled(),
+		PodInterfaces: network.PodInterfaces,
+		Bridges:       network.Bridges,
+		HostAddresses: network.Addresses,
+		Sandboxes:     a.pods.Sandboxes(),
+		Settled:       a.pods.AllSynced(),
 		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}
 	for i, port := range a.config.Ports {
-		s := a.serving[i]
-		if s == nil || s.refused != "" {
+		s := a.services.inOrder[i]
+		if s == nil || s.unserved != "" {
 			continue
 		}
 		service := plan.Service{
@@ -151,39 +180,25 @@ func (a *Agent) plan(now time.Time) plan.Plan {
 		}
 		in.Services = append(in.Services, service)
 	}
-	for _, record := range endpoint.Standing(a.records.list, a.network.Interfaces) {
-		in.Sandboxes = append(in.Sandboxes, record.IPs...)
-		// The interfaces in the records are served whatever they are, if they are there.
-		if a.network.Interfaces[record.HostInterface] && !a.network.BridgePorts[record.HostInterface] {
-			in.PodInterfaces = append(in.PodInterfaces, record.HostInterface)
-		}
-	}
-	for _, pod := range a.pods.Pods {
-		for _, ip := range pod.IPs {
-			if !pod.Finished && !pod.Without(ip, a.pods.withdrawn) {
-				in.Sandboxes = append(in.Sandboxes, ip)
-			}
-		}
-	}
-	for _, other := range a.others {
-		for _, m := range other.MagicIPs {
-			if m.Refused == "" {
-				in.Foreign = append(in.Foreign, frontendOf(m))
+	for _, other := range a.sources.others {
+		for _, c := range other.claims {
+			if c.Served {
+				in.Foreign = append(in.Foreign, c.Frontend)
 			}
 		}
 	}
 	return plan.Build(in)
 }
 
-// report logs what a decision has changed.
-func (a *Agent) report(port config.Port, s *service, before []endpoint.Chosen, refusedBefore string) {
+// logDecision logs what a decision has changed.
+func (a *agent) logDecision(port config.Port, s *service, before []endpoint.Chosen, unservedBefore string) {
 	same := func(a, b endpoint.Chosen) bool { return a.Address == b.Address }
-	if s.refused == refusedBefore && slices.EqualFunc(before, s.endpoints, same) {
+	if s.unserved == unservedBefore && slices.EqualFunc(before, s.endpoints, same) {
 		return // before anything is made of it: there may be thousands
 	}
 	log := a.Log.With("magicIP", port.String())
-	if s.refused != refusedBefore && s.refused != "" {
-		log.Error("not served: " + s.refused)
+	if s.unserved != unservedBefore && s.unserved != "" {
+		log.Error("not served", "reason", s.unserved)
 	}
 	addresses := func(chosen []endpoint.Chosen) (all []netip.AddrPort, pods []string) {
 		for _, c := range chosen {
@@ -201,3 +216,5 @@ func (a *Agent) report(port config.Port, s *service, before []endpoint.Chosen, r
 		log.Info("endpoint", "addr", has, "pod", pods, "was", had)
 	}
 }
+
+func podName(c endpoint.Chosen) string { return c.Namespace + "/" + c.Name }

@@ -3,12 +3,11 @@ package agent
 import (
 	"context"
 	"errors"
-	"os"
+	"io/fs"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Uninstall is how an agent is taken out of its node; the zero value is: never.
@@ -20,47 +19,30 @@ type Uninstall struct {
 }
 
 const (
-	// installerPatience is how long to wait for the installer to take the agent's key out of the CNI configuration. A
+	// installerTimeout bounds the wait for the installer to take the agent's key out of the CNI configuration. A
 	// pod that is added meanwhile may still be recorded.
-	installerPatience = 15 * time.Second
-	// leaveTime bounds all of it, should SIGTERM have come already: kubelet kills after 30 s.
-	leaveTime  = 25 * time.Second
-	leaveRetry = 100 * time.Millisecond
+	installerTimeout = 15 * time.Second
+	// leaveTimeout bounds all of it, should SIGTERM have come already: kubelet kills after 30 s.
+	leaveTimeout = 25 * time.Second
+	leaveRetry   = 100 * time.Millisecond
 )
 
 // errUninstall is the cause of the end of an agent that is to leave.
 var errUninstall = errors.New("to be uninstalled")
 
-// awaitUninstall ends the agent when it is to leave. It is asked from the start, standing by included. The function
-// returned says, once the agent's context has ended, whether that is so.
-func (a *Agent) awaitUninstall(ctx context.Context, stop context.CancelCauseFunc) (wanted func() bool) {
-	if a.Uninstall.Wanted == nil {
-		return func() bool { return false }
-	}
-	leave := make(chan bool, 1)
-	go func() {
-		wanted := a.Uninstall.Wanted(ctx)
-		if wanted {
-			stop(errUninstall)
-		}
-		leave <- wanted
-	}()
-	return func() bool { return <-leave }
-}
-
 // leave takes out what the agent has put on the node: after the installer has done so, the rules, the flows that
 // they have translated, and the files. It holds the agent's name until then.
-func (a *Agent) leave(ctx context.Context, lock interface{ Close() error }) error {
+func (a *agent) leave(ctx context.Context, lock *runtimedir.Lock) error {
 	a.Log.Info("our DaemonSet was deleted: taking out rules and files", "name", a.config.Name)
-	hurried, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
 	defer cancel()
-	if !a.installerLeft(hurried) {
-		a.Log.Warn("the installer has not finished; the entry may still be in the CNI configuration", "waited", installerPatience)
+	if !a.installerLeft(bounded) {
+		a.Log.Warn("the installer has not finished; the entry may still be in the CNI configuration", "waited", installerTimeout)
 	}
-	if err := a.removeRules(hurried); err != nil {
+	if err := a.removeRules(bounded); err != nil {
 		return err
 	}
-	if err := published.Leave(a.RuntimeDir, a.config.Name); err != nil {
+	if err := a.own.Leave(); err != nil {
 		return err
 	}
 	if err := lock.Close(); err != nil {
@@ -72,11 +54,11 @@ func (a *Agent) leave(ctx context.Context, lock interface{ Close() error }) erro
 }
 
 // installerLeft waits for the installer of this agent.
-func (a *Agent) installerLeft(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, installerPatience)
+func (a *agent) installerLeft(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, installerTimeout)
 	defer cancel()
 	for {
-		if _, err := os.Stat(install.RecordPath(a.RuntimeDir, a.config.Name)); err != nil {
+		if _, err := a.dir.Installer(a.config.Name).ReadRecord(); errors.Is(err, fs.ErrNotExist) {
 			return true
 		}
 		select {
@@ -87,7 +69,7 @@ func (a *Agent) installerLeft(ctx context.Context) bool {
 	}
 }
 
-func (a *Agent) removeRules(ctx context.Context) error {
+func (a *agent) removeRules(ctx context.Context) error {
 	for {
 		err := a.Uninstall.Rules(ctx)
 		if err == nil {
@@ -100,12 +82,14 @@ func (a *Agent) removeRules(ctx context.Context) error {
 		case <-time.After(10 * leaveRetry):
 		}
 	}
-	if a.applied == nil {
+	applied := a.kernel.applied
+	if applied == nil {
 		return nil
 	}
-	// A datagram must not find its old way for as long as somebody keeps it alive. Established TCP may finish.
-	none := &plan.Plan{Sandboxes: a.applied.Sandboxes, HostAddresses: a.applied.HostAddresses, Settled: a.applied.Settled}
-	_, err := a.Flows.Sweep(ctx, none, none.Since(a.applied))
-	a.note("conntrack", err)
+	// A datagram must not find its old way for as long as its client keeps the flow alive. Established TCP may finish.
+	none := &plan.Plan{Sandboxes: applied.Sandboxes, HostAddresses: applied.HostAddresses, Settled: applied.Settled}
+	if _, err := a.Flows.Sweep(ctx, none, none.Since(applied).Plus(a.kernel.due)); err != nil {
+		a.Log.Warn("flows that the rules translated are still there: a UDP client that goes on sending reaches the endpoint of before", "error", err)
+	}
 	return nil
 }

@@ -20,15 +20,13 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // leaving is an agent of a DaemonSet that can be deleted, with one target, 10.244.1.7.
 type leaving struct {
 	*testing.T
-	dir     string
+	dir     runtimedir.Dir
 	backend *nftables.Fake
 	failing int // how often the rules cannot be removed yet
 	swept   plan.Change
@@ -40,8 +38,8 @@ type leaving struct {
 const leavingName = "default.magic-ip"
 
 func newLeaving(t *testing.T) *leaving {
-	l := &leaving{T: t, dir: t.TempDir(), backend: nftables.NewFake(leavingName), deleted: make(chan struct{})}
-	_, err := state.Update(l.dir, time.Second, nil, state.Attachment{
+	l := &leaving{T: t, dir: runtimedir.New(t.TempDir()), backend: nftables.NewFake(leavingName), deleted: make(chan struct{})}
+	_, err := l.dir.Update(time.Second, nil, runtimedir.Attachment{
 		ContainerID: "c1", IfName: "eth0", Namespace: "default", Name: "echo", Labels: map[string]string{"app": "echo"},
 		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, AddedAt: time.Now(),
 	})
@@ -73,9 +71,9 @@ magicIPs:
 	l.ended = make(chan error, 1)
 	go func() {
 		l.ended <- Run(ctx, Options{
-			RuntimeDir: l.dir, Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
-			Load:         func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
-			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
+			RuntimeDir: l.dir.Path(), Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
+			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
+			Uptime: func() time.Duration { return time.Hour },
 			Uninstall: Uninstall{
 				Wanted: func(ctx context.Context) bool {
 					select {
@@ -106,26 +104,18 @@ magicIPs:
 
 type fixedNode struct{}
 
-func (fixedNode) Read() (node.Network, error) {
-	return node.Network{PodInterfaces: []string{"cni0"}}, nil
-}
+func (fixedNode) Snapshot() (node.Snapshot, error) { return node.Snapshot{}, nil }
+
 func (fixedNode) EnableHairpin(string) (bool, error) { return false, nil }
 
 func (l *leaving) rules() bool { return strings.Contains(l.backend.Dump(), "10.244.1.7") }
 
-func (l *leaving) put(path string) {
-	l.Helper()
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte("{}"), 0o644)); err != nil {
-		l.Fatal(err)
-	}
-}
-
 // files are all that is in the runtime dir.
 func (l *leaving) files() (files []string) {
 	l.Helper()
-	err := filepath.WalkDir(l.dir, func(path string, _ fs.DirEntry, err error) error {
-		if err == nil && path != l.dir {
-			name, _ := filepath.Rel(l.dir, path)
+	err := filepath.WalkDir(l.dir.Path(), func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && path != l.dir.Path() {
+			name, _ := filepath.Rel(l.dir.Path(), path)
 			files = append(files, name)
 		}
 		return err
@@ -147,8 +137,9 @@ func (l *leaving) want(when string, rules bool, files ...string) {
 }
 
 const (
-	stateFiles = "plugin plugin/state.json plugin/state.lock"
-	agentFiles = "agents agents/default.magic-ip.json agents/default.magic-ip.lock"
+	agentFiles = "agents agents/default.magic-ip agents/default.magic-ip/claims.json agents/default.magic-ip/live agents/default.magic-ip/lock " +
+		"agents/default.magic-ip/memory.json agents/default.magic-ip/pods.json agents/default.magic-ip/status.json"
+	pluginFiles = "plugin plugin/state.json plugin/state.lock"
 )
 
 func all(lists ...string) []string { return strings.Fields(strings.Join(lists, " ")) }
@@ -158,10 +149,9 @@ func TestLeave(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newLeaving(t)
-		record := install.RecordPath(l.dir, leavingName)
-		l.put(record)
-		for _, name := range []string{"plugin.log", "plugin.log.1", "state.json.corrupt", "agents/default.magic-ip.json.corrupt"} {
-			l.put(filepath.Join(l.dir, name))
+		installer := l.dir.Installer(leavingName)
+		if err := installer.WriteRecord(runtimedir.Record{}); err != nil {
+			t.Fatal(err)
 		}
 		sigterm := l.run()
 		if !l.rules() {
@@ -169,63 +159,77 @@ func TestLeave(t *testing.T) {
 		}
 		close(l.deleted)
 		time.Sleep(5 * time.Second)
-		if !l.rules() || !published.Live(l.dir, leavingName) {
+		if !l.rules() || !l.dir.Agent(leavingName).Live() {
 			t.Error("gone before the installer")
 		}
-		if err := os.RemoveAll(filepath.Join(l.dir, "install")); err != nil {
+		if err := installer.Leave(); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		l.want("left", false)
+		l.want("left", false, all(pluginFiles)...)
 		frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}
 		if diff := cmp.Diff(plan.Change{Removed: []plan.Frontend{frontend}}, l.swept, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 			t.Errorf("swept (-want +got):\n%s", diff)
 		}
 		time.Sleep(time.Hour)
-		l.want("an hour later", false)
+		l.want("an hour later", false, all(pluginFiles)...)
 		if len(l.ended) > 0 {
 			t.Error("it has ended")
 		}
 		sigterm()
-		l.want("stopped", false)
+		l.want("stopped", false, all(pluginFiles)...)
 	})
 }
 
-// TestLeaveWithoutTheInstaller: it is not waited for without end. What it has left stays, and the records with it.
+// TestLeaveWithoutTheInstaller: it is not waited for without end, nor does an error count as that it has left.
 func TestLeaveWithoutTheInstaller(t *testing.T) {
+	t.Parallel()
+	for name, record := range map[string]func(runtimedir.Installer, string) error{
+		"stuck": func(installer runtimedir.Installer, _ string) error {
+			return installer.WriteRecord(runtimedir.Record{})
+		},
+		"unreadable": func(_ runtimedir.Installer, folder string) error {
+			return errors.Join(os.MkdirAll(folder+"/record.json", 0o700))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLeaving(t)
+				if err := record(l.dir.Installer(leavingName), filepath.Join(l.dir.Path(), "install", leavingName)); err != nil {
+					t.Fatal(err)
+				}
+				sigterm := l.run()
+				close(l.deleted)
+				time.Sleep(installerTimeout - time.Second)
+				synctest.Wait()
+				if !l.rules() {
+					t.Error("gone before the time")
+				}
+				time.Sleep(2 * time.Second)
+				synctest.Wait()
+				l.want("left", false, all("install install/default.magic-ip install/default.magic-ip/record.json", pluginFiles)...)
+				sigterm()
+			})
+		})
+	}
+}
+
+// TestLeaveBesideOthers.
+func TestLeaveBesideOthers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newLeaving(t)
-		l.put(install.RecordPath(l.dir, leavingName))
+		if err := l.dir.Agent("other").WriteClaims(nil); err != nil {
+			t.Fatal(err)
+		}
 		sigterm := l.run()
 		close(l.deleted)
-		time.Sleep(installerPatience - time.Second)
+		time.Sleep(time.Second)
 		synctest.Wait()
-		if !l.rules() {
-			t.Error("gone before the time")
-		}
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
-		l.want("left", false, all("install install/default.magic-ip install/default.magic-ip/record.json")...)
+		l.want("left", false, all("agents agents/other agents/other/claims.json", pluginFiles)...)
 		sigterm()
 	})
-}
-
-func TestLeaveBesideOthers(t *testing.T) {
-	t.Parallel()
-	for _, other := range []string{"agents/other.json", "agents/other.install"} {
-		synctest.Test(t, func(t *testing.T) {
-			l := newLeaving(t)
-			l.put(filepath.Join(l.dir, other))
-			sigterm := l.run()
-			close(l.deleted)
-			time.Sleep(time.Second)
-			synctest.Wait()
-			l.want(other, false, all("agents", other, stateFiles)...)
-			sigterm()
-		})
-	}
 }
 
 // TestLeaveTriesAgain: rules that cannot be removed at once; until then it holds its name.
@@ -238,10 +242,10 @@ func TestLeaveTriesAgain(t *testing.T) {
 		close(l.deleted)
 		time.Sleep(1500 * time.Millisecond)
 		synctest.Wait()
-		l.want("in between", true, all(agentFiles, stateFiles)...)
+		l.want("in between", true, all(agentFiles, pluginFiles)...)
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
-		l.want("left", false)
+		l.want("left", false, all(pluginFiles)...)
 		sigterm()
 	})
 }
@@ -252,16 +256,16 @@ func TestSIGTERMIsNotUninstall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLeaving(t)
 		l.run()()
-		l.want("stopped", true, all(agentFiles, stateFiles)...)
+		l.want("stopped", true, all(agentFiles, pluginFiles)...)
 	})
 }
 
-// TestLeaveWhileStandingBy: who was only waiting for the name puts nothing back.
+// TestLeaveWhileStandingBy: a process that was only waiting for the name puts nothing back.
 func TestLeaveWhileStandingBy(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newLeaving(t)
-		lock, err := published.Lock(l.dir, leavingName)
+		lock, err := l.dir.Agent(leavingName).Lock()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -271,12 +275,12 @@ func TestLeaveWhileStandingBy(t *testing.T) {
 		if l.rules() {
 			t.Error("rules although another has the name")
 		}
-		if err := published.Unlock(lock); err != nil {
+		if err := lock.Close(); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		l.want("left", false)
+		l.want("left", false, all(pluginFiles)...)
 		if n := l.backend.Transactions(); n > 2 { // one of each family removes
 			t.Errorf("%d transactions", n)
 		}

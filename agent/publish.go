@@ -1,156 +1,237 @@
 package agent
 
 import (
-	"cmp"
+	"context"
+	"errors"
 	"fmt"
-	"maps"
+	"io/fs"
 	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-func frontendOf(m published.MagicIP) plan.Frontend {
-	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
+// files are the agent's files in the runtime directory. Each has one reader, and is written only where it has changed.
+type files struct {
+	agent  *agent
+	status file[runtimedir.Status]
+	claims file[[]runtimedir.Claim]
+	pods   file[runtimedir.Pods]
+	memory file[runtimedir.Memory]
+	// observed is the status that observers have seen last; of the process before at first.
+	observed *runtimedir.Status
 }
 
-func splitPod(pod string) (namespace, name string) {
-	namespace, name, _ = strings.Cut(pod, "/")
-	return namespace, name
+// file is a file as it was written last.
+type file[T any] struct {
+	written *T // nil: nothing, or that has failed
+	err     error
 }
 
-// publish writes what the agent does where it differs from what was written last. With heartbeat, the
-// file's time stamp is renewed all the same.
-func (a *Agent) publish(now time.Time, heartbeat bool) {
-	view := &published.Agent{
-		Version: published.Version, Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(), Labels: a.labels(), Told: a.toldPods(), Dead: a.dead(now),
-		Records: a.endpointRecords(), RecordsSince: a.records.since, Lost: a.records.lost,
-		Withdrawn: maps.Clone(a.pods.withdrawn),
+func (f *file[T]) put(now T, write func(T) error) {
+	if f.written != nil && reflect.DeepEqual(*f.written, now) {
+		return
+	}
+	f.written = nil
+	if f.err = write(now); f.err == nil {
+		f.written = &now
+	}
+}
+
+func (f *files) problems() (problems []problem) {
+	for _, p := range []problem{{"status file", f.status.err}, {"claims file", f.claims.err}, {"pods file", f.pods.err}, {"memory file", f.memory.err}} {
+		if p.err != nil {
+			problems = append(problems, p)
+		}
+	}
+	return problems
+}
+
+// publish writes what the agent does. With heartbeat, the time stamp of the status file is renewed although nothing has changed.
+func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
+	a := f.agent
+	status := a.status(now)
+	if len(waits) > 0 && f.observed != nil {
+		status.MagicIPs = f.observed.MagicIPs // what the kernel has
+	}
+	if f.observed == nil || !reflect.DeepEqual(*f.observed, status) {
+		for _, observe := range a.Observers {
+			observe(f.observed, &status)
+		}
+		f.observed = &status
+	}
+	unchanged := f.status.written
+	f.status.put(status, a.own.WriteStatus)
+	if heartbeat && f.status.written == unchanged {
+		if f.status.err = a.own.Renew(now); errors.Is(f.status.err, fs.ErrNotExist) { // it was removed: write it again
+			f.status.written = nil
+			f.status.put(status, a.own.WriteStatus)
+		}
+	}
+	if len(waits) > 0 {
+		return
+	}
+	f.publishClaims()
+	f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, func(pods runtimedir.Pods) error {
+		dropped, err := a.own.WritePods(pods)
+		if dropped > 0 {
+			a.Log.Warn("pods have too many labels: the plugin records them whatever their labels are", "pods", dropped)
+		}
+		return err
+	})
+	f.memory.put(a.memory(a.keys), a.own.WriteMemory)
+}
+
+func (f *files) publishClaims() {
+	claims := []runtimedir.Claim{}
+	for i, s := range f.agent.services.inOrder {
+		if s != nil && f.agent.config.Ports[i].Unserved == "" {
+			claims = append(claims, runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""})
+		}
+	}
+	f.claims.put(claims, f.agent.own.WriteClaims)
+}
+
+// status is what the agent does, for people.
+func (a *agent) status(now time.Time) runtimedir.Status {
+	status := runtimedir.Status{
+		Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.kernel.syncedAt, LastError: a.lastError(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)),
 	}
 	for i, port := range a.config.Ports {
-		m := published.MagicIP{
-			Address: port.Address, Port: port.Port, Protocol: string(port.Protocol),
-			Namespace: port.Namespace, Selector: port.SelectorText, Refused: port.Unserved, Endpoints: []published.Endpoint{},
+		m := runtimedir.MagicIP{
+			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
 		}
-		if s := a.serving[i]; s != nil && port.Unserved == "" {
-			m.ClaimedAt, m.LostAt, m.Refused = s.claimedAt, s.lostAt, s.refused
-			if s.refused == "" {
+		if i < len(a.services.inOrder) && a.services.inOrder[i] != nil && port.Unserved == "" {
+			s := a.services.inOrder[i]
+			if m.Reason = s.unserved; m.Reason == "" {
 				m.Action = string(a.action(port, s, now))
 			}
-			for _, c := range s.endpoints {
-				m.Endpoints = append(m.Endpoints, published.Endpoint{Address: c.Address, Pod: podName(c), UID: c.UID, Recorded: c.Recorded})
-			}
+			m.Endpoints = append(m.Endpoints, chosenEndpoints(s.endpoints)...)
 		}
-		view.MagicIPs = append(view.MagicIPs, m)
+		status.MagicIPs = append(status.MagicIPs, m)
 	}
-	if a.published != nil {
-		if reflect.DeepEqual(view, a.published) {
-			if heartbeat {
-				a.note("published file", a.renew(now))
-			}
-			return
-		}
-	}
-	before := a.published
-	if before == nil {
-		before = a.restored
-	}
-	for _, tell := range a.Published {
-		tell(before, view)
-	}
-	err := published.Write(a.RuntimeDir, view)
-	a.note("published file", err)
-	if err == nil {
-		a.published = view
-	}
+	return status
 }
 
-func (a *Agent) renew(now time.Time) error {
-	if err := published.Renew(a.RuntimeDir, a.config.Name, now); err != nil {
-		// Somebody has taken the file away: write it again.
-		return published.Write(a.RuntimeDir, a.published)
+func chosenEndpoints(chosen []endpoint.Chosen) (endpoints []runtimedir.Endpoint) {
+	for _, c := range chosen {
+		endpoints = append(endpoints, runtimedir.Endpoint{Address: c.Address, Pod: podName(c), UID: c.UID, Recorded: c.Recorded, AddedAt: c.AddedAt})
 	}
-	return nil
+	return endpoints
 }
 
-// endpointRecords are the records of the endpoints that the state file has, and not lost ones.
-func (a *Agent) endpointRecords() (list []state.Attachment) {
+// lastError is what is wrong now, in one line; empty where nothing is.
+func (a *agent) lastError() string {
+	var all []string
+	for about, err := range a.logged {
+		all = append(all, about+": "+err)
+	}
+	slices.Sort(all)
+	return strings.ReplaceAll(strings.Join(all, "; "), "\n", "; ")
+}
+
+// labels are what the plugin may learn of pods, where the API reports any.
+func (a *agent) labels() []runtimedir.PodLabels {
+	if a.API == nil {
+		return nil
+	}
+	return a.pods.Labels(a.keys)
+}
+
+// memory is what the agent goes on with after a restart, beside its status and claims.
+func (a *agent) memory(keys map[string]bool) runtimedir.Memory {
+	m := runtimedir.Memory{Uplinks: a.sources.uplinks}
 	endpoints := map[netip.Addr]bool{}
-	for _, s := range a.services {
-		for _, chosen := range s.endpoints {
-			endpoints[chosen.Address.Addr()] = true
+	for i, s := range a.services.inOrder {
+		if s == nil {
+			continue
+		}
+		for _, c := range s.endpoints {
+			endpoints[c.Address.Addr()] = true
+		}
+		if !s.lostAt.IsZero() {
+			m.Holds = append(m.Holds, runtimedir.Hold{Frontend: a.config.Ports[i].Frontend, LostAt: s.lostUptime})
 		}
 	}
-	for _, record := range a.records.list[len(a.records.lost):] {
-		if slices.ContainsFunc(record.IPs, func(ip netip.Addr) bool { return endpoints[ip] }) {
-			list = append(list, record)
-		}
-	}
-	return list
+	a.pods.Remember(&m, func(ip netip.Addr) bool { return endpoints[ip] }, keys)
+	return m
 }
 
-// labels are those of the node's pods, by the UID that CNI knows them by: so that the plugin finds them at ADD.
-func (a *Agent) labels() map[string]map[string]string {
-	restored := a.restoredLabels()
-	if len(restored)+len(a.pods.Pods)+len(a.pods.told) == 0 {
-		return nil
+// restore begins with what the process before has written.
+func (a *agent) restore(ctx context.Context) {
+	now := time.Now()
+	a.startedAt = now
+	memory, err := a.own.ReadMemory()
+	if err != nil {
+		if memory = (&runtimedir.Memory{}); !errors.Is(err, fs.ErrNotExist) {
+			a.Log.Warn("what this agent remembered cannot be used; starting without it", "error", err)
+		}
+		a.keep = a.Backend.Exists(ctx)
 	}
-	labels := map[string]map[string]string{}
-	maps.Copy(labels, restored)
-	tell := func(uid string, pod inventory.Pod) {
-		labels[uid] = pod.Labels
-		if pod.Labels == nil {
-			labels[uid] = map[string]string{}
+	var labels []runtimedir.PodLabels
+	if pods, err := a.own.ReadPods(); err == nil {
+		labels = pods.Labels
+	}
+	a.sources.uplinks = memory.Uplinks
+	a.pods = inventory.New(a.API != nil, *memory, labels, now)
+	a.services.byFrontend = map[plan.Frontend]*service{}
+	if claims, err := a.own.ReadClaims(); err == nil {
+		for _, c := range claims {
+			a.services.byFrontend[c.Frontend] = &service{claimedAt: c.ClaimedAt}
 		}
 	}
-	for uid, pod := range a.pods.told {
-		tell(uid, pod)
-	}
-	for _, pod := range a.pods.Pods {
-		tell(cmp.Or(pod.ConfigHash, pod.UID), pod)
-	}
-	return labels
-}
-
-// unknownLabels is how many recorded pods of the namespaces that are served nobody knows the labels of.
-func (a *Agent) unknownLabels() (count int) {
-	for _, record := range a.records.list {
-		if record.Labels == nil && a.serves(record.Namespace) {
-			count++
+	for _, h := range memory.Holds {
+		if s := a.services.byFrontend[h.Frontend]; s != nil {
+			elapsed := a.Uptime() - h.LostAt
+			if elapsed < 0 { // the node was restarted
+				elapsed = time.Hour
+			}
+			s.lostUptime, s.lostAt = h.LostAt, now.Add(-elapsed)
 		}
 	}
-	return count
+	if status, err := a.own.ReadStatus(); err == nil {
+		a.files.observed = status
+		for _, m := range status.MagicIPs {
+			if s := a.services.byFrontend[m.Frontend]; s != nil {
+				s.endpoints = restored(m.Endpoints)
+			}
+		}
+	}
+	a.configure(a.config)
 }
 
-func (a *Agent) toldPods() map[string]published.Pod {
-	if len(a.pods.told) == 0 {
-		return nil
+func restored(endpoints []runtimedir.Endpoint) (chosen []endpoint.Chosen) {
+	for _, e := range endpoints {
+		namespace, name, _ := strings.Cut(e.Pod, "/")
+		chosen = append(chosen, endpoint.Chosen{
+			Target: &inventory.Target{
+				PodID: inventory.PodID{Namespace: namespace, Name: name, UID: e.UID}, Recorded: e.Recorded, AddedAt: e.AddedAt,
+			},
+			Address: e.Address,
+		})
 	}
-	told := map[string]published.Pod{}
-	for uid, pod := range a.pods.told {
-		told[uid] = published.Pod{CreatedAt: pod.CreatedAt, Owner: pod.Owner, Ports: pod.Ports, Finished: pod.Finished}
-	}
-	return told
+	return chosen
 }
 
 // notes are the conditions that an operator should know of.
-func (a *Agent) notes() []string {
+func (a *agent) notes() []string {
 	var notes []string
-	if a.applied == nil {
+	if a.kernel.applied == nil {
 		return nil
 	}
-	for _, record := range a.records.lost {
+	for _, record := range a.pods.Lost() {
 		notes = append(notes, record.Namespace+"/"+record.Name+": its record was lost with the state file; it counts for as long as "+
 			record.HostInterface+" is there")
 	}
-	for _, bridge := range a.applied.Bridges {
+	for _, bridge := range a.kernel.applied.Bridges {
 		var sysctls []string
 		if bridge.Unfiltered4 {
 			sysctls = append(sysctls, "net.bridge.bridge-nf-call-iptables")
@@ -161,13 +242,9 @@ func (a *Agent) notes() []string {
 		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
 	}
-	for _, rule := range a.foreign.rules {
-		notes = append(notes, "somebody else translates a magic IP too; remove the rule: "+rule)
-	}
-	notes = append(notes, a.foreign.bypasses...)
-	if unknown := a.unknownLabels(); a.API == nil && unknown > 0 {
+	if unlabelled := a.pods.Unlabelled(); a.API == nil && unlabelled > 0 {
 		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
-			"CNI plugins (containerd does not), and without the Kubernetes API nobody else tells", unknown))
+			"CNI plugins (containerd does not), and without the Kubernetes API nothing else reports them", unlabelled))
 	}
 	for _, more := range a.Notes {
 		notes = append(notes, more()...)

@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -19,34 +21,51 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 
 // TestScenarios plays the files of testdata/scenarios: a comment, the configuration, events one per line,
-// and the data in the rules at the end (or under the name table, all that is in the tables). After every event the agent is woken a second time, and must do nothing.
+// and the data in the rules at the end (or under the name table, all that is in the tables). After every event the agent
+// is woken a second time, and must do nothing.
 //
-//	add NAME [ns=NS] [labels=K=V,K=V|?] ip=ADDR,ADDR [host=LINK] [uid=UID]   the plugin records a pod
-//	del NAME                           its record leaves
-//	links NAME …                       the interfaces that pods are behind
-//	link NAME, unlink NAME             a host interface comes or goes
+//	start                              the agent is started here; without it, before the first event
+//	restart                            the agent is stopped and started
+//	add NAME [ns=NS] [labels=K=V,K=V|?] ip=ADDR,ADDR [host=LINK] [uid=UID] [container=ID] [if=NAME] [clock=DURATION]
+//	                                   the plugin records a pod; clock: the wall clock of its ADD is off by that
+//	del NAME [if=NAME]                 its record leaves
+//	pod NAME [ns=NS] [uid=UID] [ip=ADDR,ADDR] [labels=K=V,K=V] [static=UID] [port=NAME/PROTOCOL/NUMBER] [CONDITION …]
+//	                                   the API reports a pod: ready, terminating, finished, pending
+//	forget NAME                        the API reports it no more
+//	api up|silent|unreachable          the API is synced, has not answered since the agent started, or answers no more
+//	links NAME …                       the links that pods are behind, instead of the bridge cni0
+//	link NAME [unseen], port NAME [unseen], unlink NAME
+//	                                   a host interface comes, with or without an event, beside the bridge cni0 or as a port of it, or goes; another one of
+//	                                   the same name has another index
+//	rename NAME NAME                   a host interface gets another name
 //	own ADDR …                         the node's own addresses
 //	no-ipv6                            the node has no IPv6
 //	bridge NAME                        a bridge whose frames do not pass netfilter
-//	restart                            the agent is stopped and started
 //	lose-state, corrupt-state          the state file goes, or turns into garbage
-//	flush                              somebody flushes all rules
+//	lose-memory, lose-files            memory.json goes, or all files of the agent
+//	fail WHAT, heal WHAT               network (cannot be read), torn (it is incomplete), sync, verify, sweep, hairpin, leftovers (fail) from now on, or work
+//	flush                              all rules are flushed
 //	wait DURATION                      time passes
-//	other NAME FRONTEND DURATION       another agent claims a frontend since so long before the start
+//	reboot                             the node's uptime begins anew, and the agent with it
+//	other NAME FRONTEND DURATION       another agent claims a frontend since so long before now
+//	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage; it leaves
 //	config FILE                        the configuration becomes that section
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
-//	want FRONTEND not served: REASON   part of the reason
+//	want FRONTEND unserved: REASON     part of the reason
+//	kernel FRONTEND ACTION             what becomes of new packets, whatever the status says: "no rule" without one
 //	swept FLOWS                        the frontends and gone addresses swept since the last time
+//	error TEXT, note TEXT              part of the status' error, of a note in it; none
+//	dead NAME …                        the records that the plugin may drop
 func TestScenarios(t *testing.T) {
 	files, err := filepath.Glob("testdata/scenarios/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -93,12 +112,16 @@ func TestScenarios(t *testing.T) {
 // stage is where a scenario plays.
 type stage struct {
 	t       *testing.T
-	dir     string
+	dir     runtimedir.Dir
 	config  string
-	backend *nftables.Fake
+	backend *failingBackend
 	sweeps  fakeFlows
-	network node.Network
-	records []state.Attachment // of the pods that are there
+	network node.Snapshot
+	links   int                     // how many there have been
+	records []runtimedir.Attachment // of the pods that are there
+	api     *fakeAPI                // nil: the API is not asked
+	failing map[string]error
+	booted  time.Time
 	wake    func(Source)
 	stop    func()
 	log     bytes.Buffer
@@ -106,17 +129,28 @@ type stage struct {
 
 func play(t *testing.T, sections map[string]string) (rules string) {
 	s := &stage{
-		t: t, dir: t.TempDir(), config: sections["config"], backend: nftables.NewFake("default.magic-ip"),
-		network: node.Network{PodInterfaces: []string{"cni0"}, Interfaces: map[string]bool{"cni0": true}, IPv6: true},
+		t: t, dir: runtimedir.New(t.TempDir()), config: sections["config"], failing: map[string]error{}, booted: time.Now().Add(-time.Hour),
+		network: node.Snapshot{IPv6: true},
 	}
-	s.start()
+	s.addLink(node.LinkState{Name: "eth0"})
+	s.network.Routes = []node.Route{{Link: s.links, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}}
+	s.addBridge(node.LinkState{Name: "cni0"})
+	s.backend = &failingBackend{Fake: nftables.NewFake("default.magic-ip"), stage: s}
+	s.sweeps.stage = s
+	events := strings.Split(sections["events"], "\n")
+	if slices.ContainsFunc(events, func(line string) bool { return strings.HasPrefix(line, "pod ") || strings.HasPrefix(line, "api ") }) {
+		s.api = &fakeAPI{pods: map[string]inventory.Pod{}, up: true, synced: true}
+	}
+	if !slices.Contains(events, "start") {
+		s.start()
+	}
 	defer func() {
 		s.stop()
 		if t.Failed() {
 			t.Logf("log:\n%s", s.log.String())
 		}
 	}()
-	for i, line := range strings.Split(sections["events"], "\n") {
+	for i, line := range events {
 		fields := strings.Fields(line)
 		if len(fields) == 0 || strings.HasPrefix(line, "#") {
 			continue
@@ -125,6 +159,9 @@ func play(t *testing.T, sections map[string]string) (rules string) {
 			t.Fatalf("events, line %d: %s: %v", i+1, line, err)
 		}
 		synctest.Wait()
+		if s.stop == nil || slices.Contains([]string{"fail", "heal"}, fields[0]) || strings.HasSuffix(line, " unseen") {
+			continue // not started yet, or without an event
+		}
 		before := s.backend.Transactions()
 		s.wake(allSources &^ (Poll | Rules))
 		synctest.Wait()
@@ -140,23 +177,26 @@ func (s *stage) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	ready := make(chan struct{})
-	go func() {
-		ended <- Run(ctx, Options{
-			RuntimeDir:   s.dir,
-			Load:         func() (config.Config, error) { return config.Parse(strings.NewReader(s.config), true) },
-			Backend:      s.backend,
-			Flows:        &s.sweeps,
-			Node:         s,
-			ForeignRules: func(context.Context, []netip.Addr) []string { return nil },
-			Watchers: []Watcher{func(ctx context.Context, wake func(Source)) error {
-				s.wake = wake
-				close(ready)
-				<-ctx.Done()
-				return nil
-			}},
-			Log: slog.New(slog.NewTextHandler(&s.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		})
-	}()
+	options := Options{
+		RuntimeDir: s.dir.Path(),
+		Load:       func() (config.Config, error) { return config.Parse(strings.NewReader(s.config), s.api == nil) },
+		Backend:    s.backend,
+		Flows:      &s.sweeps,
+		Node:       s,
+		Uptime:     func() time.Duration { return time.Since(s.booted) },
+		Tasks: []Task{func(ctx context.Context, wake func(Source)) error {
+			s.wake = wake
+			close(ready)
+			<-ctx.Done()
+			return nil
+		}},
+		Log: slog.New(slog.NewTextHandler(&s.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+	if s.api != nil {
+		s.api.synced = s.api.synced && s.api.up
+		options.API = s.api
+	}
+	go func() { ended <- Run(ctx, options) }()
 	<-ready
 	synctest.Wait()
 	s.stop = func() {
@@ -167,60 +207,138 @@ func (s *stage) start() {
 	}
 }
 
-// Read and EnableHairpin make the stage the Node.
-func (s *stage) Read() (node.Network, error) { return s.network, nil }
+// Snapshot and EnableHairpin make the stage the Node.
+func (s *stage) Snapshot() (node.Snapshot, error) {
+	if err := s.failing["network"]; err != nil {
+		return node.Snapshot{}, err
+	}
+	snapshot := s.network
+	snapshot.Links = slices.Clone(snapshot.Links)
+	if s.failing["torn"] != nil { // the last link is missing
+		snapshot.Torn, snapshot.Links = []string{"links"}, snapshot.Links[:len(snapshot.Links)-1]
+	}
+	return snapshot, nil
+}
 
-func (s *stage) EnableHairpin(string) (bool, error) { return false, nil }
+func (s *stage) addLink(l node.LinkState) {
+	s.links++
+	l.Index = s.links
+	s.network.Links = append(s.network.Links, l)
+}
+
+// addPodLink adds a link to a pod.
+func (s *stage) addPodLink(name string, bridge int) {
+	s.addLink(node.LinkState{Name: name, Kind: "veth", Elsewhere: true, Lower: 2, Master: bridge})
+}
+
+// addBridge adds a bridge with a pod.
+func (s *stage) addBridge(l node.LinkState) {
+	l.Kind = "bridge"
+	s.addLink(l)
+	s.addPodLink("port-of-"+l.Name, s.links)
+}
+
+func (s *stage) removeLink(name string) {
+	s.network.Links = slices.DeleteFunc(slices.Clone(s.network.Links), func(l node.LinkState) bool { return l.Name == name })
+}
+
+func (s *stage) EnableHairpin(string) (bool, error) { return false, s.failing["hairpin"] }
 
 func (s *stage) event(sections map[string]string, verb string, args []string) error {
 	switch verb {
+	case "start":
+		s.start()
+	case "restart":
+		s.stop()
+		s.start()
+	case "reboot":
+		s.booted = time.Now()
+		s.stop()
+		s.start()
 	case "add":
 		record, err := parseRecord(args)
 		if err != nil {
 			return err
 		}
-		record.AddedAt = time.Now()
 		s.records = append(s.records, record)
 		time.Sleep(time.Millisecond)
-		return s.updateState([]state.Key{record.Key()}, record)
+		return s.updateState([]runtimedir.Key{record.Key()}, record)
 	case "del":
+		ifName := "eth0"
+		if len(args) > 1 {
+			ifName = strings.TrimPrefix(args[1], "if=")
+		}
 		for i, r := range s.records {
-			if r.Name == args[0] {
+			if r.Name == args[0] && r.IfName == ifName {
 				s.records = append(s.records[:i], s.records[i+1:]...)
-				return s.updateState([]state.Key{r.Key()})
+				return s.updateState([]runtimedir.Key{r.Key()})
 			}
 		}
 		return fmt.Errorf("no record of %s", args[0])
+	case "pod", "forget", "api":
+		defer func() {
+			if s.wake != nil {
+				s.wake(Pods)
+			}
+		}()
+		return s.api.event(verb, args)
 	case "links":
-		s.network.PodInterfaces = args
+		s.network.Links = s.network.Links[:1]
+		for _, name := range args {
+			s.addPodLink(name, 0)
+		}
 		s.wake(Network)
-	case "link":
-		s.network.Interfaces = maps.Clone(s.network.Interfaces)
-		s.network.Interfaces[args[0]] = true // without an event: a record may come before it
+	case "link", "port":
+		bridge := slices.IndexFunc(s.network.Links, func(l node.LinkState) bool { return l.Name == "cni0" })
+		if verb == "link" {
+			s.addPodLink(args[0], 0)
+		} else {
+			s.addPodLink(args[0], s.network.Links[bridge].Index)
+		}
+		if len(args) == 1 { // else a record comes before the event
+			s.wake(Network)
+		}
 	case "unlink":
-		s.network.Interfaces = maps.Clone(s.network.Interfaces)
-		delete(s.network.Interfaces, args[0])
+		s.removeLink(args[0])
+		s.wake(Network)
+	case "rename":
+		for i := range s.network.Links {
+			if s.network.Links[i].Name == args[0] {
+				s.network.Links[i].Name = args[1]
+			}
+		}
 		s.wake(Network)
 	case "own":
 		for _, arg := range args {
-			s.network.Addresses = append(s.network.Addresses, netip.MustParseAddr(arg))
+			address := netip.MustParseAddr(arg)
+			s.network.Addresses = append(s.network.Addresses, node.Address{Link: 1, Prefix: netip.PrefixFrom(address, address.BitLen())})
 		}
 		s.wake(Network)
 	case "bridge":
-		s.network.Bridges = []plan.Bridge{{Name: args[0], Unfiltered4: true, Unfiltered6: true}}
+		s.removeLink(args[0])
+		s.removeLink("port-of-" + args[0])
+		s.addBridge(node.LinkState{Name: args[0], Unfiltered4: true, Unfiltered6: true})
 		s.wake(Network)
 	case "no-ipv6":
 		s.network.IPv6 = false
 		s.wake(Network)
-	case "restart":
-		s.stop()
-		s.start()
 	case "lose-state":
 		s.wake(Records)
-		return os.Remove(state.Path(s.dir))
+		return os.Remove(s.dir.StatePath())
 	case "corrupt-state":
 		s.wake(Records)
-		return os.WriteFile(state.Path(s.dir), []byte("{"), 0o644)
+		return os.WriteFile(s.dir.StatePath(), []byte("{"), 0o644)
+	case "lose-memory", "lose-files":
+		own := filepath.Dir(s.dir.Agent("default.magic-ip").StatusPath())
+		for _, file := range []string{"memory.json", "status.json", "claims.json", "pods.json"} {
+			if err := os.Remove(filepath.Join(own, file)); err != nil || verb == "lose-memory" {
+				return err
+			}
+		}
+	case "fail":
+		s.failing[args[0]] = errors.New("broken " + args[0])
+	case "heal":
+		delete(s.failing, args[0])
 	case "flush":
 		return s.backend.Flush()
 	case "wait":
@@ -229,15 +347,61 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		return err
 	case "other":
 		return s.other(args)
+	case "corrupt-claims":
+		defer s.wake(Others)
+		return os.WriteFile(filepath.Join(filepath.Dir(s.dir.Agent(args[0]).StatusPath()), "claims.json"), []byte("{"), 0o644)
+	case "leave":
+		defer s.wake(Others)
+		return s.dir.Agent(args[0]).Leave()
 	case "config":
 		s.config = sections[args[0]]
 		s.wake(Settings)
+	default:
+		return s.expect(verb, args)
+	}
+	return nil
+}
+
+func (s *stage) expect(verb string, args []string) error {
+	text := strings.Join(args, " ")
+	switch verb {
 	case "want":
 		return s.want(args)
+	case "kernel":
+		if got := s.action(args[0]); got != strings.Join(args[1:], " ") {
+			return fmt.Errorf("got %q", got)
+		}
 	case "swept":
-		got := s.sweeps.take()
-		if want := strings.Join(args, " "); got != want {
+		if got := s.sweeps.take(); got != text {
 			return fmt.Errorf("swept %q", got)
+		}
+	case "error":
+		status, err := s.dir.Agent("default.magic-ip").ReadStatus()
+		if err != nil {
+			return err
+		}
+		if text == "none" && status.LastError != "" || text != "none" && !strings.Contains(status.LastError, text) {
+			return fmt.Errorf("the error is %q", status.LastError)
+		}
+	case "note":
+		status, err := s.dir.Agent("default.magic-ip").ReadStatus()
+		if err != nil {
+			return err
+		}
+		if notes := strings.Join(status.Notes, "\n"); text == "none" && notes != "" || text != "none" && !strings.Contains(notes, text) {
+			return fmt.Errorf("the notes are %q", notes)
+		}
+	case "dead":
+		pods, err := s.dir.Agent("default.magic-ip").ReadPods()
+		if err != nil {
+			return err
+		}
+		var got []string
+		for _, key := range pods.Dead {
+			got = append(got, strings.TrimPrefix(key.ContainerID, "c-"))
+		}
+		if strings.Join(got, " ") != text {
+			return fmt.Errorf("dead are %v", got)
 		}
 	default:
 		return fmt.Errorf("unknown event")
@@ -245,11 +409,11 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 	return nil
 }
 
-func parseRecord(args []string) (state.Attachment, error) {
+func parseRecord(args []string) (runtimedir.Attachment, error) {
 	name := args[0]
-	record := state.Attachment{
+	record := runtimedir.Attachment{
 		ContainerID: "c-" + name, IfName: "eth0", Network: "net", Namespace: "default", Name: name, UID: "uid-" + name,
-		Labels: map[string]string{"app": "echo"},
+		Labels: map[string]string{"app": "echo"}, AddedAt: time.Now(),
 	}
 	for _, arg := range args[1:] {
 		key, value, _ := strings.Cut(arg, "=")
@@ -262,19 +426,18 @@ func parseRecord(args []string) (state.Attachment, error) {
 			record.HostInterface = value
 		case "container":
 			record.ContainerID = value
+		case "if":
+			record.IfName = value
+		case "clock":
+			d, err := time.ParseDuration(value)
+			if err != nil {
+				return record, err
+			}
+			record.AddedAt = record.AddedAt.Add(d)
 		case "labels":
-			record.Labels = nil
-			if value != "?" {
-				record.Labels = map[string]string{}
-				for _, pair := range strings.Split(value, ",") {
-					k, v, _ := strings.Cut(pair, "=")
-					record.Labels[k] = v
-				}
-			}
+			record.Labels = parseLabels(value)
 		case "ip":
-			for _, ip := range strings.Split(value, ",") {
-				record.IPs = append(record.IPs, netip.MustParseAddr(ip))
-			}
+			record.IPs = parseIPs(value)
 		default:
 			return record, fmt.Errorf("unknown key %s", key)
 		}
@@ -282,10 +445,31 @@ func parseRecord(args []string) (state.Attachment, error) {
 	return record, nil
 }
 
+func parseLabels(text string) map[string]string {
+	if text == "?" {
+		return nil
+	}
+	labels := map[string]string{}
+	for _, pair := range strings.Split(text, ",") {
+		key, value, _ := strings.Cut(pair, "=")
+		labels[key] = value
+	}
+	return labels
+}
+
+func parseIPs(text string) (ips []netip.Addr) {
+	for _, ip := range strings.Split(text, ",") {
+		ips = append(ips, netip.MustParseAddr(ip))
+	}
+	return ips
+}
+
 // updateState is what the plugin does.
-func (s *stage) updateState(gone []state.Key, added ...state.Attachment) error {
-	_, err := state.Update(s.dir, time.Second, gone, added...)
-	s.wake(Records)
+func (s *stage) updateState(gone []runtimedir.Key, added ...runtimedir.Attachment) error {
+	_, err := s.dir.Update(time.Second, gone, added...)
+	if s.wake != nil {
+		s.wake(Records)
+	}
 	return err
 }
 
@@ -298,10 +482,15 @@ func (s *stage) other(args []string) error {
 	if err != nil {
 		return err
 	}
-	defer s.wake(Others)
-	return published.Write(s.dir, &published.Agent{Name: args[0], MagicIPs: []published.MagicIP{{
-		Address: frontend.Address, Port: frontend.Port, Protocol: string(frontend.Protocol), ClaimedAt: time.Now().Add(-age),
-	}}})
+	defer func() {
+		if s.wake != nil {
+			s.wake(Others)
+		}
+	}()
+	other := s.dir.Agent(args[0])
+	return errors.Join(
+		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: true}}),
+		other.WriteStatus(runtimedir.Status{}))
 }
 
 func parseFrontend(text string) (plan.Frontend, error) {
@@ -310,27 +499,30 @@ func parseFrontend(text string) (plan.Frontend, error) {
 	return plan.Frontend{Address: ap.Addr(), Port: ap.Port(), Protocol: plan.Protocol(protocol)}, err
 }
 
-// want compares with what the agent has published, which is what `status` shows.
+// want compares with the status, and with the rules.
 func (s *stage) want(args []string) error {
-	agent, err := published.Read(s.dir, "default.magic-ip")
+	status, err := s.dir.Agent("default.magic-ip").ReadStatus()
 	if err != nil {
 		return err
 	}
 	want, got := strings.Join(args[1:], " "), "not there"
-	for _, m := range agent.MagicIPs {
-		if frontendOf(m).String() != args[0] {
+	for _, m := range status.MagicIPs {
+		if m.Frontend.String() != args[0] {
 			continue
 		}
 		switch {
-		case m.Refused != "":
-			got = "not served: " + m.Refused
+		case m.Reason != "":
+			got = "unserved: " + m.Reason
 		default:
 			got = s.action(args[0])
+			if got != m.Action {
+				return fmt.Errorf("the rules %s, and the status says %s", got, m.Action)
+			}
 			for _, e := range m.Endpoints {
 				got += " " + e.Address.String()
 			}
 		}
-		if strings.HasPrefix(got, "not served: ") && strings.Contains(got, strings.TrimPrefix(want, "not served: ")) {
+		if strings.HasPrefix(got, "unserved: ") && strings.Contains(got, strings.TrimPrefix(want, "unserved: ")) {
 			return nil
 		}
 	}
@@ -356,10 +548,48 @@ func (s *stage) action(frontend string) string {
 	return "no rule"
 }
 
+// failingBackend is the backend, which fails where the stage says so.
+type failingBackend struct {
+	*nftables.Fake
+	stage *stage
+}
+
+func (b *failingBackend) Sync(ctx context.Context, p *plan.Plan) error {
+	if err := b.stage.failing["sync"]; err != nil {
+		return err
+	}
+	return errors.Join(b.Fake.Sync(ctx, p), b.leftovers())
+}
+
+// leftovers is an error beside rules that are in place.
+func (b *failingBackend) leftovers() error {
+	if err := b.stage.failing["leftovers"]; err != nil {
+		return besideError{err}
+	}
+	return nil
+}
+
+type besideError struct{ error }
+
+func (besideError) InPlace() bool { return true }
+
+func (b *failingBackend) Verify(ctx context.Context) ([]string, error) {
+	if err := b.stage.failing["verify"]; err != nil {
+		return nil, err
+	}
+	return b.Fake.Verify(ctx)
+}
+
 // fakeFlows notes what was swept.
-type fakeFlows struct{ swept []string }
+type fakeFlows struct {
+	stage *stage
+	swept []string
+}
 
 func (f *fakeFlows) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (int, error) {
+	if err := f.stage.failing["sweep"]; err != nil {
+		return 0, err
+	}
 	for _, frontend := range change.Frontends {
 		f.swept = append(f.swept, frontend.String())
 	}
@@ -375,4 +605,90 @@ func (f *fakeFlows) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (
 func (f *fakeFlows) take() string {
 	defer func() { f.swept = nil }()
 	return strings.Join(f.swept, " ")
+}
+
+// fakeAPI is the Kubernetes API: the pods of all namespaces.
+type fakeAPI struct {
+	pods map[string]inventory.Pod
+	// up: it answers; synced: it has, since the agent started.
+	up, synced bool
+	namespaces []string
+}
+
+func (f *fakeAPI) Select(namespaces []string) { f.namespaces = namespaces }
+
+func (f *fakeAPI) Poll(context.Context) {}
+
+func (f *fakeAPI) View() inventory.View {
+	var view inventory.View
+	if f.synced {
+		view.Synced = f.namespaces
+		for _, name := range slices.Sorted(maps.Keys(f.pods)) {
+			if pod := f.pods[name]; inventory.Covers(f.namespaces, pod.Namespace) {
+				view.Pods = append(view.Pods, pod)
+			}
+		}
+	}
+	if f.up {
+		view.Current = view.Synced
+	} else {
+		view.Problems = []string{"the API server does not answer"}
+	}
+	return view
+}
+
+func (f *fakeAPI) event(verb string, args []string) error {
+	switch verb {
+	case "forget":
+		delete(f.pods, args[0])
+		return nil
+	case "api":
+		f.up = args[0] == "up"
+		f.synced = f.up || f.synced && args[0] == "unreachable"
+		return nil
+	}
+	name := args[0]
+	created := time.Now()
+	if before, known := f.pods[name]; known {
+		created = before.CreatedAt
+	}
+	pod := inventory.Pod{
+		PodID: inventory.PodID{Namespace: "default", Name: name, UID: "uid-" + name}, Labels: map[string]string{"app": "echo"},
+		CreatedAt: created, Running: true,
+	}
+	for _, arg := range args[1:] {
+		key, value, _ := strings.Cut(arg, "=")
+		switch key {
+		case "ns":
+			pod.Namespace = value
+		case "uid":
+			pod.UID = value
+		case "static":
+			pod.StaticUID = value
+		case "ip":
+			pod.IPs = parseIPs(value)
+		case "labels":
+			pod.Labels = parseLabels(value)
+		case "port":
+			var port runtimedir.NamedPort
+			parts := strings.Split(value, "/")
+			if _, err := fmt.Sscan(parts[2], &port.Port); err != nil {
+				return err
+			}
+			port.Name, port.Protocol = parts[0], runtimedir.Protocol(parts[1])
+			pod.Ports = append(pod.Ports, port)
+		case "ready":
+			pod.Ready = true
+		case "terminating":
+			pod.Terminating = true
+		case "finished":
+			pod.Finished, pod.Running = true, false
+		case "pending":
+			pod.Running = false
+		default:
+			return fmt.Errorf("unknown key %s", key)
+		}
+	}
+	f.pods[name] = pod
+	return nil
 }

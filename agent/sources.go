@@ -3,10 +3,8 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
-	"maps"
-	"net/netip"
-	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -16,385 +14,199 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
-	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
-	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// records is what the plugin's state file said last.
-type records struct {
-	// list is all that count: lost, then the file's.
-	list []state.Attachment
-	// lost were in a file that was lost: the one that began anew does not tell when they go. Their host
-	// interfaces do.
-	lost  []state.Attachment
-	since time.Time // when the list in the file was begun
-	// known: the file has spoken since this agent started. A missing or unreadable file is a source that
-	// is silent, and what it said before counts on.
-	known bool
+// sources is what the sources reported last, other than of pods, and why they cannot be read now.
+type sources struct {
+	snapshot      node.Snapshot
+	network       node.Network // what follows from snapshot and records
+	networkSynced bool
+	// uplinks are the links that stay uplinks until they are gone, as remembered over the restart.
+	uplinks      []int
+	others       []other
+	othersSynced bool
+
+	settingsErr, recordsErr, networkErr, apiErr error
+	othersErrs                                  []problem
 }
 
-// with are the records after the file has said this.
-func (r records) with(file state.File) records {
-	lost := r.lost
-	if !file.Since.Equal(r.since) {
-		lost = r.list
+// other is another agent of the node.
+type other struct {
+	name   string
+	claims []runtimedir.Claim
+}
+
+// failing says whether a source of the node itself is to be read again soon.
+func (s *sources) failing() bool {
+	return s.recordsErr != nil || s.networkErr != nil || len(s.othersErrs) > 0
+}
+
+func (s *sources) problems() (problems []problem) {
+	for _, p := range []problem{
+		{"configuration", s.settingsErr}, {"state file", s.recordsErr}, {"network of the node", s.networkErr}, {"Kubernetes API", s.apiErr},
+	} {
+		if p.err != nil {
+			problems = append(problems, p)
+		}
 	}
-	lost = slices.DeleteFunc(slices.Clone(lost), func(l state.Attachment) bool {
-		return l.HostInterface == "" || slices.ContainsFunc(file.Attachments, func(a state.Attachment) bool {
-			return a.Key() == l.Key() || a.HostInterface == l.HostInterface
-		})
-	})
-	return records{list: slices.Concat(lost, file.Attachments), lost: lost, since: file.Since, known: true}
+	return append(problems, s.othersErrs...)
 }
 
-// on are the records on a node with these interfaces: without the lost ones whose interface is not there any
-// more, and never will be again.
-func (r records) on(interfaces map[string]bool) records {
-	present := r.list[len(r.lost):]
-	r.lost = endpoint.Standing(r.lost, interfaces)
-	r.list = slices.Concat(r.lost, present)
-	return r
-}
-
-// pods is what the Kubernetes API said last, and what the records have told since.
-type pods struct {
-	inventory.View
-	// withdrawn are the addresses that DEL has taken from a pod, by UID: its podIP counts no more until the
-	// API reports another one.
-	withdrawn map[string][]netip.Addr
-	// told is what the API has said of pods with a record, by the UID in it: it counts for as long as the record
-	// does, although the API may have forgotten the pod.
-	told map[string]inventory.Pod
-	// missing is since when the pod of a record is not in the API.
-	missing map[state.Key]time.Time
-}
-
-// read takes in the sources that have changed, and says whether there can be news. What cannot be read leaves what
-// was known of it.
-func (a *Agent) read(ctx context.Context, changed Source) (news bool) {
+// read takes in the sources that have changed, and says whether there can be news. What a source that cannot be read
+// reported before counts on, and it is read again each time.
+func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news bool) {
+	s := &a.sources
 	if changed&(Settings|Poll) != 0 {
 		a.readSettings()
 	}
-	if changed&(Records|Poll) != 0 {
-		file, err := state.ReadFile(a.RuntimeDir)
-		switch {
-		case err == nil:
-			a.setRecords(a.records.with(file))
-		case errors.Is(err, fs.ErrNotExist) && len(a.records.list) == 0:
-			// No pod has been added yet, unless this agent knew of one before it was restarted.
-			a.records.known, err = a.records.known || !a.restoredRecords(), nil
-		}
-		a.note("state file", err)
+	if changed&(Records|Poll) != 0 || s.recordsErr != nil {
+		a.readRecords(now)
+		changed |= Records
 	}
-	// The record of a new pod may come before the event of its link.
-	newLink := func(r state.Attachment) bool { return r.HostInterface != "" && !a.network.Interfaces[r.HostInterface] }
-	if changed&(Network|Poll) != 0 || changed&Records != 0 && slices.ContainsFunc(a.records.list, newLink) {
-		network, err := a.Node.Read()
-		a.note("network of the node", err)
-		if err == nil {
-			a.network = network
-			if a.records.known {
-				a.setRecords(a.records.on(network.Interfaces))
-			}
-		}
+	// After the records: the record of a new pod may come before the event of its link.
+	if changed&(Network|Poll) != 0 || s.networkErr != nil || changed&Records != 0 && a.pods.HasNewLink() {
+		a.readNetwork()
+		changed |= Network
 	}
-	if changed&(Others|Poll) != 0 {
+	if changed&(Records|Network) != 0 && s.networkSynced {
+		s.network = node.Classify(s.snapshot, node.Known{Attachments: a.attachments(), Uplinks: s.uplinks})
+		s.uplinks = s.network.Keep
+	}
+	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
 	}
 	if changed&(Pods|Poll) != 0 && a.API != nil {
-		a.readPods(ctx, changed)
-	}
-	return news || changed != Others // this agent's own file wakes it too
-}
-
-func (a *Agent) setRecords(r records) {
-	a.withdraw(r.list)
-	a.records = r
-}
-
-// withdraw notes the addresses of records that count no more, now that these do.
-func (a *Agent) withdraw(list []state.Attachment) {
-	if a.API == nil {
-		return // nobody tells a podIP
-	}
-	here := map[state.Key]bool{}
-	for _, record := range list {
-		here[record.Key()] = true
-	}
-	for _, record := range a.records.list {
-		if !here[record.Key()] && record.UID != "" {
-			a.pods.withdrawn[record.UID] = append(a.pods.withdrawn[record.UID], record.IPs...)
+		if changed&Poll != 0 {
+			a.API.Select(a.config.Namespaces())
+			a.API.Poll(ctx)
+		}
+		view := a.API.View()
+		a.pods.SetPods(view, now)
+		s.apiErr = nil
+		if len(view.Problems) > 0 {
+			s.apiErr = errors.New(strings.Join(view.Problems, "; "))
 		}
 	}
-	if a.records.known || a.restored == nil {
+	return news || changed != Others // the file of this agent wakes it too
+}
+
+// readNetwork reads the node's links, addresses and routes. What a dump lacks that changes have interrupted each time may be
+// there all the same: the links of before stay.
+func (a *agent) readNetwork() {
+	s := &a.sources
+	snapshot, err := a.Node.Snapshot()
+	if s.networkErr = err; err != nil {
 		return
 	}
-	for _, m := range a.restored.MagicIPs { // DEL has come while this agent was away
-		for _, e := range m.Endpoints {
-			if e.Recorded && e.UID != "" && !slices.ContainsFunc(list, func(r state.Attachment) bool { return r.UID == e.UID }) {
-				a.pods.withdrawn[e.UID] = append(a.pods.withdrawn[e.UID], e.Address.Addr())
+	if len(snapshot.Torn) > 0 {
+		s.networkErr = fmt.Errorf("changes interrupted the reading of %s each time; what is missing is taken to be as before", strings.Join(snapshot.Torn, ", "))
+		for _, l := range s.snapshot.Links {
+			if !slices.ContainsFunc(snapshot.Links, func(m node.LinkState) bool { return m.Index == l.Index || m.Name == l.Name }) {
+				snapshot.Links = append(snapshot.Links, l)
 			}
 		}
+		snapshot.Addresses = append(snapshot.Addresses, s.snapshot.Addresses...)
+		snapshot.Routes = append(snapshot.Routes, s.snapshot.Routes...)
 	}
+	s.snapshot, s.networkSynced = snapshot, true
+	links := map[string]int{}
+	for _, l := range snapshot.Links {
+		links[l.Name] = l.Index
+	}
+	a.pods.SetLinks(links)
 }
 
-func (a *Agent) restoredRecords() bool {
-	return a.restored != nil && slices.ContainsFunc(a.restored.MagicIPs, func(m published.MagicIP) bool {
-		return slices.ContainsFunc(m.Endpoints, func(e published.Endpoint) bool { return e.Recorded })
-	})
+// attachments are the recorded ones, as evidence of which links are pods'.
+func (a *agent) attachments() (attachments []node.Attachment) {
+	for _, r := range a.pods.Standing() {
+		attachments = append(attachments, node.Attachment{HostInterface: r.HostInterface, HostIfIndex: r.Link, Addresses: r.IPs})
+	}
+	return attachments
 }
 
-func (a *Agent) readPods(ctx context.Context, changed Source) {
-	if changed&Poll != 0 {
-		a.API.Select(a.config.Namespaces())
-		a.API.Poll(ctx)
+func (a *agent) readRecords(now time.Time) {
+	file, err := a.dir.ReadState()
+	switch {
+	case err == nil:
+		a.pods.SetRecords(file, now)
+	case errors.Is(err, fs.ErrNotExist) && a.pods.SetNoRecords():
+		err = nil // no pod has been added yet
 	}
-	a.remember() // a new record's pod may be gone from the API by now
-	a.pods.View = a.API.View()
-	var problem error
-	if len(a.pods.Problems) > 0 {
-		problem = errors.New(strings.Join(a.pods.Problems, "; "))
-	}
-	a.note("Kubernetes API", problem)
-	a.remember()
-	listed := map[string]inventory.Pod{}
-	for _, pod := range a.pods.Pods {
-		listed[pod.UID] = pod
-		if pod.ConfigHash != "" {
-			listed[pod.ConfigHash] = pod
-		}
-	}
-	for uid, taken := range a.pods.withdrawn {
-		pod, here := listed[uid]
-		another := slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return !slices.Contains(taken, ip) })
-		if another || !here && a.pods.Spoken && a.pods.Reachable {
-			delete(a.pods.withdrawn, uid)
-		}
-	}
-	missing := map[state.Key]time.Time{}
-	for _, record := range a.records.list {
-		if _, here := listed[record.UID]; here || record.UID == "" || !a.serves(record.Namespace) {
-			continue
-		}
-		since, known := a.pods.missing[record.Key()]
-		if !known {
-			if !inventory.Covers(a.pods.Current, record.Namespace) {
-				continue
-			}
-			since = time.Now()
-		}
-		missing[record.Key()] = since
-	}
-	a.pods.missing = missing
+	a.sources.recordsErr = err
 }
 
-// remember keeps what the API tells of the pods with a record.
-func (a *Agent) remember() {
-	told := map[string]inventory.Pod{}
-	if !a.records.known {
-		maps.Copy(told, a.pods.told)
-	}
-	recorded := map[string]bool{}
-	for _, record := range a.records.list {
-		recorded[record.UID] = record.UID != ""
-		if pod, before := a.pods.told[record.UID]; before {
-			told[record.UID] = pod
-		}
-	}
-	for _, pod := range a.pods.Pods {
-		for _, uid := range []string{pod.UID, pod.ConfigHash} {
-			if recorded[uid] {
-				told[uid] = pod
-			}
-		}
-	}
-	a.pods.told = told
-}
-
-// dead are the records that the plugin may drop: their pod has been gone from the API for a minute, and
-// their host interface is gone from the node.
-func (a *Agent) dead(now time.Time) []published.Attachment {
-	var dead []published.Attachment
-	for _, record := range a.records.list {
-		since, missing := a.pods.missing[record.Key()]
-		if missing && now.Sub(since) >= endpoint.UnknownPodGrace && record.HostInterface != "" && !a.network.Interfaces[record.HostInterface] {
-			dead = append(dead, published.Attachment{ContainerID: record.ContainerID, IfName: record.IfName})
-		}
-	}
-	return dead
-}
-
-func (a *Agent) serves(namespace string) bool {
-	return slices.ContainsFunc(a.config.Namespaces(), func(n string) bool { return n == namespace || n == inventory.AllNamespaces })
-}
-
-func (a *Agent) readSettings() {
+func (a *agent) readSettings() {
 	loaded, err := a.Load()
 	if err == nil && loaded.Name != a.config.Name {
 		err = errors.New("name: the name of a running agent cannot change from " + a.config.Name + " to " + loaded.Name + "; restart it")
 	}
-	a.note("configuration", err)
-	if err != nil {
-		return
-	}
-	a.config, a.serving = loaded, nil
-	if a.API != nil {
-		a.API.Select(a.config.Namespaces())
+	if a.sources.settingsErr = err; err == nil {
+		a.configure(loaded)
 	}
 }
 
-// readOthers reads what the other agents on this node have published, and says whether it is news.
-func (a *Agent) readOthers() (news bool) {
-	names, err := published.Names(a.RuntimeDir)
-	a.note("agents of the node", err)
+func (a *agent) configure(c config.Config) {
+	a.config, a.keys, a.services.inOrder = c, c.LabelKeys(), nil
+	a.pods.SetNamespaces(c.Namespaces())
+	if a.API != nil {
+		a.API.Select(c.Namespaces())
+	}
+}
+
+// readOthers reads the claims of the other agents on this node, and says whether they are news.
+func (a *agent) readOthers() (news bool) {
+	s := &a.sources
+	names, err := a.dir.Agents()
 	if err != nil {
+		s.othersErrs = []problem{{"agents of the node", err}}
 		return false
 	}
-	var others []*published.Agent
+	var others []other
+	s.othersErrs = nil
 	for _, name := range names {
 		if name == a.config.Name {
 			continue
 		}
-		other, err := published.Read(a.RuntimeDir, name)
-		if errors.Is(err, fs.ErrNotExist) {
-			err = nil // gone since it was listed
-		} else if err != nil {
-			// What it said before counts on.
-			for _, known := range a.others {
-				if known.Name == name {
-					others = append(others, known)
-				}
+		claims, err := a.dir.Agent(name).ReadClaims()
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.othersErrs = append(s.othersErrs, problem{"agent " + name, err})
+			if i := slices.IndexFunc(s.others, func(o other) bool { return o.name == name }); i >= 0 {
+				claims = s.others[i].claims
 			}
 		}
-		a.note("agent "+name, err)
-		if other != nil {
-			others = append(others, other)
-		}
+		others = append(others, other{name: name, claims: claims})
 	}
-	news = !reflect.DeepEqual(a.others, others)
-	a.others = others
+	news = !s.othersSynced || !reflect.DeepEqual(s.others, others)
+	s.others, s.othersSynced = others, true
 	return news
 }
 
-// restore begins with what this agent published before it was restarted.
-func (a *Agent) restore() {
-	restored, err := published.Read(a.RuntimeDir, a.config.Name)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return
-	case err != nil:
-		path := published.Path(a.RuntimeDir, a.config.Name)
-		a.Log.Warn("what this agent published before cannot be used; starting without it", "err", err, "keptAs", path+".corrupt")
-		if err := os.Rename(path, path+".corrupt"); err != nil {
-			a.Log.Warn("the file stays where it is", "err", err)
-		}
-		return
-	}
-	a.restored, a.restoredOf = restored, map[plan.Frontend][]published.MagicIP{}
-	if a.API != nil {
-		maps.Copy(a.pods.withdrawn, restored.Withdrawn)
-		a.pods.told = map[string]inventory.Pod{}
-		for uid, pod := range restored.Told {
-			a.pods.told[uid] = inventory.Pod{
-				Labels: restored.Labels[uid], CreatedAt: pod.CreatedAt, Owner: pod.Owner, Ports: pod.Ports, Finished: pod.Finished,
-			}
-		}
-	}
-	a.records = records{list: slices.Concat(restored.Lost, restored.Records), lost: restored.Lost, since: restored.RecordsSince}
-	for _, m := range restored.MagicIPs {
-		a.restoredOf[frontendOf(m)] = append(a.restoredOf[frontendOf(m)], m)
-		a.services[frontendOf(m)] = &service{claimedAt: m.ClaimedAt, lostAt: m.LostAt}
-	}
-}
-
-// restoredLabels are those that the API told before the restart, for as long as it has told nothing since. A
-// record made before the API told of its pod bears none of its own.
-func (a *Agent) restoredLabels() map[string]map[string]string {
-	if a.API == nil || a.restored == nil || a.pods.Spoken {
-		return nil
-	}
-	return a.restored.Labels
-}
-
-// labelled are the records, with the labels from before a restart where nobody has told others.
-func (a *Agent) labelled() []state.Attachment {
-	restored := a.restoredLabels()
-	if len(restored) == 0 {
-		return a.records.list
-	}
-	list := slices.Clone(a.records.list)
-	for i, record := range list {
-		if record.Labels == nil && record.UID != "" {
-			list[i].Labels = restored[record.UID]
-		}
-	}
-	return list
-}
-
-// restoredEndpoints are those from before the restart that nothing contradicts: their record stands, or
-// the source that told of them has not spoken yet.
-func (a *Agent) restoredEndpoints(port config.Port) []published.Endpoint {
-	if a.restored == nil || a.records.known && a.told(port.Namespace) {
-		return nil
-	}
-	var endpoints []published.Endpoint
-	for _, m := range a.restoredOf[port.Frontend] {
-		if m.Namespace != port.Namespace || m.Selector != port.SelectorText {
-			continue
-		}
-		for _, e := range m.Endpoints {
-			// What number a port's name stands for, the API alone can tell again.
-			samePort := port.TargetPortName != "" || e.Address.Port() == port.TargetPort
-			if samePort && (!a.records.known || !e.Recorded || a.recorded(e.Address.Addr())) {
-				endpoints = append(endpoints, e)
-			}
-		}
-	}
-	return endpoints
-}
-
-func (a *Agent) recorded(address netip.Addr) bool {
-	return slices.ContainsFunc(endpoint.Standing(a.records.list, a.network.Interfaces), func(r state.Attachment) bool {
-		return slices.Contains(r.IPs, address)
-	})
-}
-
-// told says whether the API has told of a namespace's pods, where it is asked.
-func (a *Agent) told(namespace string) bool {
-	return a.API == nil || inventory.Covers(a.pods.Told, namespace)
-}
-
-// settled says whether every source has spoken.
-func (a *Agent) settled() bool { return a.records.known && (a.API == nil || a.pods.Spoken) }
-
-// WatchFiles watches the plugin's state file, the agents' files and the configuration file (none where
-// empty). It watches their folders, since all of them are replaced by rename.
-func WatchFiles(runtimeDir, configFile string) Watcher {
+// WatchFiles watches the plugin's state file, the agents' claims and the configuration file (none where
+// empty). It watches their directories, since all of them are replaced by rename.
+func WatchFiles(runtimeDir, configFile string) Task {
+	dir := runtimedir.New(runtimeDir)
 	return func(ctx context.Context, wake func(Source)) error {
 		watcher, err := fsnotify.NewWatcher()
 		if err != nil {
 			return err
 		}
 		defer func() { _ = watcher.Close() }()
-		folders := []string{runtimeDir, published.Dir(runtimeDir)}
-		if configFile != "" {
-			folders = append(folders, filepath.Dir(configFile))
-		}
-		// A folder that was replaced is watched again within a poll. What happened before it was watched
-		// is read by then too: the poll reads everything.
-		arm := func() (missing error) {
-			for _, folder := range folders {
-				missing = errors.Join(missing, watcher.Add(folder))
+		// A directory that was replaced, or is there only now, is watched within a second. What happened before is
+		// read by then too, or by the next poll.
+		arm := func() (added bool) {
+			folders := dir.Folders()
+			if configFile != "" {
+				folders = append(folders, filepath.Dir(configFile))
 			}
-			_ = watcher.Add(filepath.Dir(state.Path(runtimeDir))) // missing until the first pod
-			return missing
+			watched := watcher.WatchList()
+			for _, folder := range folders {
+				added = watcher.Add(folder) == nil && !slices.Contains(watched, folder) || added
+			}
+			return added
 		}
-		if err := arm(); err != nil {
-			return err
-		}
+		arm()
 		wake(Records | Others | Settings)
 		rearm := time.NewTicker(time.Second)
 		defer rearm.Stop()
@@ -403,8 +215,10 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 			case <-ctx.Done():
 				return nil
 			case <-rearm.C:
-				_ = arm()
-			case _, open := <-watcher.Errors: // an overflow of the queue, or a folder that is gone
+				if arm() {
+					wake(Records | Others | Settings)
+				}
+			case _, open := <-watcher.Errors: // an overflow of the queue, or a directory that is gone
 				if !open {
 					return nil
 				}
@@ -413,15 +227,14 @@ func WatchFiles(runtimeDir, configFile string) Watcher {
 				if event.Op == fsnotify.Chmod {
 					continue // a heartbeat
 				}
-				switch folder := filepath.Dir(event.Name); {
-				case event.Name == filepath.Dir(state.Path(runtimeDir)):
-					_ = arm()
+				switch {
+				case dir.IsState(event.Name):
 					wake(Records)
-				case event.Name == state.Path(runtimeDir), event.Name == filepath.Join(runtimeDir, filepath.Base(state.Path(""))):
-					wake(Records)
-				case folder == published.Dir(runtimeDir) && strings.HasSuffix(event.Name, ".json"):
+				case event.Has(fsnotify.Create) && arm(): // a directory that is watched from now on
+					wake(Records | Others)
+				case dir.IsClaims(event.Name):
 					wake(Others)
-				case configFile != "" && folder == filepath.Dir(configFile):
+				case configFile != "" && filepath.Dir(event.Name) == filepath.Dir(configFile):
 					wake(Settings)
 				}
 			}

@@ -11,8 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // magic4 is the plain magic IP.
@@ -64,7 +64,7 @@ func TestDrift(t *testing.T) {
 				t.Error(err)
 			}
 			// What is damaged while the agent is still at it is mended in the same go, without a word.
-			w.await("to be done with mending", func(a *published.Agent) bool { return a.LastSync.After(since) })
+			w.await("to be done with mending", func(a *runtimedir.Status) bool { return a.LastSync.After(since) })
 			if got := w.fate("client", lab.NewConnection, magic(false)); !strings.HasPrefix(got, "answered by echo") {
 				t.Errorf("after the repair: %s", got)
 			}
@@ -114,14 +114,14 @@ func TestConfigurationChange(t *testing.T) {
 	}
 	other := netip.MustParseAddrPort("169.254.210.211:8080")
 	write(strings.ReplaceAll(string(config()), magic4, other.Addr().String()))
-	w.await("to serve the new address", func(a *published.Agent) bool {
+	w.await("to serve the new address", func(a *runtimedir.Status) bool {
 		return a.MagicIPs[0].Address == other.Addr() && len(a.MagicIPs[0].Endpoints) == 1
 	})
 	if got := w.fate("client", lab.NewConnection, other); !strings.HasPrefix(got, "answered by echo") {
 		t.Errorf("new address: %s", got)
 	}
 	write("name: " + agentName + "\nmagicIPs: [{ipAddress: nonsense}]\n")
-	agent := w.await("to report the broken configuration", func(a *published.Agent) bool { return a.LastError != "" })
+	agent := w.await("to report the broken configuration", func(a *runtimedir.Status) bool { return a.LastError != "" })
 	if !strings.Contains(agent.LastError, `magicIPs[0].ipAddress: "nonsense" is not allowed`) {
 		t.Errorf("lastError is %q", agent.LastError)
 	}
@@ -129,7 +129,7 @@ func TestConfigurationChange(t *testing.T) {
 		t.Errorf("with a broken configuration: %s", got)
 	}
 	write(string(config()))
-	w.await("to be back", func(a *published.Agent) bool { return a.LastError == "" && a.MagicIPs[0].Address.String() == magic4 })
+	w.await("to be back", func(a *runtimedir.Status) bool { return a.LastError == "" && a.MagicIPs[0].Address.String() == magic4 })
 	if got := w.fate("client", lab.NewConnection, magic(false)); !strings.HasPrefix(got, "answered by echo") {
 		t.Errorf("back: %s", got)
 	}
@@ -142,15 +142,15 @@ func TestUnusableAddresses(t *testing.T) {
 		conf += fmt.Sprintf("- {ipAddress: %q, namespace: default, selector: app=echo, ports: [{port: %d}]}\n", address, port)
 	}
 	w := serving(t, "nftables", "bridge", []byte(conf))
-	agent := w.await("to run", func(a *published.Agent) bool { return len(a.MagicIPs) == 7 })
+	agent := w.await("to run", func(a *runtimedir.Status) bool { return len(a.MagicIPs) == 7 })
 	for i, want := range []string{"instance metadata", "address of this node", "loopback", "link-local", "multicast", "", "claimed twice"} {
-		if got := agent.MagicIPs[i].Refused; want == "" && got != "" || !strings.Contains(got, want) {
+		if got := agent.MagicIPs[i].Reason; want == "" && got != "" || !strings.Contains(got, want) {
 			t.Errorf("%s: refused because %q, want %q", agent.MagicIPs[i].Address, got, want)
 		}
 	}
 	w.addClient()
 	w.addPod("bridge", target("echo"))
-	w.await("to have an endpoint", func(a *published.Agent) bool { return len(a.MagicIPs[5].Endpoints) == 1 })
+	w.await("to have an endpoint", func(a *runtimedir.Status) bool { return len(a.MagicIPs[5].Endpoints) == 1 })
 	w.echo("echo")
 	if got := w.fate("client", lab.NewConnection, magic(false)); !strings.HasPrefix(got, "answered by echo") {
 		t.Errorf("the usable one: %s", got)
@@ -170,10 +170,10 @@ func TestTwoAgents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	readYounger := func(wanted func(*published.Agent) bool) {
+	readYounger := func(wanted func(*runtimedir.Status) bool) {
 		t.Helper()
 		err := lab.Eventually(patience(t), func() error {
-			agent, err := published.Read(w.Path(lab.RuntimeDir), "default.younger")
+			agent, err := runtimedir.New(w.Path(lab.RuntimeDir)).Agent("default.younger").ReadStatus()
 			if err == nil && !wanted(agent) {
 				err = fmt.Errorf("the younger agent has published %+v", agent)
 			}
@@ -183,8 +183,8 @@ func TestTwoAgents(t *testing.T) {
 			t.Fatalf("%v\n%s", err, younger.Log())
 		}
 	}
-	readYounger(func(a *published.Agent) bool {
-		return strings.Contains(a.MagicIPs[0].Refused, "claimed by agent "+agentName) && a.MagicIPs[1].Refused == "" && len(a.MagicIPs[1].Endpoints) == 1
+	readYounger(func(a *runtimedir.Status) bool {
+		return strings.Contains(a.MagicIPs[0].Reason, "claimed by agent "+agentName) && a.MagicIPs[1].Reason == "" && len(a.MagicIPs[1].Endpoints) == 1
 	})
 	port81 := netip.AddrPortFrom(magic(false).Addr(), 81)
 	err = lab.Eventually(patience(t), func() error {
@@ -216,13 +216,15 @@ func TestTwoAgents(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	before := w.await("to run", func(*published.Agent) bool { return true }).StartedAt
+	before := w.await("to run", func(*runtimedir.Status) bool { return true }).StartedAt
 	w.agent.Kill()
-	w.await("to be replaced by the standby", func(a *published.Agent) bool { return a.StartedAt.After(before) })
+	w.await("to be replaced by the standby", func(a *runtimedir.Status) bool { return a.StartedAt.After(before) })
 
 	standby.Kill()
-	if err := os.Remove(published.Path(w.Path(lab.RuntimeDir), agentName)); err != nil {
+	if err := os.Remove(runtimedir.New(w.Path(lab.RuntimeDir)).Agent(agentName).StatusPath()); err != nil {
 		t.Fatal(err)
 	}
-	readYounger(func(a *published.Agent) bool { return a.MagicIPs[0].Refused == "" && len(a.MagicIPs[0].Endpoints) == 1 })
+	readYounger(func(a *runtimedir.Status) bool {
+		return a.MagicIPs[0].Reason == "" && len(a.MagicIPs[0].Endpoints) == 1
+	})
 }

@@ -7,8 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestUnfilteredBridge switches off that the frames of bridges pass netfilter, and on again. Replies from pod
@@ -39,7 +39,7 @@ func TestUnfilteredBridge(t *testing.T) {
 			t.Fatal(err)
 		}
 		const note = "bridge cni1: its frames do not pass netfilter (net.bridge.bridge-nf-call-iptables, net.bridge.bridge-nf-call-ip6tables is 0"
-		noted := func(a *published.Agent) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) }
+		noted := func(a *runtimedir.Status) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) }
 		w.await("to notice", noted)
 		ask(sameBridge, "client", "answered by echo, seen as node")
 		ask(sameBridge, "echo", "answered by echo, seen as node")
@@ -53,7 +53,7 @@ func TestUnfilteredBridge(t *testing.T) {
 		if err := filter("1"); err != nil {
 			t.Fatal(err)
 		}
-		w.await("to notice", func(a *published.Agent) bool { return !noted(a) })
+		w.await("to notice", func(a *runtimedir.Status) bool { return !noted(a) })
 		ask(filteredAgain, "client", "answered by echo, seen as client")
 		ask(filteredAgain, "elsewhere", "answered by echo, seen as elsewhere")
 	})

@@ -21,7 +21,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The pods of these tests are in "default" unless they say otherwise, which cni-conf/ has a selector for:
@@ -46,7 +46,7 @@ func TestAddCheckDel(t *testing.T) {
 				attached := add(t, node, network, pod)
 
 				link := hostInterface(t, node, "a")
-				want := []state.Attachment{{
+				want := []runtimedir.Attachment{{
 					ContainerID:   pod.ContainerID(),
 					IfName:        "eth0",
 					Network:       network,
@@ -138,11 +138,11 @@ func TestWhichPodsAreRecorded(t *testing.T) {
 				addConf(t, node, "10-bridge.conflist", test.conflist)
 			}
 			attached := add(t, node, "bridge", test.pod)
-			var want []state.Attachment
+			var want []runtimedir.Attachment
 			if test.recorded {
-				want = []state.Attachment{{ContainerID: attached.ContainerID, Labels: test.labels}}
+				want = []runtimedir.Attachment{{ContainerID: attached.ContainerID, Labels: test.labels}}
 			}
-			onlyLabels := cmpopts.IgnoreFields(state.Attachment{}, "IfName", "Network", "Namespace", "Name", "UID", "IPs", "HostInterface", "HostIfIndex", "Netns")
+			onlyLabels := cmpopts.IgnoreFields(runtimedir.Attachment{}, "IfName", "Network", "Namespace", "Name", "UID", "IPs", "HostInterface", "HostIfIndex", "Netns")
 			if diff := cmp.Diff(want, records(t, node), onlyLabels, ignoreAddedAt); diff != "" {
 				t.Errorf("records (-want +got):\n%s", diff)
 			}
@@ -370,19 +370,19 @@ func TestAddFailsOpen(t *testing.T) {
 }
 
 var (
-	ignoreAddedAt = cmpopts.IgnoreFields(state.Attachment{}, "AddedAt")
+	ignoreAddedAt = cmpopts.IgnoreFields(runtimedir.Attachment{}, "AddedAt")
 	compareAddrs  = cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
 )
 
 // records are those of the node's state file, in the order of the pods' names.
-func records(t *testing.T, node *lab.Node) []state.Attachment {
+func records(t *testing.T, node *lab.Node) []runtimedir.Attachment {
 	t.Helper()
-	attachments, err := state.Read(node.Path(lab.RuntimeDir))
+	file, err := runtimedir.New(node.Path(lab.RuntimeDir)).ReadState()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
 	}
-	slices.SortFunc(attachments, func(a, b state.Attachment) int { return strings.Compare(a.Name, b.Name) })
-	return attachments
+	slices.SortFunc(file.Attachments, func(a, b runtimedir.Attachment) int { return strings.Compare(a.Name, b.Name) })
+	return file.Attachments
 }
 
 // wantPods fails the test unless the records are of pods with these names.

@@ -8,8 +8,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // cniDirs are the flags by which doctor finds the CNI files of a node.
@@ -90,10 +90,10 @@ func (w *world) doctorOfFiles() {
 	w.t.Helper()
 	w.run("cp " + lab.RuntimeDir + "/plugin/state.json /run/kept; echo '{' >" + lab.RuntimeDir + "/plugin/state.json")
 	w.finds("FAIL", "state file", "is corrupt")
-	w.await("to notice", func(a *published.Agent) bool { return strings.Contains(a.LastError, "corrupt") })
+	w.await("to notice", func(a *runtimedir.Status) bool { return strings.Contains(a.LastError, "corrupt") })
 	w.finds("FAIL", "agent default.magic-ip", "reports: ", "state file")
 	w.run("mv /run/kept " + lab.RuntimeDir + "/plugin/state.json")
-	w.await("to recover", func(a *published.Agent) bool { return a.LastError == "" })
+	w.await("to recover", func(a *runtimedir.Status) bool { return a.LastError == "" })
 
 	w.run("echo time=$(date -u +%Y-%m-%dT%H:%M:%SZ) level=WARN msg=something >>" + lab.RuntimeDir + "/plugin/plugin.log")
 	w.finds("warn", "plugin.log", "msg=something")
@@ -103,12 +103,12 @@ func (w *world) doctorOfFiles() {
 	other := w.startAs("other.agent", configOf("other.agent", entryOf(plain, false, "")))
 	w.finds("FAIL", "magic IP 169.254.210.210:8080/udp", "not served by agent other.agent", "claimed by agent default.magic-ip")
 	other.Kill()
-	w.run("rm " + lab.RuntimeDir + "/agents/other.agent.*")
+	w.run("rm -r " + lab.RuntimeDir + "/agents/other.agent")
 
-	install := published.Dir(lab.RuntimeDir) + "/" + agentName + ".install"
-	w.run("echo '{\"version\": 1, \"conflist\": \"10.conflist\", \"lastError\": \"read-only file system\"}' >" + install)
+	install := lab.RuntimeDir + "/install/" + agentName
+	w.run("mkdir -p -m 700 " + install + "; echo '{\"version\": 1, \"conflist\": \"10.conflist\", \"lastError\": \"read-only file system\"}' >" + install + "/record.json")
 	w.finds("FAIL", "installer default.magic-ip", "read-only file system")
-	w.run("rm " + install)
+	w.run("rm -r " + install)
 }
 
 func (w *world) doctorOfCNI() {
@@ -163,7 +163,7 @@ func (w *world) doctorOfNetwork(backend string) {
 	w.start(config())
 	w.awaitEndpoint("echo")
 	const noticed = "Cilium is on this node"
-	w.await("to notice, and to log it", func(a *published.Agent) bool { // what the killed one has published may be there still
+	w.await("to notice, and to log it", func(a *runtimedir.Status) bool { // what the killed one has published may be there still
 		return strings.Contains(strings.Join(a.Notes, "\n"), noticed) && strings.Contains(w.agent.Log(), noticed)
 	})
 	w.run("ip link delete cilium_net")

@@ -5,8 +5,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // slowly is the configuration with polls so seldom that only events can explain what happens.
@@ -49,7 +49,7 @@ func TestForeignTranslationIsNamed(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.start(config())
-			agent := w.await("to name the rule", func(a *published.Agent) bool { return len(a.Notes) > 0 })
+			agent := w.await("to name the rule", func(a *runtimedir.Status) bool { return len(a.Notes) > 0 })
 			if note := strings.Join(agent.Notes, "\n"); !strings.Contains(note, "10.9.9.9:80") || len(agent.Notes) != 1 {
 				t.Errorf("notes: %s", note)
 			}

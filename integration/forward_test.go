@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestPorts: everything is keyed by address, protocol and port.
@@ -25,7 +25,7 @@ func TestPorts(t *testing.T) {
 			entry(plain, "selector: app=other, ports: [{port: 84, targetPort: 8080, protocol: udp}]")))
 		w.addPod("bridge", target("echo"))
 		w.addPod("bridge", lab.Pod{Name: "other", Labels: map[string]string{"app": "other"}})
-		w.await("to have all endpoints", func(a *published.Agent) bool {
+		w.await("to have all endpoints", func(a *runtimedir.Status) bool {
 			for _, m := range a.MagicIPs {
 				if len(m.Endpoints) != 1 {
 					return false
@@ -76,7 +76,7 @@ func TestSpread(t *testing.T) {
 			w.addPod("bridge", target(name))
 			w.echo(name)
 		}
-		w.await("to have all endpoints", func(a *published.Agent) bool {
+		w.await("to have all endpoints", func(a *runtimedir.Status) bool {
 			return len(a.MagicIPs[0].Endpoints) == len(targets) && len(a.MagicIPs[2].Endpoints) == len(targets)
 		})
 		for _, six := range []bool{false, true} {

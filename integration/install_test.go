@@ -16,8 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The node of these tests has its network configurations in /run/net.d and its CNI plugins in /run/bin: the upstream ones by
@@ -142,7 +142,7 @@ func (s *site) afterwards(cached, pod string) {
 func (s *site) serves() {
 	s.t.Helper()
 	err := lab.Eventually(patience(s.t), func() error {
-		agent, err := published.Read(s.Path(lab.RuntimeDir), agentName)
+		agent, err := runtimedir.New(s.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 		if err == nil && !hasEndpoint(agent, "echo") {
 			err = fmt.Errorf("published is %+v", agent)
 		}

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // scrape returns the metrics at an address of the node.
@@ -62,7 +62,7 @@ func TestMetrics(t *testing.T) {
 	}
 	killed := time.Now()
 	w.agent.Kill()
-	w.await("to be taken over, with its metrics", func(a *published.Agent) bool {
+	w.await("to be taken over, with its metrics", func(a *runtimedir.Status) bool {
 		return a.StartedAt.After(killed) && !strings.Contains(strings.Join(a.Notes, ""), "metrics are not served")
 	})
 	tells(endpoints+"1", "magic_ip_record_to_rule_seconds_count 0")

@@ -17,9 +17,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The addresses of the model: pods are 10.244.3.0/24 and fd00:10:244:3::/64; the magic IPs that a client asks
@@ -95,7 +94,7 @@ type model struct {
 	random  *rand.Rand
 	client  lab.Attached
 	pods    []*modelPod
-	records []state.Attachment // in the order of their ADDs, as they are in the state file
+	records []runtimedir.Attachment // in the order of their ADDs, as they are in the state file
 	magic   []modelMagicIP
 
 	generation int // of the configuration
@@ -229,7 +228,7 @@ func (m *model) startAgent() {
 			}
 		})
 	}
-	m.await("to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
+	m.await("to run", func(a *runtimedir.Status) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
 }
 
 func (m *model) note(kind, format string, args ...any) {
@@ -298,10 +297,10 @@ func (m *model) sandbox(pod *modelPod) {
 }
 
 // newRecord is for a pod, whose addresses other records may have as well.
-func (m *model) newRecord() state.Attachment {
+func (m *model) newRecord() runtimedir.Attachment {
 	pod := m.pods[m.random.IntN(len(m.pods))]
 	m.serial++
-	r := state.Attachment{
+	r := runtimedir.Attachment{
 		ContainerID: fmt.Sprintf("c%d", m.serial), IfName: "eth0", Network: "dual-stack",
 		Namespace: pick(m.random, "default", "default", "default", "other"), Name: pod.Name, UID: fmt.Sprintf("u%d", m.serial),
 		Labels: map[string]string{"app": pick(m.random, "a", "a", "b", "c")},
@@ -348,26 +347,26 @@ func (m *model) del() {
 	m.update(id)
 }
 
-func (m *model) remember(r state.Attachment) {
+func (m *model) remember(r runtimedir.Attachment) {
 	m.forget(r.ContainerID)
 	m.records = append(m.records, r)
 }
 
 func (m *model) forget(id string) {
-	m.records = slices.DeleteFunc(m.records, func(r state.Attachment) bool { return r.ContainerID == id })
+	m.records = slices.DeleteFunc(m.records, func(r runtimedir.Attachment) bool { return r.ContainerID == id })
 }
 
 // update changes the state file as the plugin does. Its warning is that the file was corrupt, which is so.
-func (m *model) update(gone string, add ...state.Attachment) {
+func (m *model) update(gone string, add ...runtimedir.Attachment) {
 	m.t.Helper()
-	if _, err := state.Update(m.Path(lab.RuntimeDir), 10*time.Second, []state.Key{{ContainerID: gone, IfName: "eth0"}}, add...); err != nil {
+	if _, err := runtimedir.New(m.Path(lab.RuntimeDir)).Update(10*time.Second, []runtimedir.Key{{ContainerID: gone, IfName: "eth0"}}, add...); err != nil {
 		m.t.Fatal(err)
 	}
 }
 
 func (m *model) writeState(data []byte) {
 	m.t.Helper()
-	if err := replaceFile(state.Path(m.Path(lab.RuntimeDir)), data); err != nil {
+	if err := replaceFile(runtimedir.New(m.Path(lab.RuntimeDir)).StatePath(), data); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -494,18 +493,18 @@ func (m *model) writeConfig() {
 
 // targets are the records whose addresses traffic for the magic IP may go to, the best one first.
 func (m *model) targets(magic modelMagicIP) []netip.Addr {
-	standing := slices.DeleteFunc(slices.Clone(m.records), func(r state.Attachment) bool { return !m.stands(r) })
+	standing := slices.DeleteFunc(slices.Clone(m.records), func(r runtimedir.Attachment) bool { return !m.stands(r) })
 	var found []netip.Addr
 	for i, r := range standing {
 		if magic.namespace != "*" && magic.namespace != r.Namespace || !modelSelectors[magic.selector](r.Labels) {
 			continue
 		}
 		later := standing[i+1:]
-		if slices.ContainsFunc(later, func(l state.Attachment) bool { return l.UID == r.UID }) {
+		if slices.ContainsFunc(later, func(l runtimedir.Attachment) bool { return l.UID == r.UID }) {
 			continue // the pod has a newer sandbox
 		}
 		for _, ip := range r.IPs {
-			taken := slices.ContainsFunc(later, func(l state.Attachment) bool { return slices.Contains(l.IPs, ip) })
+			taken := slices.ContainsFunc(later, func(l runtimedir.Attachment) bool { return slices.Contains(l.IPs, ip) })
 			if ip.Is6() == magic.address.Is6() && !taken {
 				found = append(found, ip)
 			}
@@ -519,7 +518,7 @@ func (m *model) targets(magic modelMagicIP) []netip.Addr {
 }
 
 // stands says whether the link to the sandbox of a record is there.
-func (m *model) stands(r state.Attachment) bool {
+func (m *model) stands(r runtimedir.Attachment) bool {
 	return slices.ContainsFunc(m.pods, func(p *modelPod) bool { return p.link == r.HostInterface && !p.broken })
 }
 
@@ -733,12 +732,12 @@ func (m *model) settle() {
 	m.t.Helper()
 	m.settles++
 	unique := netip.AddrFrom4([4]byte{198, 18, byte(m.settles >> 8), byte(m.settles)})
-	m.update("marker", state.Attachment{
+	m.update("marker", runtimedir.Attachment{
 		ContainerID: "marker", IfName: "eth0", Namespace: "marker", Name: "marker", UID: "marker",
 		Labels: map[string]string{"marker": "here"}, IPs: []netip.Addr{unique}, AddedAt: time.Now().UTC(),
 	})
-	m.await("to come to the marker", func(a *published.Agent) bool {
-		return slices.ContainsFunc(a.MagicIPs, func(p published.MagicIP) bool {
+	m.await("to come to the marker", func(a *runtimedir.Status) bool {
+		return slices.ContainsFunc(a.MagicIPs, func(p runtimedir.MagicIP) bool {
 			return p.Address.String() == markerIP && int(p.Port) == m.generation && len(p.Endpoints) == 1 && p.Endpoints[0].Address.Addr() == unique
 		})
 	})
@@ -824,7 +823,7 @@ func outcome(o lab.Outcome) string {
 // silentStateFile takes the state file away, or spoils it, for a while in which the agent may be restarted:
 // what it knew counts on.
 func (m *model) silentStateFile() {
-	path := state.Path(m.Path(lab.RuntimeDir))
+	path := runtimedir.New(m.Path(lab.RuntimeDir)).StatePath()
 	data, err := os.ReadFile(path)
 	if err != nil {
 		m.t.Fatal(err)
@@ -843,7 +842,7 @@ func (m *model) silentStateFile() {
 		m.agent.Kill()
 		m.startAgent()
 	} else {
-		m.await("to notice", func(a *published.Agent) bool { return strings.Contains(a.LastError, "state") })
+		m.await("to notice", func(a *runtimedir.Status) bool { return strings.Contains(a.LastError, "state") })
 	}
 	m.check()
 	m.writeState(data)

@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // load is clients of every kind that must not lose one request.
@@ -117,7 +117,7 @@ func TestTwoAgentsUnderLoad(t *testing.T) {
 		processes := []*lab.Agent{w.agent, nil}
 		restart := func(i int, conf []byte) {
 			processes[i] = w.startAs(agents[i].name, conf)
-			w.awaitOf(agents[i].name, "to have its endpoint", func(a *published.Agent) bool { return hasEndpoint(a, "echo") })
+			w.awaitOf(agents[i].name, "to have its endpoint", func(a *runtimedir.Status) bool { return hasEndpoint(a, "echo") })
 		}
 		load := w.startLoad(agents[0].magic)
 		restart(1, conf(1))

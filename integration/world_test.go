@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan of the addresses: the node is 192.0.2.2 and 2001:db8::2, the network beyond its uplink is .1 and
@@ -167,7 +167,7 @@ func (w *world) startAs(name string, conf []byte) *lab.Agent {
 			w.t.Logf("log of agent %s:\n%s", name, agent.Log())
 		}
 	})
-	running := w.awaitOf(name, "to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
+	running := w.awaitOf(name, "to run", func(a *runtimedir.Status) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
 	if used := running.Backend + " " + running.BackendNote; !strings.HasPrefix(used, "nftables") && !strings.Contains(used, w.backend+" ") || !strings.HasPrefix(w.backend, running.Backend) {
 		w.t.Fatalf("the agent uses %s, want %s", used, w.backend)
 	}
@@ -191,16 +191,16 @@ func patience(t *testing.T) context.Context {
 }
 
 // await waits until what the agent has published is as wanted: it publishes after it has acted.
-func (w *world) await(what string, wanted func(*published.Agent) bool) *published.Agent {
+func (w *world) await(what string, wanted func(*runtimedir.Status) bool) *runtimedir.Status {
 	w.t.Helper()
 	return w.awaitOf(agentName, what, wanted)
 }
 
-func (w *world) awaitOf(name, what string, wanted func(*published.Agent) bool) *published.Agent {
+func (w *world) awaitOf(name, what string, wanted func(*runtimedir.Status) bool) *runtimedir.Status {
 	w.t.Helper()
-	var agent *published.Agent
+	var agent *runtimedir.Status
 	err := lab.Eventually(patience(w.t), func() (err error) {
-		if agent, err = published.Read(w.Path(lab.RuntimeDir), name); err != nil {
+		if agent, err = runtimedir.New(w.Path(lab.RuntimeDir)).Agent(name).ReadStatus(); err != nil {
 			return err
 		}
 		if !wanted(agent) {
@@ -217,10 +217,10 @@ func (w *world) awaitOf(name, what string, wanted func(*published.Agent) bool) *
 // awaitEndpoint waits until every magic IP of the agent has this endpoint; none where pod is empty.
 func (w *world) awaitEndpoint(pod string) {
 	w.t.Helper()
-	w.await("to have endpoint "+pod, func(a *published.Agent) bool { return hasEndpoint(a, pod) })
+	w.await("to have endpoint "+pod, func(a *runtimedir.Status) bool { return hasEndpoint(a, pod) })
 }
 
-func hasEndpoint(a *published.Agent, pod string) bool {
+func hasEndpoint(a *runtimedir.Status, pod string) bool {
 	for _, m := range a.MagicIPs {
 		if pod == "" && len(m.Endpoints) > 0 || pod != "" && (len(m.Endpoints) != 1 || m.Endpoints[0].Pod != "default/"+pod) {
 			return false

@@ -58,6 +58,17 @@ func (c *Config) Namespaces() []string {
 	return namespaces
 }
 
+// LabelKeys are the label keys that the selectors look at.
+func (c *Config) LabelKeys() map[string]bool {
+	keys := map[string]bool{}
+	for _, port := range c.Ports {
+		for _, key := range port.Selector.Keys() {
+			keys[key] = true
+		}
+	}
+	return keys
+}
+
 // The configuration file as written, before validation; README, "Configuration of the agent", describes the keys.
 type rawConfig struct {
 	Name         string       `yaml:"name"`
@@ -393,7 +404,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	var ports []Port
 	for i, rawPort := range raw.Ports {
 		p := port
-		p.TargetPort, p.TargetPortName = 0, ""
+		p.TargetPort, p.PortName = 0, ""
 		v.port(&p, rawPort, at("ports", i))
 		ports = append(ports, p)
 	}
@@ -420,7 +431,7 @@ func (v *validator) port(p *Port, raw rawPort, path []any) {
 	case v.noAPI:
 		v.bad(at("targetPort"), "the name %q needs the Kubernetes API, which --no-api rules out; allowed: 1 to 65535", raw.TargetPort)
 	default:
-		p.TargetPortName = string(raw.TargetPort)
+		p.PortName, p.PortProtocol = string(raw.TargetPort), p.Protocol
 	}
 }
 

@@ -87,7 +87,7 @@ func TestParseWithAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if port := config.Ports[0]; port.TargetPortName != "http" || port.TargetPort != 0 || port.Owner != "DaemonSet/echo" {
+	if port := config.Ports[0]; port.PortName != "http" || port.TargetPort != 0 || port.Owner != "DaemonSet/echo" {
 		t.Errorf("got %+v", port)
 	}
 }
@@ -139,7 +139,7 @@ func FuzzParse(f *testing.F) {
 		}
 		for _, port := range config.Ports {
 			if !port.Address.IsValid() || port.Port == 0 || port.Selector.Selector == nil || port.Namespace == "" ||
-				port.TargetPort == 0 && port.TargetPortName == "" || noAPI && port.TargetPortName != "" {
+				port.TargetPort == 0 && port.PortName == "" || noAPI && port.PortName != "" {
 				t.Errorf("accepted %+v", port)
 			}
 		}

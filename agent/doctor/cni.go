@@ -13,7 +13,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/labels"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
@@ -113,7 +113,7 @@ func (e *examination) entry(path string, ours conflist.Found) {
 }
 
 // selectorsOf is the key that an agent needs.
-func selectorsOf(a agent.NodeAgent) string {
+func selectorsOf(a status.Agent) string {
 	var list []entry.Selector
 	for _, m := range a.MagicIPs {
 		if s := (entry.Selector{Namespace: m.Namespace, Selector: m.Selector}); !slices.Contains(list, s) {

@@ -6,9 +6,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Options say where to look.
@@ -28,8 +28,8 @@ type Options struct {
 type examination struct {
 	Options
 	now     time.Time
-	agents  []agent.NodeAgent
-	records []state.Attachment
+	agents  []status.Agent
+	records []runtimedir.Attachment
 	found   []Finding
 }
 

@@ -20,10 +20,10 @@ import (
 func (e *examination) targets() (targets []probe.Target) {
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			if m.Refused != "" {
+			if m.Reason != "" {
 				continue
 			}
-			target := probe.Target{Frontend: frontendOf(m)}
+			target := probe.Target{Frontend: m.Frontend}
 			for _, endpoint := range m.Endpoints {
 				target.Endpoints = append(target.Endpoints, endpoint.Address)
 			}

@@ -11,10 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 func (e *examination) runtimeDir() {
@@ -34,10 +32,10 @@ func (e *examination) runtimeDir() {
 
 func (e *examination) stateFile() {
 	const check = "state file"
-	path := state.Path(e.RuntimeDir)
-	file, err := state.ReadFile(e.RuntimeDir)
+	path := runtimedir.New(e.RuntimeDir).StatePath()
+	file, err := runtimedir.New(e.RuntimeDir).ReadState()
 	e.records = file.Attachments
-	var newer *state.NewerVersionError
+	var newer *runtimedir.NewerVersionError
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		e.add(OK, check, "none yet: no selected pod has been added since the node was started", "")
@@ -55,12 +53,12 @@ func (e *examination) stateFile() {
 
 func (e *examination) liveAgents() {
 	const check = "agent"
-	status, err := agent.ReadStatus(e.RuntimeDir, e.Name)
+	read, err := status.Read(runtimedir.New(e.RuntimeDir), e.Name)
 	if err != nil {
 		e.add(Fail, check, err.Error(), "start it")
 		return
 	}
-	e.agents = status.Agents
+	e.agents = read.Agents
 	if len(e.agents) == 0 {
 		e.add(Fail, check, "none has ever run on this node", "start one: magic-ip-agent run")
 	}
@@ -84,7 +82,7 @@ func (e *examination) liveAgents() {
 	}
 }
 
-func (e *examination) installation(a agent.NodeAgent) {
+func (e *examination) installation(a status.Agent) {
 	if a.Installed == nil {
 		return
 	}
@@ -106,16 +104,16 @@ func (e *examination) magicIPs() {
 	named, served := 0, 0
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			check := "magic IP " + frontendOf(m).String()
-			if m.Refused == "" && len(m.Endpoints) > 0 {
+			check := "magic IP " + m.Frontend.String()
+			if m.Reason == "" && len(m.Endpoints) > 0 {
 				served++
 				continue
 			}
 			if named++; named > most {
 				continue
 			}
-			if m.Refused != "" {
-				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Refused, "change the configuration of one of the two")
+			if m.Reason != "" {
+				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Reason, "change the configuration of one of the two")
 				continue
 			}
 			next := fmt.Sprintf("look whether a pod of namespace %s with %s runs on this node, and is ready where readiness is required", m.Namespace, m.Selector)
@@ -130,11 +128,7 @@ func (e *examination) magicIPs() {
 	}
 }
 
-type magicIP = published.MagicIP
-
-func frontendOf(m magicIP) plan.Frontend {
-	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
-}
+type magicIP = runtimedir.MagicIP
 
 // logTime is how the plugin begins its lines (log/slog's text).
 var logTime = regexp.MustCompile(`^time=(\S+) `)

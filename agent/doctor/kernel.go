@@ -9,11 +9,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 func (e *examination) versions(ctx context.Context) {
@@ -71,8 +72,8 @@ func (e *examination) rules(ctx context.Context) {
 			case <-ctx.Done():
 			case <-time.After(time.Second):
 			}
-			if status, readErr := agent.ReadStatus(e.RuntimeDir, a.Name); readErr == nil {
-				differs, err = inspect(ctx, status.Agents[0])
+			if read, readErr := status.Read(runtimedir.New(e.RuntimeDir), a.Name); readErr == nil {
+				differs, err = inspect(ctx, read.Agents[0])
 			}
 		}
 		switch {
@@ -90,13 +91,13 @@ func (e *examination) rules(ctx context.Context) {
 	}
 }
 
-func inspect(ctx context.Context, a agent.NodeAgent) ([]string, error) {
+func inspect(ctx context.Context, a status.Agent) ([]string, error) {
 	var services []plan.Service
 	for _, m := range a.MagicIPs {
-		if m.Refused != "" {
+		if m.Reason != "" {
 			continue
 		}
-		service := plan.Service{Frontend: frontendOf(m), HostClients: true, WithoutEndpoint: plan.Action(m.Action)}
+		service := plan.Service{Frontend: m.Frontend, HostClients: true, WithoutEndpoint: plan.Action(m.Action)}
 		for _, endpoint := range m.Endpoints {
 			service.Endpoints = append(service.Endpoints, endpoint.Address)
 		}

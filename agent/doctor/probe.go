@@ -211,7 +211,7 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 func (e *examination) served(frontend plan.Frontend) (magicIP, bool) {
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			if m.Refused == "" && frontendOf(m) == frontend {
+			if m.Reason == "" && m.Frontend == frontend {
 				return m, true
 			}
 		}

@@ -15,8 +15,7 @@ import (
 
 	"golang.org/x/time/rate"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // Event is one Kubernetes Event about the agent's own pod.
@@ -72,14 +71,14 @@ type Reporter struct {
 	wake  chan struct{}
 
 	mu         sync.Mutex
-	frontends  map[plan.Frontend]*frontend
+	frontends  map[runtimedir.Frontend]*frontend
 	fallbackAt time.Time // when to report the fallback; zero for never
 }
 
 // New makes a reporter, which sends nothing before Run.
 func New(options Options) *Reporter {
 	r := &Reporter{
-		Options: options, limit: rate.NewLimiter(rate.Every(Interval), Burst), wake: make(chan struct{}, 1), frontends: map[plan.Frontend]*frontend{},
+		Options: options, limit: rate.NewLimiter(rate.Every(Interval), Burst), wake: make(chan struct{}, 1), frontends: map[runtimedir.Frontend]*frontend{},
 	}
 	if options.Fallback != "" {
 		r.fallbackAt = time.Now().Add(Settle + options.Delay)
@@ -87,8 +86,8 @@ func New(options Options) *Reporter {
 	return r
 }
 
-// Published takes what the agent publishes now instead of before (nil: nothing). It does not wait.
-func (r *Reporter) Published(before, now *published.Agent) {
+// Observe takes in a status of the agent and the one before it (nil: none). It does not wait.
+func (r *Reporter) Observe(before, now *runtimedir.Status) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	at := time.Now()
@@ -96,12 +95,12 @@ func (r *Reporter) Published(before, now *published.Agent) {
 		// After a restart of the agent, an endpoint that is the same is not reported again. A fault is.
 		for _, m := range before.MagicIPs {
 			pods := podsOf(m)
-			r.frontends[frontendOf(m)] = &frontend{MagicIP: m, pods: pods, reported: pods, last: pods, since: at}
+			r.frontends[m.Frontend] = &frontend{MagicIP: m, pods: pods, reported: pods, last: pods, since: at}
 		}
 	}
-	present := make(map[plan.Frontend]bool, len(now.MagicIPs))
+	present := make(map[runtimedir.Frontend]bool, len(now.MagicIPs))
 	for _, m := range now.MagicIPs {
-		key := frontendOf(m)
+		key := m.Frontend
 		if present[key] {
 			continue // the second claim of one file, which is not served
 		}
@@ -113,7 +112,7 @@ func (r *Reporter) Published(before, now *published.Agent) {
 		}
 		f.update(m, at)
 	}
-	maps.DeleteFunc(r.frontends, func(key plan.Frontend, _ *frontend) bool { return !present[key] })
+	maps.DeleteFunc(r.frontends, func(key runtimedir.Frontend, _ *frontend) bool { return !present[key] })
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -186,7 +185,7 @@ func (r *Reporter) next(now time.Time) (e *Event, again time.Time) {
 
 // report makes one Event of the first frontend and of all that have the same to report, and notes these as reported.
 func (r *Reporter) report(reason string, due []*frontend) *Event {
-	slices.SortFunc(due, func(a, b *frontend) int { return frontendOf(a.MagicIP).Compare(frontendOf(b.MagicIP)) })
+	slices.SortFunc(due, func(a, b *frontend) int { return a.Frontend.Compare(b.Frontend) })
 	key := due[0].groupKey(reason)
 	group := slices.DeleteFunc(due, func(f *frontend) bool { return f.groupKey(reason) != key })
 	e := r.describe(reason, group)

@@ -12,7 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan: 169.254.210.210:80/tcp and :81/tcp lead to pods of 10.244.1.0/24, whose names are one letter.
@@ -20,7 +20,7 @@ import (
 // world is a reporter, what was published last, and what it has sent.
 type world struct {
 	*Reporter
-	current *published.Agent
+	current *runtimedir.Status
 
 	mu   sync.Mutex
 	sent []Event
@@ -46,14 +46,14 @@ func run(t *testing.T, options Options, test func(t *testing.T, w *world)) {
 
 // is publishes that the magic IP leads to these pods from now on.
 func (w *world) is(pods ...string) {
-	now := &published.Agent{}
+	now := &runtimedir.Status{}
 	for port := range 2 {
-		m := published.MagicIP{
-			Address: netip.MustParseAddr("169.254.210.210"), Port: uint16(80 + port), Protocol: "tcp",
+		m := runtimedir.MagicIP{
+			Frontend:  runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Port: uint16(80 + port), Protocol: "tcp"},
 			Namespace: "default", Selector: "app=echo", Action: "serve",
 		}
 		for _, pod := range pods {
-			m.Endpoints = append(m.Endpoints, published.Endpoint{Pod: "default/" + pod, Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 244, 1, pod[0] - 'a' + 1}), 8080)})
+			m.Endpoints = append(m.Endpoints, runtimedir.Endpoint{Pod: "default/" + pod, Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 244, 1, pod[0] - 'a' + 1}), 8080)})
 		}
 		if len(pods) == 0 {
 			m.Action = "reject"
@@ -63,8 +63,8 @@ func (w *world) is(pods ...string) {
 	w.publish(now)
 }
 
-func (w *world) publish(now *published.Agent) {
-	w.Published(w.current, now)
+func (w *world) publish(now *runtimedir.Status) {
+	w.Observe(w.current, now)
 	w.current = now
 }
 
@@ -161,7 +161,7 @@ func TestNeverAny(t *testing.T) {
 }
 
 // before is what an agent published before it was restarted.
-func before(pods ...string) *published.Agent {
+func before(pods ...string) *runtimedir.Status {
 	w := &world{Reporter: New(Options{})}
 	w.is(pods...)
 	return w.current
@@ -242,10 +242,10 @@ func TestSeldomFlaps(t *testing.T) {
 func TestManyAtOnce(t *testing.T) {
 	t.Parallel()
 	run(t, Options{}, func(t *testing.T, w *world) {
-		now := &published.Agent{}
+		now := &runtimedir.Status{}
 		for i := range 1000 {
-			now.MagicIPs = append(now.MagicIPs, published.MagicIP{
-				Address: netip.AddrFrom4([4]byte{169, 254, byte(i / 256), byte(i)}), Port: 80, Protocol: "tcp", Namespace: "default", Selector: fmt.Sprintf("app=%d", i),
+			now.MagicIPs = append(now.MagicIPs, runtimedir.MagicIP{
+				Frontend: runtimedir.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, byte(i / 256), byte(i)}), Port: 80, Protocol: "tcp"}, Namespace: "default", Selector: fmt.Sprintf("app=%d", i),
 				Action: "reject",
 			})
 		}
@@ -263,10 +263,10 @@ func TestManyAtOnce(t *testing.T) {
 func TestUnserved(t *testing.T) {
 	t.Parallel()
 	run(t, Options{}, func(t *testing.T, w *world) {
-		now := &published.Agent{}
+		now := &runtimedir.Status{}
 		for port := range 9 {
-			now.MagicIPs = append(now.MagicIPs, published.MagicIP{
-				Address: netip.MustParseAddr("169.254.210.210"), Port: uint16(80 + port), Protocol: "udp", Refused: "it is claimed by agent b",
+			now.MagicIPs = append(now.MagicIPs, runtimedir.MagicIP{
+				Frontend: runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Port: uint16(80 + port), Protocol: "udp"}, Reason: "it is claimed by agent b",
 			})
 		}
 		w.publish(now)
@@ -294,7 +294,7 @@ func TestFallback(t *testing.T) {
 func TestPass(t *testing.T) {
 	t.Parallel()
 	run(t, Options{}, func(t *testing.T, w *world) {
-		w.publish(&published.Agent{MagicIPs: []published.MagicIP{{Address: netip.MustParseAddr("fd00::1"), Port: 80, Protocol: "tcp", Namespace: "*", Action: "pass"}}})
+		w.publish(&runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{Frontend: runtimedir.Frontend{Address: netip.MustParseAddr("fd00::1"), Port: 80, Protocol: "tcp"}, Namespace: "*", Action: "pass"}}})
 		equal(t, "none", w.wait(time.Hour), "Normal NoEndpoint: [fd00::1]:80/tcp: no endpoint for a minute, and none since the agent started; "+
 			"new connections go where they go without a magic IP. kubectl get pods -o wide -A")
 	})
@@ -303,19 +303,19 @@ func TestPass(t *testing.T) {
 // BenchmarkPublished is what the agent's loop pays for one change among 10,000 magic IPs.
 func BenchmarkPublished(b *testing.B) {
 	r := New(Options{})
-	view := func(last byte) *published.Agent {
-		now := &published.Agent{}
+	view := func(last byte) *runtimedir.Status {
+		now := &runtimedir.Status{}
 		for i := range 10000 {
-			now.MagicIPs = append(now.MagicIPs, published.MagicIP{
-				Address: netip.AddrFrom4([4]byte{169, 254, byte(i / 256), byte(i)}), Port: 80, Protocol: "tcp", Namespace: "default", Selector: "app=echo",
-				Endpoints: []published.Endpoint{{Pod: "default/echo", Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, 1}), 80)}},
+			now.MagicIPs = append(now.MagicIPs, runtimedir.MagicIP{
+				Frontend: runtimedir.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, byte(i / 256), byte(i)}), Port: 80, Protocol: "tcp"}, Namespace: "default", Selector: "app=echo",
+				Endpoints: []runtimedir.Endpoint{{Pod: "default/echo", Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, 1}), 80)}},
 			})
 		}
 		now.MagicIPs[0].Endpoints[0].Address = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, last}), 80)
 		return now
 	}
-	views := []*published.Agent{view(1), view(2)}
+	views := []*runtimedir.Status{view(1), view(2)}
 	for i := 0; b.Loop(); i++ {
-		r.Published(views[(i+1)%2], views[i%2])
+		r.Observe(views[(i+1)%2], views[i%2])
 	}
 }

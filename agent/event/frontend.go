@@ -5,13 +5,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // frontend is the state of one frontend, and what of it was reported last.
 type frontend struct {
-	published.MagicIP
+	runtimedir.MagicIP
 	pods  string    // its endpoints, by podsOf; empty without one
 	since time.Time // of pods
 	last  string    // the endpoints that it had last, these included
@@ -25,16 +24,12 @@ type frontend struct {
 	changedAt time.Time
 }
 
-func frontendOf(m published.MagicIP) plan.Frontend {
-	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
-}
-
 // update makes m the state from now on.
-func (f *frontend) update(m published.MagicIP, now time.Time) {
-	if m.Refused != f.Refused {
+func (f *frontend) update(m runtimedir.MagicIP, now time.Time) {
+	if m.Reason != f.Reason {
 		f.unservedAt = now
 	}
-	if m.Refused == "" {
+	if m.Reason == "" {
 		f.unserved = ""
 	}
 	same := slices.Equal(m.Endpoints, f.Endpoints)
@@ -65,9 +60,9 @@ func (f *frontend) due() (reason string, at time.Time) {
 		settled = f.changedAt.Add(NoneFor)
 	}
 	switch {
-	case f.Refused != "" && f.Refused == f.unserved:
+	case f.Reason != "" && f.Reason == f.unserved:
 		return "", time.Time{}
-	case f.Refused != "":
+	case f.Reason != "":
 		return Unserved, f.unservedAt
 	case f.changes >= unstable:
 		return EndpointUnstable, settled
@@ -91,7 +86,7 @@ func (f *frontend) groupKey(reason string) string {
 
 func (f *frontend) setReported(reason string) {
 	if reason == Unserved {
-		f.unserved = f.Refused
+		f.unserved = f.Reason
 		return
 	}
 	f.reported, f.changes = f.pods, 0

@@ -6,7 +6,7 @@ import (
 	"strings"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // describe makes the Event of frontends with one group key. Its message bears no time that differs from one occurrence
@@ -16,12 +16,12 @@ func (r *Reporter) describe(reason string, group []*frontend) *Event {
 	e := &Event{Reason: reason, Warning: reason != EndpointGained}
 	var names []string
 	for _, other := range group {
-		names = append(names, frontendOf(other.MagicIP).String())
+		names = append(names, other.MagicIP.Frontend.String())
 	}
 	about := few(names) + ": "
 	switch reason {
 	case Unserved:
-		e.Message = names[0] + " is not served: " + f.Refused
+		e.Message = names[0] + " is not served: " + f.Reason
 		if others := len(group) - 1; others > 0 {
 			e.Message += fmt.Sprintf("; %d others are not served either, see `magic-ip-agent status`", others)
 		}
@@ -49,7 +49,7 @@ func (r *Reporter) describe(reason string, group []*frontend) *Event {
 }
 
 // fate is what happens to new connections without an endpoint.
-func fate(m published.MagicIP) string {
+func fate(m runtimedir.MagicIP) string {
 	if m.Action == string(plan.Pass) {
 		return "new connections go where they go without a magic IP"
 	}
@@ -57,7 +57,7 @@ func fate(m published.MagicIP) string {
 }
 
 // command shows the candidates.
-func (r *Reporter) command(m published.MagicIP) string {
+func (r *Reporter) command(m runtimedir.MagicIP) string {
 	command := "kubectl get pods -o wide -n " + m.Namespace
 	if m.Namespace == "*" {
 		command = "kubectl get pods -o wide -A"
@@ -81,7 +81,7 @@ func few(names []string) string {
 }
 
 // podsOf are the endpoints of a magic IP as text; empty without one.
-func podsOf(m published.MagicIP) string {
+func podsOf(m runtimedir.MagicIP) string {
 	var pods []string
 	for _, e := range m.Endpoints {
 		pods = append(pods, fmt.Sprintf("%s (%s)", e.Pod, e.Address.Addr()))

@@ -1,16 +1,22 @@
 package kube
 
 import (
+	"cmp"
 	"net/netip"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// configHash is the annotation that holds the UID by which CNI knows a static pod.
-const configHash = "kubernetes.io/config.hash"
+// The API has a mirror pod for a static pod. configHash is the UID that CNI has of the static pod.
+const (
+	configMirror = "kubernetes.io/config.mirror"
+	configHash   = "kubernetes.io/config.hash"
+)
 
 // trim drops the fields that convert does not read.
 func trim(object any) (any, error) {
@@ -25,8 +31,8 @@ func trim(object any) (any, error) {
 		},
 		Status: corev1.PodStatus{Phase: pod.Status.Phase, PodIPs: pod.Status.PodIPs},
 	}
-	if hash := pod.Annotations[configHash]; hash != "" {
-		kept.Annotations = map[string]string{configHash: hash}
+	if uid := staticUID(pod); uid != "" {
+		kept.Annotations = map[string]string{configMirror: "kept", configHash: uid}
 	}
 	for _, condition := range pod.Status.Conditions {
 		if condition.Type == corev1.PodReady {
@@ -42,14 +48,23 @@ func trim(object any) (any, error) {
 	return kept, nil
 }
 
+// staticUID is the UID that CNI has of the static pod of a mirror pod; empty for any other pod.
+func staticUID(pod *corev1.Pod) string {
+	if _, mirror := pod.Annotations[configMirror]; !mirror {
+		return ""
+	}
+	return pod.Annotations[configHash]
+}
+
 func convert(pod *corev1.Pod) inventory.Pod {
 	p := inventory.Pod{
-		Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ConfigHash: pod.Annotations[configHash], Labels: pod.Labels,
+		PodID:       inventory.PodID{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID)},
+		StaticUID:   staticUID(pod),
+		Labels:      pod.Labels,
 		CreatedAt:   pod.CreationTimestamp.Time,
 		Running:     pod.Status.Phase == corev1.PodRunning,
 		Finished:    pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed,
 		Terminating: pod.DeletionTimestamp != nil,
-		Ports:       map[string]uint16{},
 	}
 	if owner := metav1.GetControllerOfNoCopy(pod); owner != nil {
 		p.Owner = owner.Kind + "/" + owner.Name
@@ -67,8 +82,9 @@ func convert(pod *corev1.Pod) inventory.Pod {
 	named := func(containers []corev1.Container, counts func(corev1.Container) bool) {
 		for _, c := range containers {
 			for _, port := range c.Ports {
-				if _, taken := p.Ports[port.Name]; port.Name != "" && !taken && counts(c) {
-					p.Ports[port.Name] = uint16(port.ContainerPort)
+				if port.Name != "" && counts(c) {
+					protocol := cmp.Or(strings.ToLower(string(port.Protocol)), "tcp")
+					p.Ports = append(p.Ports, runtimedir.NamedPort{Name: port.Name, Protocol: runtimedir.Protocol(protocol), Port: uint16(port.ContainerPort)})
 				}
 			}
 		}

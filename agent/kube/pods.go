@@ -65,22 +65,17 @@ func (p *Pods) Select(namespaces []string) {
 
 // View is what the API reported last.
 func (p *Pods) View() inventory.View {
-	view := inventory.View{Spoken: true, Reachable: true}
+	var view inventory.View
 	for _, f := range p.all() {
-		pods, spoken, problem := f.view()
-		view.Pods = append(view.Pods, pods...)
-		view.Spoken = view.Spoken && spoken
-		if spoken {
-			view.Told = append(view.Told, f.namespace)
+		pods, synced, problem := f.view()
+		if synced {
+			view.Pods, view.Synced = append(view.Pods, pods...), append(view.Synced, f.namespace)
 		}
-		if spoken && problem == "" {
+		if synced && problem == "" {
 			view.Current = append(view.Current, f.namespace)
 		}
-		if problem != "" {
-			view.Reachable = false
-			if !f.fresh() {
-				view.Problems = append(view.Problems, problem)
-			}
+		if problem != "" && !f.fresh() {
+			view.Problems = append(view.Problems, problem)
 		}
 	}
 	slices.Sort(view.Problems)

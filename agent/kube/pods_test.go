@@ -28,6 +28,7 @@ import (
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 func examplePod() *corev1.Pod {
@@ -36,7 +37,7 @@ func examplePod() *corev1.Pod {
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: "default", Name: "echo", UID: "u1", Labels: map[string]string{"app": "echo"},
-			Annotations:       map[string]string{configHash: "hash", "other": "dropped"},
+			Annotations:       map[string]string{configHash: "hash", configMirror: "hash", "other": "dropped"},
 			CreationTimestamp: metav1.NewTime(time.Unix(1000, 0)),
 			OwnerReferences:   []metav1.OwnerReference{{Kind: "ReplicaSet", Name: "x"}, {Kind: "DaemonSet", Name: "echo", Controller: &controller}},
 			ManagedFields:     []metav1.ManagedFieldsEntry{{Manager: "kubelet"}},
@@ -87,9 +88,10 @@ func pollNow(ctx context.Context, p *Pods) {
 // TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
 func TestTrimAndConvert(t *testing.T) {
 	want := inventory.Pod{
-		Namespace: "default", Name: "echo", UID: "u1", ConfigHash: "hash", Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
+		PodID: inventory.PodID{Namespace: "default", Name: "echo", UID: "u1"}, StaticUID: "hash", Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
 		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")}, CreatedAt: time.Unix(1000, 0),
-		Running: true, Ready: true, Ports: map[string]uint16{"http": 8080, "proxy": 15001},
+		Running: true, Ready: true,
+		Ports: []runtimedir.NamedPort{{Name: "http", Protocol: "tcp", Port: 8080}, {Name: "proxy", Protocol: "tcp", Port: 15001}, {Name: "http", Protocol: "tcp", Port: 2}},
 	}
 	pod := examplePod()
 	if diff := cmp.Diff(want, convert(pod), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
@@ -103,7 +105,7 @@ func TestTrimAndConvert(t *testing.T) {
 	if diff := cmp.Diff(want, convert(kept), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Errorf("convert of a trimmed pod (-want +got):\n%s", diff)
 	}
-	if len(kept.ManagedFields) > 0 || kept.Spec.Containers[0].Image != "" || len(kept.Annotations) != 1 {
+	if len(kept.ManagedFields) > 0 || kept.Spec.Containers[0].Image != "" || len(kept.Annotations) != 2 {
 		t.Errorf("kept what nobody reads: %+v", kept)
 	}
 	now := metav1.NewTime(time.Unix(2000, 0))
@@ -111,6 +113,11 @@ func TestTrimAndConvert(t *testing.T) {
 	pod.Status.Conditions[1].Status = corev1.ConditionFalse
 	if got := convert(pod); !got.Terminating || !got.Finished || got.Ready || got.Running {
 		t.Errorf("a pod at its end: %+v", got)
+	}
+	// A pod's creator writes its annotations: a hash alone makes no mirror pod.
+	delete(pod.Annotations, configMirror)
+	if got := convert(pod); got.StaticUID != "" {
+		t.Errorf("no mirror pod: %+v", got)
 	}
 }
 
@@ -143,7 +150,7 @@ func TestPollAndWatch(t *testing.T) {
 		f := p.feeds["default"]
 		expect := func(when, want string) {
 			t.Helper()
-			if view := p.View(); names(view) != "default/"+want || !view.Reachable {
+			if view := p.View(); names(view) != "default/"+want || len(view.Current) == 0 {
 				t.Errorf("%s: got %+v, want %s", when, view, want)
 			}
 		}
@@ -156,7 +163,7 @@ func TestPollAndWatch(t *testing.T) {
 		fails := errors.New("late")
 		listErr.Store(&fails)
 		pollNow(ctx, p)
-		if view := p.View(); names(view) != "default/as-of-20" || view.Reachable {
+		if view := p.View(); names(view) != "default/as-of-20" || len(view.Current) > 0 {
 			t.Errorf("the next poll failed: %+v, want as-of-20, not reachable", view)
 		}
 		listErr.Store(nil)
@@ -201,16 +208,16 @@ func TestFeed(t *testing.T) {
 		})
 		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
 		p.Select([]string{"default"})
-		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) > 0 {
+		if view := p.View(); len(view.Synced) > 0 || len(view.Current) > 0 || len(view.Problems) > 0 {
 			t.Errorf("before anything: %+v", view)
 		}
 		time.Sleep(firstAnswer)
-		if view := p.View(); view.Spoken || view.Reachable || len(view.Problems) != 1 {
+		if view := p.View(); len(view.Synced) > 0 || len(view.Current) > 0 || len(view.Problems) != 1 {
 			t.Errorf("before anything, after some time: %+v", view)
 		}
 		var wakes atomic.Int32
 		ctx, end := running(t, p, func() { wakes.Add(1) })
-		if view := p.View(); !view.Spoken || !view.Reachable || names(view) != "default/echo" || wakes.Load() == 0 {
+		if view := p.View(); len(view.Synced) == 0 || len(view.Current) == 0 || names(view) != "default/echo" || wakes.Load() == 0 {
 			t.Errorf("after the list: %+v, %d wakes", view, wakes.Load())
 		}
 
@@ -221,13 +228,13 @@ func TestFeed(t *testing.T) {
 			t.Error("a poll beside a healthy watch has listed")
 		}
 		time.Sleep(watchSilence - time.Second) // running took the first second; a moment later the informer lists again
-		if view := p.View(); view.Reachable || names(view) != "default/echo" {
+		if view := p.View(); len(view.Current) > 0 || names(view) != "default/echo" {
 			t.Errorf("a silent watch: %+v", view)
 		}
 		forbidden.Store(true)
 		pollNow(ctx, p)
 		view := p.View()
-		if view.Reachable || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
+		if len(view.Current) > 0 || names(view) != "default/echo" || !strings.Contains(strings.Join(view.Problems, ""), "allow get, list and watch of pods") {
 			t.Errorf("a poll that was refused: %+v", view)
 		}
 		forbidden.Store(false)
@@ -235,7 +242,7 @@ func TestFeed(t *testing.T) {
 			t.Fatal(err)
 		}
 		pollNow(ctx, p)
-		if view := p.View(); !view.Reachable || names(view) != "" {
+		if view := p.View(); len(view.Current) == 0 || names(view) != "" {
 			t.Errorf("a poll that was answered: %+v", view)
 		}
 

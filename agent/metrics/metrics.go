@@ -1,7 +1,7 @@
 // Package metrics serves what an agent does to Prometheus.
 //
 // Series are made of the configuration alone, never of pods or clients; of more than MostPorts ports of magic IPs
-// only the sums are told.
+// there are only the sums.
 package metrics
 
 import (
@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -21,11 +20,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // MostPorts is how many ports of magic IPs have series of their own.
@@ -40,9 +36,9 @@ type API interface {
 
 // Options of Metrics.
 type Options struct {
-	RuntimeDir, Name, Version string
-	API                       API // nil without one
-	Log                       *slog.Logger
+	RuntimeDir, Name, Version, Backend string
+	API                                API // nil without one
+	Log                                *slog.Logger
 }
 
 // Metrics counts what an agent does. It is a prometheus.Collector of what is known when it is asked.
@@ -56,9 +52,10 @@ type Metrics struct {
 	routed  prometheus.Histogram
 	deleted prometheus.Counter
 
-	mu      sync.Mutex
-	view    *published.Agent
-	problem string
+	mu       sync.Mutex
+	status   *runtimedir.Status
+	polledAt time.Time
+	problem  string
 }
 
 // New makes metrics of which nothing is counted yet.
@@ -83,84 +80,60 @@ func New(options Options) *Metrics {
 			Name: "magic_ip_flows_deleted_total", Help: "Conntrack entries deleted because their endpoint is gone.",
 		}),
 	}
+	m.failed.WithLabelValues(m.Backend)
 	m.registry.MustRegister(m, m.syncs, m.failed, m.synced, m.routed, m.deleted, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// Backend counts the syncs of b.
-func (m *Metrics) Backend(b agent.Backend) agent.Backend {
-	m.failed.WithLabelValues(b.Name())
-	return &backend{b, m}
-}
-
-type backend struct {
-	agent.Backend
-	metrics *Metrics
-}
-
-func (b *backend) Sync(ctx context.Context, p *plan.Plan) error {
-	begun := time.Now()
-	err := b.Backend.Sync(ctx, p)
-	b.metrics.syncs.WithLabelValues(b.Name()).Observe(time.Since(begun).Seconds())
+// Synced counts an attempt to bring the rules to a new state.
+func (m *Metrics) Synced(took time.Duration, err error) {
+	m.syncs.WithLabelValues(m.Backend).Observe(took.Seconds())
 	if err != nil {
-		b.metrics.failed.WithLabelValues(b.Name()).Inc()
+		m.failed.WithLabelValues(m.Backend).Inc()
 	} else {
-		b.metrics.synced.SetToCurrentTime()
+		m.synced.SetToCurrentTime()
 	}
-	return err
 }
 
-// Flows counts what f deletes.
-func (m *Metrics) Flows(f agent.Flows) agent.Flows { return &flows{f, m} }
+// Swept counts conntrack entries that were deleted.
+func (m *Metrics) Swept(flows int) { m.deleted.Add(float64(flows)) }
 
-type flows struct {
-	agent.Flows
-	metrics *Metrics
+// Polled notes that the loop has gone through all sources.
+func (m *Metrics) Polled() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.polledAt = time.Now()
 }
 
-func (f *flows) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (int, error) {
-	deleted, err := f.Flows.Sweep(ctx, p, change)
-	f.metrics.deleted.Add(float64(deleted))
-	return deleted, err
-}
-
-// Published takes in what the agent has published instead of before.
-func (m *Metrics) Published(before, now *published.Agent) {
+// Observe takes in a status of the agent and the one before it.
+func (m *Metrics) Observe(before, now *runtimedir.Status) {
 	for _, added := range newlyRouted(before, now) {
 		m.routed.Observe(time.Since(added).Seconds())
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.view = now
+	m.status = now
 }
 
 // newlyRouted are the times of the ADDs that have ended a time without an endpoint.
-func newlyRouted(before, now *published.Agent) (added []time.Time) {
+func newlyRouted(before, now *runtimedir.Status) (added []time.Time) {
 	if before == nil {
 		return nil
 	}
-	without := map[plan.Frontend]bool{}
+	without := map[runtimedir.Frontend]bool{}
 	for _, m := range before.MagicIPs {
-		without[frontendOf(m)] = m.Refused == "" && len(m.Endpoints) == 0
+		without[m.Frontend] = m.Reason == "" && len(m.Endpoints) == 0
 	}
-	routed := map[string]bool{} // pods
+	routed := map[string]bool{} // UIDs
 	for _, m := range now.MagicIPs {
 		for _, e := range m.Endpoints {
-			if without[frontendOf(m)] && e.Recorded {
+			if without[m.Frontend] && e.Recorded && !routed[e.UID] && e.AddedAt.After(now.StartedAt) {
 				routed[e.UID] = true
+				added = append(added, e.AddedAt)
 			}
 		}
 	}
-	for _, record := range now.Records {
-		if routed[record.UID] && record.AddedAt.After(now.StartedAt) {
-			added = append(added, record.AddedAt)
-		}
-	}
 	return added
-}
-
-func frontendOf(m published.MagicIP) plan.Frontend {
-	return plan.Frontend{Address: m.Address, Protocol: plan.Protocol(m.Protocol), Port: m.Port}
 }
 
 // Problem is why nobody can ask for the metrics; empty where they can.
@@ -233,7 +206,7 @@ func descs() desc {
 		heartbeat: d("magic_ip_agent_heartbeat_timestamp_seconds", "When the agent last went through its loop; it does so every pollInterval."),
 		failing:   d("magic_ip_agent_failing", "1 where `magic-ip-agent status` shows an error, else 0."),
 		endpoints: d("magic_ip_endpoints", "Pods that the traffic to a port of a magic IP goes to now.", "magic_ip", "port", "protocol"),
-		ports:     d("magic_ip_ports", "Ports of magic IPs by state: served, without_endpoint, refused (claimed by another agent, or not allowed).", "state"),
+		ports:     d("magic_ip_ports", "Ports of magic IPs by state: served, without_endpoint, unserved (claimed by another agent, or not allowed).", "state"),
 		healthy:   d("magic_ip_api_watch_healthy", "1 while the watch of a namespace's pods brings what it should, else 0.", "namespace"),
 		heard:     d("magic_ip_api_watch_last_event_timestamp_seconds", "When the watch last brought an event or a bookmark.", "namespace"),
 		refused:   d("magic_ip_api_forbidden", "1 where RBAC refuses the pods of a namespace, else 0.", "namespace"),
@@ -248,23 +221,21 @@ func (m *Metrics) Describe(c chan<- *prometheus.Desc) { prometheus.DescribeByCol
 // Collect implements prometheus.Collector.
 func (m *Metrics) Collect(c chan<- prometheus.Metric) {
 	m.mu.Lock()
-	view := m.view
+	status, polledAt := m.status, m.polledAt
 	m.mu.Unlock()
 	d := descs()
 	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
 	}
-	backendName := ""
-	if view != nil {
-		backendName = view.Backend
-		gauge(d.failing, one(view.LastError != ""))
-		collectPorts(view, d, gauge)
+	if status != nil {
+		gauge(d.failing, one(status.LastError != ""))
+		collectPorts(status, d, gauge)
 	}
-	gauge(d.info, 1, m.Name, m.Version, backendName)
-	if info, err := os.Stat(published.Path(m.RuntimeDir, m.Name)); err == nil {
-		gauge(d.heartbeat, seconds(info.ModTime()))
+	gauge(d.info, 1, m.Name, m.Version, m.Backend)
+	if !polledAt.IsZero() {
+		gauge(d.heartbeat, seconds(polledAt))
 	}
-	if installed, err := install.ReadRecord(m.RuntimeDir, m.Name); !errors.Is(err, fs.ErrNotExist) {
+	if installed, err := runtimedir.New(m.RuntimeDir).Installer(m.Name).ReadRecord(); !errors.Is(err, fs.ErrNotExist) {
 		gauge(d.installed, one(err == nil && installed.LastError == ""))
 	}
 	if m.API == nil {
@@ -282,22 +253,22 @@ func (m *Metrics) Collect(c chan<- prometheus.Metric) {
 	}
 }
 
-func collectPorts(view *published.Agent, d desc, gauge func(d *prometheus.Desc, value float64, labels ...string)) {
-	states := map[string]int{"served": 0, "without_endpoint": 0, "refused": 0}
-	seen := map[plan.Frontend]bool{}
-	for _, m := range view.MagicIPs {
+func collectPorts(status *runtimedir.Status, d desc, gauge func(d *prometheus.Desc, value float64, labels ...string)) {
+	states := map[string]int{"served": 0, "without_endpoint": 0, "unserved": 0}
+	seen := map[runtimedir.Frontend]bool{}
+	for _, m := range status.MagicIPs {
 		switch {
-		case m.Refused != "":
-			states["refused"]++
+		case m.Reason != "":
+			states["unserved"]++
 			continue
 		case len(m.Endpoints) == 0:
 			states["without_endpoint"]++
 		default:
 			states["served"]++
 		}
-		if !seen[frontendOf(m)] && len(view.MagicIPs) <= MostPorts {
-			seen[frontendOf(m)] = true
-			gauge(d.endpoints, float64(len(m.Endpoints)), m.Address.String(), strconv.Itoa(int(m.Port)), m.Protocol)
+		if !seen[m.Frontend] && len(status.MagicIPs) <= MostPorts {
+			seen[m.Frontend] = true
+			gauge(d.endpoints, float64(len(m.Endpoints)), m.Address.String(), strconv.Itoa(int(m.Port)), string(m.Protocol))
 		}
 	}
 	for state, count := range states {

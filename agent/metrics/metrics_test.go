@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,35 +18,21 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// failing is a backend of which every other sync fails, flows of which three are deleted, and an API of which RBAC
-// refuses one namespace.
-type failing struct{ syncs int }
+// api is an API of which RBAC refuses one namespace.
+type api struct{}
 
-func (*failing) Name() string                             { return "nftables" }
-func (*failing) Verify(context.Context) ([]string, error) { return nil, nil }
-func (f *failing) Sync(context.Context, *plan.Plan) error {
-	if f.syncs++; f.syncs%2 == 0 {
-		return errors.New("broken")
-	}
-	return nil
-}
-
-func (*failing) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 3, nil }
-
-func (*failing) Feeds() []kube.Feed {
+func (api) Feeds() []kube.Feed {
 	return []kube.Feed{{Namespace: "default", Healthy: true, HeardAt: time.UnixMilli(1500)}, {Namespace: "other", Refused: true}}
 }
-func (*failing) Requests() map[string]uint64 {
+func (api) Requests() map[string]uint64 {
 	return map[string]uint64{"list": 1, "watch": 2, "poll": 3}
 }
 
-func magicIP(port uint16, endpoints ...published.Endpoint) published.MagicIP {
-	return published.MagicIP{Address: netip.MustParseAddr("169.254.210.210"), Port: port, Protocol: "tcp", Endpoints: endpoints}
+func magicIP(port uint16, endpoints ...runtimedir.Endpoint) runtimedir.MagicIP {
+	return runtimedir.MagicIP{Frontend: runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Port: port, Protocol: "tcp"}, Endpoints: endpoints}
 }
 
 // scrape returns the lines of our metrics, but for histogram buckets and times of now.
@@ -69,36 +54,29 @@ func scrape(t *testing.T, m *Metrics) string {
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	parts := &failing{}
-	m := New(Options{RuntimeDir: dir, Name: "a", Version: "v1", API: parts, Log: slog.New(slog.DiscardHandler)})
-	backend, flows := m.Backend(parts), m.Flows(parts)
-	for range 3 {
-		_ = backend.Sync(t.Context(), nil)
+	m := New(Options{RuntimeDir: dir, Name: "a", Version: "v1", Backend: "nftables", API: api{}, Log: slog.New(slog.DiscardHandler)})
+	for _, err := range []error{nil, errors.New("broken"), nil} {
+		m.Synced(time.Millisecond, err)
 	}
-	_, _ = flows.Sweep(t.Context(), nil, plan.Change{})
+	m.Swept(3)
 
 	start := time.Now().Add(-time.Minute)
-	endpoint := published.Endpoint{Address: netip.MustParseAddrPort("10.244.1.2:8080"), UID: "u", Recorded: true}
-	refused := magicIP(82)
-	refused.Refused = "claimed"
-	now := &published.Agent{
-		Version: published.Version, Name: "a", Backend: "nftables", StartedAt: start, MagicIPs: []published.MagicIP{magicIP(80, endpoint), magicIP(81), refused},
-		Records: []state.Attachment{{UID: "u", AddedAt: time.Now()}}, LastError: "broken",
+	endpoint := runtimedir.Endpoint{Address: netip.MustParseAddrPort("10.244.1.2:8080"), UID: "u", Recorded: true, AddedAt: time.Now()}
+	unserved := magicIP(82)
+	unserved.Reason = "claimed"
+	now := &runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(80, endpoint), magicIP(81), unserved}, LastError: "broken"}
+	m.Observe(&runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(80), magicIP(81), unserved}}, now)
+	m.Observe(now, now)
+	if got := scrape(t, m); strings.Contains(got, "heartbeat") {
+		t.Errorf("a heartbeat before the first poll:\n%s", got)
 	}
-	m.Published(&published.Agent{StartedAt: start, MagicIPs: []published.MagicIP{magicIP(80), magicIP(81), refused}}, now)
-	m.Published(now, now)
-	lock, err := published.Lock(dir, "a")
-	if err != nil {
-		t.Fatal(err)
+	begun := time.Now()
+	m.Polled() // whether or not the status file can be written
+	if m.polledAt.Before(begun) {
+		t.Errorf("polled at %v", m.polledAt)
 	}
-	defer func() { _ = lock.Close() }()
-	if err := published.Write(dir, now); err != nil {
-		t.Fatal(err)
-	}
-	if err := published.Renew(dir, "a", time.UnixMilli(2500)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(published.Dir(dir)+"/a.install", []byte(`{"version": 1, "lastError": "read-only"}`), 0o644); err != nil {
+	m.polledAt = time.UnixMilli(2500)
+	if err := runtimedir.New(dir).Installer("a").WriteRecord(runtimedir.Record{LastError: "read-only"}); err != nil {
 		t.Fatal(err)
 	}
 	want := `magic_ip_agent_failing 1
@@ -116,8 +94,8 @@ magic_ip_endpoints{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
 magic_ip_endpoints{magic_ip="169.254.210.210",port="81",protocol="tcp"} 0
 magic_ip_flows_deleted_total 3
 magic_ip_installed 0
-magic_ip_ports{state="refused"} 1
 magic_ip_ports{state="served"} 1
+magic_ip_ports{state="unserved"} 1
 magic_ip_ports{state="without_endpoint"} 1
 magic_ip_record_to_rule_seconds_count 1
 magic_ip_sync_duration_seconds_count{backend="nftables"} 3
@@ -130,8 +108,9 @@ magic_ip_sync_failures_total{backend="nftables"} 1`
 // TestConventions: every metric has a help text, and a name that Prometheus' own linter finds nothing wrong with.
 func TestConventions(t *testing.T) {
 	t.Parallel()
-	m := New(Options{RuntimeDir: t.TempDir(), API: &failing{}, Log: slog.New(slog.DiscardHandler)})
-	m.Published(nil, &published.Agent{MagicIPs: []published.MagicIP{magicIP(80)}})
+	m := New(Options{RuntimeDir: t.TempDir(), API: api{}, Log: slog.New(slog.DiscardHandler)})
+	m.Observe(nil, &runtimedir.Status{MagicIPs: []runtimedir.MagicIP{magicIP(80)}})
+	m.Polled()
 	problems, err := testutil.GatherAndLint(m.registry)
 	if err != nil {
 		t.Fatal(err)
@@ -145,11 +124,11 @@ func TestConventions(t *testing.T) {
 func TestManyPorts(t *testing.T) {
 	t.Parallel()
 	m := New(Options{RuntimeDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
-	view := &published.Agent{}
+	view := &runtimedir.Status{}
 	for port := range 10000 {
 		view.MagicIPs = append(view.MagicIPs, magicIP(uint16(port+1)))
 	}
-	m.Published(nil, view)
+	m.Observe(nil, view)
 	got := scrape(t, m)
 	if lines := strings.Count(got, "\n"); lines > 20 || !strings.Contains(got, `magic_ip_ports{state="without_endpoint"} 10000`) {
 		t.Errorf("%d lines, want few and the sum:\n%.2000s", lines, got)

@@ -38,12 +38,12 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 	if f.Closed {
 		return false
 	}
-	if reversed := (Frontend{f.Source.Addr(), f.Protocol, f.Source.Port()}); f.Server == f.Destination {
+	if reversed := (Frontend{Address: f.Source.Addr(), Protocol: f.Protocol, Port: f.Source.Port()}); f.Server == f.Destination {
 		if rule, ours := p.Find(reversed); ours {
 			return !p.alone(rule, f.Destination.Addr())
 		}
 	}
-	frontend := Frontend{f.Destination.Addr(), f.Protocol, f.Destination.Port()}
+	frontend := Frontend{Address: f.Destination.Addr(), Protocol: f.Protocol, Port: f.Destination.Port()}
 	rule, ours := p.Find(frontend)
 	if !ours && !slices.Contains(change.Removed, frontend) {
 		return false
@@ -81,6 +81,16 @@ type Change struct {
 // Empty says that no flow can have become stale.
 func (c Change) Empty() bool {
 	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone) == 0
+}
+
+// Plus is where flows may have become stale by either change.
+func (c Change) Plus(d Change) Change {
+	return Change{
+		Frontends:    sortedSet(slices.Concat(c.Frontends, d.Frontends), Frontend.Compare),
+		Removed:      sortedSet(slices.Concat(c.Removed, d.Removed), Frontend.Compare),
+		Untranslated: sortedSet(slices.Concat(c.Untranslated, d.Untranslated), Frontend.Compare),
+		Gone:         sortedSet(slices.Concat(c.Gone, d.Gone), netip.Addr.Compare),
+	}
 }
 
 // Since compares p with the plan before it; nil is a plan of which nothing is known.

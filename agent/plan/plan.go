@@ -5,34 +5,25 @@
 package plan
 
 import (
-	"cmp"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// Protocol is a transport protocol, written as nft and iptables write it.
-type Protocol string
+// Protocol is a transport protocol, Frontend what clients connect to: they are the keys of the files in the runtime directory too.
+type (
+	Protocol = runtimedir.Protocol
+	Frontend = runtimedir.Frontend
+)
 
 // The protocols that a magic IP can serve.
 const (
-	TCP  Protocol = "tcp"
-	UDP  Protocol = "udp"
-	SCTP Protocol = "sctp"
+	TCP  = runtimedir.TCP
+	UDP  = runtimedir.UDP
+	SCTP = runtimedir.SCTP
 )
-
-// Number is the protocol number of the IP header (IANA).
-func (p Protocol) Number() uint8 {
-	switch p {
-	case UDP:
-		return 17
-	case SCTP:
-		return 132
-	default:
-		return 6
-	}
-}
 
 // Family is an IP version, as nft names it.
 type Family string
@@ -57,25 +48,6 @@ func FamilyOf(address netip.Addr) Family {
 // Has says whether the plan has any rule of a family.
 func (p *Plan) Has(family Family) bool {
 	return slices.ContainsFunc(p.Rules, func(r Rule) bool { return FamilyOf(r.Address) == family })
-}
-
-// Frontend is what clients connect to, and the key of everything.
-type Frontend struct {
-	Address  netip.Addr
-	Protocol Protocol
-	Port     uint16
-}
-
-// AddrPort is the address and port of f.
-func (f Frontend) AddrPort() netip.AddrPort { return netip.AddrPortFrom(f.Address, f.Port) }
-
-func (f Frontend) String() string {
-	return fmt.Sprintf("%s/%s", f.AddrPort(), f.Protocol)
-}
-
-// Compare orders frontends by address, protocol and port.
-func (f Frontend) Compare(g Frontend) int {
-	return cmp.Or(f.Address.Compare(g.Address), cmp.Compare(f.Protocol, g.Protocol), cmp.Compare(f.Port, g.Port))
 }
 
 // Action is what becomes of a new packet of a served client.

@@ -5,12 +5,17 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
+	"sync/atomic"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
+	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/metrics"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
 
 // reportEvents has the agent send Events about its own pod, where it knows which that is.
@@ -22,15 +27,15 @@ func (f *runFlags) reportEvents(ctx context.Context, options *agent.Options, pod
 	}
 	events := pods.Events(ctx, self, options.Log)
 	reporter := event.New(event.Options{Send: events.Send, Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback})
-	options.Published = append(options.Published, reporter.Published)
+	options.Observers = append(options.Observers, reporter.Observe)
 	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", events.Problem()) })
-	options.Watchers = append(options.Watchers, func(ctx context.Context, _ func(agent.Source)) error {
+	options.Tasks = append(options.Tasks, func(ctx context.Context, _ func(agent.Source)) error {
 		reporter.Run(ctx)
 		return nil
 	})
 }
 
-// serveMetrics counts what the agent does, where --metrics-address says where to tell it.
+// serveMetrics counts what the agent does, where --metrics-address says where to serve that.
 func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name string) error {
 	if f.metricsAddress == "" {
 		return nil
@@ -38,19 +43,50 @@ func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name st
 	if _, err := net.ResolveTCPAddr("tcp", f.metricsAddress); err != nil {
 		return fmt.Errorf("--metrics-address %q is not allowed; allowed: HOST:PORT: %w", f.metricsAddress, err)
 	}
-	about := metrics.Options{RuntimeDir: f.runtimeDir, Name: name, Version: version, Log: options.Log}
+	about := metrics.Options{RuntimeDir: f.runtimeDir, Name: name, Version: version, Backend: options.Backend.Name(), Log: options.Log}
 	if pods != nil {
 		about.API = pods
 	}
 	m := metrics.New(about)
-	options.Backend, options.Flows = m.Backend(options.Backend), m.Flows(options.Flows)
-	options.Published = append(options.Published, m.Published)
+	options.Meter = m
+	options.Observers = append(options.Observers, m.Observe)
 	options.Notes = append(options.Notes, func() []string { return prefixed("", m.Problem()) })
-	options.Watchers = append(options.Watchers, func(ctx context.Context, _ func(agent.Source)) error {
+	options.Tasks = append(options.Tasks, func(ctx context.Context, _ func(agent.Source)) error {
 		m.Serve(ctx, f.metricsAddress)
 		return nil
 	})
 	return nil
+}
+
+// lookAround looks once for rules of others that translate a magic IP, and for what bypasses the rules of this agent. The first
+// is a look at all rules of the node: the doctor command repeats it.
+func lookAround(options *agent.Options, initial config.Config) {
+	var addresses []netip.Addr
+	for _, port := range initial.Ports {
+		addresses = append(addresses, port.Address)
+	}
+	var found atomic.Pointer[[]string]
+	options.Notes = append(options.Notes, func() []string {
+		if notes := found.Load(); notes != nil {
+			return *notes
+		}
+		return nil
+	})
+	options.Tasks = append(options.Tasks, func(ctx context.Context, wake func(agent.Source)) error {
+		rules, _ := foreign.Rules(ctx, addresses)
+		var notes []string
+		for _, rule := range rules {
+			options.Log.Warn("another program translates a magic IP too; remove the rule", "rule", rule)
+			notes = append(notes, "when the agent started, another program translated a magic IP too; remove the rule: "+rule)
+		}
+		for _, bypass := range node.Bypasses() {
+			options.Log.Warn(bypass)
+			notes = append(notes, bypass)
+		}
+		found.Store(&notes)
+		wake(agent.Notes)
+		return nil
+	})
 }
 
 // prefixed is text behind prefix; nothing where there is no text.

@@ -5,16 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
-	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
@@ -76,13 +76,9 @@ func (f *runFlags) run(ctx context.Context) error {
 		Backend:     selected,
 		BackendNote: selected.Reason,
 		Flows:       conntrack.Table{},
-		Node:        &node.Reader{},
-		ForeignRules: func(ctx context.Context, addresses []netip.Addr) []string {
-			found, _ := foreign.Rules(ctx, addresses)
-			return found
-		},
-		Bypasses: node.Bypasses,
-		Watchers: []agent.Watcher{
+		Node:        node.Kernel{},
+		Uptime:      uptime,
+		Tasks: []agent.Task{
 			agent.WatchFiles(f.runtimeDir, f.config),
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return node.Watch(ctx, func() { wake(agent.Network) }, func(err error) {
@@ -102,11 +98,12 @@ func (f *runFlags) run(ctx context.Context) error {
 			return err
 		}
 		options.API = pods
-		options.Watchers = append(options.Watchers, func(ctx context.Context, wake func(agent.Source)) error {
+		options.Tasks = append(options.Tasks, func(ctx context.Context, wake func(agent.Source)) error {
 			return pods.Run(ctx, func() { wake(agent.Pods) })
 		})
 		f.reportEvents(ctx, &options, pods, selected.Fallback)
 	}
+	lookAround(&options, initial)
 	if err := f.serveMetrics(&options, pods, initial.Name); err != nil {
 		return err
 	}
@@ -125,6 +122,13 @@ func (f *runFlags) run(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// uptime is the time since the node was started.
+func uptime() time.Duration {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // fails for a clock that is not there, and Linux has had this one since 2.6.39
+	return time.Duration(now.Nano())
 }
 
 func newLogger(name string, verbose bool) (*slog.Logger, error) {

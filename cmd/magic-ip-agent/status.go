@@ -2,13 +2,14 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
-	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/magic-ip-address/magic-ip-address/agent"
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 func statusCommand() *cobra.Command {
@@ -17,28 +18,35 @@ func statusCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "status",
 		Short: "Show what this node's agents serve, and whether they run",
-		Args:  cobra.NoArgs,
+		Long: `Show what this node's agents serve, and whether they run.
+
+The exit status is 0 where all of them run and have polled within three intervals, else 1; 2 where the command line is wrong.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output %q is not allowed; allowed: table, json", output)
+			if err := oneOf("--output", output, "table", "json"); err != nil {
+				return err
 			}
 			for {
-				status, err := agent.ReadStatus(runtimeDir, name)
+				read, err := status.Read(runtimedir.New(runtimeDir), name)
 				if err != nil {
 					return err
 				}
 				switch {
 				case probe:
-					return probeStatus(status)
+					return read.Unhealthy(time.Now())
 				case output == "json":
-					encoder := json.NewEncoder(cmd.OutOrStdout())
-					encoder.SetIndent("", "  ")
-					err = encoder.Encode(status)
+					err = writeJSON(cmd.OutOrStdout(), read)
 				default:
-					err = status.Write(cmd.OutOrStdout(), time.Now())
+					err = read.Write(cmd.OutOrStdout(), time.Now())
 				}
-				if err != nil || !watch {
+				if err != nil {
 					return err
+				}
+				if !watch {
+					if read.Unhealthy(time.Now()) != nil { // which has been shown
+						return exitCode(1)
+					}
+					return nil
 				}
 				select {
 				case <-cmd.Context().Done():
@@ -57,15 +65,11 @@ func statusCommand() *cobra.Command {
 	return command
 }
 
-// probeStatus is an error, and so exit status 1, where an agent does not do its work.
-func probeStatus(status agent.Status) error {
-	if len(status.Agents) == 0 {
-		return errors.New("no agent has published anything")
+func writeJSON(w io.Writer, read status.Status) error {
+	data, err := json.MarshalIndent(read, "", "  ")
+	if err != nil {
+		return err
 	}
-	for _, a := range status.Agents {
-		if reason := a.Unhealthy(time.Now()); reason != "" {
-			return fmt.Errorf("agent %s: %s", a.Name, reason)
-		}
-	}
-	return nil
+	_, err = w.Write(append(quote.JSON(data), '\n'))
+	return err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -13,8 +14,8 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // patience is for what happens soon or never.
@@ -55,25 +56,29 @@ func watchPublished(node *lab.Node) (*settled, error) {
 		return nil, err
 	}
 	s := &settled{dir: node.Path(lab.RuntimeDir), watcher: watcher}
-	return s, watcher.Add(published.Dir(s.dir))
+	return s, watcher.Add(s.folder())
+}
+
+func (s *settled) folder() string {
+	return filepath.Dir(runtimedir.New(s.dir).Agent(agentName).StatusPath())
 }
 
 func (s *settled) await(ctx context.Context, endpoint netip.Addr) error {
-	return s.until(ctx, endpoint, func(magicIPs []published.MagicIP) []published.MagicIP { return magicIPs })
+	return s.until(ctx, endpoint, func(magicIPs []runtimedir.MagicIP) []runtimedir.MagicIP { return magicIPs })
 }
 
 // awaitLast is await for the last magic IP alone.
 func (s *settled) awaitLast(ctx context.Context, endpoint netip.Addr) error {
-	return s.until(ctx, endpoint, func(magicIPs []published.MagicIP) []published.MagicIP { return magicIPs[len(magicIPs)-1:] })
+	return s.until(ctx, endpoint, func(magicIPs []runtimedir.MagicIP) []runtimedir.MagicIP { return magicIPs[len(magicIPs)-1:] })
 }
 
-func (s *settled) until(ctx context.Context, endpoint netip.Addr, which func([]published.MagicIP) []published.MagicIP) error {
+func (s *settled) until(ctx context.Context, endpoint netip.Addr, which func([]runtimedir.MagicIP) []runtimedir.MagicIP) error {
 	for {
-		agent, err := published.Read(s.dir, agentName)
+		agent, err := runtimedir.New(s.dir).Agent(agentName).ReadStatus()
 		if err != nil {
 			return err
 		}
-		reached := !slices.ContainsFunc(which(agent.MagicIPs), func(m published.MagicIP) bool {
+		reached := !slices.ContainsFunc(which(agent.MagicIPs), func(m runtimedir.MagicIP) bool {
 			if len(m.Endpoints) == 0 {
 				return endpoint.IsValid()
 			}
@@ -86,7 +91,7 @@ func (s *settled) until(ctx context.Context, endpoint netip.Addr, which func([]p
 		case <-ctx.Done():
 			return fmt.Errorf("%s was not published as the endpoint: %w", endpoint, context.Cause(ctx))
 		case err := <-s.watcher.Errors:
-			return fmt.Errorf("watching %s: %w", published.Dir(s.dir), err)
+			return fmt.Errorf("watching %s: %w", s.folder(), err)
 		case <-s.watcher.Events:
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan: pods have addresses of 10.244.1.0/24, as cni-conf/10-bridge.conflist says, and the pods of
@@ -91,11 +91,11 @@ func hostInterface(attached lab.Attached) (string, error) {
 }
 
 // neighbours are records of pods that no magic IP of the bench is for.
-func neighbours(count int) []state.Attachment {
-	records := make([]state.Attachment, count)
+func neighbours(count int) []runtimedir.Attachment {
+	records := make([]runtimedir.Attachment, count)
 	for i := range records {
 		name := fmt.Sprintf("neighbour-%d", i)
-		records[i] = state.Attachment{
+		records[i] = runtimedir.Attachment{
 			ContainerID: fmt.Sprintf("%064x", i), IfName: "eth0", Network: "bridge", Namespace: "default", Name: name, UID: uid(i),
 			Labels:        map[string]string{"app": "other", "pod-template-hash": "6d4cf56db6"},
 			IPs:           []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 250, byte(i)})},
@@ -108,7 +108,7 @@ func neighbours(count int) []state.Attachment {
 func uid(i int) string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", i) }
 
 // setRecords makes the state file in dir say this.
-func setRecords(dir string, records []state.Attachment) error {
+func setRecords(dir string, records []runtimedir.Attachment) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -116,18 +116,18 @@ func setRecords(dir string, records []state.Attachment) error {
 	if err != nil {
 		return err
 	}
-	warning, err := state.Update(dir, time.Second, gone, records...)
+	warning, err := runtimedir.New(dir).Update(time.Second, gone, records...)
 	return errors.Join(warning, err)
 }
 
 // recorded is what the state file in dir has.
-func recorded(dir string) ([]state.Key, error) {
-	attachments, err := state.Read(dir)
+func recorded(dir string) ([]runtimedir.Key, error) {
+	file, err := runtimedir.New(dir).ReadState()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	var keys []state.Key
-	for _, attachment := range attachments {
+	var keys []runtimedir.Key
+	for _, attachment := range file.Attachments {
 		keys = append(keys, attachment.Key())
 	}
 	return keys, err

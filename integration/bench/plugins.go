@@ -16,9 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // call is a plugin as a runtime calls it.
@@ -96,20 +95,23 @@ func runtimeDir(others int) string { return fmt.Sprintf("%s-%d", lab.RuntimeDir,
 
 // playAgent leaves what a live agent leaves for the plugin to read. An agent itself would react to each
 // record, beside whichever plugin is measured next.
-func playAgent(node *lab.Node, others int) (lock *os.File, err error) {
+func playAgent(node *lab.Node, others int) (lock *runtimedir.Lock, err error) {
 	dir := node.Path(runtimeDir(others))
 	records := neighbours(others)
 	if err := setRecords(dir, records); err != nil {
 		return nil, err
 	}
-	if lock, err = published.Lock(dir, agentName); err != nil {
+	if lock, err = runtimedir.New(dir).Agent(agentName).Lock(); err != nil {
 		return nil, err
 	}
-	agent := published.Agent{Name: agentName, PollInterval: "5s", Labels: map[string]map[string]string{}}
+	var pods runtimedir.Pods
 	for _, record := range records {
-		agent.Labels[record.UID] = record.Labels
+		id := runtimedir.PodID{Namespace: record.Namespace, Name: record.Name, UID: record.UID}
+		pods.Labels = append(pods.Labels, runtimedir.PodLabels{PodID: id, Labels: record.Labels})
 	}
-	return lock, published.Write(dir, &agent)
+	agent := runtimedir.New(dir).Agent(agentName)
+	_, err = agent.WritePods(pods)
+	return lock, errors.Join(err, agent.WriteStatus(runtimedir.Status{PollInterval: "5s"}))
 }
 
 // fewRecords is for a node whose selected namespaces have few pods.
@@ -196,13 +198,13 @@ func (c *call) execute(ctx context.Context, command string) (time.Duration, erro
 // recordedIs checks that one more pod is recorded in each place, or none.
 func recordedIs(wanted bool) error {
 	for _, others := range []int{fewRecords, otherRecords} {
-		records, err := state.Read(runtimeDir(others))
+		file, err := runtimedir.New(runtimeDir(others)).ReadState()
 		if err != nil {
 			return err
 		}
-		if more := len(records) - others; more != 0 && !wanted || more != 1 && wanted {
+		if more := len(file.Attachments) - others; more != 0 && !wanted || more != 1 && wanted {
 			return fmt.Errorf("%d pods in %s besides the %d that were there: the plugin does not do what is measured",
-				more, state.Path(runtimeDir(others)), others)
+				more, runtimedir.New(runtimeDir(others)).StatePath(), others)
 		}
 	}
 	return nil

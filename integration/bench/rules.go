@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // ruleTarget is for the p99 of all changes, in ms.
@@ -18,7 +18,7 @@ const ruleTarget = 20
 // change is one change of the records that moves the endpoint.
 type change struct {
 	what     string
-	records  []state.Attachment
+	records  []runtimedir.Attachment
 	endpoint netip.Addr // afterwards; invalid: none
 	element  element    // what the kernel then says
 	took     sample     // ms until then
@@ -83,7 +83,7 @@ func measureRules(ctx context.Context, count rounds) (measured []table, err erro
 // lifeOfAnEndpoint attaches two pods, of which the second is newer, and returns the changes in which a node
 // would see them come and go.
 func lifeOfAnEndpoint(ctx context.Context, node *lab.Node) ([]*change, error) {
-	var pods []state.Attachment
+	var pods []runtimedir.Attachment
 	for i, name := range []string{"a", "b"} {
 		// The pods are attached in a namespace without a selector: their records are the bench's to write.
 		attached, err := node.Add(ctx, "bridge", lab.Pod{Name: name, Namespace: "other"})
@@ -94,7 +94,7 @@ func lifeOfAnEndpoint(ctx context.Context, node *lab.Node) ([]*change, error) {
 		if err != nil {
 			return nil, err
 		}
-		pods = append(pods, state.Attachment{
+		pods = append(pods, runtimedir.Attachment{
 			ContainerID: attached.ContainerID, IfName: "eth0", Network: "bridge", Namespace: "default", Name: name, UID: uid(1000 + i),
 			Labels: map[string]string{"app": "echo"}, IPs: attached.IPs, HostInterface: link, Netns: "/run/netns/" + name,
 			AddedAt: time.Now().UTC().Add(time.Duration(i) * time.Second),
@@ -120,7 +120,7 @@ func (c *change) measure(ctx context.Context, node *lab.Node, notifications *not
 		return err
 	}
 	begun := time.Now()
-	if _, err := state.Update(dir, time.Second, gone, c.records...); err != nil {
+	if _, err := runtimedir.New(dir).Update(time.Second, gone, c.records...); err != nil {
 		return err
 	}
 	arrived, err := notifications.await(ctx, c.element, begun)

@@ -10,9 +10,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The magic IPs of the scale are 198.18.0.0 and on (a network for benchmarks, RFC 2544), each with a selector
@@ -105,7 +104,7 @@ type scaleNode struct {
 	settled  *settled
 	backend  string
 	magicIP  netip.Addr // the last one
-	pods     []state.Attachment
+	pods     []runtimedir.Attachment
 	own      netip.AddrPort
 
 	took, done   sample
@@ -137,7 +136,7 @@ func newScaleNode(ctx context.Context, backend string, size int) (n *scaleNode, 
 		if err != nil {
 			return nil, err
 		}
-		n.pods = append(n.pods, state.Attachment{
+		n.pods = append(n.pods, runtimedir.Attachment{
 			ContainerID: attached.ContainerID, IfName: "eth0", Network: "bridge", Namespace: "default", Name: name, UID: uid(1000 + i),
 			IPs: attached.IPs, HostInterface: link, Netns: "/run/netns/" + name, AddedAt: time.Now().UTC(),
 		})
@@ -179,7 +178,7 @@ func (n *scaleNode) measure(ctx context.Context, rounds int) (err error) {
 	}
 	rest := func(what string, values sample) { n.rest = append(n.rest, row2(magicIPs(n.size)+", "+what, values)) }
 	err = lab.Eventually(ctx, func() error {
-		if agent, err := published.Read(n.node.Path(lab.RuntimeDir), agentName); err != nil || agent.LastSync.IsZero() {
+		if agent, err := runtimedir.New(n.node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus(); err != nil || agent.LastSync.IsZero() {
 			return errors.Join(errors.New("the agent has not synced"), err)
 		}
 		return nil
@@ -204,14 +203,14 @@ func (n *scaleNode) measure(ctx context.Context, rounds int) (err error) {
 		if i == 2 { // the first ones are not counted
 			n.took, n.done = nil, nil
 		}
-		pod := []state.Attachment{other, server}[i%2]
+		pod := []runtimedir.Attachment{other, server}[i%2]
 		if err := n.change(ctx, pod, only, &n.took, &n.done); err != nil {
 			return err
 		}
 	}
 	var all, allDone sample
 	for i := range 4 {
-		pod := []state.Attachment{other, server}[i%2]
+		pod := []runtimedir.Attachment{other, server}[i%2]
 		if err := n.change(ctx, pod, map[string]string{"app": allOfThem}, &all, &allDone); err != nil {
 			return err
 		}
@@ -220,7 +219,7 @@ func (n *scaleNode) measure(ctx context.Context, rounds int) (err error) {
 		rest("all endpoints at once", all)
 	}
 	rest("all endpoints at once, until the agent is done", allDone)
-	for _, pod := range []state.Attachment{other, server} {
+	for _, pod := range []runtimedir.Attachment{other, server} {
 		if err := n.change(ctx, pod, only, &sample{}, &sample{}); err != nil {
 			return err
 		}
@@ -245,10 +244,10 @@ func (n *scaleNode) measure(ctx context.Context, rounds int) (err error) {
 }
 
 // change makes pod the only target.
-func (n *scaleNode) change(ctx context.Context, pod state.Attachment, labels map[string]string, took, done *sample) error {
+func (n *scaleNode) change(ctx context.Context, pod runtimedir.Attachment, labels map[string]string, took, done *sample) error {
 	pod.Labels = labels
 	begun := time.Now()
-	if _, err := state.Update(n.node.Path(lab.RuntimeDir), time.Second, []state.Key{n.pods[0].Key(), n.pods[1].Key()}, pod); err != nil {
+	if _, err := runtimedir.New(n.node.Path(lab.RuntimeDir)).Update(time.Second, []runtimedir.Key{n.pods[0].Key(), n.pods[1].Key()}, pod); err != nil {
 		return err
 	}
 	if n.backend == "nftables" {

@@ -95,7 +95,7 @@ func TestAgentTakesTheConfiguration(t *testing.T) {
 			parsed := configuration(t, test.values, test.noAPI)
 			var got []string
 			for _, port := range parsed.Ports {
-				target := port.TargetPortName
+				target := port.PortName
 				if target == "" {
 					target = fmt.Sprint(port.TargetPort)
 				}

@@ -32,7 +32,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // What `make e2e-bench` measures. None of it is asserted: it prints, with the targets beside it.
@@ -290,14 +290,14 @@ func BenchmarkFullNode(b *testing.B) {
 			w.create(fmt.Sprint("echo-", i)).add().running(true)
 		}
 		pods := w.filler(onNode-attached-1, func(int) string { return w.node.Name }) // and the marker
-		var records []state.Attachment
+		var records []runtimedir.Attachment
 		for i, pod := range pods[:recorded-attached] {
-			records = append(records, state.Attachment{
+			records = append(records, runtimedir.Attachment{
 				ContainerID: fmt.Sprint("c", i), IfName: "eth0", Network: network, Namespace: w.namespace, Name: pod.Name, UID: string(pod.UID),
 				Labels: pod.Labels, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 251, 0, byte(i)})}, AddedAt: time.Now(),
 			})
 		}
-		_, err := state.Update(w.node.Path(lab.RuntimeDir), time.Second, nil, records...)
+		_, err := runtimedir.New(w.node.Path(lab.RuntimeDir)).Update(time.Second, nil, records...)
 		w.must(err)
 		w.goesTo(fmt.Sprint("echo-", attached-1))
 		w.measure(b, "with 250, idle (targets ≤ 40 MiB, ≤ 0.5 %)", idle, nil)
@@ -409,7 +409,7 @@ func BenchmarkAPIServer(b *testing.B) {
 			patience, stop := context.WithTimeout(ctx, 3*time.Minute)
 			for i, agent := range agents {
 				w.must(lab.Eventually(patience, func() error {
-					if view := agent.View(); !view.Spoken || !view.Reachable || len(view.Pods) != 1 {
+					if view := agent.View(); len(view.Current) == 0 || len(view.Pods) != 1 {
 						return fmt.Errorf("agent %d sees %+v", i, view)
 					}
 					return nil

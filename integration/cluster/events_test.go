@@ -12,8 +12,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The agents of these tests know their own pod, as the downward API would tell them.
@@ -67,7 +67,7 @@ func TestEventsOfAFlappingPod(t *testing.T) {
 		ready := i%2 == 0
 		pod.running(ready)
 		want := map[bool]string{true: "echo"}[ready]
-		w.await("to follow", func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == want })
+		w.await("to follow", func(a *runtimedir.Status) bool { return endpointOf(a, magic().Addr()) == want })
 	}
 	unstable := w.awaitEvent(100*time.Second, "EndpointUnstable")
 	lost := w.awaitEvent(100*time.Second, "EndpointLost")
@@ -114,7 +114,7 @@ func TestEventsForbidden(t *testing.T) {
 	w.goesTo("echo")
 	ctx, cancel := lab.Patience(w.Context(), time.Minute)
 	defer cancel()
-	w.awaitFor(ctx, "to say what right is missing", func(a *published.Agent) bool {
+	w.awaitFor(ctx, "to say what right is missing", func(a *runtimedir.Status) bool {
 		return strings.Contains(strings.Join(a.Notes, "\n"), missing) && a.LastError == ""
 	})
 	if status, err := w.node.RunAgent(w.Context(), "status"); err != nil || !strings.Contains(status, "note: "+missing) {

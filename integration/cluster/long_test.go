@@ -11,9 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // What is longer than any time-out of the agent: where the API server says nothing, it takes 90 s to see that a watch
@@ -248,7 +247,7 @@ func TestSilentWatch(t *testing.T) {
 	w.answers("first")
 	ctx, cancel := lab.Patience(w.Context(), beyondSilence)
 	defer cancel()
-	w.awaitFor(ctx, "to list", func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == "fresh" })
+	w.awaitFor(ctx, "to list", func(a *runtimedir.Status) bool { return endpointOf(a, magic().Addr()) == "fresh" })
 	w.answers("fresh")
 	w.goesToOf(apiOnly, "")
 	t.Logf("heard of the change after %v", time.Since(began).Round(time.Millisecond))
@@ -326,14 +325,14 @@ func TestUnknownToAPI(t *testing.T) {
 	vanished := w.unheardOf("vanished").add()
 	// A record without a host interface, as of a CNI plugin that names none.
 	runtimeDir := w.node.Path(lab.RuntimeDir)
-	_, err := state.Update(runtimeDir, time.Second, nil, state.Attachment{
+	_, err := runtimedir.New(runtimeDir).Update(time.Second, nil, runtimedir.Attachment{
 		ContainerID: "nameless", IfName: "eth0", Network: network, Namespace: w.namespace, Name: "nameless", UID: "nameless",
 		Labels: map[string]string{"app": "api-only"}, IPs: []netip.Addr{netip.MustParseAddr("10.244.1.250")}, AddedAt: time.Now(),
 	})
 	w.must(err)
 	added := time.Now()
-	apiOnlyIs := func(pod string) func(*published.Agent) bool {
-		return func(a *published.Agent) bool { return endpointOf(a, apiOnly) == pod }
+	apiOnlyIs := func(pod string) func(*runtimedir.Status) bool {
+		return func(a *runtimedir.Status) bool { return endpointOf(a, apiOnly) == pod }
 	}
 	w.await("to serve the record without an interface", apiOnlyIs("nameless"))
 	vanished.end()
@@ -347,7 +346,7 @@ func TestUnknownToAPI(t *testing.T) {
 	if after := time.Since(added); after < 59*time.Second {
 		t.Errorf("dropped after %v", after)
 	}
-	w.awaitFor(ctx, "to name the dead record", func(a *published.Agent) bool { return len(a.Dead) == 1 })
+	w.awaitFor(ctx, "to name the dead record", func(*runtimedir.Status) bool { return len(w.reported().Dead) == 1 })
 	w.staysWith("standing")
 	if _, recorded := vanished.record(); !recorded {
 		t.Error("the dead record is gone before the plugin has written")

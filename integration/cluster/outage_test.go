@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // soon is how fast the agent acts on what CNI tells, whatever the API server does, in working time of the machine.
@@ -183,14 +183,14 @@ func TestForbidden(t *testing.T) {
 // problem waits until the agent says that something is wrong with the API, in words that contain this.
 func (w *world) problem(text string) {
 	w.Helper()
-	w.await("to name the problem", func(a *published.Agent) bool {
+	w.await("to name the problem", func(a *runtimedir.Status) bool {
 		return strings.Contains(a.LastError, "Kubernetes API: ") && strings.Contains(a.LastError, text)
 	})
 }
 
 func (w *world) mended() {
 	w.Helper()
-	w.await("to have no problem", func(a *published.Agent) bool { return a.LastError == "" })
+	w.await("to have no problem", func(a *runtimedir.Status) bool { return a.LastError == "" })
 }
 
 // whenBack calls end once: when the test says so, or else at its end.
@@ -226,7 +226,7 @@ func (w *world) waitPolls(during time.Duration) {
 	w.Helper()
 	until := time.Now().Add(during)
 	w.must(lab.Eventually(w.Context(), func() error {
-		info, err := os.Stat(published.Path(w.node.Path(lab.RuntimeDir), agentName))
+		info, err := os.Stat(runtimedir.New(w.node.Path(lab.RuntimeDir)).Agent(agentName).StatusPath())
 		if err == nil && info.ModTime().Before(until) {
 			err = errors.New("not yet")
 		}

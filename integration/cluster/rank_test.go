@@ -15,8 +15,8 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The rows of the README's table, "Which pod is the endpoint", and what stands below it.
@@ -165,7 +165,7 @@ func TestLabelsChange(t *testing.T) {
 func TestLabelsPublished(t *testing.T) {
 	w := serving(t)
 	pod := w.create("echo")
-	w.await("to publish the labels", func(a *published.Agent) bool { return a.Labels[string(pod.uid)]["app"] == "echo" })
+	w.await("to publish the labels", func(*runtimedir.Status) bool { return w.labels(pod.name, string(pod.uid))["app"] == "echo" })
 	other := w.create("other", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "other"} })
 	w.settle()
 	pod.add()
@@ -267,7 +267,7 @@ func TestStaticPod(t *testing.T) {
 	w.goesTo("old")
 	static := w.create("static-node1", mirror)
 	static.sandbox = hash
-	w.await("to publish the labels", func(a *published.Agent) bool { return a.Labels[hash]["app"] == "echo" })
+	w.await("to publish the labels", func(*runtimedir.Status) bool { return w.labels(static.name, hash)["app"] == "echo" })
 	static.add()
 	if record, _ := static.record(); record.Labels["app"] != "echo" {
 		t.Errorf("record %+v, want label app=echo", record)
@@ -341,7 +341,7 @@ func TestSameName(t *testing.T) {
 	w.staysWith("echo-0")
 	last.add().running(true)
 	w.settle()
-	w.await("to go to the new sandbox", func(a *published.Agent) bool { return a.MagicIPs[0].Endpoints[0].UID == string(last.uid) })
+	w.await("to go to the new sandbox", func(a *runtimedir.Status) bool { return a.MagicIPs[0].Endpoints[0].UID == string(last.uid) })
 	again.del()
 	w.staysWith("echo-0")
 	last.del()

@@ -21,9 +21,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan: the node is 192.0.2.2, pods are 10.244.1.0/24 on the bridge of 10-bridge.conflist, those
@@ -174,7 +173,7 @@ func (w *world) start() {
 	if w.agent, err = w.node.StartAgent(w.conf, "--kubeconfig", w.kubeconfig, "--backend", "nftables", "--log-level", "debug"); err != nil {
 		w.Fatal(err)
 	}
-	w.await("to run", func(a *published.Agent) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
+	w.await("to run", func(a *runtimedir.Status) bool { return a.StartedAt.After(before) && !a.LastSync.IsZero() })
 }
 
 func (w *world) patience() context.Context {
@@ -191,15 +190,15 @@ func (w *world) must(err error) {
 }
 
 // await waits until what the agent has published is as wanted: it publishes after it has acted.
-func (w *world) await(what string, wanted func(*published.Agent) bool) *published.Agent {
+func (w *world) await(what string, wanted func(*runtimedir.Status) bool) *runtimedir.Status {
 	w.Helper()
 	return w.awaitFor(w.patience(), what, wanted)
 }
 
-func (w *world) awaitFor(ctx context.Context, what string, wanted func(*published.Agent) bool) (agent *published.Agent) {
+func (w *world) awaitFor(ctx context.Context, what string, wanted func(*runtimedir.Status) bool) (agent *runtimedir.Status) {
 	w.Helper()
 	err := lab.Eventually(ctx, func() (err error) {
-		if agent, err = published.Read(w.node.Path(lab.RuntimeDir), agentName); err != nil {
+		if agent, err = runtimedir.New(w.node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus(); err != nil {
 			return err
 		}
 		if !wanted(agent) {
@@ -223,14 +222,14 @@ func (w *world) goesToWithin(limit time.Duration, pod string) {
 	w.Helper()
 	ctx, cancel := lab.Patience(w.Context(), limit)
 	defer cancel()
-	w.awaitFor(ctx, "to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, magic().Addr()) == pod })
+	w.awaitFor(ctx, "to have endpoint "+pod, func(a *runtimedir.Status) bool { return endpointOf(a, magic().Addr()) == pod })
 	w.answers(pod)
 }
 
 // goesToOf is goesTo for another magic IP.
 func (w *world) goesToOf(address netip.Addr, pod string) {
 	w.Helper()
-	w.await("to have endpoint "+pod, func(a *published.Agent) bool { return endpointOf(a, address) == pod })
+	w.await("to have endpoint "+pod, func(a *runtimedir.Status) bool { return endpointOf(a, address) == pod })
 	w.answersOf(address, pod)
 }
 
@@ -273,7 +272,7 @@ func (w *world) answeredBy(address netip.Addr, pod string) error {
 func magic() netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(magicIP), port) }
 
 // endpointOf is the name of the pod that traffic to the magic IP goes to; empty for none.
-func endpointOf(a *published.Agent, address netip.Addr) string {
+func endpointOf(a *runtimedir.Status, address netip.Addr) string {
 	var names []string
 	for _, m := range a.MagicIPs {
 		if m.Address != address {
@@ -288,12 +287,27 @@ func endpointOf(a *published.Agent, address netip.Addr) string {
 
 // settle waits until the agent has heard everything that the API has said so far: events come in order, and
 // a new label of the marker is the last.
-func (w *world) settle() *published.Agent {
+func (w *world) settle() *runtimedir.Status {
 	w.Helper()
 	w.steps++
 	step := fmt.Sprint(w.steps)
-	marker := w.patch(w.namespace, "marker", "", map[string]any{"metadata": map[string]any{"labels": map[string]any{"step": step}}})
-	return w.await("to hear of the marker", func(a *published.Agent) bool { return a.Labels[string(marker.UID)]["step"] == step })
+	marker := w.patch(w.namespace, "marker", "", map[string]any{"metadata": map[string]any{"labels": map[string]any{"app": "marker-" + step}}})
+	return w.await("to hear of the marker", func(*runtimedir.Status) bool { return w.labels("marker", string(marker.UID))["app"] == "marker-"+step })
+}
+
+// reported is what the agent reports to the plugin.
+func (w *world) reported() *runtimedir.Pods {
+	w.Helper()
+	pods, err := runtimedir.New(w.node.Path(lab.RuntimeDir)).Agent(agentName).ReadPods()
+	if err != nil {
+		return &runtimedir.Pods{}
+	}
+	return pods
+}
+
+func (w *world) labels(name, uid string) map[string]string {
+	w.Helper()
+	return w.reported().LabelsOf(runtimedir.PodID{Namespace: w.namespace, Name: name, UID: uid})
 }
 
 // pod is a pod of the node: an object in the API, and once it is attached a network namespace.
@@ -445,11 +459,11 @@ func (p *pod) del() {
 }
 
 // record is what the plugin has recorded of the pod.
-func (p *pod) record() (state.Attachment, bool) {
+func (p *pod) record() (runtimedir.Attachment, bool) {
 	p.w.Helper()
-	file, err := state.ReadFile(p.w.node.Path(lab.RuntimeDir))
+	file, err := runtimedir.New(p.w.node.Path(lab.RuntimeDir)).ReadState()
 	if errors.Is(err, fs.ErrNotExist) {
-		return state.Attachment{}, false
+		return runtimedir.Attachment{}, false
 	}
 	p.w.must(err)
 	for _, record := range file.Attachments {
@@ -457,5 +471,5 @@ func (p *pod) record() (state.Attachment, bool) {
 			return record, true
 		}
 	}
-	return state.Attachment{}, false
+	return runtimedir.Attachment{}, false
 }

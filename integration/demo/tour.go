@@ -15,9 +15,8 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const (
@@ -316,7 +315,7 @@ func (t *tour) lookInside(ctx context.Context) error {
 	t.tell("With a target again, echo-4:")
 	for _, command := range [][]string{
 		{"nft", "list", "table", "ip", table},
-		{"cat", state.Path(lab.RuntimeDir)},
+		{"cat", runtimedir.New(lab.RuntimeDir).StatePath()},
 		{t.agent, "status"},
 	} {
 		t.command("%s %s", filepath.Base(command[0]), strings.Join(command[1:], " "))
@@ -371,8 +370,8 @@ func (t *tour) await(ctx context.Context, condition func() error) error {
 	return lab.Eventually(ctx, condition)
 }
 
-func (t *tour) published() (*published.Agent, error) {
-	p, err := published.Read(t.node.Path(lab.RuntimeDir), agentName)
+func (t *tour) published() (*runtimedir.Status, error) {
+	p, err := runtimedir.New(t.node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, errors.New("the agent has published nothing")
 	}
@@ -406,12 +405,12 @@ func (t *tour) untilEndpoint(ctx context.Context) (took time.Duration, err error
 		return 0, err
 	}
 	dir := t.node.Path(lab.RuntimeDir)
-	info, err := os.Stat(published.Path(dir, agentName))
+	info, err := os.Stat(runtimedir.New(dir).Agent(agentName).StatusPath())
 	if err != nil {
 		return 0, err
 	}
-	records, err := state.Read(dir)
-	for _, record := range records {
+	file, err := runtimedir.New(dir).ReadState()
+	for _, record := range file.Attachments {
 		if record.Name == t.target {
 			return max(0, info.ModTime().Sub(record.AddedAt)), nil
 		}

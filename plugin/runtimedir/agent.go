@@ -70,8 +70,9 @@ type Endpoint struct {
 	Address netip.AddrPort `json:"address"`
 	Pod     string         `json:"pod,omitempty"` // namespace/name
 	UID     string         `json:"uid,omitempty"`
-	// Recorded: the CNI plugin has recorded the pod's sandbox.
-	Recorded bool `json:"recorded,omitempty"`
+	// Recorded: the CNI plugin has recorded the pod's sandbox, at AddedAt.
+	Recorded bool      `json:"recorded,omitempty"`
+	AddedAt  time.Time `json:"addedAt,omitzero"`
 }
 
 func (s *Status) version() *int { return &s.Version }
@@ -162,11 +163,11 @@ func (a Agent) WriteClaims(claims []Claim) error {
 	return a.write(claimsFile, claimsLimit, &Claims{Claims: claims})
 }
 
-// Memory is what an agent goes on with after a restart, and no other process reads: memory.json.
+// Memory is what an agent goes on with after a restart beside its status and claims, and no other process reads: memory.json.
 type Memory struct {
 	Version int `json:"version"`
-	// Services are the frontends that were served.
-	Services []Service `json:"services,omitempty"`
+	// Holds are the frontends that have no endpoint any more.
+	Holds []Hold `json:"holds,omitempty"`
 	// Uplinks are the ifindexes of the node's links that stay uplinks until they are gone.
 	Uplinks []int `json:"uplinks,omitempty"`
 	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
@@ -180,13 +181,11 @@ type Memory struct {
 	Withdrawn []Withdrawn `json:"withdrawn,omitempty"`
 }
 
-// Service is a frontend that was served before the restart.
-type Service struct {
+// Hold is a frontend without an endpoint.
+type Hold struct {
 	Frontend
-	ClaimedAt time.Time `json:"claimedAt,omitzero"`
 	// LostAt is when the last endpoint went: the time since the node was started (CLOCK_BOOTTIME), in nanoseconds.
-	LostAt    time.Duration `json:"lostAt,omitzero"`
-	Endpoints []Endpoint    `json:"endpoints,omitempty"`
+	LostAt time.Duration `json:"lostAt"`
 }
 
 // PodID identifies a pod: all three parts do together. The version before wrote the UID alone.

@@ -77,7 +77,7 @@ func TestAgentFiles(t *testing.T) {
 	}, {Frontend: frontend(81), Reason: "claimed", Endpoints: []runtimedir.Endpoint{}}}}
 	claims := []runtimedir.Claim{{Frontend: frontend(80), ClaimedAt: time.Unix(1, 0).UTC(), Served: true}, {Frontend: frontend(81)}}
 	pods := runtimedir.Pods{Labels: []runtimedir.PodLabels{podLabels("u", map[string]string{"app": "x"}), podLabels("v", map[string]string{})}, Dead: []runtimedir.Key{{ContainerID: "c", IfName: "eth0"}}}
-	memory := runtimedir.Memory{Services: []runtimedir.Service{{Frontend: frontend(80), LostAt: 2 * time.Second}}, Records: []runtimedir.Attachment{attachment("c")}}
+	memory := runtimedir.Memory{Holds: []runtimedir.Hold{{Frontend: frontend(80), LostAt: 2 * time.Second}}, Records: []runtimedir.Attachment{attachment("c")}}
 	dropped, err := agent.WritePods(pods)
 	if err := errors.Join(err, agent.WriteStatus(status), agent.WriteClaims(claims), agent.WriteMemory(memory)); err != nil || dropped > 0 {
 		t.Fatal(dropped, err)
@@ -125,7 +125,7 @@ func TestAgentFiles(t *testing.T) {
 
 func TestReadRefuses(t *testing.T) {
 	for name, data := range map[string]string{
-		"garbage": "{", "no version": `{}`, "empty": "", "wrong type": `{"version":1,"magicIPs":3,"claims":3,"labels":3,"services":3,"conflist":3,"attachments":3}`,
+		"garbage": "{", "no version": `{}`, "empty": "", "wrong type": `{"version":1,"magicIPs":3,"claims":3,"labels":3,"holds":3,"conflist":3,"attachments":3}`,
 	} {
 		for file := range readers("") {
 			if strings.HasSuffix(file, ".log") {

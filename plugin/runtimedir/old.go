@@ -276,7 +276,6 @@ func (o *oldAgent) memory() *Memory {
 		}
 	}
 	for _, m := range o.MagicIPs {
-		memory.Services = append(memory.Services, Service{Frontend: m.Frontend, ClaimedAt: m.ClaimedAt, Endpoints: m.Endpoints})
 		for _, e := range m.Endpoints {
 			if e.UID == "" {
 				continue

@@ -100,9 +100,6 @@ func asWritten() knowledge {
 		}, Dead: []runtimedir.Key{{ContainerID: "c9", IfName: "eth0"}}},
 		Memory: &runtimedir.Memory{
 			Version: 1,
-			Services: []runtimedir.Service{
-				{Frontend: frontends[0], ClaimedAt: at, Endpoints: endpoints}, {Frontend: frontends[1], ClaimedAt: at}, {Frontend: frontends[2], ClaimedAt: at},
-			},
 			Records: []runtimedir.Attachment{record("1", "10.244.1.7", labels["u1"])}, RecordsSince: time.Date(2026, 1, 2, 3, 0, 0, 0, time.UTC),
 			Lost: []runtimedir.Attachment{record("0", "10.244.1.6", nil)},
 			Pods: []runtimedir.Pod{

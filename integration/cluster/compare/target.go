@@ -20,7 +20,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // target is how the DaemonSet of a node is updated, and its server ends.
@@ -145,14 +145,14 @@ func (w *world) podsOf(ctx context.Context, n *whole.Node) ([]corev1.Pod, error)
 	return pods.Items, nil
 }
 
-type record = state.Attachment
+type record = runtimedir.Attachment
 
 func recordsOf(n *whole.Node) ([]record, error) {
-	records, err := state.Read(n.Path(lab.RuntimeDir))
+	file, err := runtimedir.New(n.Path(lab.RuntimeDir)).ReadState()
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
-	return records, err
+	return file.Attachments, err
 }
 
 // life is when a server of a node began and ceased to listen.

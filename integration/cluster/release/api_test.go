@@ -16,10 +16,10 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestRefusedDuringRollOut: pods of the release are replaced while the API server refuses them (403), restarts, and does not know
@@ -97,7 +97,7 @@ func (w *world) errs(r release, text string) {
 func (w *world) errsOn(n *whole.Node, r release, text string) {
 	w.Helper()
 	w.eventually(fmt.Sprintf("error %q of the agent of %s", text, n.Name), func() error {
-		agent, err := published.Read(n.Path(runtimeDir), r.agent())
+		agent, err := runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).ReadStatus()
 		if err == nil && (text == "" && agent.LastError != "" || !strings.Contains(agent.LastError, text)) {
 			err = fmt.Errorf("it is %q", agent.LastError)
 		}
@@ -162,6 +162,6 @@ func installed(n *whole.Node, r release) error {
 	if _, err := install.ReadRecord(n.Path(runtimeDir), r.agent()); err != nil {
 		return err
 	}
-	_, err = published.Read(n.Path(runtimeDir), r.agent())
+	_, err = runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).ReadStatus()
 	return err
 }

@@ -13,7 +13,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestWhoIsTarget: who bears the labels in another namespace, or in the right one without belonging to the owner, receives
@@ -149,13 +149,13 @@ func (w *world) labelled(n *whole.Node, name string) (server string, remove func
 		w.must(err)
 	})
 	w.Cleanup(remove)
-	records, err := state.Read(n.Path(runtimeDir))
+	file, err := runtimedir.New(n.Path(runtimeDir)).ReadState()
 	w.must(err)
-	for _, record := range records {
+	for _, record := range file.Attachments {
 		if record.UID == name && record.Labels["app"] == "apm-server" && len(record.IPs) == 1 && record.IPs[0] != (netip.Addr{}) {
 			return name, remove
 		}
 	}
-	w.Fatalf("no record of %s after %s: %+v", name, added, records)
+	w.Fatalf("no record of %s after %s: %+v", name, added, file)
 	return "", nil
 }

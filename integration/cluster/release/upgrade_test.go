@@ -15,9 +15,9 @@ import (
 
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // udp is the same address and port for datagrams, as values.
@@ -106,7 +106,7 @@ func (w *world) configured(interval string) {
 	w.kubectl("annotate", "pods", "-n", system, "-l", "release="+name, "--overwrite", "look-again=now")
 	w.eventually("configuration with the interval "+interval, func() error {
 		for _, n := range cluster.Nodes {
-			agent, err := published.Read(n.Path(runtimeDir), agentName)
+			agent, err := runtimedir.New(n.Path(runtimeDir)).Agent(agentName).ReadStatus()
 			if err == nil && agent.PollInterval != interval {
 				err = fmt.Errorf("%s: the agent polls every %s", n.Name, agent.PollInterval)
 			}

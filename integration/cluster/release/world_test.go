@@ -22,10 +22,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan: targets are DaemonSets, most of them app=apm-server in kube-system at port 9200. Each node has a client pod
@@ -204,7 +203,7 @@ func (w *world) describe() {
 		show(strings.Join(args, " "), out, err)
 	}
 	for _, n := range cluster.Nodes {
-		out, err := n.Exec(w.ctx, "sh", "-c", "ls -l "+runtimeDir+"/agents; cat "+runtimeDir+"/agents/*.install "+whole.CNIConfDir+"/*; nft list tables")
+		out, err := n.Exec(w.ctx, "sh", "-c", "ls -lR "+runtimeDir+"; cat "+runtimeDir+"/install/*/record.json "+whole.CNIConfDir+"/*; nft list tables")
 		show(n.Name, out, err)
 	}
 }
@@ -272,8 +271,8 @@ func (w *world) rolledOut(r release) {
 			return err
 		}
 		for _, n := range cluster.Nodes {
-			agent, err := published.Read(n.Path(runtimeDir), r.agent())
-			if err == nil && (agent.LastSync.IsZero() || !published.Live(n.Path(runtimeDir), r.agent())) {
+			agent, err := runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).ReadStatus()
+			if err == nil && (agent.LastSync.IsZero() || !runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).Live()) {
 				err = fmt.Errorf("agent %s has not made its rules yet", r.agent())
 			}
 			if err != nil {
@@ -506,8 +505,8 @@ func (w *world) refusedOrLost(n *whole.Node, to netip.AddrPort) {
 
 // recorded says whether the plugin has a record of a pod.
 func recorded(n *whole.Node, pod *corev1.Pod) bool {
-	records, err := state.Read(n.Path(runtimeDir))
-	return err == nil && slices.ContainsFunc(records, func(r state.Attachment) bool { return r.UID == string(pod.UID) })
+	file, err := runtimedir.New(n.Path(runtimeDir)).ReadState()
+	return err == nil && slices.ContainsFunc(file.Attachments, func(r runtimedir.Attachment) bool { return r.UID == string(pod.UID) })
 }
 
 // load is clients of all kinds on both nodes.

@@ -14,7 +14,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestStaticPod: the sandbox of a static pod has another UID than its object in the API.
@@ -175,9 +175,9 @@ func TestReboot(t *testing.T) {
 				}
 				return err
 			}))
-			records, err := state.Read(n.Path(lab.RuntimeDir))
+			file, err := runtimedir.New(n.Path(lab.RuntimeDir)).ReadState()
 			w.must(err)
-			if slices.ContainsFunc(records, func(a state.Attachment) bool { return a.Key() == lost }) {
+			if slices.ContainsFunc(file.Attachments, func(a runtimedir.Attachment) bool { return a.Key() == lost }) {
 				t.Errorf("the record %+v has outlived the reboot", lost)
 			}
 			newWorld(t, n, "reboot").goesTo(target.Name)

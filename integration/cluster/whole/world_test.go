@@ -22,10 +22,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/published"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/state"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // The plan: each test has a namespace and a magic IP of its own, port 8080 of pods with app=echo in both cases. Each
@@ -189,7 +188,7 @@ func startAgent(ctx context.Context, n *whole.Node) error {
 		return err
 	}
 	return lab.Eventually(ctx, func() error {
-		agent, err := published.Read(n.Path(lab.RuntimeDir), agentName)
+		agent, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 		if err == nil && agent.LastSync.IsZero() {
 			return errors.New("the agent has not made its rules yet")
 		}
@@ -281,18 +280,18 @@ func removePod(ctx context.Context, pod *corev1.Pod) error {
 }
 
 // recordOf is what the plugin has recorded of a pod; nil for nothing.
-func recordOf(n *whole.Node, pod *corev1.Pod) *state.Attachment {
+func recordOf(n *whole.Node, pod *corev1.Pod) *runtimedir.Attachment {
 	uid := pod.UID
 	if hash, static := pod.Annotations["kubernetes.io/config.hash"]; static {
 		uid = types.UID(hash)
 	}
-	records, err := state.Read(n.Path(lab.RuntimeDir))
+	file, err := runtimedir.New(n.Path(lab.RuntimeDir)).ReadState()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		panic(err) // the file is corrupt, whatever the test is about
 	}
-	for i := range records {
-		if records[i].UID == string(uid) {
-			return &records[i]
+	for i := range file.Attachments {
+		if file.Attachments[i].UID == string(uid) {
+			return &file.Attachments[i]
 		}
 	}
 	return nil
@@ -330,7 +329,7 @@ func newWorld(t *testing.T, n *whole.Node, namespace string) *world {
 	}))
 	t.Cleanup(func() {
 		if t.Failed() {
-			if agent, err := published.Read(n.Path(lab.RuntimeDir), agentName); err == nil {
+			if agent, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus(); err == nil {
 				t.Logf("the agent of %s has published %+v", n.Name, agent.MagicIPs)
 			}
 		}
@@ -376,8 +375,8 @@ func (w *world) ready(pod *corev1.Pod) *corev1.Pod {
 }
 
 // endpoints is where the agent says that traffic to the magic IP goes now.
-func (w *world) endpoints() ([]published.Endpoint, error) {
-	agent, err := published.Read(w.node.Path(lab.RuntimeDir), agentName)
+func (w *world) endpoints() ([]runtimedir.Endpoint, error) {
+	agent, err := runtimedir.New(w.node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,136 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// kernel is what the agent has done to the kernel, and what it has still to do.
+type kernel struct {
+	agent *agent
+	// applied is the plan in the kernel: nil before the first one, which came at syncedAt.
+	applied  *plan.Plan
+	syncedAt time.Time
+	// due is swept until that succeeds, whatever else changes. again is swept once more with the next poll: a packet that
+	// was on its way through the rules of before while the table was dumped makes its entry after the dump.
+	due, again plan.Change
+	// restoredAt is when externally modified rules were last restored.
+	restoredAt time.Time
+
+	syncErr, verifyErr, sweepErr error
+	hairpinErrs                  []problem
+}
+
+// restorePause keeps the agent from fighting with another program that changes its rules again and again.
+const restorePause = time.Second
+
+// apply brings the kernel to the plan. next is when to look again (0: never).
+func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now time.Time) (next time.Duration) {
+	damaged := false
+	switch pause := k.restoredAt.Add(restorePause).Sub(now); {
+	case changed&Poll != 0 || changed&Rules != 0 && pause <= 0:
+		damaged = k.verify(ctx, now)
+	case changed&Rules != 0:
+		k.agent.pending.Or(uint32(Rules))
+		next = pause
+	}
+	if changed&Poll != 0 && !k.again.Empty() {
+		if k.sweep(ctx, k.again); k.sweepErr != nil {
+			k.due = k.due.Plus(k.again)
+		}
+		k.again = plan.Change{}
+	}
+	if k.applied == nil || damaged || k.syncErr != nil || !p.Equal(k.applied) {
+		started := time.Now()
+		k.syncErr = k.agent.Backend.Sync(ctx, &p)
+		k.agent.Meter.Synced(time.Since(started), k.syncErr)
+		if k.syncErr == nil || inPlace(k.syncErr) {
+			k.agent.Log.Debug("rules in place", "backend", k.agent.Backend.Name(), "took", time.Since(started))
+			change := p.Since(k.applied)
+			if damaged { // new flows of any frontend may have gone anywhere
+				all := p.Since(nil)
+				change.Frontends, change.Untranslated = all.Frontends, all.Untranslated
+			}
+			k.due = k.due.Plus(change)
+			k.applied, k.syncedAt = &p, now
+		}
+	}
+	if k.applied != nil && !k.due.Empty() {
+		if k.sweep(ctx, k.due); k.sweepErr == nil {
+			k.again, k.due = k.again.Plus(k.due), plan.Change{}
+		}
+	}
+	k.hairpin()
+	return next
+}
+
+// verify says whether our rules were externally modified.
+func (k *kernel) verify(ctx context.Context, now time.Time) (damaged bool) {
+	differs, err := k.agent.Backend.Verify(ctx)
+	k.verifyErr = err
+	if len(differs) > 0 {
+		k.agent.Log.Warn("rules of this agent were externally modified; restoring them", "backend", k.agent.Backend.Name(), "differs", differs)
+		k.restoredAt = now
+	}
+	return len(differs) > 0
+}
+
+// sweep deletes the flows that the plan in the kernel has made stale where change touches them.
+func (k *kernel) sweep(ctx context.Context, change plan.Change) {
+	deleted, err := k.agent.Flows.Sweep(ctx, k.applied, change)
+	k.sweepErr = err
+	k.agent.Meter.Swept(deleted)
+	if deleted > 0 {
+		k.agent.Log.Info("flows ended whose endpoint is gone", "flows", deleted)
+	}
+}
+
+// hairpin lets endpoints behind a bridge port reach themselves through their magic IP.
+func (k *kernel) hairpin() {
+	k.hairpinErrs = nil
+	network := &k.agent.sources.network
+	done := map[netip.Addr]bool{} // many magic IPs may lead to one pod
+	for i, port := range k.agent.config.Ports {
+		s := k.agent.services.inOrder[i]
+		if s == nil || port.ExcludeTarget {
+			continue
+		}
+		for _, chosen := range s.endpoints {
+			if done[chosen.Address.Addr()] || !network.PodPorts[network.IfIndex[chosen.HostInterface]] {
+				continue
+			}
+			done[chosen.Address.Addr()] = true
+			switched, err := k.agent.Node.EnableHairpin(chosen.HostInterface)
+			if err != nil {
+				k.hairpinErrs = append(k.hairpinErrs, problem{"hairpin of " + chosen.HostInterface, err})
+			}
+			if switched {
+				k.agent.Log.Info("hairpin switched on, so that the pod reaches itself", "interface", chosen.HostInterface, "pod", podName(chosen))
+			}
+		}
+	}
+}
+
+// synced says whether nothing is left to be done.
+func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil }
+
+func (k *kernel) problems() []problem {
+	backend := k.agent.Backend.Name()
+	problems := slices.Clone(k.hairpinErrs)
+	for about, err := range map[string]error{backend: k.syncErr, backend + " verify": k.verifyErr, "conntrack": k.sweepErr} {
+		if err != nil {
+			problems = append(problems, problem{about, err})
+		}
+	}
+	return problems
+}
+
+func inPlace(err error) bool {
+	var sync interface{ InPlace() bool }
+	return errors.As(err, &sync) && sync.InPlace()
+}

@@ -1,0 +1,166 @@
+// Package status reads what a node's agents and installers report, and shows it to people.
+package status
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// Status is what a node's agents report, and whether they run.
+type Status struct {
+	Agents []Agent `json:"agents"`
+}
+
+// Agent is one agent of the node.
+type Agent struct {
+	runtimedir.Status
+	// Live: its lock is held. Heartbeat is when it last polled.
+	Live      bool      `json:"live"`
+	Heartbeat time.Time `json:"heartbeat"`
+	// Unreadable is why its status file cannot be read; empty where it can.
+	Unreadable string `json:"unreadable,omitempty"`
+	// Installed is what its installer has put on the node; nil where it has none.
+	Installed *runtimedir.Record `json:"installed,omitempty"`
+}
+
+// Read reads the status of all agents of a node, or of the one called name.
+func Read(dir runtimedir.Dir, name string) (Status, error) {
+	names := []string{name}
+	if name == "" {
+		var err error
+		if names, err = dir.Agents(); err != nil {
+			return Status{}, err
+		}
+	}
+	status := Status{Agents: []Agent{}}
+	for _, name := range names {
+		files := dir.Agent(name)
+		a := Agent{Status: runtimedir.Status{Name: name}, Live: files.Live()}
+		read, err := files.ReadStatus()
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return Status{}, fmt.Errorf("no agent called %s has a status file in %s", name, dir.Path())
+		case err != nil:
+			a.Unreadable = err.Error()
+		default:
+			a.Status = *read
+		}
+		if a.Installed, err = dir.Installer(name).ReadRecord(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			a.Installed = &runtimedir.Record{LastError: err.Error()}
+		} else if err != nil {
+			a.Installed = nil
+		}
+		if a.Heartbeat, err = files.Heartbeat(); err != nil && a.Unreadable == "" {
+			a.Unreadable = err.Error()
+		}
+		status.Agents = append(status.Agents, a)
+	}
+	return status, nil
+}
+
+// Unhealthy is an error where an agent of the node does not do its work, or where there is none.
+func (s Status) Unhealthy(now time.Time) error {
+	if len(s.Agents) == 0 {
+		return errors.New("no agent has a status file")
+	}
+	for _, a := range s.Agents {
+		if reason := a.Unhealthy(now); reason != "" {
+			return fmt.Errorf("agent %s: %s", a.Name, reason)
+		}
+	}
+	return nil
+}
+
+// Unhealthy is why an agent is not doing its work: it does not run, or has not polled for three poll
+// intervals. Empty where it is.
+func (a Agent) Unhealthy(now time.Time) string {
+	interval, err := time.ParseDuration(a.PollInterval)
+	if err != nil {
+		interval = 5 * time.Second
+	}
+	switch age := now.Sub(a.Heartbeat); {
+	case a.Unreadable != "":
+		return a.Unreadable
+	case !a.Live:
+		return "not running; its rules stay as they were at " + a.Heartbeat.Format(time.RFC3339)
+	case age > 3*interval:
+		return fmt.Sprintf("has not polled for %s, although it does so every %s", age.Round(time.Second), interval)
+	}
+	return ""
+}
+
+func (a Agent) writeInstalled(out *bytes.Buffer) {
+	if a.Installed == nil {
+		return
+	}
+	if a.Installed.Conflist != "" {
+		fmt.Fprintf(out, "installed: %s since %s\n", quote.Terminal(a.Installed.Conflist), a.Installed.InstalledAt.Format(time.RFC3339))
+	}
+	if a.Installed.LastError != "" {
+		fmt.Fprintf(out, "installer's error: %s\n", quote.Terminal(a.Installed.LastError))
+	}
+	for _, note := range a.Installed.Notes {
+		fmt.Fprintf(out, "installer's note: %s\n", quote.Terminal(note))
+	}
+}
+
+// Write prints the status as a table for people.
+func (s Status) Write(w io.Writer, now time.Time) error {
+	var out bytes.Buffer
+	if len(s.Agents) == 0 {
+		out.WriteString("no agent has a status file\n")
+	}
+	for i, a := range s.Agents {
+		if i > 0 {
+			out.WriteByte('\n')
+		}
+		health := a.Unhealthy(now)
+		if health == "" {
+			health = fmt.Sprintf("running since %s, backend %s", a.StartedAt.Format(time.RFC3339), a.Backend)
+		}
+		fmt.Fprintf(&out, "agent %s: %s\n", quote.Terminal(a.Name), quote.Terminal(health))
+		if a.LastError != "" {
+			fmt.Fprintf(&out, "error: %s\n", quote.Terminal(a.LastError))
+		}
+		for _, note := range a.Notes {
+			fmt.Fprintf(&out, "note: %s\n", quote.Terminal(note))
+		}
+		a.writeInstalled(&out)
+		table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+		row := func(cells ...string) {
+			for i, cell := range cells {
+				cells[i] = quote.Terminal(cell)
+			}
+			_, _ = io.WriteString(table, strings.Join(cells, "\t")+"\n")
+		}
+		row("MAGIC IP", "PROTOCOL", "NAMESPACE", "SELECTOR", "ENDPOINT", "POD")
+		for _, m := range a.MagicIPs {
+			var addresses, pods []string
+			for _, e := range m.Endpoints {
+				addresses, pods = append(addresses, e.Address.String()), append(pods, e.Pod)
+			}
+			endpoint := strings.Join(addresses, ",")
+			switch {
+			case m.Reason != "":
+				endpoint = "unserved: " + m.Reason
+			case len(addresses) == 0 && m.Action != "":
+				endpoint = "none: " + m.Action
+			}
+			row(m.AddrPort().String(), string(m.Protocol), m.Namespace, m.Selector, endpoint, strings.Join(pods, ","))
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
+	}
+	_, err := out.WriteTo(w)
+	return err
+}
