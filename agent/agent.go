@@ -32,6 +32,8 @@ type Backend interface {
 	Sync(ctx context.Context, p *plan.Plan) error
 	// Verify returns what differs from the last Sync: externally modified rules. The next Sync restores them.
 	Verify(ctx context.Context) (differs []string, err error)
+	// ModifiedBy names the processes that made what Verify found, where the kernel said it.
+	ModifiedBy() string
 	// Exists says whether the kernel has rules of this agent.
 	Exists(ctx context.Context) bool
 }

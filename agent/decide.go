@@ -159,6 +159,8 @@ func (a *agent) plan(now time.Time) plan.Plan {
 	network := &a.sources.network
 	in := plan.Input{
 		PodInterfaces: network.PodInterfaces,
+		Uplinks:       network.Uplinks,
+		UnservedPairs: network.UnservedPairs,
 		Bridges:       network.Bridges,
 		HostAddresses: network.Addresses,
 		Sandboxes:     a.pods.Sandboxes(),
@@ -172,7 +174,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		}
 		service := plan.Service{
 			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
-			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now),
+			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now), HoldUntil: s.lostAt.Add(port.HoldFor),
 		}
 		for _, chosen := range s.endpoints {
 			service.Endpoints = append(service.Endpoints, chosen.Address)

@@ -74,7 +74,7 @@ func (k *kernel) verify(ctx context.Context, now time.Time) (damaged bool) {
 	differs, err := k.agent.Backend.Verify(ctx)
 	k.verifyErr = err
 	if len(differs) > 0 {
-		k.agent.Log.Warn("rules of this agent were externally modified; restoring them", "backend", k.agent.Backend.Name(), "differs", differs)
+		k.agent.Log.Warn("rules of this agent were externally modified; restoring them", "backend", k.agent.Backend.Name(), "differs", differs, "process", k.agent.Backend.ModifiedBy())
 		k.restoredAt = now
 	}
 	return len(differs) > 0

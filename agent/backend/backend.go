@@ -3,7 +3,9 @@
 // These ways to speak netfilter stay, each for one job:
 //
 //   - The nft command, started by knftables, loads the tables of package nftables: there rules are text.
-//   - nftables netlink (google/nftables, mdlayher/netlink) changes elements of sets without starting a process.
+//   - nftables netlink changes elements of sets without starting a process (google/nftables), and lists and watches tables
+//     (mdlayher/netlink: google/nftables does not say when a change has interrupted a dump, nor which table the elements of an
+//     event belong to).
 //   - iptables-restore and iptables-save make and read the rules of package iptables, one transaction for each table.
 //     coreos/go-iptables has no transactions: it finds the version, and which kind of iptables kubelet uses.
 //   - ctnetlink (vishvananda/netlink/nl) deletes flows in package conntrack. Its conntrack functions cannot have the kernel
@@ -42,6 +44,8 @@ type backend interface {
 	Name() string
 	Sync(ctx context.Context, p *plan.Plan) error
 	Verify(ctx context.Context) (differs []string, err error)
+	// ModifiedBy names the processes that have changed the rules since Verify last found them as wanted, where the kernel said it.
+	ModifiedBy() string
 	Remove(ctx context.Context) error
 	Exists(ctx context.Context) bool
 }
@@ -88,14 +92,15 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 
 // Sync brings the kernel to the plan, and then removes leftovers: a LeftoverError where only that has failed.
 func (s *Selected) Sync(ctx context.Context, p *plan.Plan) error {
-	if err := s.backend.Sync(ctx, p); err != nil {
+	err := s.backend.Sync(ctx, p)
+	if degraded := new(nftables.DegradedError); err != nil && !errors.As(err, &degraded) {
 		return err
 	}
 	if err := s.removeLeftovers(ctx); err != nil {
 		return &LeftoverError{err}
 	}
 	s.leftovers = nil
-	return nil
+	return err
 }
 
 // LeftoverError says that rules of another backend are still there, beside those that were wanted.
@@ -107,8 +112,8 @@ func (e *LeftoverError) Unwrap() error { return e.err }
 // InPlace says that the rules of the plan are in the kernel.
 func (e *LeftoverError) InPlace() bool { return true }
 
-// Watch calls changed whenever the kernel tells that somebody has changed our rules, until ctx ends. It
-// tells that of nftables only; the rules of iptables are looked at with every poll.
+// Watch calls changed after each change of our rules, until ctx ends. The kernel reports only those of nftables; Verify
+// compares the rules of iptables.
 func (s *Selected) Watch(ctx context.Context, changed func()) error {
 	if nft, ok := s.backend.(*nftables.Backend); ok {
 		return nft.Watch(ctx, changed)

@@ -39,7 +39,7 @@ func Trial(ctx context.Context) error {
 func Inspect(ctx context.Context, backendName, agentName string, services []plan.Service) ([]string, error) {
 	p := plan.Build(plan.Input{Services: services})
 	if backendName == NFTables {
-		return nftables.Inspect(ctx, agentName, &p)
+		return nftables.Inspect(agentName, &p)
 	}
 	return iptables.Inspect(ctx, agentName, &p)
 }

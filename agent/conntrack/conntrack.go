@@ -55,15 +55,22 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
 	frontends := slices.Concat(change.Frontends, change.Removed)
-	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps {
+	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 {
 		families := map[uint8]bool{}
+		for _, bridge := range change.Bridges {
+			families[unix.AF_INET] = families[unix.AF_INET] || bridge.Unfiltered4
+			families[unix.AF_INET6] = families[unix.AF_INET6] || bridge.Unfiltered6
+		}
 		for _, f := range frontends {
 			families[family(f.Address)] = true
 		}
 		for _, a := range change.Gone {
 			families[family(a)] = true
 		}
-		for f := range families {
+		for f, concerned := range families {
+			if !concerned {
+				continue
+			}
 			err = errors.Join(err, s.dump(ctx, f))
 		}
 		return s.deleted, err
@@ -252,7 +259,9 @@ func parseFlow(message []byte) (flow plan.Flow, err error) {
 		case nl.CTA_TUPLE_ORIG:
 			flow.Source, flow.Destination, flow.Protocol, err = parseTuple(value)
 		case nl.CTA_TUPLE_REPLY:
-			flow.Server, _, _, err = parseTuple(value)
+			var to netip.AddrPort
+			flow.Server, to, _, err = parseTuple(value)
+			flow.ReplyTo = to.Addr()
 		case nl.CTA_PROTOINFO:
 			var state byte
 			state, err = parseState(value)
@@ -282,7 +291,7 @@ func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan
 				}
 			case kind != nl.CTA_TUPLE_PROTO: // the zone of one direction
 			case inner == nl.CTA_PROTO_NUM && len(value) >= 1:
-				protocol = protocolOf(value[0])
+				protocol = plan.ProtocolOf(value[0])
 			case inner == nl.CTA_PROTO_SRC_PORT && len(value) >= 2:
 				ports[0] = binary.BigEndian.Uint16(value)
 			case inner == nl.CTA_PROTO_DST_PORT && len(value) >= 2:
@@ -292,16 +301,6 @@ func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan
 		})
 	})
 	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, err
-}
-
-// protocolOf is the protocol with this number, empty for one that frontends do not have.
-func protocolOf(number byte) plan.Protocol {
-	for _, p := range [...]plan.Protocol{plan.TCP, plan.UDP, plan.SCTP} {
-		if p.Number() == number {
-			return p
-		}
-	}
-	return ""
 }
 
 // parseState is the TCP state of an entry (enum tcp_conntrack), 0 of another protocol.

@@ -94,6 +94,9 @@ func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	return differs, err
 }
 
+// ModifiedBy is empty: the kernel does not say who changes rules of iptables.
+func (b *Backend) ModifiedBy() string { return "" }
+
 // Remove takes our jumps and chains out.
 func (b *Backend) Remove(ctx context.Context) error {
 	var err error

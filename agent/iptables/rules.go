@@ -391,7 +391,7 @@ func (b *builder) forHost() []addressRules {
 func (b *builder) bridges() []string {
 	var names []string
 	for _, bridge := range b.plan.Bridges {
-		if b.family == plan.IPv4 && bridge.Unfiltered4 || b.family == plan.IPv6 && bridge.Unfiltered6 {
+		if bridge.Unfiltered(b.family) {
 			names = append(names, bridge.Name)
 		}
 	}

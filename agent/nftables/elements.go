@@ -1,84 +1,24 @@
 package nftables
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// setChange is what has to be done to a set.
-type setChange struct {
-	old, wanted set
-	gone, added []string // keys
-}
-
-// changes are those from one plan to another that has the same chains. What makes the same elements in both is left
-// out: there may be thousands of rules, and one pod.
-func changes(before, after *plan.Plan, family plan.Family) (all []setChange) {
-	was, now := *before, *after
-	if slices.Equal(before.HostAddresses, after.HostAddresses) { // they decide about hairpins
-		was.Rules, now.Rules = plan.Apart(before, after)
-	}
-	old, wanted := elements(&was, family), elements(&now, family)
-	for i, s := range wanted {
-		change := setChange{old: old[i], wanted: s}
-		change.gone = keysWithout(change.old, s, after)
-		change.added = keysWithout(s, change.old, before)
-		if len(change.gone)+len(change.added) > 0 {
-			all = append(all, change)
-		}
-	}
-	return all
-}
-
-// keysWithout are the keys of s that are not in other with the same value, nor needed by other rules of its plan.
-func keysWithout(s, other set, of *plan.Plan) (keys []string) {
-	for key, value := range s.elements {
-		if there, ok := other.elements[key]; (!ok || there != value) && !shared(of, s.name, key) {
-			keys = append(keys, key)
-		}
-	}
-	slices.Sort(keys)
-	return keys
-}
-
-// shared says whether a plan makes an element of one of the sets in which several rules may have the same.
-func shared(p *plan.Plan, set, key string) bool {
-	var needs func(plan.Rule, netip.Addr) bool
-	switch set {
-	case addressesSet:
-		needs = func(r plan.Rule, a netip.Addr) bool { return r.Address == a && !r.Foreign() }
-	case hostAddressesSet:
-		needs = func(r plan.Rule, a netip.Addr) bool { return r.Address == a && !r.Foreign() && r.HostClients }
-	case hairpinsSet:
-		needs = func(r plan.Rule, a netip.Addr) bool {
-			return !slices.Contains(p.HostAddresses, a) && slices.ContainsFunc(r.Endpoints, func(e netip.AddrPort) bool { return e.Addr() == a })
-		}
-	default:
-		return false
-	}
-	text, _, _ := strings.Cut(key, " . ")
-	address, err := netip.ParseAddr(text)
-	return err == nil && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return needs(r, address) })
-}
-
 // elementSocket changes elements of sets by netlink, in one transaction.
 //
-// It is what nft would do, without nft: a process that is to be started, that first asks the kernel for all chains
-// and sets of the node, and whose end waits until the kernel has freed what the change removed (nft_rcv_nl_event),
-// all of which lasts the longer the busier the node is. The socket is kept for the same reason.
+// nft would do the same, but as a process that first lists all chains and sets of the node, and whose end waits until the
+// kernel has freed what the change removed (nft_rcv_nl_event): the busier the node, the longer. The socket is kept open for
+// that reason too.
 type elementSocket struct {
 	conn   *nftables.Conn // nil: not open
 	socket *netlink.Conn  // the one below
@@ -87,10 +27,8 @@ type elementSocket struct {
 const (
 	// elementsPerMessage keeps a list of elements below the 64 KiB that an attribute holds.
 	elementsPerMessage = 200
-	// transactionBytes is what the kernel takes as one message: a transaction, however many elements it has.
+	// transactionBytes is the largest message to the kernel: a transaction, however many elements it has.
 	transactionBytes = 1 << 26
-	// patience is how long the kernel may take for an answer.
-	patience = 10 * time.Second
 )
 
 // apply does these changes, all or none.
@@ -111,18 +49,23 @@ func (s *elementSocket) apply(family plan.Family, table string, changes []setCha
 		of.Family = nftables.TableFamilyIPv6
 	}
 	for _, change := range changes {
-		set := &nftables.Set{Table: of, Name: change.wanted.name}
+		timeouts := change.wanted.until != nil
+		set := &nftables.Set{Table: of, Name: change.wanted.name, HasTimeout: timeouts}
 		for keys := range slices.Chunk(change.gone, elementsPerMessage) {
 			list, errGone := encodeElements(change.old, keys)
 			err = errors.Join(err, errGone, s.conn.SetDeleteElements(set, list))
 		}
 		for keys := range slices.Chunk(change.added, elementsPerMessage) {
 			list, errAdded := encodeElements(change.wanted, keys)
+			if timeouts {
+				// Kernels before 6.12 keep the old timeout of an element that is there, and none deletes one that is not.
+				err = errors.Join(err, s.conn.SetAddElements(set, list), s.conn.SetDeleteElements(set, list))
+			}
 			err = errors.Join(err, errAdded, s.conn.SetAddElements(set, list))
 		}
 	}
 	if err == nil {
-		err = errors.Join(s.socket.SetDeadline(time.Now().Add(patience)), s.conn.Flush())
+		err = errors.Join(s.socket.SetDeadline(time.Now().Add(answerTimeout)), s.conn.Flush())
 	}
 	if err != nil {
 		return fmt.Errorf("nftables transaction: %w", err)
@@ -141,10 +84,15 @@ func (s *elementSocket) open() (err error) {
 func encodeElements(s set, keys []string) ([]nftables.SetElement, error) {
 	list := make([]nftables.SetElement, 0, len(keys))
 	for _, key := range keys {
+		timeout, wanted := s.timeout(key)
+		if !wanted {
+			continue
+		}
 		element, err := encodeElement(s, key)
 		if err != nil {
 			return nil, fmt.Errorf("set %s: %w", s.name, err)
 		}
+		element.Timeout = timeout
 		list = append(list, element)
 	}
 	return list, nil
@@ -168,45 +116,4 @@ func encodeElement(s set, key string) (element nftables.SetElement, err error) {
 		err = fmt.Errorf("unknown verdict %q", value)
 	}
 	return element, err
-}
-
-// encode writes a key or value of one of nft's types, or of several that are joined: each part then fills registers
-// of 32 bits.
-func encode(kind, text string) ([]byte, error) {
-	kinds, parts := strings.Split(kind, " . "), strings.Split(text, " . ")
-	if len(kinds) != len(parts) {
-		return nil, fmt.Errorf("%q is no %s", text, kind)
-	}
-	var encoded []byte
-	for i, part := range parts {
-		var value []byte
-		var err error
-		switch kinds[i] {
-		case "ipv4_addr", "ipv6_addr":
-			var address netip.Addr
-			address, err = netip.ParseAddr(part)
-			value = address.AsSlice()
-		case "inet_proto":
-			value = []byte{plan.Protocol(part).Number()}
-		case "inet_service":
-			var port uint64
-			port, err = strconv.ParseUint(part, 10, 16)
-			value = binary.BigEndian.AppendUint16(nil, uint16(port))
-		case "ifname":
-			value = make([]byte, unix.IFNAMSIZ)
-			if copy(value, part) == unix.IFNAMSIZ {
-				err = errors.New("too long")
-			}
-		default:
-			err = errors.New("unknown type")
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%q as %s: %w", part, kinds[i], err)
-		}
-		if len(kinds) > 1 {
-			value = append(value, make([]byte, -len(value)&3)...)
-		}
-		encoded = append(encoded, value...)
-	}
-	return encoded, nil
 }

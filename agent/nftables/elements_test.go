@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
@@ -28,7 +31,12 @@ func TestElementsWithoutNFT(t *testing.T) {
 	backend := newBackend(t, "kube-system.a-1")
 	// Two states that differ in each set, with the same chains: what one adds the other deletes.
 	input := func(second bool) plan.Input {
-		in := plan.Input{PodInterfaces: []string{"veth0"}, Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}}}
+		in := plan.Input{
+			PodInterfaces: []string{"veth0"}, Uplinks: []string{"eth0"}, UnservedPairs: []string{"veth9"},
+			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}},
+			HostAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.3"), netip.MustParseAddr("fd00::3")},
+			Sandboxes:     []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")},
+		}
 		for _, ip := range []struct{ magic, other, endpoint, another string }{
 			{"169.254.210.210", "169.254.210.211", "10.0.0.2:8080", "10.0.0.3:8081"},
 			{"fd00:a::1", "fd00:a::2", "[fd00::2]:8080", "[fd00::3]:8081"},
@@ -38,12 +46,15 @@ func TestElementsWithoutNFT(t *testing.T) {
 			if second {
 				served.Endpoints[0] = netip.MustParseAddrPort(ip.another)
 				held = plan.Service{Frontend: frontend(ip.other, plan.SCTP, 1), HostClients: true, WithoutEndpoint: plan.Pass}
+				in.Services = append(in.Services, plan.Service{Frontend: frontend(ip.other, plan.UDP, 1), WithoutEndpoint: plan.Hold, HoldUntil: time.Now().Add(time.Hour)})
 			}
 			in.Services = append(in.Services, served, held)
 		}
 		if second {
 			in.PodInterfaces = []string{"fifteen-letters", "cni0"}
+			in.Uplinks, in.UnservedPairs = []string{"wan0"}, nil
 			in.Bridges[0].Name = "docker0"
+			in.Sandboxes = nil
 		}
 		return in
 	}
@@ -54,10 +65,10 @@ func TestElementsWithoutNFT(t *testing.T) {
 	for _, table := range backend.tables {
 		table.nft = noNFT{table.nft}
 		changed := map[string]bool{"spread": true} // never without its chains
-		for _, change := range changes(&first, &second, table.family) {
+		for _, change := range changes(&first, &second, table.family).sets {
 			changed[change.wanted.name] = true
 		}
-		for _, s := range elements(&second, table.family) {
+		for _, s := range sets(&second, table.family) {
 			if !changed[s.name] {
 				t.Errorf("%s: this test does not change the elements of %s", table.family, s.name)
 			}
@@ -71,12 +82,12 @@ func TestElementsWithoutNFT(t *testing.T) {
 			t.Errorf("after change %d: %v, %v", i, differs, err)
 		}
 		for _, table := range backend.tables {
-			listed, err := table.list(t.Context())
+			rules := render(p, table.family)
+			listed, err := table.list(rules.sets)
 			if err != nil {
 				t.Fatal(err)
 			}
-			rules := render(p, table.family)
-			if missing := listed.compare(&rules, table.structure); len(missing) > 0 {
+			if missing := listed.differs(&rules, table.structure); len(missing) > 0 {
 				t.Errorf("after change %d: %v", i, missing)
 			}
 		}
@@ -91,7 +102,10 @@ func TestChanges(t *testing.T) {
 	one := func(of ...string) string { return of[random.IntN(len(of))] }
 	// Few addresses, so that many rules have one in common.
 	input := func() plan.Input {
-		in := plan.Input{PodInterfaces: []string{one("veth0", "veth1")}, Settled: random.IntN(2) == 0}
+		in := plan.Input{
+			PodInterfaces: []string{one("veth0", "veth1")}, Uplinks: []string{one("eth0", "eth1")}, Settled: random.IntN(2) == 0,
+			Sandboxes: []netip.Addr{netip.MustParseAddr(one("10.0.0.1", "10.0.0.2"))},
+		}
 		if random.IntN(4) == 0 {
 			in.HostAddresses = []netip.Addr{netip.MustParseAddr("10.0.0.1")}
 		}
@@ -109,6 +123,7 @@ func TestChanges(t *testing.T) {
 			service := plan.Service{
 				Frontend: f, HostClients: random.IntN(2) == 0, ExcludeTarget: random.IntN(4) == 0,
 				WithoutEndpoint: plan.Action(one(string(plan.Reject), string(plan.Hold), string(plan.Pass))),
+				HoldUntil:       time.Unix(int64(1+random.IntN(2)), 0),
 			}
 			for range random.IntN(3) {
 				pod := one("10.0.0.1", "10.0.0.2", "10.0.0.3")
@@ -121,34 +136,56 @@ func TestChanges(t *testing.T) {
 		}
 		return in
 	}
-	changed := 0
+	changed, spread := 0, 0
 	for range 2000 {
 		before, after := plan.Build(input()), plan.Build(input())
 		for _, family := range plan.Families() {
-			sets := elements(&before, family)
-			for _, change := range changes(&before, &after, family) {
+			d := changes(&before, &after, family)
+			got := sets(&before, family)
+			for _, change := range d.sets {
 				changed++
-				i := slices.IndexFunc(sets, func(s set) bool { return s.name == change.wanted.name })
+				i := slices.IndexFunc(got, func(s set) bool { return s.name == change.wanted.name })
 				for _, key := range change.gone {
-					if _, there := sets[i].elements[key]; !there {
-						t.Fatalf("%s of %s is gone, and was never there\nbefore: %+v\nafter:  %+v", key, sets[i].name, before, after)
+					if _, there := got[i].elements[key]; !there {
+						t.Fatalf("%s of %s is gone, and was never there\nbefore: %+v\nafter:  %+v", key, got[i].name, before, after)
 					}
-					delete(sets[i].elements, key)
+					delete(got[i].elements, key)
 				}
 				for _, key := range change.added {
-					if _, there := sets[i].elements[key]; there {
-						t.Fatalf("%s of %s is added, and is there\nbefore: %+v\nafter:  %+v", key, sets[i].name, before, after)
+					if _, there := got[i].elements[key]; there && got[i].until == nil {
+						t.Fatalf("%s of %s is added, and is there\nbefore: %+v\nafter:  %+v", key, got[i].name, before, after)
 					}
-					sets[i].elements[key] = change.wanted.elements[key]
+					got[i].elements[key] = change.wanted.elements[key]
+					if got[i].until != nil {
+						got[i].until[key] = change.wanted.until[key]
+					}
 				}
 			}
-			if diff := cmp.Diff(elements(&after, family), sets, cmp.AllowUnexported(set{})); diff != "" {
+			want := sets(&after, family)
+			for i, s := range got { // timeouts remove what is not wanted
+				maps.DeleteFunc(s.elements, func(key, _ string) bool { _, wanted := want[i].elements[key]; return s.until != nil && !wanted })
+				maps.DeleteFunc(s.until, func(key string, _ time.Time) bool { _, wanted := want[i].until[key]; return !wanted })
+			}
+			if diff := cmp.Diff(want, got, cmp.AllowUnexported(set{})); diff != "" {
 				t.Fatalf("elements (-want +got):\n%s\nbefore: %+v\nafter:  %+v", diff, before, after)
+			}
+			chains := spreadChains(before.Rules, family)
+			for _, c := range slices.Concat(d.chains, d.gone) {
+				spread++
+				chains = slices.DeleteFunc(chains, func(other chain) bool { return other.name == c.name })
+			}
+			chains = append(chains, d.chains...)
+			byName := func(a, b chain) int { return strings.Compare(a.name, b.name) }
+			slices.SortFunc(chains, byName)
+			wantChains := spreadChains(after.Rules, family)
+			slices.SortFunc(wantChains, byName)
+			if diff := cmp.Diff(wantChains, chains, cmp.AllowUnexported(chain{}), cmpopts.EquateEmpty()); diff != "" {
+				t.Fatalf("chains (-want +got):\n%s\nbefore: %+v\nafter:  %+v", diff, before, after)
 			}
 		}
 	}
-	if changed < 2000 {
-		t.Errorf("only %d changes of sets: this test shows nothing", changed)
+	if changed < 2000 || spread < 200 {
+		t.Errorf("only %d changes of sets and %d of chains: this test shows nothing", changed, spread)
 	}
 }
 

@@ -3,8 +3,10 @@ package nftables
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"sigs.k8s.io/knftables"
 
@@ -23,7 +25,7 @@ func NewFake(agentName string) *Fake {
 	fake := &Fake{Backend: &Backend{}}
 	for _, family := range plan.Families() {
 		name := TablePrefix + agentName
-		t := &fakeTable{Fake: knftables.NewFake(knftables.Family(family), name)}
+		t := &fakeTable{added: map[string]time.Time{}, Fake: knftables.NewFake(knftables.Family(family), name)}
 		fake.tables = append(fake.tables, t)
 		fake.Backend.tables = append(fake.Backend.tables, &table{
 			family: family, name: name, nft: t, list: t.list,
@@ -49,6 +51,9 @@ func (f *Fake) Transactions() int {
 func (f *Fake) Dump() string {
 	var dump strings.Builder
 	for _, t := range f.tables {
+		if t.Table != nil {
+			t.expire()
+		}
 		dump.WriteString(t.Dump())
 	}
 	return dump.String()
@@ -68,6 +73,7 @@ func (f *Fake) Flush() error {
 
 type fakeTable struct {
 	*knftables.Fake
+	added      map[string]time.Time // elements with a timeout
 	generation atomic.Uint32
 }
 
@@ -75,37 +81,71 @@ func (t *fakeTable) Run(ctx context.Context, tx *knftables.Transaction) error {
 	err := t.Fake.Run(ctx, tx)
 	if err == nil {
 		t.generation.Add(1)
+		if t.Table != nil {
+			t.expire()
+		}
 	}
 	return err
 }
 
-func (t *fakeTable) list(context.Context) (*listing, error) {
+func (t *fakeTable) list(known []set) (*listing, error) {
+	l := &listing{structure: map[string]string{}, rules: map[string]int{}, elements: map[string]map[string]string{}}
 	if t.Table == nil {
-		return &listing{}, nil
+		return l, nil
 	}
-	l := &listing{exists: true, elements: map[string]map[string]string{}}
+	t.expire()
+	l.exists = true
+	for _, s := range known {
+		l.elements[s.name] = map[string]string{}
+	}
 	add := func(name string, elements []*knftables.Element) {
-		l.elements[name] = map[string]string{}
 		for _, element := range elements {
-			key := strings.ReplaceAll(concat(element.Key...), `"`, "")
-			l.elements[name][key] = concat(element.Value...)
+			if all, ok := l.elements[name]; ok {
+				key, _, _ := strings.Cut(strings.ReplaceAll(concat(element.Key...), `"`, ""), timeoutWord)
+				all[key] = concat(element.Value...)
+			}
 		}
 	}
-	for name := range t.Table.Chains {
+	for name, c := range t.Table.Chains {
 		l.objects = append(l.objects, object{"chain", name})
+		l.structure["chain "+name] = ""
+		l.rules[name] = len(c.Rules)
+		for _, rule := range c.Rules {
+			l.structure["rules "+name] += rule.Rule + "\n"
+		}
 	}
 	for name, set := range t.Table.Sets {
 		l.objects = append(l.objects, object{"set", name})
+		l.structure["set "+name] = set.Type
 		add(name, set.Elements)
 	}
 	for name, m := range t.Table.Maps {
 		l.objects = append(l.objects, object{"map", name})
+		l.structure["map "+name] = m.Type
 		add(name, m.Elements)
 	}
-	for line := range strings.Lines(t.Dump()) {
-		if !strings.HasPrefix(line, "add element ") {
-			l.structure += line
-		}
-	}
 	return l, nil
+}
+
+// expire removes the elements whose time is over, as the kernel does.
+func (t *fakeTable) expire() {
+	for name, s := range t.Table.Sets {
+		s.Elements = slices.DeleteFunc(s.Elements, func(e *knftables.Element) bool {
+			_, timeout, has := strings.Cut(concat(e.Key...), timeoutWord)
+			duration, err := time.ParseDuration(timeout)
+			if !has || err != nil {
+				return false
+			}
+			key := name + concat(e.Key...)
+			since, known := t.added[key]
+			switch {
+			case !known:
+				t.added[key] = time.Now()
+			case time.Since(since) >= duration:
+				delete(t.added, key)
+				return true
+			}
+			return false
+		})
+	}
 }

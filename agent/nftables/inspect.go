@@ -1,29 +1,29 @@
 package nftables
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 // Inspect says in which respects the kernel's tables of an agent differ from a plan, and changes nothing. It sees that the
 // hooks are complete and that each frontend leads to its endpoints: not, which clients are served.
-func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []string, err error) {
+func Inspect(agentName string, p *plan.Plan) (differs []string, err error) {
 	for _, family := range plan.Families() {
 		if p.Has(family) {
-			found, inspectErr := inspectTable(ctx, family, TablePrefix+agentName, p)
+			found, inspectErr := inspectTable(family, TablePrefix+agentName, p)
 			differs, err = append(differs, found...), errors.Join(err, inspectErr)
 		}
 	}
 	return differs, err
 }
 
-func inspectTable(ctx context.Context, family plan.Family, name string, p *plan.Plan) ([]string, error) {
-	there, err := listTable(ctx, family, name)
+func inspectTable(family plan.Family, name string, p *plan.Plan) ([]string, error) {
+	var r reader
+	wanted := render(p, family)
+	there, err := r.listTable(family, name, wanted.sets)
 	if err != nil {
 		return nil, err
 	}
@@ -31,13 +31,12 @@ func inspectTable(ctx context.Context, family plan.Family, name string, p *plan.
 	if !there.exists {
 		return []string{table + " is missing"}, nil
 	}
-	wanted := render(p, family)
 	var differs []string
 	for _, c := range wanted.chains {
 		if c.hook == "" {
 			continue
 		}
-		if count := strings.Count("\n"+there.structure, "\nrule in chain "+c.name+": "); count != len(c.rules) {
+		if count := there.rules[c.name]; count != len(c.rules) {
 			differs = append(differs, fmt.Sprintf("%s: chain %s has %d rules instead of %d", table, c.name, count, len(c.rules)))
 		}
 	}
@@ -49,7 +48,7 @@ func inspectTable(ctx context.Context, family plan.Family, name string, p *plan.
 			differs = append(differs, fmt.Sprintf("%s: %s %s is missing", table, s.kind(), s.name))
 		}
 	}
-	for _, difference := range there.compare(&wanted, there.structure) {
+	for _, difference := range there.differs(&wanted, there.structure) {
 		differs = append(differs, table+": "+difference)
 	}
 	return differs, nil

@@ -1,12 +1,23 @@
 package nftables
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"os"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/mdlayher/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -87,8 +98,8 @@ func TestNFTablesInKernel(t *testing.T) {
 		{"delete table " + table, "the whole table"},
 		{"delete element " + table + " endpoints { 169.254.210.210 . tcp . 80 }", "missing from endpoints: 169.254.210.210 . tcp . 80"},
 		{"add element " + table + " pod-interfaces { eth1 }", "foreign in pod-interfaces: eth1"},
-		{"flush chain " + table + " reject-packet", "missing rule in chain reject-packet"},
-		{"add chain " + table + " theirs", "foreign or changed chain theirs"},
+		{"flush chain " + table + " reject-packet", "missing rules reject-packet"},
+		{"add chain " + table + " theirs", "foreign chain theirs"},
 		{"delete table ip6 magic-ip-kube-system.a-1", "table ip6 magic-ip-kube-system.a-1: the whole table"},
 	} {
 		nodetest.Run(t, "nft", damage.command)
@@ -128,6 +139,7 @@ func TestUpgrade(t *testing.T) {
 	list := func() (blocks []string) { // in order: that of chains and sets means nothing
 		for _, family := range []string{"ip", "ip6"} {
 			listing := nodetest.Run(t, "nft", "--stateless", "list", "table", family, "magic-ip-kube-system.apm")
+			listing = regexp.MustCompile(`\n\t*comment ".*"`).ReplaceAllString(listing, "") // objects keep theirs
 			for block := range strings.SplitSeq(listing, "\n\n") {
 				blocks = append(blocks, family+strings.Trim(block, "\n}"))
 			}
@@ -150,5 +162,188 @@ func TestUpgrade(t *testing.T) {
 	}
 	if diff := cmp.Diff(list(), got); diff != "" {
 		t.Errorf("tables (-fresh +upgraded):\n%s", diff)
+	}
+}
+
+// TestHoldEndsInKernel: the kernel removes what is held when its time is over, with nobody there; another hold of the same
+// frontend begins anew, whether the last one is over or not.
+func TestHoldEndsInKernel(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend := newBackend(t, "a")
+	sync := func(until time.Time) {
+		t.Helper()
+		p := plan.Build(plan.Input{Services: []plan.Service{
+			{Frontend: frontend("169.254.210.210", plan.TCP, 80), HostClients: true, WithoutEndpoint: plan.Hold, HoldUntil: until},
+		}})
+		if err := backend.Sync(t.Context(), &p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expires := func() time.Duration { // 0: not there
+		t.Helper()
+		_, rest, there := strings.Cut(nodetest.Run(t, "nft", "list", "set", "ip", "magic-ip-a", "held"), " expires ")
+		if !there {
+			return 0
+		}
+		expires, err := time.ParseDuration(strings.Fields(rest)[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return expires
+	}
+	intact := func() {
+		t.Helper()
+		nodetest.Run(t, "nft", "add", "table", "ip", "unrelated") // so that verify has to list
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("verify: %v, %v", differs, err)
+		}
+		nodetest.Run(t, "nft", "delete", "table", "ip", "unrelated")
+	}
+	const long, short = time.Hour, 300 * time.Millisecond
+	sync(time.Now().Add(long)) // by nft, with the whole table
+	if got := expires(); got < long/2 {
+		t.Errorf("the hold ends in %v, want an hour", got)
+	}
+	intact()
+	sync(time.Now().Add(short)) // by netlink from here on
+	for expires() > 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	intact()
+	sync(time.Now().Add(2 * long))
+	if got := expires(); got < long {
+		t.Errorf("the next hold ends in %v, want two hours", got)
+	}
+	sync(time.Now().Add(4 * long))
+	if got := expires(); got < 3*long {
+		t.Errorf("the hold was prolonged to four hours, and ends in %v", got)
+	}
+	intact()
+	sync(time.Now().Add(-time.Second)) // it is over before it is known: nothing is added
+	nodetest.Run(t, "nft", "flush", "set", "ip", "magic-ip-a", "held")
+	intact()
+}
+
+// TestSpreadIsOneChain: another endpoint of a frontend with several changes that frontend's chain, and loads nothing else.
+func TestSpreadIsOneChain(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend := newBackend(t, "a")
+	endpoints := func(ports ...int) (all []netip.AddrPort) {
+		for _, port := range ports {
+			all = append(all, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, 2}), uint16(port)))
+		}
+		return all
+	}
+	in := plan.Input{}
+	for i := range 100 {
+		in.Services = append(in.Services, plan.Service{Frontend: frontend("169.254.210.210", plan.TCP, uint16(1000+i)), Endpoints: endpoints(1, 2)})
+	}
+	events := func(f func()) (count int) { // messages of the kernel: one for each object that changed
+		t.Helper()
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		if err == nil {
+			defer func() { _ = conn.Close() }()
+			err = errors.Join(conn.SetReadBuffer(1<<24), conn.JoinGroup(unix.NFNLGRP_NFTABLES))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		f()
+		// The kernel queues them before it acknowledges a transaction.
+		if err := conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			messages, err := conn.Receive()
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return count
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			count += len(messages)
+		}
+	}
+	sync := func() {
+		t.Helper()
+		p := plan.Build(in)
+		if err := backend.Sync(t.Context(), &p); err != nil {
+			t.Fatal(err)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("verify: %v, %v", differs, err)
+		}
+	}
+	if count := events(sync); count < 500 {
+		t.Errorf("the first load makes %d events: this test shows nothing", count)
+	}
+	for _, step := range []struct {
+		name      string
+		endpoints []netip.AddrPort
+	}{
+		{"another endpoint", endpoints(1, 3)}, {"one more", endpoints(1, 2, 3)}, {"only one left", endpoints(1)}, {"two again", endpoints(1, 2)},
+	} {
+		in.Services[50].Endpoints = step.endpoints
+		if count := events(sync); count == 0 || count > 12 {
+			t.Errorf("%s: %d objects changed, want a few", step.name, count)
+		}
+		nodetest.Run(t, "nft", "add table ip unrelated; delete table ip unrelated")
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("%s, listed: %v, %v", step.name, differs, err)
+		}
+	}
+}
+
+// TestModifiedBy: the kernel names the process that changed our rules, and events of other tables go unreported.
+func TestModifiedBy(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend := newBackend(t, "a")
+	changed := make(chan struct{}, 100)
+	ctx, cancel := context.WithCancel(t.Context())
+	watching := make(chan error, 1)
+	namespace, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		runtime.LockOSThread()
+		if err := netns.Set(namespace); err != nil {
+			watching <- err
+			return
+		}
+		watching <- backend.Watch(ctx, func() { changed <- struct{}{} })
+	}()
+	defer func() {
+		cancel()
+		if err := <-watching; err != nil {
+			t.Error(err)
+		}
+	}()
+	for len(changed) == 0 { // until it watches
+		if err := backend.Sync(t.Context(), oneEndpoint(fmt.Sprintf("10.0.0.2:%d", 1+rand.IntN(65535)))); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil || backend.ModifiedBy() != "" {
+		t.Errorf("by ourselves: %v, %v, by %q", differs, err, backend.ModifiedBy())
+	}
+	nodetest.Run(t, "nft", "add table ip unrelated")
+	nodetest.Run(t, "iptables-nft", "-t", "nat", "-N", "UNRELATED")
+	for len(changed) > 0 {
+		<-changed
+	}
+	nodetest.Run(t, "nft", "flush chain ip magic-ip-a from-network")
+	for backend.ModifiedBy() == "" {
+		<-changed
+	}
+	if differs, err := backend.Verify(t.Context()); len(differs) != 1 || err != nil || backend.ModifiedBy() != "nft" {
+		t.Errorf("by nft: %v, %v, by %q", differs, err, backend.ModifiedBy())
+	}
+	if err := backend.Sync(t.Context(), oneEndpoint("10.0.0.2:1")); err != nil {
+		t.Fatal(err)
+	}
+	if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+		t.Errorf("restored: %v, %v", differs, err)
 	}
 }

@@ -1,111 +1,143 @@
 package nftables
 
 import (
-	"encoding/json"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// listing is a table as `nft --json list table` shows it (libnftables-json(5)).
+// listing is what the kernel has in one table.
+//
+// It is read by dumps of our own and not by google/nftables, whose lists do not say when a change has interrupted them: beside
+// a busy writer of other tables nothing would be certain. Rules and sets are kept as the kernel encodes them, and compared with
+// an earlier listing, never with the text that nft was given.
 type listing struct {
 	exists bool
-	// structure is all but the elements: tables, chains, rules in order, sets. It is compared with an
-	// earlier listing of the same nft, never with what we wrote: nft words rules in its own way.
-	structure string
-	objects   []object                     // chains, sets and maps
+	// interrupted: rules changed while it was read, those of this table or of others.
+	interrupted bool
+	// structure is the encoding of each object: "chain NAME" and "set NAME" their properties, "rules NAME" those of a chain, in order.
+	structure map[string]string
+	rules     map[string]int               // how many, by chain
+	objects   []object                     // chains, sets and maps; not anonymous ones
 	elements  map[string]map[string]string // by set, key to value
 }
 
 type object struct{ kind, name string }
 
-func parseListing(out []byte) (*listing, error) {
-	var document struct {
-		Nftables []map[string]map[string]any `json:"nftables"`
+// listTable reads one table. The elements of sets are read for those in known alone; nil reads none.
+func (r *reader) listTable(family plan.Family, name string, known []set) (*listing, error) {
+	l := &listing{structure: map[string]string{}, rules: map[string]int{}, elements: map[string]map[string]string{}}
+	_, err := r.get(unix.NFT_MSG_GETTABLE, 0, familyNumber(family), text(unix.NFTA_TABLE_NAME, name))
+	if errors.Is(err, unix.ENOENT) {
+		return l, nil
 	}
-	if err := json.Unmarshal(out, &document); err != nil {
-		return nil, fmt.Errorf("nft --json list table: %w", err)
+	if err != nil {
+		return nil, fmt.Errorf("table %s %s: %w", family, name, err)
 	}
-	l := &listing{exists: true, elements: map[string]map[string]string{}}
-	var lines []string
-	for _, entry := range document.Nftables {
-		for kind, fields := range entry {
-			if kind == "metainfo" {
+	l.exists = true
+	dump := func(kind uint16, each func(attributes map[uint16][]byte) error, filter ...netlink.Attribute) error {
+		messages, err := r.get(kind, netlink.Dump, familyNumber(family), filter...)
+		if errors.Is(err, unix.ENOENT) { // gone since
+			l.interrupted = true
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("table %s %s: %w", family, name, err)
+		}
+		for _, message := range messages {
+			l.interrupted = l.interrupted || message.Header.Flags&netlink.DumpInterrupted != 0
+			if len(message.Data) < sizeofNfgenmsg {
 				continue
 			}
-			if kind == "set" || kind == "map" {
-				name, _ := fields["name"].(string)
-				l.elements[name] = map[string]string{}
-				list, _ := fields["elem"].([]any)
-				for _, element := range list {
-					if pair, isPair := element.([]any); isPair && len(pair) == 2 {
-						l.elements[name][term(pair[0])] = term(pair[1])
-					} else {
-						l.elements[name][term(element)] = ""
-					}
-				}
-				delete(fields, "elem")
+			attributes := map[uint16][]byte{}
+			err := attributesOf(message.Data[sizeofNfgenmsg:], func(kind uint16, value []byte) { attributes[kind] = value })
+			if err == nil {
+				err = each(attributes)
 			}
-			delete(fields, "handle")
-			line, err := json.Marshal(fields) // keys in order
 			if err != nil {
-				return nil, err
-			}
-			words := kind
-			if name, ok := fields["name"].(string); ok {
-				words += " " + name
-				l.objects = append(l.objects, object{kind, name})
-			} else if chain, ok := fields["chain"].(string); ok {
-				words += " in chain " + chain
-			}
-			lines = append(lines, words+": "+string(line))
-		}
-	}
-	l.structure = strings.Join(lines, "\n")
-	return l, nil
-}
-
-// term words a JSON expression as ruleset does.
-func term(expression any) string {
-	switch e := expression.(type) {
-	case string:
-		return e
-	case float64:
-		return strconv.FormatFloat(e, 'f', -1, 64)
-	case map[string]any:
-		for kind, argument := range e {
-			switch kind {
-			case "concat":
-				parts, _ := argument.([]any)
-				words := make([]string, len(parts))
-				for i, part := range parts {
-					words[i] = term(part)
-				}
-				return concat(words...)
-			case "goto", "jump":
-				if fields, ok := argument.(map[string]any); ok {
-					return kind + " " + term(fields["target"])
-				}
-			case "elem":
-				if fields, ok := argument.(map[string]any); ok {
-					return term(fields["val"])
-				}
-			default:
-				return kind
+				return fmt.Errorf("table %s %s: %w", family, name, err)
 			}
 		}
+		return nil
 	}
-	return fmt.Sprint(expression)
+	// The kernel does not filter chains by table.
+	err = dump(unix.NFT_MSG_GETCHAIN, func(a map[uint16][]byte) error {
+		if cString(a[unix.NFTA_CHAIN_TABLE]) == name {
+			l.add("chain", cString(a[unix.NFTA_CHAIN_NAME]), a, unix.NFTA_CHAIN_HOOK, unix.NFTA_CHAIN_POLICY, unix.NFTA_CHAIN_TYPE, nftaChainFlags, nftaChainUserdata)
+		}
+		return nil
+	})
+	err = errors.Join(err, dump(unix.NFT_MSG_GETRULE, func(a map[uint16][]byte) error {
+		chain := cString(a[unix.NFTA_RULE_CHAIN])
+		l.rules[chain]++
+		l.structure["rules "+chain] += encoding(a, unix.NFTA_RULE_EXPRESSIONS, unix.NFTA_RULE_USERDATA)
+		return nil
+	}, text(unix.NFTA_RULE_TABLE, name)))
+	err = errors.Join(err, dump(unix.NFT_MSG_GETSET, func(a map[uint16][]byte) error {
+		flags := uint32(0) // not sent where there is none
+		if value := a[unix.NFTA_SET_FLAGS]; len(value) >= 4 {
+			flags = binary.BigEndian.Uint32(value)
+		}
+		switch {
+		case flags&unix.NFT_SET_ANONYMOUS != 0: // constant, and a part of its rule
+		case flags&unix.NFT_SET_MAP != 0:
+			l.add("map", cString(a[unix.NFTA_SET_NAME]), a, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_TYPE, unix.NFTA_SET_KEY_LEN, unix.NFTA_SET_DATA_TYPE, unix.NFTA_SET_DATA_LEN)
+		default:
+			l.add("set", cString(a[unix.NFTA_SET_NAME]), a, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_TYPE, unix.NFTA_SET_KEY_LEN)
+		}
+		return nil
+	}, text(unix.NFTA_SET_TABLE, name)))
+	for _, s := range known {
+		if !slices.Contains(l.objects, object{s.kind(), s.name}) {
+			continue
+		}
+		elements := map[string]string{}
+		l.elements[s.name] = elements
+		err = errors.Join(err, dump(unix.NFT_MSG_GETSETELEM, func(a map[uint16][]byte) error {
+			return decodeElements(s, a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], elements)
+		}, text(unix.NFTA_SET_ELEM_LIST_TABLE, name), text(unix.NFTA_SET_ELEM_LIST_SET, s.name)))
+	}
+	return l, err
 }
 
-// compare says in which respects the listing differs from rules, whose structure nft listed as structure
-// when they were loaded.
-func (l *listing) compare(rules *ruleset, structure string) []string {
-	var differs []string
-	if l.structure != structure {
-		differs = append(differs, structureDiff(strings.Split(structure, "\n"), strings.Split(l.structure, "\n"))...)
+// Attributes that x/sys does not name.
+const (
+	nftaChainFlags    = 10
+	nftaChainUserdata = 12
+)
+
+// add takes down an object and the attributes that make it what it is.
+func (l *listing) add(kind, name string, attributes map[uint16][]byte, which ...uint16) {
+	o := object{kind, name}
+	if slices.Contains(l.objects, o) { // listed twice, since the dump was interrupted
+		return
 	}
+	l.objects = append(l.objects, o)
+	l.structure[kind+" "+name] = encoding(attributes, which...)
+}
+
+func encoding(attributes map[uint16][]byte, which ...uint16) string {
+	var all []byte
+	for _, kind := range which {
+		all = binary.BigEndian.AppendUint32(all, uint32(len(attributes[kind])))
+		all = append(all, attributes[kind]...)
+	}
+	return string(all)
+}
+
+func cString(value []byte) string { return unix.ByteSliceToString(value) }
+
+// differs says in which respects the listing is not rules, whose structure was listed as structure when they were loaded.
+func (l *listing) differs(rules *ruleset, structure map[string]string) []string {
+	all := structureDiff(structure, l.structure)
 	for _, s := range rules.sets {
 		there, exists := l.elements[s.name]
 		if !exists {
@@ -113,46 +145,60 @@ func (l *listing) compare(rules *ruleset, structure string) []string {
 		}
 		var missing, foreign []string
 		for key, value := range s.elements {
-			if found, ok := there[key]; !ok || found != value {
+			if found, ok := there[key]; (!ok || found != value) && !s.mayBeGone(key) {
 				missing = append(missing, key)
 			}
 		}
 		for key := range there {
-			if _, ok := s.elements[key]; !ok {
+			if _, ok := s.elements[key]; !ok && s.until == nil {
 				foreign = append(foreign, key)
 			}
 		}
-		differs = append(differs, Summary("missing from "+s.name, missing)...)
-		differs = append(differs, Summary("foreign in "+s.name, foreign)...)
+		all = append(all, Summary("missing from "+s.name, missing)...)
+		all = append(all, Summary("foreign in "+s.name, foreign)...)
 	}
-	return differs
+	return all
 }
 
-// structureDiff words the difference of two listings by object, "rule in chain translate" for example.
-func structureDiff(wanted, there []string) []string {
-	count := map[string]int{}
-	for _, line := range wanted {
-		count[line]++
-	}
-	for _, line := range there {
-		count[line]--
-	}
-	var differs []string
-	for line, surplus := range count {
-		words, _, _ := strings.Cut(line, ": ")
-		switch {
-		case surplus > 0:
-			differs = append(differs, "missing "+words)
-		case surplus < 0:
-			differs = append(differs, "foreign or changed "+words)
+// mayBeGone says whether the kernel may have removed an element, or is about to.
+func (s set) mayBeGone(key string) bool {
+	timeout, wanted := s.timeout(key)
+	return !wanted || timeout > 0 && timeout < time.Second
+}
+
+// lacks says which chains, rules and sets of rs the listing does not have, by name and number.
+func (l *listing) lacks(rs *ruleset) []string {
+	var all []string
+	for _, c := range rs.chains {
+		if count := l.rules[c.name]; !slices.Contains(l.objects, object{"chain", c.name}) || count != len(c.rules) {
+			all = append(all, fmt.Sprintf("chain %s has %d rules instead of %d", c.name, count, len(c.rules)))
 		}
 	}
-	slices.Sort(differs)
-	differs = slices.Compact(differs)
-	if len(differs) == 0 {
-		differs = []string{"rules in another order"}
+	for _, s := range rs.sets {
+		if !slices.Contains(l.objects, object{s.kind(), s.name}) {
+			all = append(all, s.kind()+" "+s.name+" is missing")
+		}
 	}
-	return differs
+	return all
+}
+
+// structureDiff names the objects that two structures differ in.
+func structureDiff(wanted, there map[string]string) []string {
+	var all []string
+	for name, encoded := range wanted {
+		if found, ok := there[name]; !ok {
+			all = append(all, "missing "+name)
+		} else if found != encoded {
+			all = append(all, "changed "+name)
+		}
+	}
+	for name := range there {
+		if _, ok := wanted[name]; !ok {
+			all = append(all, "foreign "+name)
+		}
+	}
+	slices.Sort(all)
+	return all
 }
 
 // Summary names the first few of a long list.
@@ -166,4 +212,53 @@ func Summary(what string, names []string) []string {
 		return []string{fmt.Sprintf("%s: %s and %d more", what, strings.Join(names[:most], ", "), more)}
 	}
 	return []string{what + ": " + strings.Join(names, ", ")}
+}
+
+// decodeElements adds the elements of a message (NFTA_SET_ELEM_LIST_ELEMENTS) to all.
+func decodeElements(s set, list []byte, all map[string]string) (err error) {
+	fail := func(e error) {
+		if err == nil && e != nil {
+			err = fmt.Errorf("set %s: %w", s.name, e)
+		}
+	}
+	fail(attributesOf(list, func(_ uint16, element []byte) {
+		key, value := "", ""
+		fail(attributesOf(element, func(kind uint16, data []byte) {
+			switch kind {
+			case unix.NFTA_SET_ELEM_KEY:
+				var e error
+				key, e = decodeData(s.key, data)
+				fail(e)
+			case unix.NFTA_SET_ELEM_DATA:
+				var e error
+				value, e = decodeData(s.value, data)
+				fail(e)
+			}
+		}))
+		all[key] = value
+	}))
+	return err
+}
+
+// decodeData is the text of a key or a value: NFTA_DATA_VALUE, or NFTA_DATA_VERDICT of a verdict map.
+func decodeData(kinds string, data []byte) (decoded string, err error) {
+	errAttributes := attributesOf(data, func(kind uint16, value []byte) {
+		switch kind {
+		case unix.NFTA_DATA_VALUE:
+			decoded = decode(kinds, value)
+		case unix.NFTA_DATA_VERDICT:
+			code, chain := int32(0), ""
+			err = attributesOf(value, func(kind uint16, value []byte) {
+				switch {
+				case kind == unix.NFTA_VERDICT_CODE && len(value) >= 4:
+					code = int32(binary.BigEndian.Uint32(value))
+				case kind == unix.NFTA_VERDICT_CHAIN:
+					chain = cString(value)
+				}
+			})
+			names := map[int32]string{unix.NFT_GOTO: "goto " + chain, unix.NFT_JUMP: "jump " + chain, 1: "accept", 0: "drop"} // NF_ACCEPT, NF_DROP
+			decoded = names[code]
+		}
+	})
+	return decoded, errors.Join(err, errAttributes)
 }

@@ -10,7 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
+	"sync"
 
 	"sigs.k8s.io/knftables"
 
@@ -23,17 +26,22 @@ const Name = "nftables"
 // TablePrefix begins the name of every agent's tables.
 const TablePrefix = "magic-ip-"
 
-const comment = "rules of magic-ip-agent: changes made by hand are mended"
+const tableComment = "rules of magic-ip-agent: changes made by hand are undone"
 
-// Backend keeps the tables of one agent.
+// Backend keeps the tables of one agent. One goroutine may call Watch, and another one the other methods.
 type Backend struct {
 	tables []*table
+
+	mu sync.Mutex
+	// processes have changed our tables since they were last verified, as far as the kernel told.
+	processes []string
 }
 
 // New makes the backend of the agent called agentName. It asks the kernel nothing.
 func New(agentName string) (*Backend, error) {
 	b := &Backend{}
-	var socket elementSocket
+	var elements elementSocket
+	var r reader
 	for _, family := range plan.Families() {
 		name := TablePrefix + agentName
 		nft, err := knftables.New(knftables.Family(family), name)
@@ -42,8 +50,8 @@ func New(agentName string) (*Backend, error) {
 		}
 		b.tables = append(b.tables, &table{
 			family: family, name: name, nft: nft, generation: NewGeneration(),
-			list:     func(ctx context.Context) (*listing, error) { return listTable(ctx, family, name) },
-			elements: func(changes []setChange) error { return socket.apply(family, name, changes) },
+			list:     func(known []set) (*listing, error) { return r.listTable(family, name, known) },
+			elements: func(changes []setChange) error { return elements.apply(family, name, changes) },
 		})
 	}
 	for _, t := range b.tables {
@@ -59,7 +67,7 @@ func (b *Backend) Trial(ctx context.Context) error {
 	}}})
 	tx := b.tables[0].nft.NewTransaction()
 	rules := render(&trial, plan.IPv4)
-	rules.write(tx, comment)
+	rules.write(tx)
 	if err := b.tables[0].nft.Check(ctx, tx); err != nil {
 		return fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
 	}
@@ -76,10 +84,29 @@ func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 	for _, t := range b.tables {
 		err = errors.Join(err, t.sync(ctx, p))
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	for _, t := range b.tables {
+		if t.degraded != nil {
+			return &DegradedError{t.degraded}
+		}
+	}
+	return nil
 }
 
-// Verify says what somebody else has changed in our tables since they were loaded. The next Sync then
+// DegradedError says that the rules are those of the plan, and that a change takes longer than it should.
+type DegradedError struct{ err error }
+
+func (e *DegradedError) Error() string {
+	return "elements cannot be changed by netlink, so that each change starts an nft process: " + e.err.Error()
+}
+func (e *DegradedError) Unwrap() error { return e.err }
+
+// InPlace says that the rules of the plan are in the kernel.
+func (e *DegradedError) InPlace() bool { return true }
+
+// Verify says what in our tables was externally modified since they were loaded. The next Sync then
 // loads them anew. It costs one small netlink message where nobody has changed any rule on the node.
 func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	var differs []string
@@ -88,7 +115,19 @@ func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 		found, verifyErr := t.verify(ctx)
 		differs, err = append(differs, found...), errors.Join(err, verifyErr)
 	}
+	if len(differs) == 0 {
+		b.mu.Lock()
+		b.processes = nil
+		b.mu.Unlock()
+	}
 	return differs, err
+}
+
+// ModifiedBy names the processes that have changed our tables since Verify last found them as wanted, where the kernel said it.
+func (b *Backend) ModifiedBy() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return strings.Join(b.processes, ", ")
 }
 
 // Remove takes our tables out.
@@ -102,14 +141,28 @@ func (b *Backend) Remove(ctx context.Context) error {
 
 // Exists says whether any of the tables is there. Where that cannot be read, the tools or the part of the kernel are
 // missing, and so are the tables.
-func (b *Backend) Exists(ctx context.Context) bool {
+func (b *Backend) Exists(context.Context) bool {
 	return slices.ContainsFunc(b.tables, func(t *table) bool {
-		listed, err := t.list(ctx)
+		listed, err := t.list(nil)
 		return err == nil && listed.exists
 	})
 }
 
-// Watch calls changed whenever the kernel tells that somebody has changed our tables, until ctx ends.
+// Watch calls changed after each change of our tables, until ctx ends.
 func (b *Backend) Watch(ctx context.Context, changed func()) error {
-	return watchTable(ctx, b.tables[0].name, changed)
+	self := ownProcess()
+	return watchTable(ctx, b.tables[0].name, func(process string) {
+		b.mu.Lock()
+		if process != "" && process != self && !slices.Contains(b.processes, process) {
+			b.processes = append(b.processes, process)
+		}
+		b.mu.Unlock()
+		changed()
+	})
+}
+
+// ownProcess is this process's name as the kernel has it.
+func ownProcess() string {
+	name, _ := os.ReadFile("/proc/self/comm")
+	return strings.TrimSpace(string(name))
 }

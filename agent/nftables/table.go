@@ -1,37 +1,41 @@
 package nftables
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
+	"maps"
+	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// table is one family's table and what we believe is in it.
+// table is one family's table and what it is believed to hold.
 type table struct {
 	family     plan.Family
 	name       string
 	nft        knftables.Interface
 	generation func() (uint32, error)
-	list       func(context.Context) (*listing, error)
-	// elements does changes without nft; nil where there is no kernel.
+	// list reads the table, with the elements of these sets.
+	list func(known []set) (*listing, error)
+	// elements changes sets without nft; nil where there is no kernel.
 	elements func([]setChange) error
 
 	known bool       // false until the first sync, and after a failed one
 	plan  *plan.Plan // nil: no table
-	// structure is how nft lists our chains and sets; seen, the generation at which the table was
+	// structure is how the kernel encodes chains, rules and sets; seen, the generation at which the table was
 	// last known to be as wanted.
-	structure string
+	structure map[string]string
 	seen      uint32
 	siblings  []*table // all tables of the backend, this one included
-	// mended: a sync has found the table changed by somebody else and loaded it anew. Verify has yet to say so.
-	mended bool
+	// restored is why a sync has loaded the table anew, which somebody else had changed. Verify has yet to report it.
+	restored error
+	// degraded is why elements cannot be changed by netlink, although nft can change them; nil while they can.
+	degraded error
 }
 
 func (t *table) sync(ctx context.Context, p *plan.Plan) error {
@@ -56,21 +60,21 @@ func (t *table) apply(ctx context.Context, p *plan.Plan) error {
 			return err
 		}
 	case t.known && t.plan != nil && sameChains(p, t.plan, t.family):
-		if changes := changes(t.plan, p, t.family); len(changes) > 0 {
-			before, err := t.generation()
+		if d := changes(t.plan, p, t.family); !d.empty() {
+			err := t.change(ctx, d)
+			if externallyModified(err) {
+				t.known = false
+				if errLoad := t.loadAndRemember(ctx, p); errLoad != nil {
+					return errors.Join(err, errLoad)
+				}
+				t.restored, err = err, nil
+			}
 			if err != nil {
 				return err
 			}
-			if err := t.change(ctx, changes); err != nil {
-				// Somebody has changed the table since we looked: put all of it in place.
-				t.known, t.mended = false, true
-				return t.apply(ctx, p)
-			}
-			t.advance(before, 1)
 		}
 	default:
-		rules := render(p, t.family)
-		if err := t.loadAndRemember(ctx, &rules); err != nil {
+		if err := t.loadAndRemember(ctx, p); err != nil {
 			return err
 		}
 	}
@@ -78,24 +82,72 @@ func (t *table) apply(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
-// change does these changes in one transaction: by netlink, and where the kernel does not take that, by nft.
-func (t *table) change(ctx context.Context, changes []setChange) error {
-	var err error
-	if t.elements != nil {
-		if err = t.elements(changes); err == nil {
-			return nil
+// externallyModified says whether an error means that the table is not as it was loaded: an object that should be there is
+// missing, or the opposite. Anything else (no memory, no permission, no answer) is a failure of our own.
+func externallyModified(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || knftables.IsNotFound(err) || knftables.IsAlreadyExists(err)
+}
+
+// change does d in one transaction: by netlink where only elements change, and by nft where netlink fails or chains change.
+func (t *table) change(ctx context.Context, d diff) error {
+	before, err := t.generation()
+	if err != nil {
+		return err
+	}
+	byNFT := t.elements == nil || len(d.chains)+len(d.gone) > 0
+	var errNetlink error
+	if !byNFT {
+		if errNetlink = t.elements(d.sets); externallyModified(errNetlink) {
+			return errNetlink
+		}
+		if errNetlink == nil {
+			t.degraded = nil
 		}
 	}
-	tx := t.nft.NewTransaction()
-	writeChanges(tx, changes)
-	if errNFT := t.nft.Run(ctx, tx); errNFT != nil {
-		return errors.Join(err, errNFT)
+	if byNFT || errNetlink != nil {
+		tx := t.nft.NewTransaction()
+		d.write(tx)
+		if tx.NumOperations() > 0 {
+			if err := t.nft.Run(ctx, tx); err != nil {
+				return errors.Join(errNetlink, err)
+			}
+		}
+		if errNetlink != nil {
+			t.degraded = errNetlink
+		}
+	}
+	if len(d.chains)+len(d.gone) > 0 {
+		if err := t.rememberChains(d); err != nil {
+			return err
+		}
+	}
+	t.advance(before, 1)
+	return nil
+}
+
+// rememberChains takes down how the kernel encodes chains that have just been changed.
+func (t *table) rememberChains(d diff) error {
+	listed, err := t.list(nil)
+	if err != nil {
+		return err
+	}
+	for _, c := range d.gone {
+		delete(t.structure, "chain "+c.name)
+		delete(t.structure, "rules "+c.name)
+	}
+	if missing := listed.lacks(&ruleset{chains: d.chains}); len(missing) > 0 {
+		return fmt.Errorf("not as loaded: %s: %w", strings.Join(missing, "; "), unix.ENOENT)
+	}
+	for _, c := range d.chains {
+		for _, kind := range []string{"chain ", "rules "} {
+			t.structure[kind+c.name] = listed.structure[kind+c.name]
+		}
 	}
 	return nil
 }
 
-// advance says that so many transactions of ours followed the generation before. A table that was as wanted by
-// then still is; at the others somebody else has been at work, so they are looked at next time.
+// advance notes that so many transactions of ours followed the generation before. A table that was as wanted at that
+// generation still is; the others have been changed by somebody else since, so the next verify lists them.
 func (t *table) advance(before, transactions uint32) {
 	for _, sibling := range t.siblings {
 		if sibling.seen == before {
@@ -104,53 +156,63 @@ func (t *table) advance(before, transactions uint32) {
 	}
 }
 
-// loadAndRemember puts all of wanted in place of whatever is there, and takes down how nft lists the structure
-// of it, to compare with later. It is not to take down what somebody else has changed in between: then it begins
-// again.
-func (t *table) loadAndRemember(ctx context.Context, wanted *ruleset) error {
+// loadAndRemember puts all of p in place of whatever is there, and takes down how the kernel encodes the structure of it, to
+// compare with later.
+//
+// The generation tells whether anybody else changed rules meanwhile. Beside a busy writer it always does. The listing is then
+// repeated, and the table not loaded again: two equal listings which have all that was loaded count.
+func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
+	wanted := render(p, t.family)
+	before, err := t.generation()
+	if err != nil {
+		return err
+	}
+	transactions, err := t.load(ctx, &wanted)
+	if err != nil {
+		return err
+	}
+	var last *listing
 	for range 5 {
-		before, err := t.generation()
+		began, err := t.generation()
 		if err != nil {
 			return err
 		}
-		transactions, err := t.load(ctx, wanted)
+		listed, err := t.list(wanted.sets)
 		if err != nil {
 			return err
 		}
-		listed, err := t.list(ctx)
-		if err != nil {
-			return err
-		}
-		after, err := t.generation()
-		if err != nil {
-			return err
-		}
-		if after != before+transactions {
-			continue
-		}
-		if missing := listed.compare(wanted, listed.structure); len(missing) > 0 {
+		if missing := append(listed.lacks(&wanted), listed.differs(&wanted, listed.structure)...); len(missing) > 0 {
 			return fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
 		}
-		t.advance(before, transactions)
-		t.structure, t.seen = listed.structure, after
-		return nil
+		now, err := t.generation()
+		if err != nil {
+			return err
+		}
+		certain := now == before+transactions
+		if certain || last != nil && maps.Equal(last.structure, listed.structure) {
+			t.structure = listed.structure
+			if certain {
+				t.advance(before, transactions)
+			}
+			t.seen = began
+			return nil
+		}
+		last = listed
 	}
-	// Rules change all the time here; the next verify has ours loaded anew.
-	t.structure, t.seen = "", 0
-	return nil
+	return errors.New("somebody changes the table while it is loaded")
 }
 
 // load puts all of wanted in place of whatever is there, in so many transactions.
 func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32, err error) {
-	there, err := t.list(ctx)
+	there, err := t.list(nil)
 	if err != nil {
 		return 0, err
 	}
 	tx := t.nft.NewTransaction()
-	wanted.write(tx, comment)
+	wanted.write(tx)
 	if err := t.nft.Run(ctx, tx); err != nil {
-		// Another version may have made a set of the same name with another type. Then it has to be the
-		// hard way, which can reject a packet that is just on its way.
+		// Another version may have made a set of the same name with another type. Then the table has to be deleted first,
+		// which can reject a packet that is just on its way.
 		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
 			return 0, err
 		}
@@ -164,12 +226,11 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 	return 2, t.nft.Run(ctx, tx)
 }
 
-// verify looks at the table where anybody has changed any rule since it was last seen as wanted, and
-// says what differs.
+// verify lists the table where anybody has changed any rule since it was last seen as wanted, and says what differs.
 func (t *table) verify(ctx context.Context) ([]string, error) {
-	if t.mended {
-		t.mended = false
-		return []string{fmt.Sprintf("table %s %s: found out when an endpoint changed", t.family, t.name)}, nil
+	if err := t.restored; err != nil {
+		t.restored = nil
+		return []string{fmt.Sprintf("table %s %s: found when an endpoint changed: %v", t.family, t.name, err)}, nil
 	}
 	if !t.known {
 		return nil, nil
@@ -178,20 +239,9 @@ func (t *table) verify(ctx context.Context) ([]string, error) {
 	if err != nil || now == t.seen {
 		return nil, err
 	}
-	listed, err := t.list(ctx)
+	differs, err := t.look(ctx)
 	if err != nil {
 		return nil, err
-	}
-	var differs []string
-	switch {
-	case t.plan == nil && !listed.exists:
-	case t.plan == nil:
-		differs = []string{"a table that is not wanted any more"}
-	case !listed.exists:
-		differs = []string{"the whole table"}
-	default:
-		rules := render(t.plan, t.family)
-		differs = listed.compare(&rules, t.structure)
 	}
 	if len(differs) == 0 {
 		t.seen = now
@@ -204,6 +254,40 @@ func (t *table) verify(ctx context.Context) ([]string, error) {
 	return differs, nil
 }
 
+// look says in which respects the table is not as wanted. What an interrupted listing lacks may be there all the same, so
+// only what each of several says counts.
+func (t *table) look(ctx context.Context) (differs []string, err error) {
+	var sets []set
+	var rules ruleset
+	if t.plan != nil {
+		rules = render(t.plan, t.family)
+		sets = rules.sets
+	}
+	for attempt := range 3 {
+		listed, err := t.list(sets)
+		if err != nil {
+			return nil, err
+		}
+		var found []string
+		switch {
+		case t.plan == nil && !listed.exists:
+		case t.plan == nil:
+			found = []string{"a table that is no longer wanted"}
+		case !listed.exists:
+			found = []string{"the whole table"}
+		default:
+			found = listed.differs(&rules, t.structure)
+		}
+		if attempt > 0 {
+			found = slices.DeleteFunc(found, func(difference string) bool { return !slices.Contains(differs, difference) })
+		}
+		if differs = found; len(differs) == 0 || !listed.interrupted || ctx.Err() != nil {
+			break
+		}
+	}
+	return differs, nil
+}
+
 func (t *table) remove(ctx context.Context) error {
 	tx := t.nft.NewTransaction()
 	tx.Add(&knftables.Table{})
@@ -211,21 +295,6 @@ func (t *table) remove(ctx context.Context) error {
 	if err := t.nft.Run(ctx, tx); err != nil {
 		return err
 	}
-	t.known, t.plan, t.seen = true, nil, 0
+	t.known, t.plan, t.structure, t.seen = true, nil, nil, 0
 	return nil
-}
-
-// listTable asks nft for one table.
-func listTable(ctx context.Context, family plan.Family, name string) (*listing, error) {
-	command := exec.CommandContext(ctx, "nft", "--json", "list", "table", string(family), name)
-	var stderr bytes.Buffer
-	command.Stderr = &stderr
-	out, err := command.Output()
-	if err != nil {
-		if strings.Contains(stderr.String(), "No such file or directory") {
-			return &listing{}, nil
-		}
-		return nil, fmt.Errorf("%s: %w: %s", command, err, strings.TrimSpace(stderr.String()))
-	}
-	return parseListing(out)
 }

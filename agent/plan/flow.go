@@ -13,6 +13,8 @@ type Flow struct {
 	// Server is the source of the reply direction: the endpoint, or Destination itself where nothing
 	// translated the flow.
 	Server netip.AddrPort
+	// ReplyTo is the destination of the reply direction: the client, or the node where the flow is masqueraded.
+	ReplyTo netip.Addr
 	// SynSent: TCP, and nothing has come back yet (TCP_CONNTRACK_SYN_SENT).
 	SynSent bool
 	// Closed: TCP, and both ends are through with it (TCP_CONNTRACK_TIME_WAIT).
@@ -29,7 +31,9 @@ type Flow struct {
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
 //   - A closed TCP flow stays: nobody waits for it, a SYN that uses its ports again begins it anew (nf_conntrack_tcp_packet),
 //     and of clients with a connection for each request there are more of them than of all others.
-//   - Flows that are left alone on purpose stay, and what a removed frontend never translated.
+//   - Flows that are exempt on purpose stay, and what a removed frontend never translated.
+//   - A flow between two pods of a bridge whose frames have ceased to pass netfilter goes: its replies are no longer translated
+//     back. The next one is masqueraded.
 //   - A flow from a frontend is one the wrong way round: an answer that was on its way when the flow was deleted
 //     that it belonged to. All that its client sends is taken for replies and never translated: it goes.
 //
@@ -40,7 +44,7 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 	}
 	if reversed := (Frontend{Address: f.Source.Addr(), Protocol: f.Protocol, Port: f.Source.Port()}); f.Server == f.Destination {
 		if rule, ours := p.Find(reversed); ours {
-			return !p.alone(rule, f.Destination.Addr())
+			return !p.exempt(rule, f.Destination.Addr())
 		}
 	}
 	frontend := Frontend{Address: f.Destination.Addr(), Protocol: f.Protocol, Port: f.Destination.Port()}
@@ -48,13 +52,17 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 	if !ours && !slices.Contains(change.Removed, frontend) {
 		return false
 	}
-	if rule.Action == Pass || slices.Contains(rule.Endpoints, f.Server) {
+	switch {
+	case rule.Action == Pass:
 		return false
-	}
-	if f.Server == f.Destination { // not translated
-		if !ours || p.alone(rule, f.Source.Addr()) {
+	case f.Server == f.Destination: // not translated
+		if !ours || p.exempt(rule, f.Source.Addr()) {
 			return false
 		}
+	case p.bypassed(f, change):
+		return true
+	case slices.Contains(rule.Endpoints, f.Server):
+		return false
 	}
 	if f.Protocol != TCP || f.SynSent {
 		return true
@@ -63,8 +71,16 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 	return !contains(p.Sandboxes, server) && (p.Settled || slices.Contains(change.Gone, server))
 }
 
-// alone says whether the flows of a client to a frontend are left alone on purpose.
-func (p *Plan) alone(rule Rule, client netip.Addr) bool {
+// bypassed says whether the replies of a translated flow no longer pass netfilter.
+func (p *Plan) bypassed(f Flow, change Change) bool {
+	client, server := f.Source.Addr(), f.Server.Addr()
+	return f.ReplyTo == client && !contains(p.HostAddresses, client) && slices.ContainsFunc(change.Bridges, func(b Bridge) bool {
+		return b.Unfiltered(FamilyOf(client)) && b.has(client) && b.has(server)
+	})
+}
+
+// exempt says whether the flows of a client to a frontend are exempt on purpose.
+func (p *Plan) exempt(rule Rule, client netip.Addr) bool {
 	return rule.Action == Pass || slices.Contains(rule.Excluded, client) || !rule.HostClients && contains(p.HostAddresses, client)
 }
 
@@ -76,11 +92,22 @@ type Change struct {
 	Untranslated []Frontend
 	// Gone are addresses of sandboxes that stand no more.
 	Gone []netip.Addr
+	// Bridges are those whose frames of a family pass netfilter no more.
+	Bridges []Bridge
 }
 
 // Empty says that no flow can have become stale.
 func (c Change) Empty() bool {
-	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone) == 0
+	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone)+len(c.Bridges) == 0
+}
+
+// Add makes c what has changed in c or in d.
+func (c *Change) Add(d Change) {
+	c.Frontends = append(c.Frontends, d.Frontends...)
+	c.Removed = append(c.Removed, d.Removed...)
+	c.Untranslated = append(c.Untranslated, d.Untranslated...)
+	c.Gone = append(c.Gone, d.Gone...)
+	c.Bridges = append(c.Bridges, d.Bridges...)
 }
 
 // Plus is where flows may have become stale by either change.
@@ -90,6 +117,7 @@ func (c Change) Plus(d Change) Change {
 		Removed:      sortedSet(slices.Concat(c.Removed, d.Removed), Frontend.Compare),
 		Untranslated: sortedSet(slices.Concat(c.Untranslated, d.Untranslated), Frontend.Compare),
 		Gone:         sortedSet(slices.Concat(c.Gone, d.Gone), netip.Addr.Compare),
+		Bridges:      slices.Concat(c.Bridges, d.Bridges),
 	}
 }
 
@@ -113,6 +141,12 @@ func (p *Plan) Since(before *Plan) Change {
 	for _, rule := range was {
 		if _, found := find(now, rule.Frontend); !found && !rule.Foreign() {
 			change.Removed = append(change.Removed, rule.Frontend)
+		}
+	}
+	for _, bridge := range p.Bridges {
+		i := slices.IndexFunc(before.Bridges, func(b Bridge) bool { return b.Name == bridge.Name })
+		if i < 0 || bridge.Unfiltered4 && !before.Bridges[i].Unfiltered4 || bridge.Unfiltered6 && !before.Bridges[i].Unfiltered6 {
+			change.Bridges = append(change.Bridges, bridge)
 		}
 	}
 	for _, address := range before.Sandboxes {

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"reflect"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -135,6 +136,47 @@ func TestSince(t *testing.T) {
 	}
 }
 
+// TestBypassed: frames of bridge cni0 (10.0.0.0/24) have ceased to pass netfilter. Flows between its pods end unless they are
+// masqueraded; those of other clients go on.
+func TestBypassed(t *testing.T) {
+	before := example(true)
+	in := plan.Bridge{Name: "cni0", Prefixes: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
+	in.Unfiltered4 = true
+	now := example(true)
+	now.Bridges = []plan.Bridge{in}
+	change := now.Since(&before)
+	if len(change.Bridges) != 1 || change.Empty() {
+		t.Fatalf("change %+v, want the bridge", change)
+	}
+	if again := now.Since(&now); !again.Empty() {
+		t.Errorf("change without one: %+v", again)
+	}
+	if back := before.Since(&now); !back.Empty() {
+		t.Errorf("frames pass netfilter again, and flows change: %+v", back)
+	}
+	for _, tt := range []struct {
+		name                    string
+		protocol                plan.Protocol
+		source, replyTo, server string
+		want                    bool
+	}{
+		{"UDP between pods of the bridge", plan.UDP, "10.0.0.9:999", "10.0.0.9", "10.0.0.2:8080", true},
+		{"TCP between pods of the bridge", plan.TCP, "10.0.0.9:999", "10.0.0.9", "10.0.0.2:8080", true},
+		{"TCP to a former endpoint on the bridge", plan.TCP, "10.0.0.9:999", "10.0.0.9", "10.0.0.3:8080", true},
+		{"masqueraded", plan.TCP, "10.0.0.9:999", "10.0.0.1", "10.0.0.2:8080", false},
+		{"a client elsewhere", plan.UDP, "10.0.1.9:999", "10.0.1.9", "10.0.0.2:8080", false},
+		{"the node itself", plan.UDP, "192.0.2.2:999", "192.0.2.2", "10.0.0.2:8080", false},
+	} {
+		flow := plan.Flow{
+			Protocol: tt.protocol, Source: netip.MustParseAddrPort(tt.source), Destination: netip.MustParseAddrPort("169.254.210.210:80"),
+			Server: netip.MustParseAddrPort(tt.server), ReplyTo: netip.MustParseAddr(tt.replyTo),
+		}
+		if got := now.Stale(flow, change); got != tt.want {
+			t.Errorf("%s: stale %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
 // TestEqual changes every field of a plan and of a rule, by reflection: one that Equal forgot would go unnoticed.
 func TestEqual(t *testing.T) {
 	p, q := example(true), example(true)
@@ -148,6 +190,8 @@ func TestEqual(t *testing.T) {
 			before := reflect.New(field.Type()).Elem()
 			before.Set(field)
 			switch {
+			case field.Type() == reflect.TypeFor[time.Time]():
+				field.Set(reflect.ValueOf(time.Unix(1, 0)))
 			case field.Kind() == reflect.Slice:
 				field.Set(reflect.MakeSlice(field.Type(), field.Len()+1, field.Len()+1))
 			case field.IsZero() && field.Kind() == reflect.Bool:

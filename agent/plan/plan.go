@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -24,6 +25,16 @@ const (
 	UDP  = runtimedir.UDP
 	SCTP = runtimedir.SCTP
 )
+
+// ProtocolOf is the protocol with this number, empty for one that frontends do not have.
+func ProtocolOf(number uint8) Protocol {
+	for _, p := range [...]Protocol{TCP, UDP, SCTP} {
+		if p.Number() == number {
+			return p
+		}
+	}
+	return ""
+}
 
 // Family is an IP version, as nft names it.
 type Family string
@@ -74,6 +85,8 @@ type Service struct {
 	ExcludeTarget bool
 	// WithoutEndpoint is Reject, Hold or Pass; it does not count where there are endpoints.
 	WithoutEndpoint Action
+	// HoldUntil is when Hold becomes Reject, by the kernel's clock where the backend can.
+	HoldUntil time.Time
 	// Endpoints all have the family of the frontend. More than one: new flows spread over them evenly.
 	Endpoints []netip.AddrPort
 }
@@ -83,6 +96,22 @@ type Bridge struct {
 	Name string
 	// Unfiltered4 and Unfiltered6 say whether its IPv4 and IPv6 frames go from port to port unseen.
 	Unfiltered4, Unfiltered6 bool
+	// Prefixes are the on-link prefixes of the node's addresses on it: its pods have their addresses in these.
+	Prefixes []netip.Prefix
+}
+
+// Unfiltered says whether frames of this family go from port to port unseen.
+func (b Bridge) Unfiltered(family Family) bool {
+	return family == IPv4 && b.Unfiltered4 || family == IPv6 && b.Unfiltered6
+}
+
+// has says whether an address is that of a pod behind the bridge.
+func (b Bridge) has(address netip.Addr) bool {
+	return slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(address) })
+}
+
+func (b Bridge) equal(c Bridge) bool {
+	return b.Name == c.Name && b.Unfiltered4 == c.Unfiltered4 && b.Unfiltered6 == c.Unfiltered6 && slices.Equal(b.Prefixes, c.Prefixes)
 }
 
 // Input is all that a plan depends on.
@@ -90,9 +119,18 @@ type Input struct {
 	Services []Service
 	// Foreign are frontends that other agents on this node claim.
 	Foreign []Frontend
-	// PodInterfaces are the interfaces that auto serves.
+	// PodInterfaces are the links that auto serves, less those of Uplinks.
 	PodInterfaces []string
+	// Uplinks are the node's ways out. No packet to a magic IP leaves by one, translated or not, unless a HostInterface
+	// names it.
+	Uplinks []string
+	// UnservedPairs are the veth and netkit links that are not served. Other links of these kinds, which come up while nobody
+	// looks, are.
+	UnservedPairs []string
 	Bridges       []Bridge
+	// StrictTCP: the node picks up no TCP connection that it has not seen from its start (net.netfilter.nf_conntrack_tcp_loose
+	// is 0), so that segments of a connection whose flow was deleted are invalid.
+	StrictTCP bool
 	// HostAddresses are the node's own; Sandboxes those of all sandboxes known to stand.
 	HostAddresses, Sandboxes []netip.Addr
 	// Settled: every source has spoken, so that a sandbox that is not among Sandboxes does not stand.
@@ -114,8 +152,10 @@ type Rule struct {
 	Endpoints []netip.AddrPort
 	// HostClients says whether processes of this node are treated like pods or left alone.
 	HostClients bool
-	// Excluded are sources (the targets themselves) that are left alone.
+	// Excluded are sources (the targets themselves) that are exempt.
 	Excluded []netip.Addr
+	// HoldUntil is when Hold becomes Reject; zero for other actions.
+	HoldUntil time.Time
 }
 
 // Plan is the whole desired state of one agent. Two plans from equal input are equal.
@@ -123,7 +163,16 @@ type Plan struct {
 	Rules         []Rule    // by Frontend, in order
 	Clients       []Clients // in order
 	PodInterfaces []string  // in order
-	Bridges       []Bridge  // those with unfiltered frames, in order
+	// Uplinks are those that no packet to a magic IP leaves by; UnservedPairs has the Uplinks of its kinds too. In order.
+	Uplinks, UnservedPairs []string
+	// Unnamed are links that cannot be named in rules, for status: they are not served by name.
+	Unnamed []string
+	// NamedOnly: a veth or netkit link that must not be served is among Unnamed, so that no link is served by its kind.
+	NamedOnly bool
+	Bridges   []Bridge // those with unfiltered frames, in order
+	// Exempts: some service exempts its targets.
+	Exempts   bool
+	StrictTCP bool
 	// HostAddresses, Sandboxes (both in order) and Settled decide which flows are stale; see Stale.
 	HostAddresses, Sandboxes []netip.Addr
 	Settled                  bool
@@ -132,13 +181,15 @@ type Plan struct {
 // Build makes the plan. Services must be distinct in their frontends.
 func Build(in Input) Plan {
 	p := Plan{
-		PodInterfaces: sortedSet(in.PodInterfaces, strings.Compare),
+		StrictTCP:     in.StrictTCP,
 		HostAddresses: sortedSet(in.HostAddresses, netip.Addr.Compare),
 		Sandboxes:     sortedSet(in.Sandboxes, netip.Addr.Compare),
 		Settled:       in.Settled,
 	}
 	for _, bridge := range in.Bridges {
-		if bridge.Unfiltered4 || bridge.Unfiltered6 {
+		if !Nameable(bridge.Name) {
+			p.Unnamed = append(p.Unnamed, bridge.Name)
+		} else if bridge.Unfiltered4 || bridge.Unfiltered6 {
 			p.Bridges = append(p.Bridges, bridge)
 		}
 	}
@@ -150,6 +201,7 @@ func Build(in Input) Plan {
 		}
 	}
 	slices.SortFunc(p.Clients, func(a, b Clients) int { return slices.Compare(a.Interfaces, b.Interfaces) })
+	p.links(in)
 
 	p.Rules = make([]Rule, 0, len(in.Services))
 	claimed := map[Frontend]bool{}
@@ -169,7 +221,11 @@ func Build(in Input) Plan {
 		if len(rule.Endpoints) == 0 {
 			rule.Action = service.WithoutEndpoint
 		}
+		if rule.Action == Hold {
+			rule.HoldUntil = service.HoldUntil
+		}
 		if service.ExcludeTarget {
+			p.Exempts = true
 			for _, endpoint := range rule.Endpoints {
 				rule.Excluded = append(rule.Excluded, endpoint.Addr())
 			}
@@ -192,12 +248,14 @@ func (p *Plan) Equal(q *Plan) bool {
 	ofP, ofQ := Apart(p, q)
 	return p.Settled == q.Settled && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
-		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Bridges, q.Bridges) &&
+		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
+		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) &&
+		p.NamedOnly == q.NamedOnly && p.Exempts == q.Exempts && p.StrictTCP == q.StrictTCP &&
 		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Sandboxes, q.Sandboxes)
 }
 
 func (r *Rule) equal(s *Rule) bool {
-	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients &&
+	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients && r.HoldUntil.Equal(s.HoldUntil) &&
 		slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
 }
 

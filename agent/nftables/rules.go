@@ -1,0 +1,250 @@
+package nftables
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// chain is a base chain where hook is set.
+type chain struct {
+	name     string
+	comment  string
+	kind     knftables.BaseChainType
+	hook     knftables.BaseChainHook
+	priority knftables.BaseChainPriority
+	rules    []string
+}
+
+func (c chain) equal(d chain) bool { return c.name == d.name && slices.Equal(c.rules, d.rules) }
+
+// The priorities of our chains: nft's dstnat is -100 and srcnat 100 (the names are not allowed in the
+// output hook). Ours come before those of others, and the filters before any translation.
+const (
+	beforeDNAT knftables.BaseChainPriority = "-110"
+	ownDNAT    knftables.BaseChainPriority = "-105"
+	// The forward chain comes before the filters of others.
+	beforeFilter knftables.BaseChainPriority = "-10"
+	beforeSNAT   knftables.BaseChainPriority = "90"
+	ownSNAT      knftables.BaseChainPriority = "95"
+)
+
+// rejectChain rejects every packet. A chain cannot be called reject, which is a keyword of nft.
+const rejectChain = "reject-packet"
+
+// servedKinds are the kinds of links that serve pods without being named: a routed veth is there before the agent has seen
+// it, and also while no agent runs. A bridge or a tap of which nothing is known may lead to another network.
+const servedKinds = `{ "veth", "netkit" }`
+
+// chains are those of p for one family, but for the ones of spreadChains.
+//
+// Why these hooks. The filter chains of prerouting and output run before any destination NAT, of ours or of others (priority
+// dstnat), so that a leftover DNAT rule of another tool cannot take a packet that is to be rejected, and so that packets of
+// other clients never reach routing. Reject in prerouting needs Linux 5.9. These chains see every packet of a flow with the
+// magic IP still as its destination. A packet of a translated flow that comes in by a client's link is accepted: the flow's
+// first packet was, and the flow ends when its sandbox does (see plan.Stale).
+//
+// The nat chains see the first packet of a flow only. What they have not translated, because the flow is older than the rule
+// or conntrack calls the packet invalid, is rejected or dropped in the forward chain, and for processes of the node in the
+// postrouting chain. The same two chains are the guard that needs no endpoint: a translated packet whose endpoint's route is
+// gone follows the default route, with the agent dead too, and would leave the node. Its sender gets an answer at once where
+// that is possible (reject does not work in postrouting).
+func chains(p *plan.Plan, family plan.Family) []chain {
+	ip := string(family)
+	const (
+		translated = "ct status & dnat == dnat"
+		// A segment that conntrack calls invalid, but for those that begin or reset a connection: asymmetric routes and sockets
+		// that are gone make them rightly.
+		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
+		notByName   = "iifname != @pod-interfaces jump unknown-links"
+	)
+	all := []chain{
+		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
+			rules: []string{
+				// No flow begins at a magic IP: otherwise a host on the network could have conntrack take a client's packets for
+				// replies, which are not translated. An invalid packet would reach a client as if the service had sent it.
+				"ct state new,related ct direction original " + ip + " saddr @addresses drop",
+				"ct state invalid,untracked " + ip + " saddr @addresses drop",
+				// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
+				outOfWindow + " " + ip + " saddr @sandboxes drop",
+				ip + " daddr @addresses goto from-network",
+			}},
+		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,
+			rules: []string{
+				ip + " daddr @host-addresses goto from-host",
+				outOfWindow + " " + ip + " saddr . tcp sport @host-endpoints drop",
+			}},
+		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: ownDNAT,
+			rules: []string{ip + " daddr @addresses goto translate"}},
+		{name: "nat-output", kind: knftables.NATType, hook: knftables.OutputHook, priority: ownDNAT,
+			rules: []string{ip + " daddr @host-addresses goto translate-host"}},
+		{name: "nat-postrouting", kind: knftables.NATType, hook: knftables.PostroutingHook, priority: ownSNAT,
+			rules: []string{translated + " ct original " + ip + " daddr @addresses goto masquerade-replies"}},
+		{name: "filter-forward", kind: knftables.FilterType, hook: knftables.ForwardHook, priority: beforeFilter,
+			rules: []string{
+				"ct original " + ip + " daddr @addresses goto forwarded",
+				"ct state invalid,untracked " + ip + " daddr @addresses goto untranslated",
+			}},
+		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
+			rules: []string{
+				"iif != 0 accept", // forwarded, so the forward chain has seen it
+				"ct original " + ip + " daddr @host-addresses goto sent",
+				"ct state invalid,untracked " + ip + " daddr @host-addresses goto sent-untranslated",
+			}},
+
+		{name: "from-network", comment: "packets that come in by an interface", rules: []string{
+			translated + " iifname @pod-interfaces accept",
+			frontendKey(ip) + " vmap @services",
+			notByName,
+			"goto reject-new",
+		}},
+		{name: "unknown-links", comment: "drops packets that do not come from pods", rules: []string{
+			"iifname @unserved-pairs drop",
+			"meta iifkind " + servedKinds + " return",
+			"drop",
+		}},
+		{name: "from-host", comment: "packets of processes of this node", rules: []string{
+			translated + " accept",
+			"ct state invalid goto invalid-from-host",
+			frontendKey(ip) + " vmap @host-services",
+			"goto " + rejectChain,
+		}},
+		{name: "invalid-from-host", rules: []string{
+			frontendKey(ip) + " @passed accept",
+			frontendKey(ip) + " @host-excluded accept",
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"goto invalid",
+		}},
+		{name: "invalid", comment: "a live flow goes on without the segment"},
+		{name: "reject-new", rules: []string{
+			translated + " accept",
+			"goto " + rejectChain,
+		}},
+		{name: rejectChain, comment: "an answer at once", rules: []string{
+			"meta l4proto tcp reject with tcp reset",
+			"reject",
+		}},
+		{name: "hold", rules: []string{
+			translated + " accept",
+			frontendKey(ip) + " @held goto hold-packet",
+			"goto " + rejectChain,
+		}},
+		{name: "hold-packet", comment: "wait for the next endpoint", rules: []string{
+			"tcp flags & (fin | syn | rst | ack) == syn drop",
+			"meta l4proto { udp, sctp } drop",
+			"goto " + rejectChain,
+		}},
+
+		{name: "translate", rules: []string{
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"dnat " + ip + " addr . port to " + frontendKey(ip) + " map @endpoints",
+			frontendKey(ip) + " vmap @spread",
+		}},
+		{name: "translate-host", rules: []string{
+			frontendKey(ip) + " @host-excluded accept",
+			"goto translate",
+		}},
+		{name: "masquerade-replies", comment: "replies that would bypass this node", rules: []string{
+			ip + " saddr . " + ip + " daddr @hairpins masquerade",
+			"iifname . oifname @unfiltered-bridges masquerade",
+		}},
+
+		{name: "forwarded", comment: "no packet to a magic IP leaves the node", rules: []string{
+			translated + " oifname @uplinks goto leaving",
+			ip + " daddr @addresses goto untranslated",
+		}},
+		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
+			"ct original " + ip + " daddr @passing accept", // another tool may translate it
+			"ct direction reply drop",
+			"goto " + rejectChain,
+		}},
+		{name: "untranslated", rules: []string{
+			frontendKey(ip) + " @passed accept",
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"ct state invalid goto invalid",
+			"goto " + rejectChain,
+		}},
+		{name: "sent", comment: "no packet of the node to a magic IP leaves it", rules: []string{
+			translated + " oifname @uplinks ct original " + ip + " daddr != @passing drop",
+			ip + " daddr @host-addresses goto sent-untranslated",
+		}},
+		{name: "sent-untranslated", rules: []string{
+			frontendKey(ip) + " @passed accept",
+			frontendKey(ip) + " @host-excluded accept",
+			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"drop",
+		}},
+	}
+	for i := range all {
+		c := &all[i]
+		switch {
+		case c.name == "unknown-links" && p.NamedOnly:
+			c.rules = []string{"drop"}
+		case c.name == "untranslated" && p.Exempts:
+			// A target's own packet comes in by the link that leads to it, not by that of another pod with the target's address.
+			c.rules = slices.Insert(c.rules, 1, ip+" saddr . "+frontendKey(ip)+" @excluded fib saddr . iif oif missing drop")
+		case c.name == "invalid" && p.StrictTCP:
+			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
+			c.rules = []string{"tcp flags & rst == 0 goto " + rejectChain, "drop"}
+		case c.name == "invalid":
+			c.rules = []string{"drop"}
+		}
+	}
+	for i, clients := range p.Clients {
+		for _, action := range []plan.Action{plan.Serve, plan.Reject, plan.Hold, plan.Pass} {
+			all = append(all, clientChain(action, i, clients, notByName))
+		}
+	}
+	return all
+}
+
+// frontendKey is the key of a packet's frontend; th dport is the destination port of any transport.
+func frontendKey(ip string) string { return ip + " daddr . meta l4proto . th dport" }
+
+// clientChain decides by the interface that a packet came in by. Only links of this node's pods are ever answered; from any
+// other a magic IP does not exist.
+func clientChain(action plan.Action, index int, clients plan.Clients, notByName string) chain {
+	verdict := map[plan.Action]string{plan.Serve: "accept", plan.Pass: "accept", plan.Reject: "goto reject-new", plan.Hold: "goto hold"}[action]
+	c := chain{name: clientChainName(action, index)}
+	if len(clients.Interfaces) == 0 {
+		c.rules = []string{notByName, verdict}
+		return c
+	}
+	for _, name := range clients.Interfaces {
+		if prefix, wild := strings.CutSuffix(name, "+"); wild {
+			name = prefix + "*"
+		}
+		c.rules = append(c.rules, fmt.Sprintf("iifname %q %s", name, verdict))
+	}
+	c.rules = append(c.rules, notByName, "goto "+rejectChain)
+	return c
+}
+
+func clientChainName(action plan.Action, index int) string {
+	return fmt.Sprintf("%s-%d", action, index)
+}
+
+// spreadChains send new flows of a frontend with several endpoints to each of them, with the same probability.
+func spreadChains(rules []plan.Rule, family plan.Family) (all []chain) {
+	for _, rule := range rules {
+		if len(rule.Endpoints) < 2 || plan.FamilyOf(rule.Address) != family {
+			continue
+		}
+		var endpoints []string
+		for i, endpoint := range rule.Endpoints {
+			endpoints = append(endpoints, fmt.Sprintf("%d : %s . %d", i, endpoint.Addr(), endpoint.Port()))
+		}
+		all = append(all, chain{name: spreadName(rule.Frontend), rules: []string{fmt.Sprintf(
+			"meta l4proto %s dnat %s addr . port to numgen random mod %d map { %s }",
+			rule.Protocol, family, len(endpoints), strings.Join(endpoints, ", "))}})
+	}
+	return all
+}
+
+func spreadName(f plan.Frontend) string {
+	return fmt.Sprintf("spread-%s-%s-%d", strings.ReplaceAll(f.Address.String(), ":", "-"), f.Protocol, f.Port)
+}

@@ -1,0 +1,143 @@
+package nftables
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// set is a map where value is set.
+type set struct {
+	name     string
+	comment  string
+	key      string
+	value    string
+	elements map[string]string // key to value, as nft lists them
+	// until is when the kernel removes an element, in a set whose elements have timeouts; zero is never. Such elements are
+	// never deleted: whether they are still there is a matter of time.
+	until map[string]time.Time
+}
+
+// The sets in which several rules may have the same element; see shared.
+const (
+	addressesSet     = "addresses"
+	hostAddressesSet = "host-addresses"
+	passingSet       = "passing"
+	hostEndpointsSet = "host-endpoints"
+	hairpinsSet      = "hairpins"
+)
+
+// concat joins the parts of a key or a value as nft writes them.
+func concat(parts ...string) string { return strings.Join(parts, " . ") }
+
+func concatPort(a netip.AddrPort) string {
+	return concat(a.Addr().String(), strconv.Itoa(int(a.Port())))
+}
+
+// sets are the data of the plan. A packet to any other address costs one lookup in each hook, however many magic IPs there are.
+func sets(p *plan.Plan, family plan.Family) []set {
+	address := "ipv4_addr"
+	if family == plan.IPv6 {
+		address = "ipv6_addr"
+	}
+	frontend := concat(address, "inet_proto", "inet_service")
+	newSet := func(name, key, value, comment string) set {
+		return set{name: name, key: key, value: value, comment: comment, elements: map[string]string{}}
+	}
+	addresses := newSet(addressesSet, address, "", "the magic IPs")
+	hostAddresses := newSet(hostAddressesSet, address, "", "the magic IPs that processes of this node may use")
+	passing := newSet(passingSet, address, "", "the magic IPs of which a frontend passes")
+	interfaces := newSet("pod-interfaces", "ifname", "", "links of this node's pods")
+	unserved := newSet("unserved-pairs", "ifname", "", "links that are not served whatever their kind")
+	uplinks := newSet("uplinks", "ifname", "", "links by which no packet to a magic IP leaves")
+	services := newSet("services", frontend, "verdict", "actions for packets of pods")
+	hostServices := newSet("host-services", frontend, "verdict", "actions for packets of processes of this node")
+	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "destinations of new flows")
+	spread := newSet("spread", frontend, "verdict", "frontends with several endpoints")
+	held := newSet("held", frontend, "", "frontends whose clients wait")
+	held.until = map[string]time.Time{}
+	excluded := newSet("excluded", concat(address, frontend), "", "sources that are exempt")
+	passed := newSet("passed", frontend, "", "frontends whose packets may leave the node as they are")
+	hostExcluded := newSet("host-excluded", frontend, "", "frontends that processes of this node do not use")
+	hairpins := newSet(hairpinsSet, concat(address, address), "", "endpoints that connect to themselves")
+	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
+	sandboxes := newSet("sandboxes", address, "", "addresses of live sandboxes")
+	hostEndpoints := newSet(hostEndpointsSet, concat(address, "inet_service"), "", "endpoints that are processes of this node")
+
+	for _, rule := range p.Rules {
+		if plan.FamilyOf(rule.Address) != family {
+			continue
+		}
+		key := concat(rule.Address.String(), string(rule.Protocol), strconv.Itoa(int(rule.Port)))
+		if rule.Foreign() {
+			services.elements[key], hostServices.elements[key] = "accept", "accept"
+			passed.elements[key] = ""
+			continue
+		}
+		addresses.elements[rule.Address.String()] = ""
+		services.elements[key] = "goto " + clientChainName(rule.Action, rule.Clients)
+		hostServices.elements[key] = "accept"
+		switch rule.Action {
+		case plan.Pass:
+			passed.elements[key] = ""
+			passing.elements[rule.Address.String()] = ""
+		case plan.Hold:
+			held.elements[key] = ""
+			held.until[key] = rule.HoldUntil
+			hostServices.elements[key] = "goto hold"
+		case plan.Reject:
+			hostServices.elements[key] = "goto " + rejectChain
+		}
+		if rule.HostClients {
+			hostAddresses.elements[rule.Address.String()] = ""
+		} else {
+			hostServices.elements[key] = "accept"
+			hostExcluded.elements[key] = ""
+		}
+		for _, source := range rule.Excluded {
+			excluded.elements[concat(source.String(), key)] = ""
+		}
+		for _, endpoint := range rule.Endpoints {
+			switch {
+			case !slices.Contains(p.HostAddresses, endpoint.Addr()): // the node connects to itself without masquerade
+				hairpins.elements[concat(endpoint.Addr().String(), endpoint.Addr().String())] = ""
+			case rule.Protocol == plan.TCP:
+				hostEndpoints.elements[concatPort(endpoint)] = ""
+			}
+		}
+		switch len(rule.Endpoints) {
+		case 0:
+		case 1:
+			endpoints.elements[key] = concatPort(rule.Endpoints[0])
+		default:
+			spread.elements[key] = "goto " + spreadName(rule.Frontend)
+		}
+	}
+	for _, links := range []struct {
+		set   set
+		names []string
+	}{{interfaces, p.PodInterfaces}, {unserved, p.UnservedPairs}, {uplinks, p.Uplinks}} {
+		for _, name := range links.names {
+			links.set.elements[name] = ""
+		}
+	}
+	for _, bridge := range p.Bridges {
+		if bridge.Unfiltered(family) {
+			bridges.elements[concat(bridge.Name, bridge.Name)] = ""
+		}
+	}
+	for _, sandbox := range p.Sandboxes {
+		if plan.FamilyOf(sandbox) == family && !slices.Contains(p.HostAddresses, sandbox) {
+			sandboxes.elements[sandbox.String()] = ""
+		}
+	}
+	// Frontends of other agents count only on addresses that are ours in this family.
+	return []set{
+		addresses, hostAddresses, passing, interfaces, unserved, uplinks, services, hostServices, endpoints, spread, held, excluded,
+		hostExcluded, passed, hairpins, bridges, sandboxes, hostEndpoints,
+	}
+}

@@ -1,0 +1,192 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+)
+
+// oneEndpoint is the plan of one frontend.
+func oneEndpoint(endpoint string) *plan.Plan {
+	p := plan.Build(plan.Input{Services: []plan.Service{
+		{Frontend: frontend("169.254.210.210", plan.TCP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort(endpoint)}},
+	}})
+	return &p
+}
+
+// countingNFT counts transactions, and fails them while err is set.
+type countingNFT struct {
+	knftables.Interface
+	runs int
+	err  error
+}
+
+func (n *countingNFT) Run(ctx context.Context, tx *knftables.Transaction) error {
+	n.runs++
+	if n.err != nil {
+		return n.err
+	}
+	return n.Interface.Run(ctx, tx)
+}
+
+// TestOwnFailures: what fails for a reason of our own is an error with its cause, and no modification by others.
+func TestOwnFailures(t *testing.T) {
+	fake := NewFake("a")
+	ip := fake.Backend.tables[0]
+	nft := &countingNFT{Interface: ip.nft}
+	ip.nft = nft
+	sync := func(endpoint string) error { return fake.Sync(t.Context(), oneEndpoint(endpoint)) }
+	verify := func(want string) {
+		t.Helper()
+		differs, err := fake.Verify(t.Context())
+		if got := strings.Join(differs, "; "); err != nil || (want == "") != (got == "") || !strings.Contains(got, want) {
+			t.Errorf("verify says %q, %v; want %q", got, err, want)
+		}
+	}
+	if err := sync("10.0.0.2:1"); err != nil {
+		t.Fatal(err)
+	}
+	var byNetlink error
+	ip.elements = func([]setChange) error { return byNetlink }
+	for i, cause := range []error{unix.ENOBUFS, unix.EPERM, unix.ENOMEM, unix.EBUSY, unix.EINVAL} {
+		byNetlink, nft.err = fmt.Errorf("nftables transaction: %w", cause), errors.New("exit status 1")
+		err := sync(fmt.Sprintf("10.0.0.3:%d", 100+i))
+		if !errors.Is(err, cause) || !strings.Contains(fmt.Sprint(err), "exit status 1") {
+			t.Errorf("%v: sync says %v, want both causes", cause, err)
+		}
+		verify("")
+		byNetlink, nft.err = nil, nil
+		if err := sync("10.0.0.2:1"); err != nil {
+			t.Errorf("after %v: %v", cause, err)
+		}
+		verify("")
+	}
+
+	// netlink never works, and nft does: said for as long as it is so.
+	byNetlink = unix.EPERM
+	first := sync("10.0.0.3:1")
+	var degraded *DegradedError
+	for i, err := range []error{first, sync("10.0.0.3:1"), sync("10.0.0.4:1")} {
+		if !errors.As(err, &degraded) || !degraded.InPlace() || !errors.Is(err, unix.EPERM) || err.Error() != first.Error() {
+			t.Errorf("sync %d without netlink: %v, want the same error each time, with its cause", i, err)
+		}
+		verify("")
+	}
+	byNetlink = nil
+	if err := sync("10.0.0.5:1"); err != nil {
+		t.Errorf("netlink works again: %v", err)
+	}
+
+	// Somebody else has changed the table: the rules are loaded anew, and verify has the cause.
+	for _, cause := range []error{unix.ENOENT, unix.EEXIST} {
+		byNetlink = cause
+		before := nft.runs
+		if err := sync("10.0.0.6:1"); err != nil || nft.runs == before {
+			t.Errorf("%v: %v, %d loads", cause, err, nft.runs-before)
+		}
+		verify(cause.Error())
+		verify("")
+		byNetlink = nil
+		if err := sync("10.0.0.2:1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestGenerationMovedByOthers: rules of others change all the time. The table is loaded once and listed again.
+func TestGenerationMovedByOthers(t *testing.T) {
+	fake := NewFake("a")
+	ip := fake.Backend.tables[0]
+	nft := &countingNFT{Interface: ip.nft}
+	ip.nft = nft
+	moved := uint32(0)
+	own := ip.generation
+	ip.generation = func() (uint32, error) {
+		moved++
+		generation, err := own()
+		return generation + moved, err
+	}
+	lists := 0
+	list := ip.list
+	ip.list = func(known []set) (*listing, error) { lists++; return list(known) }
+	for i := range 5 {
+		if err := fake.Sync(t.Context(), oneEndpoint(fmt.Sprintf("10.0.0.%d:1", i+2))); err != nil {
+			t.Fatal(err)
+		}
+		if differs, err := fake.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("verify: %v, %v", differs, err)
+		}
+		if want := i + 1; nft.runs != want { // each later one changes elements
+			t.Errorf("sync %d: %d transactions so far, want %d", i, nft.runs, want)
+		}
+	}
+	if lists > 20 {
+		t.Errorf("listed %d times", lists)
+	}
+}
+
+// TestBesideABusyWriter: 10,000 magic IPs, and somebody who changes rules of others all the time.
+func TestBesideABusyWriter(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	backend := newBackend(t, "a")
+	nft := &countingNFT{Interface: backend.tables[0].nft}
+	backend.tables[0].nft = nft
+	input := plan.Input{}
+	for i := range 10_000 {
+		input.Services = append(input.Services, plan.Service{
+			Frontend:  plan.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, byte(i >> 8), byte(i)}), Protocol: plan.TCP, Port: 80},
+			Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:80")},
+		})
+	}
+	// A socket belongs to the network namespace of the thread that opens it.
+	writer, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, stopped := make(chan struct{}), make(chan int)
+	go func() {
+		table := writer.AddTable(&nftables.Table{Name: "theirs", Family: nftables.TableFamilyIPv4})
+		for i := 0; ; i++ {
+			writer.AddChain(&nftables.Chain{Name: fmt.Sprintf("c%d", i%100), Table: table})
+			if err := writer.Flush(); err != nil {
+				t.Error(err)
+			}
+			select {
+			case <-stop:
+				stopped <- i
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	}()
+	began := time.Now()
+	for i := range 3 {
+		input.Services[i].Endpoints = []netip.AddrPort{netip.MustParseAddrPort("10.0.0.3:80")}
+		p := plan.Build(input)
+		if err := backend.Sync(t.Context(), &p); err != nil {
+			t.Fatal(err)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("verify: %v, %v", differs, err)
+		}
+	}
+	close(stop)
+	if writes := <-stopped; writes < 10 {
+		t.Errorf("%d writes of others in %v: this test shows nothing", writes, time.Since(began))
+	}
+	if nft.runs != 1 {
+		t.Errorf("%d transactions by nft, want the one that loads the table", nft.runs)
+	}
+	t.Logf("loaded and changed in %v", time.Since(began))
+}
