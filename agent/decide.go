@@ -162,6 +162,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		Uplinks:       network.Uplinks,
 		UnservedPairs: network.UnservedPairs,
 		Bridges:       network.Bridges,
+		StrictTCP:     network.StrictTCP,
 		HostAddresses: network.Addresses,
 		Sandboxes:     a.pods.Sandboxes(),
 		Settled:       a.pods.AllSynced(),

@@ -416,7 +416,7 @@ func defaultRoute(l *link) string {
 
 // network collects what was decided.
 func (c *classifier) network(s Snapshot) Network {
-	n := Network{Interfaces: map[string]bool{}, IfIndex: map[string]int{}, BridgePorts: map[string]bool{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, Torn: s.Torn}
+	n := Network{Interfaces: map[string]bool{}, IfIndex: map[string]int{}, BridgePorts: map[string]bool{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, StrictTCP: s.StrictTCP, Torn: s.Torn}
 	for _, l := range c.links {
 		n.Interfaces[l.Name], n.IfIndex[l.Name] = true, l.Index
 		if l.master != nil && l.master.Kind == "bridge" {
@@ -441,13 +441,25 @@ func (c *classifier) network(s Snapshot) Network {
 			n.UnservedPairs = append(n.UnservedPairs, l.Name)
 		}
 		if bridge := c.bridgeOf(l); bridge != nil {
-			n.Bridges = append(n.Bridges, plan.Bridge{Name: l.Name, Unfiltered4: bridge.Unfiltered4, Unfiltered6: bridge.Unfiltered6})
+			n.Bridges = append(n.Bridges, plan.Bridge{
+				Name: l.Name, Unfiltered4: bridge.Unfiltered4, Unfiltered6: bridge.Unfiltered6, Prefixes: onLink(s.Addresses, l.Index),
+			})
 		}
 	}
 	for _, a := range s.Addresses {
 		n.Addresses = append(n.Addresses, a.Prefix.Addr())
 	}
 	return n
+}
+
+// onLink are the prefixes that the node's addresses on a link have in common with hosts there.
+func onLink(addresses []Address, link int) (prefixes []netip.Prefix) {
+	for _, a := range addresses {
+		if a.Link == link && !a.Prefix.IsSingleIP() && !a.Prefix.Addr().IsLinkLocalUnicast() {
+			prefixes = append(prefixes, a.Prefix.Masked())
+		}
+	}
+	return prefixes
 }
 
 // bridgeOf is the bridge by whose frames IP packets come in by l: itself, or the one that it is a gateway of.

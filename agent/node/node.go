@@ -38,6 +38,8 @@ type Network struct {
 	IPv6 bool
 	// Bridges are the node's Linux bridges, and under their own names the links by which the node is in a bridge beside it.
 	Bridges []plan.Bridge
+	// StrictTCP: conntrack picks up no TCP connection that it has not seen from its start.
+	StrictTCP bool
 	// Torn are the dumps that changes interrupted in every attempt: a link that is not listed may be there all the same.
 	Torn []string
 }

@@ -58,6 +58,9 @@ func snapshot(dump dumper) (Snapshot, error) {
 		}
 		return nil
 	}
+	if loose, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_tcp_loose"); err == nil {
+		s.StrictTCP = strings.TrimSpace(string(loose)) == "0"
+	}
 	filtered4, filtered6 := bridgeSysctl("iptables"), bridgeSysctl("ip6tables")
 	err := read("links", unix.RTM_GETLINK, unix.RTM_NEWLINK, unix.SizeofIfInfomsg, func(message []byte) error {
 		link, own4, own6, err := parseLink(message)

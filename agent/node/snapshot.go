@@ -10,6 +10,8 @@ type Snapshot struct {
 	Routes []Route
 	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
 	IPv6 bool
+	// StrictTCP: net.netfilter.nf_conntrack_tcp_loose is 0.
+	StrictTCP bool
 	// Torn names the dumps that changes interrupted in every attempt. What they list is there; what they do not list
 	// may be there as well.
 	Torn []string

@@ -190,6 +190,7 @@ func Build(in Input) Plan {
 		if !Nameable(bridge.Name) {
 			p.Unnamed = append(p.Unnamed, bridge.Name)
 		} else if bridge.Unfiltered4 || bridge.Unfiltered6 {
+			bridge.Prefixes = sortedSet(bridge.Prefixes, netip.Prefix.Compare)
 			p.Bridges = append(p.Bridges, bridge)
 		}
 	}
