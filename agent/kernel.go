@@ -31,6 +31,7 @@ const restorePause = time.Second
 
 // apply brings the kernel to the plan. next is when to look again (0: never).
 func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now time.Time) (next time.Duration) {
+	p.Inherit(k.applied)
 	damaged := false
 	switch pause := k.restoredAt.Add(restorePause).Sub(now); {
 	case changed&Poll != 0 || changed&Rules != 0 && pause <= 0:

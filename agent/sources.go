@@ -77,7 +77,7 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
 	}
-	if changed&(Pods|Poll) != 0 && a.API != nil {
+	if changed&(Pods|Poll|Settings) != 0 && a.API != nil { // the configuration names the namespaces
 		if changed&Poll != 0 {
 			a.API.Select(a.config.Namespaces())
 			a.API.Poll(ctx)

@@ -70,7 +70,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 				"ct state new,related ct direction original " + ip + " saddr @addresses drop",
 				"ct state invalid,untracked " + ip + " saddr @addresses drop",
 				// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
-				outOfWindow + " " + ip + " saddr @sandboxes drop",
+				outOfWindow + " " + ip + " saddr @servers drop",
 				ip + " daddr @addresses goto from-network",
 			}},
 		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,

@@ -65,7 +65,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	hostExcluded := newSet("host-excluded", frontend, "", "frontends that processes of this node do not use")
 	hairpins := newSet(hairpinsSet, concat(address, address), "", "endpoints that connect to themselves")
 	bridges := newSet("unfiltered-bridges", concat("ifname", "ifname"), "", "bridges whose frames do not pass netfilter")
-	sandboxes := newSet("sandboxes", address, "", "addresses of live sandboxes")
+	servers := newSet("servers", address, "", "addresses that translated flows lead to")
 	hostEndpoints := newSet(hostEndpointsSet, concat(address, "inet_service"), "", "endpoints that are processes of this node")
 
 	for _, rule := range p.Rules {
@@ -130,14 +130,14 @@ func sets(p *plan.Plan, family plan.Family) []set {
 			bridges.elements[concat(bridge.Name, bridge.Name)] = ""
 		}
 	}
-	for _, sandbox := range p.Sandboxes {
-		if plan.FamilyOf(sandbox) == family && !slices.Contains(p.HostAddresses, sandbox) {
-			sandboxes.elements[sandbox.String()] = ""
+	for _, server := range p.Servers {
+		if plan.FamilyOf(server) == family && !slices.Contains(p.HostAddresses, server) {
+			servers.elements[server.String()] = ""
 		}
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
 	return []set{
 		addresses, hostAddresses, passing, interfaces, unserved, uplinks, services, hostServices, endpoints, spread, held, excluded,
-		hostExcluded, passed, hairpins, bridges, sandboxes, hostEndpoints,
+		hostExcluded, passed, hairpins, bridges, servers, hostEndpoints,
 	}
 }

@@ -173,6 +173,8 @@ type Plan struct {
 	// Exempts: some service exempts its targets.
 	Exempts   bool
 	StrictTCP bool
+	// Servers are the addresses to which translated flows may lead, in order: those of the endpoints, and see Inherit.
+	Servers []netip.Addr
 	// HostAddresses, Sandboxes (both in order) and Settled decide which flows are stale; see Stale.
 	HostAddresses, Sandboxes []netip.Addr
 	Settled                  bool
@@ -232,8 +234,12 @@ func Build(in Input) Plan {
 			}
 			rule.Excluded = slices.Compact(rule.Excluded)
 		}
+		for _, endpoint := range rule.Endpoints {
+			p.Servers = append(p.Servers, endpoint.Addr())
+		}
 		p.Rules = append(p.Rules, rule)
 	}
+	p.Servers = sortedSet(p.Servers, netip.Addr.Compare)
 	// A port that another agent serves on one of our addresses is not ours to reject.
 	for _, frontend := range sortedSet(in.Foreign, Frontend.Compare) {
 		if addresses[frontend.Address] && !claimed[frontend] {
@@ -244,6 +250,20 @@ func Build(in Input) Plan {
 	return p
 }
 
+// Inherit adds to the servers of p those of the plan before it whose sandbox is live: established connections lead there. nil is
+// a plan of which nothing is known.
+func (p *Plan) Inherit(before *Plan) {
+	if before == nil {
+		return
+	}
+	for _, server := range before.Servers {
+		if contains(p.Sandboxes, server) {
+			p.Servers = append(p.Servers, server)
+		}
+	}
+	p.Servers = sortedSet(p.Servers, netip.Addr.Compare)
+}
+
 // Equal says whether nothing differs.
 func (p *Plan) Equal(q *Plan) bool {
 	ofP, ofQ := Apart(p, q)
@@ -252,7 +272,7 @@ func (p *Plan) Equal(q *Plan) bool {
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
 		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) &&
 		p.NamedOnly == q.NamedOnly && p.Exempts == q.Exempts && p.StrictTCP == q.StrictTCP &&
-		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Sandboxes, q.Sandboxes)
+		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Servers, q.Servers) && slices.Equal(p.Sandboxes, q.Sandboxes)
 }
 
 func (r *Rule) equal(s *Rule) bool {
