@@ -37,7 +37,7 @@ func (e *examination) cni() {
 		return
 	}
 	level := Warn
-	if view.Blocked {
+	if view.Blocked || view.Loads == "" {
 		level = Fail
 	}
 	for _, note := range view.Notes {

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -30,7 +31,10 @@ type examination struct {
 	now     time.Time
 	agents  []status.Agent
 	records []runtimedir.Attachment
-	found   []Finding
+	network node.Network
+	// filtersOfOthers are the chains of others in the forward hook that drop or reject anything.
+	filtersOfOthers []string
+	found           []Finding
 }
 
 func (e *examination) add(level Level, check, text, next string) {

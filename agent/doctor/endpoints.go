@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor/probe"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
@@ -47,6 +48,16 @@ func (e *examination) podOf(address netip.AddrPort) string {
 	return "unknown"
 }
 
+// leaves is the uplink that the node's route to an address goes by; empty where it goes by another link.
+func (e *examination) leaves(address netip.Addr) string {
+	index, ok := routeTo(address)
+	i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == index && l.Role == node.Uplink })
+	if !ok || i < 0 {
+		return ""
+	}
+	return e.network.Links[i].Name
+}
+
 // connectTimeout is how long an endpoint or a magic IP may take to answer: a SYN is sent three times by then.
 const connectTimeout = 4 * time.Second
 
@@ -55,9 +66,16 @@ func (e *examination) endpoints(ctx context.Context) {
 	const check = "endpoints"
 	var addresses []netip.AddrPort
 	others := 0
+	astray := map[netip.Addr]bool{}
 	for _, target := range e.targets() {
 		for _, endpoint := range target.Endpoints {
+			if link := e.leaves(endpoint.Addr()); link != "" && !astray[endpoint.Addr()] {
+				astray[endpoint.Addr()] = true
+				e.add(Fail, check, fmt.Sprintf("the route to %s (pod %s) goes by %s, which leads out of the node: the pod's own route or link is gone", endpoint, e.podOf(endpoint), link),
+					"see ip route get "+endpoint.Addr().String()+"; delete the pod, so that the CNI plugin makes them anew")
+			}
 			switch {
+			case astray[endpoint.Addr()]:
 			case target.Protocol != plan.TCP:
 				others++
 			case !slices.Contains(addresses, endpoint):

@@ -11,6 +11,9 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -25,6 +28,21 @@ func (e *examination) runtimeDir() {
 		e.add(Fail, check, err.Error(), "run this as root")
 	case !info.IsDir():
 		e.add(Fail, check, e.RuntimeDir+" is no directory", "remove it")
+	default:
+		e.diskSpace()
+	}
+}
+
+// diskSpace sees that files can be written in the runtime directory.
+func (e *examination) diskSpace() {
+	const check = "runtime directory"
+	const least = 1 << 20 // bytes: a few times what the files take
+	var space unix.Statfs_t
+	switch err := unix.Statfs(e.RuntimeDir, &space); {
+	case err != nil:
+		e.add(Hidden, check, err.Error(), "run this as root")
+	case space.Bavail*uint64(space.Bsize) < least || space.Files > 0 && space.Ffree == 0:
+		e.add(Fail, check, fmt.Sprintf("the filesystem of %s is full: pods are not recorded, and what agents report is old", e.RuntimeDir), "make room: df "+quote.Shell(e.RuntimeDir)+"; df -i "+quote.Shell(e.RuntimeDir))
 	default:
 		e.add(OK, check, e.RuntimeDir, "")
 	}

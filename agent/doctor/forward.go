@@ -131,6 +131,12 @@ func (e *examination) filters(ctx context.Context) {
 	default:
 		looked++
 		for _, c := range found {
+			if c.drops {
+				e.filtersOfOthers = append(e.filtersOfOthers, c.name)
+			}
+			if c.policy != "drop" {
+				continue
+			}
 			level, text := Fail, "no rule of it accepts anything"
 			if c.accepts {
 				level, text = Warn, "this command does not evaluate its rules"
@@ -196,11 +202,12 @@ func filterTables(ctx context.Context, family plan.Family) (tables []filterTable
 }
 
 type nftChain struct {
-	name    string // family, table and name
-	accepts bool
+	name, policy string // family, table and name
+	// Whether any rule accepts, and whether the chain drops or rejects anything.
+	accepts, drops bool
 }
 
-// nftForward are the base chains in the forward hook whose policy is to drop, but those of iptables-nft and of the agents.
+// nftForward are the base chains in the forward hook, but those of iptables-nft and of the agents.
 func nftForward(ctx context.Context) ([]nftChain, error) {
 	out, err := exec.CommandContext(ctx, "nft", "--json", "list", "chains").Output()
 	if err != nil {
@@ -218,7 +225,7 @@ func nftForward(ctx context.Context) ([]nftChain, error) {
 	for _, object := range listing.NFTables {
 		c := object.Chain
 		ofIPTables := c.Table == "filter" && c.Name == "FORWARD" && (c.Family == "ip" || c.Family == "ip6")
-		if c.Hook != "forward" || c.Policy != "drop" || ofIPTables && present("iptables-nft-save") || strings.HasPrefix(c.Table, nftables.TablePrefix) {
+		if c.Hook != "forward" || ofIPTables && present("iptables-nft-save") || strings.HasPrefix(c.Table, nftables.TablePrefix) {
 			continue
 		}
 		name := c.Family + " " + c.Table + " " + c.Name
@@ -227,8 +234,11 @@ func nftForward(ctx context.Context) ([]nftChain, error) {
 			return nil, fmt.Errorf("nft list chain %s: %w", name, err)
 		}
 		words := strings.Fields(strings.NewReplacer(";", " ", ",", " ").Replace(string(rules)))
-		accepts := slices.ContainsFunc(words, func(w string) bool { return slices.Contains([]string{"accept", "jump", "goto", "vmap"}, w) })
-		found = append(found, nftChain{name, accepts})
+		has := func(verdicts ...string) bool {
+			behind := slices.Index(words, "policy") + 2 // the rules come after the policy
+			return slices.ContainsFunc(words[min(behind, len(words)):], func(w string) bool { return slices.Contains(verdicts, w) })
+		}
+		found = append(found, nftChain{name, c.Policy, has("accept", "jump", "goto", "vmap"), c.Policy == "drop" || has("drop", "reject", "jump", "goto", "vmap")})
 	}
 	return found, nil
 }

@@ -19,12 +19,14 @@ import (
 
 // nodeNetwork looks at links, routes and filters of the node.
 func (e *examination) nodeNetwork(ctx context.Context) {
-	network, err := (node.Kernel{}).Read()
+	snapshot, err := node.Kernel{}.Snapshot()
 	if err != nil {
 		e.add(Hidden, "links", err.Error(), "run this as root in the network namespace of the node")
 	} else {
-		e.forwarding(network)
-		e.bridges(network)
+		e.network = node.Classify(snapshot, e.known())
+		e.links(snapshot, e.network)
+		e.forwarding(e.network)
+		e.bridges(e.network)
 	}
 	e.reversePath()
 	e.filters(ctx)

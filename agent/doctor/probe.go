@@ -169,6 +169,10 @@ func (e *examination) podBridge() string {
 // judgeTrace says what a trace means, and which of the other findings is the cause.
 func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next string) {
 	m, found := e.served(trace.Frontend)
+	link := byIP(trace.Link)
+	if reason := e.unserved(link); reason != "" && (trace.Hop == probe.Node || trace.Hop == probe.Rejected) {
+		return Fail, fmt.Sprintf("%s; clients behind %s are not served: %s", trace.Text, link, reason), "see that only pods are behind that link, or name it: hostInterface: " + link
+	}
 	without := found && len(m.Endpoints) == 0
 	text = trace.Text
 	switch trace.Hop {
@@ -230,6 +234,9 @@ func (e *examination) cause(checks ...string) string {
 				return fmt.Sprintf("probably because of %s: %s", e.found[i].Check, e.found[i].Text)
 			}
 		}
+	}
+	if len(e.filtersOfOthers) > 0 {
+		return "probably a rule of another program: see nft list chain " + strings.Join(e.filtersOfOthers, "; nft list chain ") + "; kubectl get networkpolicy -A"
 	}
 	return "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
 }

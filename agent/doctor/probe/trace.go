@@ -114,7 +114,7 @@ func (e *Evidence) hop(link string) (Hop, string) {
 	case e.Result == Success:
 		return Answered, "answered"
 	case known:
-		return e.behind(server, what)
+		return e.behind(server, out, what)
 	case e.Result == Failure && !e.arrived(link):
 		return Client, fmt.Sprintf("the client cannot send to %s: %v", e.Address, e.Err)
 	case e.Result == Refusal:
@@ -137,7 +137,7 @@ func (e *Evidence) hop(link string) (Hop, string) {
 func (e *Evidence) arrived(link string) bool { return link != "" || e.Flow != nil }
 
 // behind is about a packet that was translated to an endpoint and brought no success.
-func (e *Evidence) behind(server netip.AddrPort, what string) (Hop, string) {
+func (e *Evidence) behind(server netip.AddrPort, out, what string) (Hop, string) {
 	came, reset := false, false
 	var back []Packet // answers that left the node for the client
 	for _, p := range e.Packets {
@@ -168,7 +168,7 @@ func (e *Evidence) behind(server netip.AddrPort, what string) (Hop, string) {
 	case e.Result == Failure:
 		return Silent, fmt.Sprintf("the %s was translated to %s, and the answer was: %v", what, server, e.Err)
 	}
-	return Silent, fmt.Sprintf("the %s was sent to %s, which did not answer", what, server)
+	return Silent, fmt.Sprintf("the %s was sent to %s%s, which did not answer", what, server, out)
 }
 
 // server is where the node sent the packet; out says by which link. It is invalid where no packet is known to have left.

@@ -55,7 +55,7 @@ func TestTrace(t *testing.T) {
 		{"untranslated, not seen", Evidence{Flow: flow(magic, false)}, Astray, "left the node untranslated"},
 		{"refused by the endpoint", Evidence{Result: Refusal, Sniffed: true, Packets: append(forwarded[:4:4], reset(in("veth2", endpoint, source)), reset(out("cni0", magic, source)))}, Refused, "10.244.1.3:8080 refused the SYN"},
 		{"refused by the endpoint, not seen", Evidence{Result: Refusal, Flow: flow(endpoint, true)}, Refused, "10.244.1.3:8080 refused"},
-		{"the endpoint is silent", Evidence{Sniffed: true, Packets: forwarded}, Silent, "sent to 10.244.1.3:8080, which did not answer"},
+		{"the endpoint is silent", Evidence{Sniffed: true, Packets: forwarded}, Silent, "sent to 10.244.1.3:8080 by veth2, which did not answer"},
 		{"silence, not seen", Evidence{Flow: flow(endpoint, false)}, Silent, "no answer of it came back through the node"},
 		{"the reply bypasses the rules", Evidence{Sniffed: true, Packets: append(forwarded[:4:4], in("veth2", endpoint, source), out("veth1", endpoint, source))}, Reply, "went to the client by veth1 untranslated"},
 		{"the reply is dropped", Evidence{Sniffed: true, Packets: reply}, Reply, "did not leave the node for the client"},
