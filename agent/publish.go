@@ -107,7 +107,8 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 	}
 	for i, port := range a.config.Ports {
 		m := runtimedir.MagicIP{
-			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
+			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface,
+			Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
 		}
 		if i < len(a.services.inOrder) && a.services.inOrder[i] != nil && port.Unserved == "" {
 			s := a.services.inOrder[i]

@@ -3,6 +3,7 @@ package doctor
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 
@@ -30,9 +31,10 @@ func (e *examination) links(snapshot node.Snapshot, network node.Network) {
 			break
 		}
 	}
+	e.configuredLinks(network)
 	for _, record := range e.records {
 		link, ok := e.linkOf(network, record.HostInterface)
-		if !ok || link.Role == node.Served {
+		if !ok || link.Role == node.Served || !e.anyAuto() {
 			continue
 		}
 		e.add(Fail, check, fmt.Sprintf("pod %s/%s is behind %s, which is not served with hostInterface auto: %s", record.Namespace, record.Name, link.Name, link.Reason),
@@ -49,6 +51,34 @@ func (e *examination) links(snapshot node.Snapshot, network node.Network) {
 		text += "; not by " + few(others)
 	}
 	e.add(OK, check, text, "")
+}
+
+// configuredLinks sees that the links that a configuration names are there.
+func (e *examination) configuredLinks(network node.Network) {
+	const check = "links"
+	seen := map[string]bool{}
+	for _, a := range e.agents {
+		for _, m := range a.MagicIPs {
+			for _, pattern := range m.HostInterface {
+				prefix, wild := strings.CutSuffix(pattern, "+")
+				there := slices.ContainsFunc(network.Links, func(l node.Link) bool { return l.Name == pattern || wild && strings.HasPrefix(l.Name, prefix) })
+				if !there && !seen[pattern] {
+					e.add(Fail, check, fmt.Sprintf("hostInterface of %s is %s, and the node has no such link: no pod behind another one is served", m.Frontend, pattern), "set hostInterface to auto, or to the link that the node's pods are behind")
+				}
+				seen[pattern] = true
+			}
+		}
+	}
+}
+
+// anyAuto says whether links are found by their kind for any magic IP.
+func (e *examination) anyAuto() bool {
+	for _, a := range e.agents {
+		if slices.ContainsFunc(a.MagicIPs, func(m magicIP) bool { return len(m.HostInterface) == 0 }) {
+			return true
+		}
+	}
+	return false
 }
 
 // mainTable is RT_TABLE_MAIN.

@@ -16,7 +16,10 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-const probeCheck = "probe"
+const (
+	probeCheck = "probe"
+	onVeth     = "a namespace of its own on a veth"
+)
 
 // rights is what a probe needs.
 const rights = "run this as root on the node, or in a container with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_NET_RAW in the node's network and PID namespaces"
@@ -34,13 +37,20 @@ func (e *examination) probe(ctx context.Context) {
 	}
 	defer done()
 	var all []probe.Target
-	unprobed := 0
+	unprobed, elsewhere := 0, 0
 	for _, target := range targets {
-		if target.Protocol == plan.SCTP || len(all) == most {
+		m, _ := e.served(target.Frontend)
+		switch {
+		case name == onVeth && len(m.HostInterface) > 0:
+			elsewhere++
+		case target.Protocol == plan.SCTP || len(all) == most:
 			unprobed++
-			continue
+		default:
+			all = append(all, target)
 		}
-		all = append(all, target)
+	}
+	if elsewhere > 0 {
+		e.add(Hidden, probeCheck, fmt.Sprintf("%d are for clients behind links that hostInterface names, where no namespace can be made", elsewhere), "use --from-pod or --netns")
 	}
 	traces, err := probe.Run(ctx, client, all, connectTimeout)
 	if errors.Is(err, probe.ErrNotPermitted) {
@@ -122,7 +132,7 @@ func (e *examination) client() (client netns.NsHandle, name string, done func())
 		e.add(Hidden, probeCheck, fmt.Sprintf("a namespace to send packets from cannot be made: %v", err), "use --from-pod or --netns")
 		return netns.None(), "", nil
 	}
-	name = "a namespace of its own on a veth"
+	name = onVeth
 	if bridge != "" {
 		name = "a namespace of its own on bridge " + bridge
 	}
