@@ -44,23 +44,6 @@ const (
 // as a whole leaves it empty for a moment.
 const settleTime = 2 * time.Second
 
-// ownName is the name of our list of a single-plugin configuration. It sorts before that, since '-' sorts before '.'.
-func ownName(original string) string {
-	ext := filepath.Ext(original)
-	return strings.TrimSuffix(original, ext) + "-" + ext[1:] + ownExt
-}
-
-// originalOf is the single-plugin configuration that a list of our own is of.
-func originalOf(name string) (original string, ok bool) {
-	stem, ok := strings.CutSuffix(name, ownExt)
-	for _, ext := range []string{"conf", "json"} {
-		if stem, found := strings.CutSuffix(stem, "-"+ext); ok && found {
-			return stem + "." + ext, true
-		}
-	}
-	return "", false
-}
-
 // Options say how a directory is read.
 type Options struct {
 	Runtime Runtime

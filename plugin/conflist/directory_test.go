@@ -41,9 +41,9 @@ func directory(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-func read(t *testing.T, dir string, runtime Runtime) *Directory {
+func read(t *testing.T, dir string) *Directory {
 	t.Helper()
-	d, err := Read(dir, Options{Runtime: runtime})
+	d, err := Read(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +79,7 @@ func TestView(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			v := read(t, directory(t, test.files), Auto).View()
+			v := read(t, directory(t, test.files)).View()
 			var found []string
 			for _, f := range v.Entries {
 				found = append(found, f.File)
@@ -107,7 +107,7 @@ func TestHugeFile(t *testing.T) {
 	if err := os.Truncate(filepath.Join(dir, "00-a.conf"), 1<<40); err != nil {
 		t.Fatal(err)
 	}
-	if v := read(t, dir, Auto).View(); v.Loads != "10-a.conflist" || !strings.Contains(v.Notes[0], "1099511627776 bytes") {
+	if v := read(t, dir).View(); v.Loads != "10-a.conflist" || !strings.Contains(v.Notes[0], "1099511627776 bytes") {
 		t.Errorf("%+v", v)
 	}
 }
@@ -124,7 +124,7 @@ func TestHarmless(t *testing.T) {
 		{`{"type": "bridge"}`, `{"type": "bridge"}, {"type": "tuning"}`}, {"]", ""}, {", " + entryText, ""}, {entryText, entryText + ", " + entryText},
 		{`{"type": "bridge"}, ` + entryText, entryText + `, {"type": "bridge"}`}, {"", ""},
 	} {
-		d := read(t, directory(t, map[string]string{"10-a.conflist": list}), Auto)
+		d := read(t, directory(t, map[string]string{"10-a.conflist": list}))
 		p := Plan{d: d.clone(), File: "10-a.conflist"}
 		p.write(*d.find("10-a.conflist"), []byte(strings.Replace(with, change[0], change[1], 1)))
 		if err := p.harmless(*d.find("10-a.conflist")); (err == nil) != (change[0] == "") {
@@ -143,7 +143,7 @@ func TestFolderEntry(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	list, err := read(t, dir, Auto).load(*read(t, dir, Auto).find("10-a.conflist"))
+	list, err := read(t, dir).load(*read(t, dir).find("10-a.conflist"))
 	if err != nil || len(list.Plugins) != 3 || list.Plugins[2].Network.Type != entry.Type || !strings.Contains(string(list.Plugins[2].Bytes), "app=b") {
 		t.Errorf("%v, %v", list, err)
 	}

@@ -220,9 +220,16 @@ func temporary(path string, data []byte, like file) (temp string, err error) {
 
 // removeTemps removes what installers that were killed have left behind.
 func (d *Directory) removeTemps() error {
-	all := removeTemps(d.path)
+	dirs := map[string]bool{d.path: true}
 	for folder := range d.folders {
-		all = errors.Join(all, removeTemps(filepath.Join(d.path, folder)))
+		dirs[filepath.Join(d.path, folder)] = true
+	}
+	for _, f := range d.files {
+		dirs[filepath.Join(d.path, filepath.Dir(f.target))] = true
+	}
+	var all error
+	for dir := range dirs {
+		all = errors.Join(all, removeTemps(dir))
 	}
 	return all
 }

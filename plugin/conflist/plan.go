@@ -7,13 +7,10 @@ import (
 	"fmt"
 	"maps"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/containernetworking/cni/libcni"
-	"github.com/containernetworking/cni/pkg/version"
 	"github.com/tailscale/hujson"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
@@ -156,12 +153,6 @@ func (d *Directory) Has(name, agent, runtimeDir string) bool {
 	return f != nil && has(f.data, agent, runtimeDir)
 }
 
-// isOwn says whether a file is a list of our own.
-func isOwn(f file) bool {
-	_, own := originalOf(f.name)
-	return own
-}
-
 // target returns the file whose network is to have the entry: the one that the runtime would take without us.
 //
 // The thin Multus takes over the first list that is not its own as its default network, by a copy in its configuration. A
@@ -193,53 +184,6 @@ func (d *Directory) target(now time.Time) (*file, time.Duration, []string, error
 func (p *Plan) folderOnly(f file) bool {
 	list, err := parse(f.data)
 	return err == nil && (list.plugins() == nil || len(list.plugins().Elements) == 0)
-}
-
-// own makes or changes the list of our own of a single-plugin configuration.
-func (p *Plan) own(original file, key Key) error {
-	var before []byte
-	there := p.d.find(ownName(original.name))
-	if there != nil {
-		before = there.data
-	}
-	data := before
-	if there == nil || !synced(p.d, *there, original) {
-		var err error
-		if data, err = listOf(original.data, before); err != nil {
-			return err
-		}
-	}
-	data, err := with(data, key)
-	if err != nil {
-		return err
-	}
-	p.File = ownName(original.name)
-	p.replaceOwn(original, data)
-	return nil
-}
-
-// replaceOwn gives the list of our own of a single-plugin configuration this content.
-func (p *Plan) replaceOwn(original file, data []byte) {
-	name := ownName(original.name)
-	if there := p.d.find(name); there != nil {
-		p.write(*there, data)
-		return
-	}
-	p.create(name, data, original)
-}
-
-// synced says whether a list of our own begins with the plugin of its original. Others may have added plugins to it.
-func synced(d *Directory, own, original file) bool {
-	is, err := d.load(own)
-	should, errOriginal := d.load(original)
-	return err == nil && errOriginal == nil && is.Name == should.Name && is.CNIVersion == should.CNIVersion &&
-		equal(is.Plugins[0].Bytes, should.Plugins[0].Bytes)
-}
-
-// equal compares two JSON objects by what they mean.
-func equal(a, b []byte) bool {
-	var x, y any
-	return json.Unmarshal(a, &x) == nil && json.Unmarshal(b, &y) == nil && reflect.DeepEqual(x, y)
 }
 
 // folderEntry is the name of the file with the entry in the folder of a network, where it is the last one there.
@@ -328,206 +272,6 @@ func (p *Plan) removeEntries(f file) (removed bool) {
 	return removed
 }
 
-func ownNameOf(name string) string {
-	if filepath.Ext(name) == listExt {
-		return ""
-	}
-	return ownName(name)
-}
-
-// removeOrphans removes the lists of our own whose original is gone or cannot be used.
-func (p *Plan) removeOrphans() {
-	for _, f := range slices.Clone(p.d.files) {
-		if name, own := originalOf(f.name); own {
-			original := p.d.find(name)
-			if original == nil || original.foreign == nil && original.unusable != nil && time.Since(original.modified) > settleTime {
-				p.write(f, nil)
-			}
-		}
-	}
-}
-
-// follow brings the lists of our own in step with their originals. One that has no entry any more goes, unless another
-// file refers to it: then it is there for as long as the original is, without the entry.
-func (p *Plan) follow() error {
-	var all error
-	for _, f := range slices.Clone(p.d.files) {
-		if isOwn(f) {
-			if !p.d.refersTo(f.name) && !hasEntries(f.data) {
-				p.write(f, nil)
-			}
-			continue
-		}
-		own := p.d.find(ownNameOf(f.name))
-		if f.unusable != nil || f.foreign != nil || ownNameOf(f.name) == "" || own == nil && !p.d.refersTo(ownNameOf(f.name)) || own != nil && synced(p.d, *own, f) {
-			continue
-		}
-		var before []byte
-		if own != nil {
-			before = own.data
-		}
-		list, err := listOf(f.data, before)
-		if err == nil {
-			p.replaceOwn(f, list)
-		}
-		all = errors.Join(all, err)
-	}
-	for _, f := range p.d.files {
-		if isOwn(f) && !hasEntries(f.data) {
-			p.Notes = append(p.Notes, fmt.Sprintf("%s stays, without the entry, because another file refers to it", filepath.Join(p.d.path, f.name)))
-		}
-	}
-	return all
-}
-
-// refersTo says whether another file names this one, as the thick Multus does (clusterNetwork). It may know the directory by
-// another path than we do.
-func (d *Directory) refersTo(name string) bool {
-	return slices.ContainsFunc(d.files, func(g file) bool { return !isOwn(g) && bytes.Contains(g.data, []byte(name)) })
-}
-
-// takeOver undoes what a version before this one did with a single-plugin configuration: it renamed it, and put a list
-// in its place. The list goes last, so that at each moment a loader finds one of the two.
-func (p *Plan) takeOver() {
-	for _, kept := range p.d.kept {
-		name := strings.TrimSuffix(kept.name, keptExt)
-		var derived *file
-		for _, list := range []string{name + listExt, strings.TrimSuffix(name, filepath.Ext(name)) + listExt} {
-			if f := p.d.find(list); f != nil && derived == nil && isListOf(f.data, kept.data) {
-				derived = &file{}
-				*derived = *f
-			}
-		}
-		switch {
-		case derived == nil || p.d.find(name) != nil: // its owner has written it anew, or has changed the list
-			p.changes = append(p.changes, change{path: kept.name, old: kept.data})
-		default:
-			p.changes = append(p.changes, change{path: name, from: kept.name})
-			kept.name, kept.target = name, name
-			p.d.insert(kept)
-		}
-		if derived == nil {
-			continue
-		}
-		if original := p.d.find(name); original.unusable == nil && p.d.find(ownName(name)) == nil {
-			if list, err := listOf(original.data, derived.data); err == nil {
-				p.create(ownName(name), list, *original)
-			}
-		}
-		if p.d.refersTo(derived.name) {
-			bare, _ := withoutEntries(derived.data)
-			p.write(*derived, bare)
-		} else {
-			p.write(*derived, nil)
-		}
-	}
-}
-
-// isListOf says whether a list is that of a single-plugin configuration and nothing but our entry.
-func isListOf(list, single []byte) bool {
-	bare, err := withoutEntries(list)
-	want, errSingle := listOf(single, nil)
-	return err == nil && errSingle == nil && equal(bare, want)
-}
-
-// speaks checks that the plugin understands every version that a runtime chooses for this list: one it does not
-// know would fail each ADD. The list's own version is never changed, because that is the runtime's business too.
-//
-// A runtime that knows cniVersions takes the newest of them that it speaks itself; an older one takes cniVersion.
-func speaks(d *Directory, f file, versions []string) (offered string, err error) {
-	list, err := d.load(f)
-	if err != nil {
-		return "", err
-	}
-	var own struct {
-		CNIVersion  string
-		CNIVersions []string
-	}
-	if err := json.Unmarshal(f.data, &own); err != nil {
-		return "", err
-	}
-	chosen := []string{list.CNIVersion}
-	if own.CNIVersion != "" {
-		chosen = append(chosen, own.CNIVersion)
-	}
-	for _, v := range chosen {
-		switch {
-		case slices.Contains(versions, v):
-		case v == "":
-			return "", fmt.Errorf("its cniVersion is missing, which means 0.1.0: %w, it speaks %s", ErrVersion, strings.Join(versions, ", "))
-		default:
-			return "", fmt.Errorf("its cniVersion is %q: %w, it speaks %s", v, ErrVersion, strings.Join(versions, ", "))
-		}
-	}
-	for _, v := range own.CNIVersions {
-		if newer, err := version.GreaterThan(v, slices.MaxFunc(versions, compareCNI)); err == nil && newer {
-			offered = v
-		}
-	}
-	return offered, nil
-}
-
-func compareCNI(a, b string) int {
-	if newer, err := version.GreaterThan(a, b); err == nil && newer {
-		return 1
-	}
-	return -1
-}
-
-// harmless checks that the runtime loads the network of a file after the changes, with our entry in one place behind
-// another plugin, and that nothing else of it differs.
-func (p *Plan) harmless(before file) error {
-	then, err := p.original(before)
-	if err != nil {
-		return err
-	}
-	name := p.File
-	if folder, _, ok := strings.Cut(name, "/"); ok && folder != "" {
-		name = before.name
-	}
-	now, err := p.d.load(*p.d.find(name))
-	if err != nil {
-		return fmt.Errorf("%s would not load any more: %w", p.File, err)
-	}
-	others := func(list *libcni.NetworkConfigList) (plugins []string) {
-		for _, plugin := range list.Plugins {
-			if plugin.Network.Type != entry.Type {
-				plugins = append(plugins, string(plugin.Bytes)) // in an order of its own, so that only meaning counts
-			}
-		}
-		return plugins
-	}
-	if then.Name != now.Name || then.CNIVersion != now.CNIVersion || then.DisableCheck != now.DisableCheck || then.DisableGC != now.DisableGC ||
-		then.LoadOnlyInlinedPlugins != now.LoadOnlyInlinedPlugins || !reflect.DeepEqual(others(then), others(now)) ||
-		len(now.Plugins) != len(others(now))+1 || now.Plugins[0].Network.Type == entry.Type {
-		return fmt.Errorf("%s would change in more than our entry: it is left alone", before.name)
-	}
-	if name != before.name {
-		if first, _, _, err := p.d.first(time.Time{}, func(f file) bool { return f.unusable != nil }); err != nil || first == nil || first.name != name {
-			if multus, _, _, _ := p.d.first(time.Time{}, isOwn); multus == nil || multus.name == before.name {
-				return fmt.Errorf("%s would not be the file that the runtime takes: it is left alone", name)
-			}
-		}
-	}
-	return nil
-}
-
-// original is what a file held before the changes; that of a list of our own, with what others have added to it.
-func (p *Plan) original(before file) (*libcni.NetworkConfigList, error) {
-	if own := p.d.find(ownNameOf(before.name)); own != nil {
-		bare, err := withoutEntries(own.data)
-		if err != nil {
-			return nil, err
-		}
-		list, err := p.d.load(file{name: own.name, data: bare})
-		if err == nil && !synced(p.d, *own, before) {
-			err = fmt.Errorf("%s would not be %s and our entry", own.name, before.name)
-		}
-		return list, err
-	}
-	return p.d.load(before)
-}
-
 func (d *Directory) clone() *Directory {
 	c := *d
 	c.files, c.folders = slices.Clone(d.files), map[string][]file{}
@@ -554,9 +298,13 @@ func (d *Directory) insert(f file) {
 	d.judge()
 }
 
-// write notes the change of a file that is there; nil removes it.
+// write notes the change of a file that is there, to this content and to the mode and owner of f; nil removes it.
 func (p *Plan) write(f file, data []byte) {
-	if data != nil && bytes.Equal(f.data, data) {
+	was := f
+	if there := p.d.find(f.name); there != nil {
+		was = *there
+	}
+	if data != nil && bytes.Equal(was.data, data) && f.mode == was.mode && f.uid == was.uid && f.gid == was.gid {
 		return
 	}
 	i := slices.IndexFunc(p.changes, func(c change) bool { return c.path == f.target && c.from == "" })
@@ -564,9 +312,9 @@ func (p *Plan) write(f file, data []byte) {
 	case i >= 0 && p.changes[i].old == nil && data == nil: // not even made
 		p.changes = slices.Delete(p.changes, i, i+1)
 	case i >= 0:
-		p.changes[i].data = data
+		p.changes[i].data, p.changes[i].like = data, f
 	default:
-		p.changes = append(p.changes, change{path: f.target, old: f.data, data: data, like: f})
+		p.changes = append(p.changes, change{path: f.target, old: was.data, data: data, like: f})
 	}
 	if data == nil {
 		p.d.delete(f.name)

@@ -97,6 +97,38 @@ func TestOwnListFollows(t *testing.T) {
 	}
 }
 
+// TestOwnListIsNoMoreOpen than its original, also where that is closed later.
+func TestOwnListIsNoMoreOpen(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.conf(ovnFile, ovn)
+	n.install()
+	if err := os.Chmod(filepath.Join(n.options.ConfDir, ovnFile), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.install()
+	if info, err := os.Stat(filepath.Join(n.options.ConfDir, ovnList)); err != nil || info.Mode() != 0o600 {
+		t.Errorf("%v, %v", info, err)
+	}
+}
+
+// TestUnusableFileBetween: containerd starts no pod because of it, and a list of ours that sorts before it would change that.
+func TestUnusableFileBetween(t *testing.T) {
+	t.Parallel()
+	for runtime, installed := range map[conflist.Runtime]bool{conflist.Containerd: false, conflist.CRIO: true} {
+		n := newNode(t)
+		n.options.Runtime = runtime
+		n.conf("10-a.conf", ovn)
+		n.conf("10-a-x.conf", "")
+		if err := n.once(); (err == nil) != installed || err != nil && !strings.Contains(err.Error(), "10-a-x.conf cannot be used") {
+			t.Errorf("%s: %v", runtime, err)
+		}
+		if _, there := n.confs()["10-a-conf.magic-ip-address.conflist"]; there != installed {
+			t.Errorf("%s: installed %t", runtime, there)
+		}
+	}
+}
+
 // TestOriginalThatCannotBeUsed: for as long as its owner is writing it the list stays; then the runtime sees what there is.
 func TestOriginalThatCannotBeUsed(t *testing.T) {
 	t.Parallel()
