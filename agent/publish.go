@@ -68,7 +68,7 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 	}
 	unchanged := f.status.written
 	f.status.put(status, a.own.WriteStatus)
-	if heartbeat && f.status.written == unchanged {
+	if heartbeat && f.status.written != nil && f.status.written == unchanged {
 		if f.status.err = a.own.Renew(now); errors.Is(f.status.err, fs.ErrNotExist) { // it was removed: write it again
 			f.status.written = nil
 			f.status.put(status, a.own.WriteStatus)

@@ -6,11 +6,11 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// Pod is a pod of this node as the Kubernetes API reports it, and PodID what identifies it.
-type (
-	Pod   = runtimedir.Pod
-	PodID = runtimedir.PodID
-)
+// Pod is a pod of this node as the Kubernetes API reports it.
+type Pod = runtimedir.Pod
+
+// PodID is what identifies it.
+type PodID = runtimedir.PodID
 
 // View is what the Kubernetes API reported last.
 type View struct {

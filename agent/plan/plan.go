@@ -13,11 +13,11 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// Protocol is a transport protocol, Frontend what clients connect to: they are the keys of the files in the runtime directory too.
-type (
-	Protocol = runtimedir.Protocol
-	Frontend = runtimedir.Frontend
-)
+// Protocol is a transport protocol.
+type Protocol = runtimedir.Protocol
+
+// Frontend is what clients connect to, and the key of everything, the files in the runtime directory included.
+type Frontend = runtimedir.Frontend
 
 // The protocols that a magic IP can serve.
 const (

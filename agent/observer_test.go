@@ -1,0 +1,160 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// observed is an agent without pods, and what its observers see.
+type observed struct {
+	dir      runtimedir.Dir
+	note     atomic.Pointer[string]
+	statuses [][2]*runtimedir.Status
+	polls    int
+	flows    int
+	syncs    []error
+	wake     func(Source)
+	stop     func() error
+}
+
+func (o *observed) Synced(_ time.Duration, err error) { o.syncs = append(o.syncs, err) }
+func (o *observed) Swept(flows int)                   { o.flows += flows }
+func (o *observed) Polled()                           { o.polls++ }
+
+func (o *observed) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 2, nil }
+
+func (o *observed) start() {
+	const text = "name: a\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		ended <- Run(ctx, Options{
+			RuntimeDir: o.dir.Path(), Backend: nftables.NewFake("a"), Flows: o, Node: fixedNode{}, Meter: o,
+			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
+			Uptime: func() time.Duration { return time.Hour },
+			Notes:  []func() []string{func() []string { return []string{*o.note.Load()} }},
+			Observers: []func(before, now *runtimedir.Status){func(before, now *runtimedir.Status) {
+				o.statuses = append(o.statuses, [2]*runtimedir.Status{before, now})
+			}},
+			Tasks: []Task{func(ctx context.Context, wake func(Source)) error {
+				o.wake = wake
+				<-ctx.Done()
+				return nil
+			}},
+			Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		})
+	}()
+	synctest.Wait()
+	o.stop = func() error {
+		cancel()
+		return <-ended
+	}
+}
+
+func (o *observed) setNote(note string) {
+	o.note.Store(&note)
+	if o.wake != nil {
+		o.wake(Notes)
+		synctest.Wait()
+	}
+}
+
+// TestObservers see each change of the status once, with what was before, also where it cannot be written; and after a restart
+// first what the process before has written.
+func TestObservers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := &observed{dir: runtimedir.New(t.TempDir())}
+		o.setNote("one")
+		o.start()
+		if len(o.statuses) == 0 || o.statuses[0][0] != nil || o.statuses[len(o.statuses)-1][1].Notes[0] != "one" {
+			t.Fatalf("observed %+v", o.statuses)
+		}
+		if o.flows != 2 || len(o.syncs) != 1 || o.syncs[0] != nil || o.polls == 0 {
+			t.Errorf("counted %d flows, syncs %v, %d polls", o.flows, o.syncs, o.polls)
+		}
+		count, polls := len(o.statuses), o.polls
+		time.Sleep(time.Minute)
+		if len(o.statuses) != count || o.polls < polls+10 {
+			t.Errorf("%d times without a change, %d polls", len(o.statuses)-count, o.polls-polls)
+		}
+		// A directory in place of the file keeps it from being written.
+		path := o.dir.Agent("a").StatusPath()
+		if err := errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "full"), 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		o.setNote("two")
+		time.Sleep(time.Minute)
+		last := o.statuses[len(o.statuses)-1]
+		if last[1].Notes[0] != "two" || !strings.Contains(last[1].LastError, "status file") || len(o.statuses) > count+2 {
+			t.Errorf("observed %d times, the last: %+v", len(o.statuses)-count, last[1])
+		}
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		status, err := o.dir.Agent("a").ReadStatus()
+		if err != nil || status.Notes[0] != "two" || status.LastError != "" {
+			t.Errorf("the status file: %+v, %v", status, err)
+		}
+		if err := o.stop(); err != nil {
+			t.Fatal(err)
+		}
+		o.statuses = nil
+		o.start()
+		if len(o.statuses) == 0 || o.statuses[0][0] == nil || o.statuses[0][0].Notes[0] != "two" {
+			t.Errorf("after a restart: %+v", o.statuses)
+		}
+		if err := o.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// TestFilesThatHaveNotChanged are not written: only the time stamp of the status file moves.
+func TestFilesThatHaveNotChanged(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := &observed{dir: runtimedir.New(t.TempDir())}
+		o.setNote("")
+		o.start()
+		inodes := func() (infos []os.FileInfo) {
+			for _, name := range []string{"status.json", "claims.json", "pods.json", "memory.json"} {
+				info, err := os.Stat(filepath.Join(filepath.Dir(o.dir.Agent("a").StatusPath()), name))
+				if err != nil {
+					t.Fatal(err)
+				}
+				infos = append(infos, info)
+			}
+			return infos
+		}
+		time.Sleep(time.Minute)
+		before := inodes()
+		time.Sleep(time.Minute)
+		for i, info := range inodes() {
+			if !os.SameFile(before[i], info) {
+				t.Errorf("%s was written", info.Name())
+			}
+			if renewed := info.ModTime().After(before[i].ModTime()); renewed != (info.Name() == "status.json") {
+				t.Errorf("%s: renewed %t", info.Name(), renewed)
+			}
+		}
+		if err := o.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

@@ -1,0 +1,85 @@
+package status_test
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// TestStatus: what people see of agents that run, have stopped, hang, or cannot be read; and that no name reaches the terminal as
+// anything but text.
+func TestStatus(t *testing.T) {
+	dir := runtimedir.New(t.TempDir())
+	if read, err := status.Read(dir, ""); err != nil || read.Unhealthy(time.Now()) == nil {
+		t.Errorf("an empty directory: %+v, %v", read, err)
+	}
+	if _, err := status.Read(dir, "live"); err == nil || !strings.Contains(err.Error(), "no agent called live") {
+		t.Errorf("an agent that is not there: %v", err)
+	}
+	frontend := runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: runtimedir.TCP, Port: 80}
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	live := dir.Agent("live")
+	lock, err := live.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	err = errors.Join(
+		live.WriteStatus(runtimedir.Status{
+			StartedAt: at, Backend: "nftables", PollInterval: "5s", LastError: "conntrack: \x1b[31mbroken", Notes: []string{"a note"},
+			MagicIPs: []runtimedir.MagicIP{
+				{Frontend: frontend, Namespace: "default", Selector: "app=echo", Action: "serve", Endpoints: []runtimedir.Endpoint{{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Pod: "default/\x1b[2Jecho"}}},
+				{Frontend: frontend, Namespace: "default", Selector: "app=none", Action: "reject"},
+				{Frontend: frontend, Namespace: "default", Selector: "app=other", Reason: "claimed"},
+			},
+		}),
+		dir.Agent("stopped").WriteStatus(runtimedir.Status{PollInterval: "5s"}),
+		dir.Installer("live").WriteRecord(runtimedir.Record{Conflist: "/etc/cni/net.d/10-a.conflist", InstalledAt: at, LastError: "read-only", Notes: []string{"it comes back"}}),
+		dir.Agent("unreadable").WriteStatus(runtimedir.Status{}),
+		os.WriteFile(dir.Agent("unreadable").StatusPath(), []byte("{"), 0o600),
+		live.Renew(at), dir.Agent("stopped").Renew(at),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := status.Read(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	if err := read.Write(&out, at.Add(time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"agent live: running since 2026-01-02T03:04:05Z, backend nftables\n", `error: conntrack: \x1b[31mbroken`, "note: a note\n",
+		"installed: /etc/cni/net.d/10-a.conflist since 2026-01-02T03:04:05Z\n", "installer's error: read-only\n", "installer's note: it comes back\n",
+		"169.254.210.210:80  tcp       default    app=echo   10.244.1.2:8080", `default/\x1b[2Jecho`,
+		"none: reject", "unserved: claimed",
+		"agent stopped: not running; its rules stay as they were at ", "agent unreadable: ", "status.json is corrupt",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing in\n%s", want, out.String())
+		}
+	}
+	if strings.Contains(out.String(), "\x1b") {
+		t.Errorf("escapes reach the terminal:\n%q", out.String())
+	}
+	one, err := status.Read(dir, "live")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for after, healthy := range map[time.Duration]bool{0: true, 15 * time.Second: true, 16 * time.Second: false} {
+		if err := one.Unhealthy(at.Add(after)); (err == nil) != healthy {
+			t.Errorf("%s after the heartbeat: %v", after, err)
+		}
+	}
+	if read.Unhealthy(at) == nil {
+		t.Error("two agents of three are well, and all is well")
+	}
+}
