@@ -210,9 +210,12 @@ func TestInstallAndUninstall(t *testing.T) {
 		t.Error(err)
 	}
 	s.afterwards("/run/cached", "echo")
-	// Once more, and for an agent that was never there: nothing to do.
-	if _, err := s.RunAgent(t.Context(), "uninstall", "--name", "never-there", "--runtime-dir", lab.RuntimeDir, "--cni-conf-dir", confDir); err != nil {
-		t.Error(err)
+	// Once more, and for an agent that was never there: there is nothing, and so a name that was mistyped is an error.
+	for _, name := range []string{agentName, "never-there"} {
+		out, err := s.RunAgent(t.Context(), "uninstall", "--name", name, "--runtime-dir", lab.RuntimeDir, "--cni-conf-dir", confDir)
+		if err == nil || !strings.Contains(err.Error(), "nothing of an agent called "+name+" is on this node") || out != "" {
+			t.Errorf("uninstall of %s: %q, %v", name, out, err)
+		}
 	}
 	if err := s.gone(); err != nil {
 		t.Error(err)

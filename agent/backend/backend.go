@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
@@ -120,6 +121,11 @@ func (s *Selected) Watch(ctx context.Context, changed func()) error {
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// Exists says whether any rule of the agent is there, whichever backend it is of.
+func (s *Selected) Exists(ctx context.Context) bool {
+	return s.backend.Exists(ctx) || slices.ContainsFunc(s.leftovers, func(b backend) bool { return b.Exists(ctx) })
 }
 
 // Remove takes the rules of the agent out, whichever backend they are of.

@@ -166,6 +166,10 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 	if err := config.CheckName(name); err != nil {
 		return err
 	}
+	if !f.known(ctx, name) {
+		return fmt.Errorf("nothing of an agent called %s is on this node: no files in %s, no selectors in the entries of %s, no rules; see magic-ip-agent status for those that are",
+			name, f.runtime, f.conf)
+	}
 	// Their locks are held from here on, so that none of them comes back meanwhile.
 	dir := runtimedir.New(f.runtime)
 	for _, take := range []func() (*runtimedir.Lock, error){dir.Agent(name).Lock, dir.Installer(name).Lock} {
@@ -180,6 +184,25 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 		}
 	}
 	return f.remove(ctx, name, log)
+}
+
+// known says whether anything of the agent is on this node: files, selectors in an entry, or rules.
+func (f *uninstallFlags) known(ctx context.Context, name string) bool {
+	dir := runtimedir.New(f.runtime)
+	for _, list := range []func() ([]string, error){dir.Agents, dir.Installers} {
+		if names, err := list(); err != nil || slices.Contains(names, name) {
+			return true // what cannot be read may be there
+		}
+	}
+	if directory, err := conflist.Read(f.conf, conflist.Options{}); err == nil {
+		for _, found := range directory.View().Entries {
+			if all, err := found.ByAgent(); err != nil || all[name] != nil {
+				return true
+			}
+		}
+	}
+	selected, err := backend.Select(ctx, f.backend, name)
+	return err != nil || selected.Exists(ctx)
 }
 
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
