@@ -35,7 +35,7 @@ type Backend interface {
 	// ModifiedBy names the processes that made what Verify found, where the kernel said it.
 	ModifiedBy() string
 	// Exists says whether the kernel has rules of this agent.
-	Exists(ctx context.Context) bool
+	Exists(ctx context.Context) (bool, error)
 }
 
 // Flows deletes conntrack entries that a plan has made stale.

@@ -175,7 +175,8 @@ func (a *agent) restore(ctx context.Context) {
 		if memory = (&runtimedir.Memory{}); !errors.Is(err, fs.ErrNotExist) {
 			a.Log.Warn("what this agent remembered cannot be used; starting without it", "error", err)
 		}
-		a.keep = a.Backend.Exists(ctx)
+		there, err := a.Backend.Exists(ctx)
+		a.keep = there || err != nil
 	}
 	var labels []runtimedir.PodLabels
 	if pods, err := a.own.ReadPods(); err == nil {

@@ -48,7 +48,7 @@ type backend interface {
 	// ModifiedBy names the processes that have changed the rules since Verify last found them as wanted, where the kernel said it.
 	ModifiedBy() string
 	Remove(ctx context.Context) error
-	Exists(ctx context.Context) bool
+	Exists(ctx context.Context) (bool, error)
 }
 
 // Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used.
@@ -136,11 +136,12 @@ func (s *Selected) Remove(ctx context.Context) error {
 func (s *Selected) removeLeftovers(ctx context.Context) error {
 	var err error
 	for _, other := range s.leftovers {
-		if !other.Exists(ctx) {
-			continue
+		exists, otherErr := other.Exists(ctx)
+		if exists {
+			otherErr = other.Remove(ctx)
 		}
-		if removeErr := other.Remove(ctx); removeErr != nil {
-			err = errors.Join(err, fmt.Errorf("rules left behind by backend %s: %w", other.Name(), removeErr))
+		if otherErr != nil {
+			err = errors.Join(err, fmt.Errorf("rules left behind by backend %s: %w", other.Name(), otherErr))
 		}
 	}
 	return err

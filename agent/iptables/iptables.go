@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
@@ -61,7 +63,7 @@ func (b *Backend) Trial(ctx context.Context) (version string, err error) {
 	}}, Bridges: []plan.Bridge{{Name: "bridge", Unfiltered4: true}}})
 	f := b.families[0]
 	for _, t := range render(&trial, plan.IPv4, f.agent) {
-		if err := f.restore(ctx, t.write(&listing{}, f.prefix, nil), "--test"); err != nil {
+		if err := f.restore(ctx, lockWaitAtEnd, t.write(&listing{}, f.prefix, nil), "--test"); err != nil {
 			return version, fmt.Errorf("%s cannot load the rules: %w", version, err)
 		}
 	}
@@ -72,11 +74,14 @@ func (b *Backend) Trial(ctx context.Context) (version string, err error) {
 func (b *Backend) Name() string { return Name }
 
 // Sync brings the kernel to the plan: one transaction per family and table where what is wanted differs
-// from what was loaded before, none where it does not.
+// from what was loaded before, none where it does not. Where the xtables lock is not to be had it gives up after a second: the
+// caller has other work, and tries again.
 func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 	var err error
 	for _, f := range b.families {
-		err = errors.Join(err, f.sync(ctx, p))
+		if err = errors.Join(err, f.sync(ctx, p)); errors.Is(err, errLocked) {
+			break
+		}
 	}
 	return err
 }
@@ -101,22 +106,27 @@ func (b *Backend) ModifiedBy() string { return "" }
 func (b *Backend) Remove(ctx context.Context) error {
 	var err error
 	for _, f := range b.families {
-		err = errors.Join(err, f.remove(ctx))
+		err = errors.Join(err, f.remove(ctx, lockWaitAtEnd))
 	}
 	return err
 }
 
-// Exists says whether any of the chains or jumps is there. Where that cannot be read, the tools or the part of the kernel
-// are missing, and so are the rules.
-func (b *Backend) Exists(ctx context.Context) bool {
+// Exists says whether any of the chains or jumps is there. Where the tools or the part of the kernel are missing, none is.
+func (b *Backend) Exists(ctx context.Context) (bool, error) {
+	if !b.Variant.Legacy && !nftables.Supported() {
+		return false, nil
+	}
 	for _, f := range b.families {
+		if !present(f.command) {
+			continue
+		}
 		for _, table := range []string{"nat", "filter", "mangle"} {
-			if there, err := f.list(ctx, table); err == nil && !there.empty(f.prefix) {
-				return true
+			if there, err := f.list(ctx, table); err != nil || !there.empty(f.prefix) {
+				return err == nil, err
 			}
 		}
 	}
-	return false
+	return false, nil
 }
 
 // chains is one address family's chains and what we believe is in them.
@@ -134,8 +144,8 @@ type chains struct {
 	listed     [][]chain
 	seen       uint32
 	generation func() (uint32, error)
-	// mended: a sync has found our chains changed by somebody else and loaded them anew. Verify has yet to say so.
-	mended bool
+	// restored is why a sync has loaded chains anew that were externally modified. Verify has yet to report it.
+	restored error
 	// moved is when a jump was last put before those of others, by table and hook.
 	moved map[string]time.Time
 }
@@ -146,7 +156,6 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 		wanted = render(p, f.family, f.agent)
 	}
 	if err := f.apply(ctx, wanted); err != nil {
-		f.known = false
 		return fmt.Errorf("%s: %w", f.command, err)
 	}
 	return nil
@@ -155,47 +164,64 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 // apply loads wanted; nil is nothing at all.
 func (f *chains) apply(ctx context.Context, wanted []table) error {
 	switch {
+	case wanted == nil && f.known && f.tables == nil:
+		return nil
 	case wanted == nil:
-		if f.known && f.tables == nil {
-			return nil
-		}
-		return f.remove(ctx)
+		f.known = false
+		return f.remove(ctx, lockWait)
 	case f.known && f.tables != nil:
-		var changed []int
-		for i := range wanted {
-			update := wanted[i].update(f.tables[i])
-			if update == "" {
-				continue
-			}
-			if err := f.restore(ctx, update); err != nil {
-				// Somebody has changed our chains since we looked: put all in place.
-				f.known, f.mended = false, true
-				return f.apply(ctx, wanted)
+		err := f.update(ctx, wanted)
+		if err == nil || ownFailure(err) {
+			return err
+		}
+		// Our chains were externally modified.
+		if errLoad := f.loadAll(ctx, wanted); errLoad != nil {
+			return errors.Join(err, errLoad)
+		}
+		f.restored = err
+		return nil
+	default:
+		return f.loadAll(ctx, wanted)
+	}
+}
+
+// update changes the chains that differ, one transaction for each table. What a failure leaves undone the next one does.
+func (f *chains) update(ctx context.Context, wanted []table) (err error) {
+	var changed []int
+	for i := range wanted {
+		update := wanted[i].update(f.tables[i])
+		if update != "" {
+			if err = f.restore(ctx, lockWait, update); err != nil {
+				break
 			}
 			changed = append(changed, i)
 		}
-		f.tables = wanted
-		if err := f.remember(ctx, changed); err != nil {
-			f.known = false
-			return f.apply(ctx, wanted)
-		}
-		return nil
-	default:
-		f.listed = make([][]chain, len(wanted))
-		var all []int
-		for i, t := range wanted {
-			if err := f.load(ctx, t); err != nil {
-				return err
-			}
-			all = append(all, i)
-		}
-		f.tables = wanted
-		if err := f.remember(ctx, all); err != nil {
+		f.tables[i] = wanted[i]
+	}
+	if errRemember := f.remember(ctx, changed); errRemember != nil {
+		f.known = false
+		err = errors.Join(err, errRemember)
+	}
+	return err
+}
+
+// loadAll puts all tables in place of whatever is there.
+func (f *chains) loadAll(ctx context.Context, wanted []table) error {
+	f.known = false
+	f.listed = make([][]chain, len(wanted))
+	var all []int
+	for i, t := range wanted {
+		if err := f.load(ctx, t); err != nil {
 			return err
 		}
-		f.known = true
-		return nil
+		all = append(all, i)
 	}
+	f.tables = slices.Clone(wanted)
+	if err := f.remember(ctx, all); err != nil {
+		return err
+	}
+	f.known = true
+	return nil
 }
 
 // load puts a table in place of whatever is there. Where others change it meanwhile, it looks again.
@@ -206,7 +232,10 @@ func (f *chains) load(ctx context.Context, t table) error {
 		if there, err = f.list(ctx, t.name); err != nil {
 			return err
 		}
-		err = f.restore(ctx, t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) }))
+		err = f.restore(ctx, lockWait, t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) }))
+		if ownFailure(err) {
+			return err
+		}
 		if err != nil {
 			continue
 		}
@@ -233,23 +262,21 @@ func (f *chains) remember(ctx context.Context, changed []int) error {
 		}
 		if missing := t.missing(there); len(missing) > 0 {
 			// Most of all: never add a jump again and again because the listing does not show it.
-			return errors.Join(fmt.Errorf("table %s is not as loaded: %s", t.name, strings.Join(missing, "; ")), f.unjump(ctx, t, there))
+			f.unjump(ctx, t, there)
+			return fmt.Errorf("table %s is not as loaded: %s", t.name, strings.Join(missing, "; "))
 		}
 		f.listed[i] = there.chains
 	}
 	return nil
 }
 
-// unjump takes back the jumps that the listing does not show although they have been added.
-func (f *chains) unjump(ctx context.Context, t table, there *listing) error {
-	var err error
+// unjump takes back the jumps that the listing does not show although they have been added. It fails where they are not there.
+func (f *chains) unjump(ctx context.Context, t table, there *listing) {
 	for _, j := range t.jumps {
-		if count, _ := there.jump(j); count > 0 {
-			continue
+		if count, _ := there.jump(j); count == 0 {
+			_ = f.restore(ctx, lockWait, fmt.Sprintf("*%s\n-D %s\nCOMMIT\n", t.name, j))
 		}
-		err = errors.Join(err, f.restore(ctx, fmt.Sprintf("*%s\n-D %s\nCOMMIT\n", t.name, j)))
 	}
-	return err
 }
 
 // moveAgainAfter bounds a quarrel with others who want to be first as well.
@@ -263,9 +290,9 @@ func (f *chains) mayMove(table, hook string) bool {
 
 // verify looks at our chains and jumps, and says what differs from when they were loaded.
 func (f *chains) verify(ctx context.Context) ([]string, error) {
-	if f.mended {
-		f.mended = false
-		return []string{f.command + ": found out when an endpoint changed"}, nil
+	if err := f.restored; err != nil {
+		f.restored = nil
+		return []string{fmt.Sprintf("%s: found when an endpoint changed: %v", f.command, err)}, nil
 	}
 	if !f.known || f.tables == nil {
 		return nil, nil
@@ -314,7 +341,7 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 
 // remove takes jumps and chains out: filter before nat, so that nothing is held or rejected that is not
 // translated any more.
-func (f *chains) remove(ctx context.Context) error {
+func (f *chains) remove(ctx context.Context, wait int) error {
 	if present(f.command) {
 		for _, name := range []string{"filter", "nat", "mangle"} {
 			there, err := f.list(ctx, name)
@@ -324,7 +351,7 @@ func (f *chains) remove(ctx context.Context) error {
 			if there.empty(f.prefix) {
 				continue
 			}
-			if err := f.restore(ctx, table{name: name}.write(there, f.prefix, nil)); err != nil {
+			if err := f.restore(ctx, wait, table{name: name}.write(there, f.prefix, nil)); err != nil {
 				return err
 			}
 		}
@@ -345,14 +372,45 @@ func (f *chains) list(ctx context.Context, table string) (*listing, error) {
 	return parseListing(out, f.prefix)
 }
 
-// lockPatience is for how many seconds to wait for others to let go of the tables lock.
-const lockPatience = 10
+// For how many seconds iptables-restore waits for the xtables lock. The agent's loop must not stand still for longer than its
+// heartbeat is due, a command at the beginning or the end may.
+const (
+	lockWait      = 1
+	lockWaitAtEnd = 10
+)
+
+// errLocked: another program holds the xtables lock.
+var errLocked = errors.New("another program holds the xtables lock (/run/xtables.lock), so that the rules stay as they are until it releases it")
+
+// ownFailure says whether an error is about this process or its machine, and does not mean that rules were externally modified.
+func ownFailure(err error) bool {
+	if err == nil {
+		return false
+	}
+	if errors.Is(err, errLocked) || errors.Is(err, exec.ErrNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return true
+	}
+	exit := new(exec.ExitError)
+	if errors.As(err, &exit) && !exit.Exited() { // killed
+		return true
+	}
+	// strerror(3) in what iptables and its extensions say
+	for _, cause := range []syscall.Errno{syscall.EPERM, syscall.EACCES, syscall.ENOMEM, syscall.ENOBUFS, syscall.EAGAIN, syscall.EMFILE, syscall.ENFILE} {
+		if strings.Contains(strings.ToLower(err.Error()), strings.ToLower(cause.Error())) {
+			return true
+		}
+	}
+	return false
+}
 
 // restore runs iptables-restore for one transaction.
-func (f *chains) restore(ctx context.Context, input string, flags ...string) error {
-	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(lockPatience)}, flags...)...)
+func (f *chains) restore(ctx context.Context, wait int, input string, flags ...string) error {
+	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(wait)}, flags...)...)
 	command.Stdin = strings.NewReader(input)
 	_, err := output(command)
+	if err != nil && strings.Contains(err.Error(), "holding the xtables lock") {
+		return errLocked
+	}
 	return err
 }
 

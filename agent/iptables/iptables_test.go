@@ -1,7 +1,9 @@
 package iptables
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -9,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
@@ -242,6 +245,9 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 				}
 				nodetest.Run(t, "iptables"+suffix, strings.Fields(command)...)
 				mustSync(t, backend, &after)
+				if differs, err := backend.Verify(t.Context()); err != nil || len(differs) != 1 {
+					t.Errorf("verify: %q, error %v; want what the sync has found", differs, err)
+				}
 				wantIntact(t, backend)
 				if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
 					t.Errorf("rules (-want +got):\n%s", diff)
@@ -302,5 +308,107 @@ func TestUpgrade(t *testing.T) {
 		if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
 			t.Errorf("rules (-fresh +upgraded):\n%s", diff)
 		}
+	})
+}
+
+// instead puts a command before the one of iptables that is called name, until the function returned is called.
+func instead(t *testing.T, name, script string) (back func()) {
+	t.Helper()
+	folder, path := t.TempDir(), os.Getenv("PATH")
+	real, err := exec.LookPath(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script = "#!/bin/sh\nreal=" + real + "\n" + script + "\n"
+	if err := os.WriteFile(filepath.Join(folder, name), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", folder+":"+path)
+	return func() { t.Setenv("PATH", path) }
+}
+
+// TestHeldLock: while another program holds the xtables lock, a sync waits for it once, for a second, and fails with a message that
+// says so. Nothing was externally modified. Afterwards the same sync succeeds, whether the rules were loaded before or not.
+func TestHeldLock(t *testing.T) {
+	inIPTablesNamespace(t)
+	nodetest.Run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+	for _, loaded := range []bool{false, true} {
+		backend := newTestIPTables(t, "-legacy", testAgent)
+		one, many := plan.Build(cases()["one"]), plan.Build(cases()["every-policy"])
+		if loaded {
+			mustSync(t, backend, &one)
+			wantIntact(t, backend)
+		}
+		before := savedRules(t, "-legacy")
+		calls := filepath.Join(t.TempDir(), "calls")
+		for _, command := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
+			defer instead(t, command, `echo "$0 $*" >>`+calls+"\n"+`exec $real "$@"`)()
+		}
+		lock, err := os.OpenFile(os.Getenv("XTABLES_LOCKFILE"), os.O_CREATE|os.O_RDWR, 0o600)
+		if err == nil {
+			err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := backend.Sync(t.Context(), &many); err == nil || !strings.Contains(err.Error(), "holds the xtables lock") {
+			t.Errorf("loaded %v: %v, want an error that names the lock", loaded, err)
+		}
+		if out, err := os.ReadFile(calls); err != nil || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), "--wait 1") {
+			t.Errorf("loaded %v: restored by %q, %v; want one attempt that waits for a second", loaded, out, err)
+		}
+		wantIntact(t, backend)
+		if diff := cmp.Diff(before, savedRules(t, "-legacy")); diff != "" {
+			t.Errorf("loaded %v: rules changed (-before +after):\n%s", loaded, diff)
+		}
+		if err := lock.Close(); err != nil {
+			t.Fatal(err)
+		}
+		mustSync(t, backend, &many)
+		wantIntact(t, backend)
+		mustSync(t, backend, &plan.Plan{})
+	}
+}
+
+// TestOwnFailures: an update that fails for a reason of our own is an error with its cause, loads nothing anew, and is no modification
+// by others. One that fails because rules were externally modified has its cause in what verify reports.
+func TestOwnFailures(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		before, after := plan.Build(cases()["one"]), plan.Build(cases()["many"])
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		for _, tt := range []struct {
+			says string
+			exit int
+		}{
+			{"iptables-restore v1.8.9: Permission denied (you must be root)", 4},
+			{"iptables-restore: line 5 failed: Cannot allocate memory.", 1},
+			{"iptables-restore v1.8.9 (nf_tables): Could not fetch rule set generation id: Operation not permitted", 4},
+			{"iptables-restore: line 5 failed: No buffer space available.", 1},
+			{"iptables-restore: Resource temporarily unavailable", 4},
+		} {
+			// The second table fails, so that one is as wanted and two are not.
+			back := instead(t, "iptables"+suffix+"-restore", fmt.Sprintf(`rules=$(cat)
+case $rules in '*filter'*) echo %q >&2; exit %d;; esac
+echo "$rules" | $real "$@"`, tt.says, tt.exit))
+			if err := backend.Sync(t.Context(), &after); err == nil || !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("%q: sync says %v", tt.says, err)
+			}
+			wantIntact(t, backend)
+			back()
+			mustSync(t, backend, &after)
+			wantIntact(t, backend)
+			mustSync(t, backend, &before)
+		}
+		nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-F")
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-F")
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-X", chainPrefix(testAgent)+"dnat")
+		mustSync(t, backend, &after)
+		differs, err := backend.Verify(t.Context())
+		if err != nil || len(differs) != 1 || !strings.Contains(differs[0], "found when an endpoint changed: ") {
+			t.Errorf("externally modified: %q, %v", differs, err)
+		}
+		t.Log(differs)
+		wantIntact(t, backend)
 	})
 }

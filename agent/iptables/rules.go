@@ -35,7 +35,11 @@ type chain struct {
 const (
 	fromNetwork   = "pre"    // mangle PREROUTING: who may use a magic IP at all
 	fromPods      = "pods"   // mangle: the interfaces of this node's pods
-	fromMagic     = "src"    // mangle: nobody begins a flow from a magic IP
+	fromMagic     = "src"    // mangle: no flow begins at a magic IP
+	fromServers   = "srv"    // mangle: out-of-window segments of servers
+	toNetwork     = "post"   // mangle POSTROUTING
+	sent          = "sent"   // mangle: a translated packet does not leave by an uplink
+	leaving       = "leave"  // filter: the same for a forwarded one
 	forwarded     = "fwd"    // filter FORWARD: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
 	rejected      = "reject" // filter
@@ -74,9 +78,9 @@ const mostInChain = 8
 // Why these hooks. REJECT works in the filter table alone, after destination NAT, so rejecting takes three
 // steps. Each table is one transaction, but the three are not:
 //
-//   - mangle PREROUTING runs before any NAT and before routing: what does not come from a pod is dropped.
-//   - nat PREROUTING and OUTPUT translate what has an endpoint. ACCEPT, for the rest, ends the walk through
-//     the nat table: a leftover DNAT rule of another tool behind our jump does not get to see the packet.
+//   - mangle PREROUTING runs before any NAT and before routing: packets that do not come from pods are dropped.
+//   - nat PREROUTING and OUTPUT translate packets to frontends with an endpoint. ACCEPT, for the rest, ends the walk through
+//     the nat table: a leftover DNAT rule of another tool behind our jump does not see the packet.
 //   - filter FORWARD and OUTPUT: a packet that is still addressed to a magic IP was not translated, so it
 //     is rejected. Translated flows, established ones included, carry their endpoint's address here, which
 //     is why no rule has to exempt them.
@@ -87,7 +91,8 @@ const mostInChain = 8
 // and never rejects one that the rules before or after would have answered or held.
 //
 // A packet that the node has no route for does not get as far as FORWARD or OUTPUT: its sender is told
-// that the network is unreachable.
+// that the network is unreachable. A translated packet whose endpoint's route is gone follows the default route: filter
+// FORWARD rejects it, and mangle POSTROUTING drops it where a process of this node has sent it.
 func render(p *plan.Plan, family plan.Family, agentName string) []table {
 	b := &builder{plan: p, family: family, agent: agentName, prefix: chainPrefix(agentName)}
 	for _, rule := range p.Rules {
@@ -177,15 +182,29 @@ func (b *builder) mangle() table {
 		}
 		b.add(clients[i], "-g", pods)
 	}
-	// An answer that is late, or somebody on the network who would have conntrack take a client's packets for
-	// answers and leave them untranslated.
+	// Otherwise a host on the network could have conntrack take a client's packets for replies, which are not translated. An
+	// invalid packet would reach a client as if the service had sent it.
 	senders := b.chain(fromMagic)
-	b.add(entry, "-m conntrack --ctdir ORIGINAL", "-j", senders)
+	b.add(entry, "-m conntrack --ctstate NEW,RELATED --ctdir ORIGINAL -j", senders)
+	b.add(entry, "-m conntrack --ctstate INVALID,UNTRACKED -j", senders)
 	dispatch(b, senders, "-s %s", b.addresses, byAddress, func(chain string, a addressRules) {
-		b.add(chain, "-s", one(a.address), "-m conntrack --ctdir ORIGINAL", b.note("nobody begins a flow from "+a.address.String()), "-j DROP")
+		b.add(chain, "-s", one(a.address), b.note("no flow begins at "+a.address.String()), "-j DROP")
 	})
+	if remote := b.servers(); len(remote) > 0 {
+		// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839). Segments that
+		// begin or reset a connection are made rightly by asymmetric routes and sockets that are gone.
+		servers := b.chain(fromServers)
+		b.add(entry, "-p tcp --tcp-flags SYN,RST NONE -m conntrack --ctstate INVALID -j", servers)
+		dispatch(b, servers, "-s %s", remote, identity, func(chain string, a netip.Addr) {
+			b.add(chain, "-s", one(a), b.note("a segment out of the window of a client of "+a.String()), "-j DROP")
+		})
+	}
 	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
+			for _, source := range rule.Excluded {
+				// A target's own packet comes in by the link that leads to it, not by that of another pod with its address.
+				b.add(chain, "-s", one(source), match(rule), "-m rpfilter --invert", b.note(rule.String()), "-j DROP")
+			}
 			switch {
 			case rule.Foreign():
 				b.add(chain, match(rule), b.note(rule.String()+" of another agent"), "-j RETURN")
@@ -195,8 +214,39 @@ func (b *builder) mangle() table {
 		}
 		b.add(chain, "-d", one(a.address), b.note(a.address.String()), "-g", pods)
 	})
+	// What the forward chain has not seen: packets of processes of this node.
+	if post := b.hook("POSTROUTING", toNetwork); len(b.plan.Uplinks) > 0 {
+		b.guard(post, sent, b.forHost(), func(chain, origin string) { b.add(chain, origin, "-j DROP") })
+	}
 	return b.table
 }
+
+// guard adds to chain what becomes of a translated packet that would leave by an uplink, because no route leads to its
+// endpoint. Of an address of which a frontend passes, another tool may translate it.
+func (b *builder) guard(chain, role string, addresses []addressRules, leaf func(chain, origin string)) {
+	guarded := slices.DeleteFunc(slices.Clone(addresses), func(a addressRules) bool {
+		return slices.ContainsFunc(a.rules, func(r plan.Rule) bool { return r.Action == plan.Pass && !r.Foreign() })
+	})
+	if len(guarded) == 0 {
+		return
+	}
+	next := b.chain(role)
+	for _, name := range b.plan.Uplinks {
+		b.add(chain, "-o", name, "-m conntrack --ctstate DNAT -g", next)
+	}
+	dispatch(b, next, "-m conntrack --ctorigdst %s", guarded, byAddress, func(chain string, a addressRules) {
+		leaf(chain, "-m conntrack --ctorigdst "+a.address.String())
+	})
+}
+
+// servers are the addresses of this family that translated flows lead to, without those of the node.
+func (b *builder) servers() []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(b.plan.Servers), func(a netip.Addr) bool {
+		return plan.FamilyOf(a) != b.family || slices.Contains(b.plan.HostAddresses, a)
+	})
+}
+
+func identity(a netip.Addr) netip.Addr { return a }
 
 func (b *builder) filter() table {
 	b.begin("filter")
@@ -223,6 +273,20 @@ func (b *builder) filter() table {
 		dispatch(b, mark, "-m conntrack --ctorigdst %s", b.addresses, byAddress, func(chain string, a addressRules) {
 			b.add(chain, "-m conntrack --ctstate DNAT --ctorigdst", a.address.String(), b.note(a.address.String()), "-j MARK --set-xmark", bridgeMark)
 		})
+	}
+	if len(b.plan.Uplinks) > 0 {
+		b.guard(entry, leaving, b.addresses, func(chain, origin string) {
+			b.add(chain, origin, "--ctdir ORIGINAL -g", reject)
+			b.add(chain, origin, "-j DROP")
+		})
+	}
+	for _, rule := range b.plan.Rules {
+		for _, endpoint := range rule.Endpoints {
+			if rule.Protocol == plan.TCP && plan.FamilyOf(rule.Address) == b.family && slices.Contains(b.plan.HostAddresses, endpoint.Addr()) {
+				b.add(out, "-s", one(endpoint.Addr()), "-p tcp --sport", fmt.Sprint(endpoint.Port()), "--tcp-flags SYN,RST NONE -m conntrack --ctstate INVALID",
+					b.note("a segment out of the window of a client"), "-j DROP")
+			}
+		}
 	}
 	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
@@ -262,7 +326,11 @@ func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 	case plan.Hold:
 		b.add(chain, match(rule), in, note, "-g", b.prefix+held)
 	case plan.Serve:
-		// conntrack does not translate a segment that it finds invalid. A reset would end a live flow.
+		if b.plan.StrictTCP && rule.Protocol == plan.TCP {
+			// It may be of a connection whose flow was deleted: only a reset spares its client a timeout.
+			b.add(chain, match(rule), in, "--tcp-flags RST NONE -m conntrack --ctstate INVALID", note, "-g", b.prefix+rejected)
+		}
+		// conntrack does not translate a segment that it calls invalid. A reset would end a live flow.
 		b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j DROP")
 		b.add(chain, match(rule), in, note, "-g", b.prefix+held)
 	}
@@ -322,7 +390,7 @@ func (b *builder) nat() table {
 		}
 	}
 	slices.SortFunc(hairpins, netip.Addr.Compare)
-	dispatch(b, replies, "-d %s", hairpins, func(a netip.Addr) netip.Addr { return a }, func(chain string, a netip.Addr) {
+	dispatch(b, replies, "-d %s", hairpins, identity, func(chain string, a netip.Addr) {
 		b.add(chain, "-s", one(a), "-d", one(a), "-m conntrack --ctstate DNAT", b.note(a.String()+" talks to itself"), "-j MASQUERADE")
 	})
 	return b.table

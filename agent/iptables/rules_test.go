@@ -30,7 +30,7 @@ func addrPorts(texts ...string) []netip.AddrPort {
 // cases are plans that between them use every rule there is. Magic IPs are in 169.254.210.0/24 and
 // fd00:a91c::/64, pods in 10.244.1.0/24 and fd00:10:244::/64.
 func cases() map[string]plan.Input {
-	many := plan.Input{PodInterfaces: []string{"cni0"}}
+	many := plan.Input{PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}}
 	for i := range 20 {
 		many.Services = append(many.Services, plan.Service{
 			Frontend:  plan.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, 210, byte(10 * i)}), Protocol: plan.UDP, Port: 8125},
@@ -59,6 +59,9 @@ func cases() map[string]plan.Input {
 			},
 			Foreign:       []plan.Frontend{frontend("169.254.210.1", plan.TCP, 4), frontend("169.254.210.200", plan.TCP, 4)},
 			PodInterfaces: []string{"cni0", "veth1"},
+			Uplinks:       []string{"eth0", "wan0"},
+			StrictTCP:     true,
+			HostAddresses: []netip.Addr{netip.MustParseAddr("10.244.1.9")},
 			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}, {Name: "docker0", Unfiltered4: true}},
 		},
 		"many": many,

@@ -55,7 +55,7 @@ func InUse() (Variant, error) {
 			if !present(command) || v.Legacy && !LegacyTable(family, "mangle") {
 				continue
 			}
-			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockPatience))
+			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockWaitAtEnd))
 			if err != nil {
 				return v, fmt.Errorf("%s: %w", command, err)
 			}

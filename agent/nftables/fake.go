@@ -38,6 +38,11 @@ func NewFake(agentName string) *Fake {
 	return fake
 }
 
+// Exists says whether any of the tables is there.
+func (f *Fake) Exists(context.Context) (bool, error) {
+	return slices.ContainsFunc(f.tables, func(t *fakeTable) bool { return t.Table != nil }), nil
+}
+
 // Transactions is how many transactions have been run so far.
 func (f *Fake) Transactions() int {
 	sum := 0

@@ -94,6 +94,12 @@ func NewGeneration() func() (uint32, error) {
 	}
 }
 
+// Supported says whether the kernel has nftables at all. nfnetlink answers EINVAL for a subsystem that it does not have.
+func Supported() bool {
+	_, err := NewGeneration()()
+	return !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPROTONOSUPPORT)
+}
+
 // familyNumber is a family as nfgenmsg has it.
 func familyNumber(family plan.Family) uint8 {
 	if family == plan.IPv6 {

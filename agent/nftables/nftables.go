@@ -139,13 +139,17 @@ func (b *Backend) Remove(ctx context.Context) error {
 	return err
 }
 
-// Exists says whether any of the tables is there. Where that cannot be read, the tools or the part of the kernel are
-// missing, and so are the tables.
-func (b *Backend) Exists(context.Context) bool {
-	return slices.ContainsFunc(b.tables, func(t *table) bool {
-		listed, err := t.list(nil)
-		return err == nil && listed.exists
-	})
+// Exists says whether any of the tables is there.
+func (b *Backend) Exists(context.Context) (bool, error) {
+	if !Supported() {
+		return false, nil
+	}
+	for _, t := range b.tables {
+		if listed, err := t.list(nil); err != nil || listed.exists {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 // Watch calls changed after each change of our tables, until ctx ends.
