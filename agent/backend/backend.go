@@ -16,7 +16,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
@@ -124,8 +123,16 @@ func (s *Selected) Watch(ctx context.Context, changed func()) error {
 }
 
 // Exists says whether any rule of the agent is there, whichever backend it is of.
-func (s *Selected) Exists(ctx context.Context) bool {
-	return s.backend.Exists(ctx) || slices.ContainsFunc(s.leftovers, func(b backend) bool { return b.Exists(ctx) })
+func (s *Selected) Exists(ctx context.Context) (bool, error) {
+	var err error
+	for _, b := range append([]backend{s.backend}, s.leftovers...) {
+		exists, existsErr := b.Exists(ctx)
+		if exists {
+			return true, nil
+		}
+		err = errors.Join(err, existsErr)
+	}
+	return false, err
 }
 
 // Remove takes the rules of the agent out, whichever backend they are of.

@@ -202,7 +202,11 @@ func (f *uninstallFlags) known(ctx context.Context, name string) bool {
 		}
 	}
 	selected, err := backend.Select(ctx, f.backend, name)
-	return err != nil || selected.Exists(ctx)
+	if err != nil {
+		return true
+	}
+	exists, err := selected.Exists(ctx)
+	return exists || err != nil
 }
 
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
