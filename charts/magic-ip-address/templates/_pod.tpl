@@ -31,6 +31,28 @@ only file is that of Multus, one plugin and no chain; and no plugin of /etc/cni/
 - --log-level={{ include "magic-ip-address.logLevel" . }}
 {{- end -}}
 
+{{/* The directories below runtimeDir that containers write, as JSON. */}}
+{{- define "magic-ip-address.runtimeDirs" -}}
+{{- $name := include "magic-ip-address.agentName" . -}}
+{{- dict
+  "agent" (printf "%s/agents/%s" .Values.runtimeDir $name)
+  "installer" (printf "%s/install/%s" .Values.runtimeDir $name)
+  "plugin" (printf "%s/plugin" .Values.runtimeDir)
+| toJson -}}
+{{- end -}}
+
+{{/* The runtime directory, read-only but for the directories `own`. */}}
+{{- define "magic-ip-address.runtimeMounts" -}}
+{{- $directories := include "magic-ip-address.runtimeDirs" .root | fromJson -}}
+- name: runtime
+  mountPath: {{ .root.Values.runtimeDir }}
+  readOnly: true
+{{- range .own }}
+- name: runtime-{{ . }}
+  mountPath: {{ get $directories . }}
+{{- end }}
+{{- end -}}
+
 {{- define "magic-ip-address.tokenMount" -}}
 - name: api-access
   mountPath: /var/run/secrets/kubernetes.io/serviceaccount

@@ -5,7 +5,9 @@ package release_test
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -98,12 +100,30 @@ func (w *world) confinedProcess(n *whole.Node, pod *corev1.Pod, container string
 			w.Errorf("%s on %s: %s is %s, want %s", container, n.Name, name, got, want)
 		}
 	}
-	if err := os.WriteFile(n.Path(fmt.Sprintf("/proc/%d/root/usr/local/bin/written", pid)), nil, 0o600); err == nil {
+	own := map[string][]string{"agent": {"agents/" + agentName}, "installer": {"install/" + agentName, "plugin"}}
+	for _, directory := range []string{"", "agents", "agents/" + agentName, "install", "install/" + agentName, "plugin"} {
+		writable := w.writable(n, pid, filepath.Join(runtimeDir, directory))
+		if want := slices.Contains(own[container], directory); writable != want {
+			w.Errorf("the %s on %s can write %s/%s: %v, want %v", container, n.Name, runtimeDir, directory, writable, want)
+		}
+	}
+	if w.writable(n, pid, "/usr/local/bin") {
 		w.Errorf("the root of the %s on %s can be written", container, n.Name)
 	}
 	kilobytes, err := strconv.Atoi(strings.TrimSuffix(field("VmRSS"), " kB"))
 	w.must(err)
 	figures.add("resident memory of the %s on %s: %.1f MiB", container, n.Name, float64(kilobytes)/1024)
+}
+
+// writable says whether files can be made in a directory as a process sees it.
+func (w *world) writable(n *whole.Node, pid int, directory string) bool {
+	w.Helper()
+	file := n.Path(fmt.Sprintf("/proc/%d/root/%s/written", pid, directory))
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return false
+	}
+	w.must(os.Remove(file))
+	return true
 }
 
 // processField is a field of /proc/PID/status.

@@ -29,7 +29,7 @@ type snapshot struct {
 type nodeSnapshot struct {
 	Conflists map[string]string // by file name, to the byte
 	Plugins   []string
-	Runtime   []string // what is in the runtime directory
+	Runtime   []string // the files in the runtime directory; kubelet leaves the directories that it mounted
 	Rules     []string // of nftables, one table each, without counters
 	IPTables  []string // rules and chains of iptables and iptables-legacy
 }
@@ -89,12 +89,8 @@ func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err e
 			s.Plugins = append(s.Plugins, plugin.Name())
 		}
 	}
-	runtime, err := os.ReadDir(n.Path(runtimeDir))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if s.Runtime, err = runtimeFiles(n); err != nil {
 		return s, err
-	}
-	for _, file := range runtime {
-		s.Runtime = append(s.Runtime, file.Name())
 	}
 	rules, err := n.Exec(ctx, "nft", "--stateless", "list", "ruleset")
 	if err != nil {
@@ -116,6 +112,20 @@ func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err e
 	}
 	slices.Sort(s.IPTables)
 	return s, nil
+}
+
+// runtimeFiles are the files in the runtime directory of a node.
+func runtimeFiles(n *whole.Node) (files []string, err error) {
+	err = filepath.WalkDir(n.Path(runtimeDir), func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil
+		case err == nil && !entry.IsDir():
+			files = append(files, strings.TrimPrefix(path, n.Path(runtimeDir)))
+		}
+		return err
+	})
+	return files, err
 }
 
 // pristine waits until the cluster is as it was before the first release.

@@ -266,7 +266,7 @@ func (w *world) inert(n *whole.Node, conflist string) {
 		w.Errorf("%s: the plugin that stays: %v", n.Name, err)
 	}
 	w.must(os.Remove(n.Path(file)))
-	if left, err := os.ReadDir(n.Path(runtimeDir)); err == nil && len(left) > 0 {
+	if left, err := runtimeFiles(n); err != nil || len(left) > 0 {
 		w.Errorf("%s: the plugin that stays has written %v", n.Name, left)
 	}
 }
