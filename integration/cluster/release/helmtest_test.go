@@ -20,7 +20,9 @@ func TestHelmTest(t *testing.T) {
 			w.servedBy(magic, system)
 		}
 		printed, err := test()
-		w.must(err)
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", targets, err, w.kubectl("describe", "pods", "--namespace", system, "--selector", "app=magic-ip-address-test"))
+		}
 		for _, n := range cluster.Nodes {
 			if !regexp.MustCompile(`(?m)^.*ok +` + n.Name + `$`).MatchString(printed) {
 				t.Errorf("%s: helm test does not say that %s is well:\n%s", targets, n.Name, printed)
