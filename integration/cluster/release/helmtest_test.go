@@ -21,7 +21,7 @@ func TestHelmTest(t *testing.T) {
 		}
 		printed, err := test()
 		if err != nil {
-			t.Fatalf("%s: %v\n%s", targets, err, w.kubectl("describe", "pods", "--namespace", system, "--selector", "app=magic-ip-address-test"))
+			t.Fatalf("%s: %v\n%s", targets, err, w.kubectl("describe", "pods", "--namespace", system, "--selector", "release="+name))
 		}
 		for _, n := range cluster.Nodes {
 			if !regexp.MustCompile(`(?m)^.*ok +` + n.Name + `$`).MatchString(printed) {
