@@ -4,7 +4,6 @@ package release_test
 
 import (
 	"regexp"
-	"strings"
 	"testing"
 )
 
@@ -12,7 +11,10 @@ import (
 // the node, and leaves nothing once it has passed.
 func TestHelmTest(t *testing.T) {
 	w := newWorld(t)
-	test := func() (string, error) { return cluster.Helm(w.ctx, "test", name, "--namespace", system) }
+	test := func() (string, error) { // with what helm prints of the pod's log, to standard error
+		out, err := cluster.Command(w.ctx, "helm", "test", name, "--namespace", system).CombinedOutput()
+		return string(out), err
+	}
 	w.upgrade(apm, apmValues(udp()...)...)
 	for _, targets := range []string{"without targets", "with targets"} {
 		if targets == "with targets" {
@@ -21,7 +23,7 @@ func TestHelmTest(t *testing.T) {
 		}
 		printed, err := test()
 		if err != nil {
-			t.Fatalf("%s: %v\n%s", targets, err, w.kubectl("describe", "pods", "--namespace", system, "--selector", "release="+name))
+			t.Fatalf("%s: %v\n%s\n%s", targets, err, printed, w.kubectl("describe", "pods", "--namespace", system, "--selector", "release="+name))
 		}
 		for _, n := range cluster.Nodes {
 			if !regexp.MustCompile(`(?m)^.*ok +` + n.Name + `$`).MatchString(printed) {
@@ -38,11 +40,9 @@ func TestHelmTest(t *testing.T) {
 	printed, err := test()
 	if err == nil {
 		t.Errorf("helm test passes although nobody listens:\n%s", printed)
-	} else {
-		printed += err.Error()
 	}
 	for _, n := range cluster.Nodes {
-		if !regexp.MustCompile(`FAIL +` + n.Name + `\n.*169\.254\.210\.210:9200/tcp +refused in .*; endpoint kube-system/` + w.podOn(n, system, servers).Name).MatchString(strings.ReplaceAll(printed, "\\n", "\n")) {
+		if !regexp.MustCompile(`FAIL +` + n.Name + `\n.*169\.254\.210\.210:9200/tcp +refused in .*; endpoint kube-system/` + w.podOn(n, system, servers).Name).MatchString(printed) {
 			t.Errorf("helm test does not say what is wrong with %s:\n%s", n.Name, printed)
 		}
 	}
