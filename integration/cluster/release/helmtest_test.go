@@ -42,7 +42,7 @@ func TestHelmTest(t *testing.T) {
 		t.Errorf("helm test passes although nobody listens:\n%s", printed)
 	}
 	for _, n := range cluster.Nodes {
-		if !regexp.MustCompile(`FAIL +` + n.Name + `\n.*169\.254\.210\.210:9200/tcp +refused in .*; endpoint kube-system/` + w.podOn(n, system, servers).Name).MatchString(printed) {
+		if !regexp.MustCompile(`(?m)FAIL +` + n.Name + `\n( +.*\n)*? +FAIL +169\.254\.210\.210:9200/tcp +refused in .*; endpoint kube-system/` + w.podOn(n, system, servers).Name).MatchString(printed) {
 			t.Errorf("helm test does not say what is wrong with %s:\n%s", n.Name, printed)
 		}
 	}

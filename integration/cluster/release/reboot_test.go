@@ -3,8 +3,6 @@
 package release_test
 
 import (
-	"errors"
-	"os"
 	"testing"
 	"time"
 
@@ -45,7 +43,7 @@ func TestReboot(t *testing.T) {
 	}
 	w.uninstall(apm)
 	for _, n := range cluster.Nodes {
-		if left, err := os.ReadDir(n.Path(runtimeDir)); len(left) > 0 || err != nil && !errors.Is(err, os.ErrNotExist) {
+		if left, err := runtimeFiles(n); len(left) > 0 || err != nil {
 			t.Errorf("%s: left in the runtime directory: %v, %v", n.Name, left, err)
 		}
 	}
