@@ -45,7 +45,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 .PHONY: e2e-binaries
 e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minutes, once), and what runs in pods
 	integration/cluster/binaries
-	CGO_ENABLED=0 go build $(STATIC) -o bin/pods/ ./integration/cluster/echo
+	CGO_ENABLED=0 go build $(STATIC) -o bin/pods/ ./integration/cluster/echo ./integration/cluster/multus-shim
 
 .PHONY: e2e
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)

@@ -480,27 +480,27 @@ func TestLinks(t *testing.T) {
 			t.Parallel()
 			n := newNode(t)
 			dir := n.options.ConfDir
-			real := filepath.Join(dir, "real")
+			file := filepath.Join(dir, "real")
 			if name == "in a folder" {
-				real = filepath.Join(dir, "sub", "real")
+				file = filepath.Join(dir, "sub", "real")
 			}
 			link := filepath.Join(dir, "10-a.conflist")
-			if err := errors.Join(os.Mkdir(filepath.Join(dir, "sub"), 0o755), os.WriteFile(real, []byte(simple), 0o640), os.Symlink("./real", filepath.Join(dir, "first")),
+			if err := errors.Join(os.Mkdir(filepath.Join(dir, "sub"), 0o755), os.WriteFile(file, []byte(simple), 0o640), os.Symlink("./real", filepath.Join(dir, "first")),
 				os.Symlink(strings.Replace(target, "DIR", dir, 1), link)); err != nil {
 				t.Fatal(err)
 			}
 			n.install()
-			if data, err := os.ReadFile(real); err != nil || !strings.Contains(string(data), entry.Type) {
+			if data, err := os.ReadFile(file); err != nil || !strings.Contains(string(data), entry.Type) {
 				t.Errorf("%v:\n%s", err, data)
 			}
 			if info, err := os.Lstat(link); err != nil || info.Mode()&fs.ModeSymlink == 0 {
 				t.Errorf("it is no link any more: %v, %v", info, err)
 			}
 			n.uninstall()
-			if data, err := os.ReadFile(real); err != nil || string(data) != simple {
+			if data, err := os.ReadFile(file); err != nil || string(data) != simple {
 				t.Errorf("%v:\n%s", err, data)
 			}
-			if info, err := os.Stat(real); err != nil || info.Mode() != 0o640 {
+			if info, err := os.Stat(file); err != nil || info.Mode() != 0o640 {
 				t.Errorf("%v, %v", info, err)
 			}
 		})

@@ -106,7 +106,7 @@ func TestQuarrel(t *testing.T) {
 	}
 	record, err := install.ReadRecord(n.Path(runtimeDir), agentName)
 	w.must(err)
-	const said = "somebody has removed the entry from "
+	const said = "another program has removed the entry from "
 	if notes := strings.Join(record.Notes, "\n"); !strings.Contains(notes, said) {
 		t.Errorf("the installer notes %q", notes)
 	}
