@@ -158,6 +158,32 @@ func TestFolderEntry(t *testing.T) {
 	}
 }
 
+// TestEntriesOfAFolder: there is one entry, and it is not the first, whatever was there before.
+func TestEntriesOfAFolder(t *testing.T) {
+	t.Parallel()
+	const bridge = `{"type":"bridge"}`
+	ours := `{"type":"magic-ip-address","selectors":{"other":[{"namespace":"x","selector":"y"}]}}`
+	for name, files := range map[string]map[string]string{
+		"first":          {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/00-ours.conf": ours, "a/10-bridge.conf": bridge},
+		"two":            {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/20-ours.conf": ours, "a/30-ours.conf": ours},
+		"inlined plugin": {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a","plugins":[` + bridge + `]}`, "a/20-ours.conf": ours},
+	} {
+		d := read(t, directory(t, files))
+		p, err := d.Put(keyOf("a"), spoken)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		list, err := p.d.load(*p.d.find("10-a.conflist"))
+		if err != nil || len(list.Plugins) != 2 || list.Plugins[1].Network.Type != entry.Type || !p.d.Has(p.File, "a", entry.DefaultRuntimeDir) {
+			t.Errorf("%s: %v, %v", name, list, err)
+		}
+	}
+	if _, err := read(t, directory(t, map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/20-ours.conf": ours})).Put(keyOf("a"), spoken); !errors.Is(err, errAlone) {
+		t.Errorf("nothing but the entry: %v", err)
+	}
+}
+
 // TestNamesSortFirst: the list of our own before its original, and the entry behind all others of a folder.
 func TestNamesSortFirst(t *testing.T) {
 	t.Parallel()

@@ -14,6 +14,8 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
+var errAlone = errors.New("there is no plugin that assigns addresses")
+
 // AnyRuntimeDir is for removing keys whatever runtime directory their entry names.
 const AnyRuntimeDir = ""
 
@@ -79,10 +81,10 @@ func raw(v *hujson.Value) (r entry.Raw) {
 	return r
 }
 
-// shares says whether an entry is of the agents with this runtime directory.
+// shares says whether an entry is of the agents with this runtime directory. One that the plugin would refuse is anybody's.
 func shares(v *hujson.Value, runtimeDir string) bool {
-	dir, _ := raw(v).Dir()
-	return runtimeDir == AnyRuntimeDir || dir == filepath.Clean(runtimeDir)
+	dir, err := raw(v).Dir()
+	return err != nil || runtimeDir == AnyRuntimeDir || dir == filepath.Clean(runtimeDir)
 }
 
 // has says whether the key of an agent is in a file.
@@ -115,7 +117,7 @@ func with(data []byte, key Key) ([]byte, error) {
 	case plugins == nil || len(plugins.Elements) == 0:
 		return nil, errors.New("no plugins in the list")
 	case len(ours) == len(plugins.Elements):
-		return nil, errors.New("there is no plugin that assigns addresses")
+		return nil, errAlone
 	case len(ours) == 0:
 		list := get(&d.Value, "plugins")
 		st := styleOf(&d.Value, list)
@@ -149,8 +151,20 @@ func (d *document) normalize() {
 	}
 }
 
-// put makes the key a member of an entry's selectors, where it is not so already.
+// put makes the key a member of an entry's selectors, where it is not so already. What the plugin would refuse, and fail each ADD
+// for, is corrected or removed.
 func (k Key) put(root, v *hujson.Value) {
+	if _, err := raw(v).Dir(); err != nil {
+		get(v, "runtimeDir").Value = hujson.String(filepath.Clean(k.RuntimeDir))
+	}
+	if all := get(v, "selectors"); all != nil && all.Value.Kind() == '{' {
+		for i, m := range slices.Backward(all.Value.(*hujson.Object).Members) {
+			var selectors []entry.Selector
+			if json.Unmarshal(m.Value.Pack(), &selectors) != nil || slices.ContainsFunc(selectors, func(s entry.Selector) bool { return s.Namespace == "" }) {
+				remove(all, i)
+			}
+		}
+	}
 	selectors := get(v, "selectors")
 	if selectors == nil {
 		st := styleOf(root, v)

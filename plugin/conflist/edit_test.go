@@ -80,6 +80,37 @@ func TestAnotherRuntimeDir(t *testing.T) {
 	}
 }
 
+// TestEntryThatFailsPods: what the plugin would refuse at each ADD is corrected, and goes with the agent.
+func TestEntryThatFailsPods(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"},{"type":"magic-ip-address","runtimeDir":DIR,"selectors":SELECTORS}]}`
+	good := `{"a":[{"namespace":"default","selector":"app=a"}]}`
+	for name, test := range map[string][2]string{
+		"relative runtimeDir": {`"run"`, good}, "runtimeDir of another type": {"5", good}, "selectors of another type": {`"/run/magic-ip-address"`, `[]`},
+		"another key of another type": {`"/run/magic-ip-address"`, `{"b":"x","a":[{"namespace":"default","selector":"app=a"}],"c":[{"selector":"x"}]}`},
+		"no namespace":                {`"/run/magic-ip-address"`, `{"a":[{"namespace":"","selector":"app=a"}]}`},
+	} {
+		data := []byte(strings.NewReplacer("DIR", test[0], "SELECTORS", test[1]).Replace(list))
+		after, err := with(data, keyOf("a"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := parse(after)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := raw(d.entries()[0])
+		dir, errDir := r.Dir()
+		all, errAll := r.ByAgent()
+		if errDir != nil || errAll != nil || dir != entry.DefaultRuntimeDir || len(all) != 1 || len(all["a"]) != 1 {
+			t.Errorf("%s: %v, %v: %s", name, errDir, errAll, after)
+		}
+		if cleaned, left, err := without(data, "a", entry.DefaultRuntimeDir); name != "selectors of another type" && !strings.HasPrefix(name, "another key") && (err != nil || left != 0) {
+			t.Errorf("%s: %d left, %v: %s", name, left, err, cleaned)
+		}
+	}
+}
+
 // FuzzEdit: whatever a configuration looks like, with and without the key it means the same to a loader, and it comes back
 // to the byte.
 func FuzzEdit(f *testing.F) {

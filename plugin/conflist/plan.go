@@ -126,6 +126,11 @@ func (p *Plan) put(target file, key Key, versions []string) error {
 	case p.folderOnly(target):
 		return p.folder(target, key)
 	}
+	for _, f := range p.d.folders[folderOf(target)] { // one entry is enough
+		if isEntryFile(f) {
+			p.write(f, nil)
+		}
+	}
 	data, err := with(target.data, key)
 	if err == nil {
 		p.File = target.name
@@ -189,28 +194,53 @@ func (p *Plan) folderOnly(f file) bool {
 // folderEntry is the name of the file with the entry in the folder of a network, where it is the last one there.
 const folderEntry = "zz-" + entry.Type + ".conf"
 
-// folder makes or changes the file with the entry in the folder of a network: the last one there.
+// folder makes or changes the file with the entry in the folder of a network: one that is not the first there.
 func (p *Plan) folder(list file, key Key) error {
 	folder := folderOf(list)
-	for _, f := range p.d.folders[folder] {
-		if d, err := parse(f.data); err == nil && isEntry(&d.Value) && !f.first(p.d.folders[folder]) {
-			data, err := with(f.data, key)
-			p.File = f.name
-			p.write(f, data)
-			return err
+	var others []file
+	var there *file
+	data := []byte(key.entry(style{before: "\n", unit: "  ", colon: ": ", comma: ", "}) + "\n")
+	for _, f := range slices.Clone(p.d.folders[folder]) {
+		switch {
+		case !isEntryFile(f):
+			others = append(others, f)
+		case there == nil && len(others) > 0:
+			there = &f
+		default: // it is the first, or one of several
+			data = f.data
+			p.write(f, nil)
 		}
 	}
+	if len(others) == 0 {
+		return errAlone
+	}
+	if there != nil {
+		data = there.data
+	}
+	data, err := with(data, key)
+	if err != nil {
+		return err
+	}
+	if there != nil {
+		p.File = there.name
+		p.write(*there, data)
+		return nil
+	}
+	last := others[len(others)-1]
 	name := folderEntry
-	files := p.d.folders[folder]
-	if last := filepath.Base(files[len(files)-1].name); last >= name {
-		name = last + "~" + entry.Type + ".conf"
+	if base := filepath.Base(last.name); base >= name {
+		name = base + "~" + entry.Type + ".conf"
 	}
 	p.File = folder + "/" + name
-	p.create(p.File, []byte(key.entry(style{before: "\n", unit: "  ", colon: ": ", comma: ", "})+"\n"), files[len(files)-1])
+	p.create(p.File, data, last)
 	return nil
 }
 
-func (f file) first(files []file) bool { return len(files) > 0 && files[0].name == f.name }
+// isEntryFile says whether a file of a folder is an entry of the plugin.
+func isEntryFile(f file) bool {
+	d, err := parse(f.data)
+	return err == nil && isEntry(&d.Value)
+}
 
 // withdraw removes the key of an agent from every file but one.
 func (p *Plan) withdraw(except, agent, runtimeDir string) (all error) {
@@ -264,7 +294,7 @@ func (p *Plan) removeEntries(f file) (removed bool) {
 		}
 	}
 	for _, g := range slices.Clone(p.d.folders[folderOf(f)]) {
-		if d, err := parse(g.data); err == nil && isEntry(&d.Value) {
+		if isEntryFile(g) {
 			p.write(g, nil)
 			removed = true
 		}

@@ -67,7 +67,7 @@ func (d *Directory) View() (v View) {
 		for _, e := range document.entries() {
 			found := Found{File: f.name, First: slices.Contains(document.ours(), 0), Raw: raw(e)}
 			if folder, _, ok := strings.Cut(f.name, "/"); ok {
-				found.First = f.first(d.folders[folder])
+				found.First = d.folders[folder][0].name == f.name
 				v.Expected = f.name
 			}
 			v.Entries = append(v.Entries, found)
