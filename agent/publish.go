@@ -34,14 +34,27 @@ type file[T any] struct {
 	err     error
 }
 
-func (f *file[T]) put(now T, write func(T) error) {
-	if f.written != nil && reflect.DeepEqual(*f.written, now) {
+// put writes now unless it is equal to what is there.
+func (f *file[T]) put(now T, equal func(a, b T) bool, write func(T) error) {
+	if f.written != nil && equal(*f.written, now) {
 		return
 	}
 	f.written = nil
 	if f.err = write(now); f.err == nil {
 		f.written = &now
 	}
+}
+
+func deepEqual[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
+
+// equalStatus is deepEqual for what may have thousands of magic IPs.
+func equalStatus(a, b runtimedir.Status) bool {
+	equal := slices.EqualFunc(a.MagicIPs, b.MagicIPs, func(m, n runtimedir.MagicIP) bool {
+		return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.Namespace == n.Namespace && m.Selector == n.Selector &&
+			slices.Equal(m.Endpoints, n.Endpoints)
+	})
+	a.MagicIPs, b.MagicIPs = nil, nil
+	return equal && reflect.DeepEqual(a, b)
 }
 
 func (f *files) problems() (problems []problem) {
@@ -60,32 +73,34 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 	if len(waits) > 0 && f.observed != nil {
 		status.MagicIPs = f.observed.MagicIPs // what the kernel has
 	}
-	if f.observed == nil || !reflect.DeepEqual(*f.observed, status) {
+	if f.observed == nil || !equalStatus(*f.observed, status) {
 		for _, observe := range a.Observers {
 			observe(f.observed, &status)
 		}
-		f.observed = &status
+		f.observed, f.status.written = &status, nil
 	}
 	unchanged := f.status.written
-	f.status.put(status, a.own.WriteStatus)
+	if unchanged == nil {
+		f.status.put(status, equalStatus, a.own.WriteStatus)
+	}
 	if heartbeat && f.status.written != nil && f.status.written == unchanged {
 		if f.status.err = a.own.Renew(now); errors.Is(f.status.err, fs.ErrNotExist) { // it was removed: write it again
 			f.status.written = nil
-			f.status.put(status, a.own.WriteStatus)
+			f.status.put(status, equalStatus, a.own.WriteStatus)
 		}
 	}
 	if len(waits) > 0 {
 		return
 	}
 	f.publishClaims()
-	f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, func(pods runtimedir.Pods) error {
+	f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, deepEqual, func(pods runtimedir.Pods) error {
 		dropped, err := a.own.WritePods(pods)
 		if dropped > 0 {
 			a.Log.Warn("pods have too many labels: the plugin records them whatever their labels are", "pods", dropped)
 		}
 		return err
 	})
-	f.memory.put(a.memory(a.keys), a.own.WriteMemory)
+	f.memory.put(a.memory(a.keys), deepEqual, a.own.WriteMemory)
 }
 
 func (f *files) publishClaims() {
@@ -95,7 +110,7 @@ func (f *files) publishClaims() {
 			claims = append(claims, runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""})
 		}
 	}
-	f.claims.put(claims, f.agent.own.WriteClaims)
+	f.claims.put(claims, slices.Equal, f.agent.own.WriteClaims)
 }
 
 // status is what the agent does, for people.

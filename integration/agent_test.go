@@ -228,3 +228,30 @@ func TestTwoAgents(t *testing.T) {
 		return a.MagicIPs[0].Reason == "" && len(a.MagicIPs[0].Endpoints) == 1
 	})
 }
+
+// TestMountedReadOnly: as in the chart's pod, the agent sees the runtime directory read-only and may write in its own directory
+// alone. It serves, follows the state file that the plugin makes later, is restarted, and what it writes is nowhere else.
+func TestMountedReadOnly(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "nftables", "bridge")
+	own := lab.RuntimeDir + "/agents/" + agentName
+	w.run("mkdir -p " + own)
+	w.AgentPrefix = []string{"unshare", "--mount", "--propagation", "private", "sh", "-ec",
+		fmt.Sprintf("mount --bind -o ro %[1]s %[1]s; mount --bind %[2]s %[2]s; mount -o remount,bind,rw %[2]s; exec \"$0\" \"$@\"", lab.RuntimeDir, own)}
+	w.start(config())
+	w.addTarget("echo")
+	w.awaitEndpoint("echo")
+	w.agent.Kill()
+	w.start(config())
+	w.awaitEndpoint("echo")
+	w.delTarget("echo")
+	w.await("to have no endpoint", func(a *runtimedir.Status) bool { return len(a.MagicIPs[0].Endpoints) == 0 && a.LastError == "" })
+	got := strings.Fields(w.run("cd " + lab.RuntimeDir + " && find . -type f | sort"))
+	want := []string{
+		"./agents/default.magic-ip/claims.json", "./agents/default.magic-ip/live", "./agents/default.magic-ip/lock", "./agents/default.magic-ip/memory.json",
+		"./agents/default.magic-ip/pods.json", "./agents/default.magic-ip/status.json", "./plugin/state.json", "./plugin/state.lock",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}

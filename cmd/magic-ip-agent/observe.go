@@ -76,11 +76,11 @@ func lookAround(options *agent.Options, initial config.Config) {
 		rules, _ := foreign.Rules(ctx, addresses)
 		var notes []string
 		for _, rule := range rules {
-			options.Log.Warn("another program translates a magic IP too; remove the rule", "rule", rule)
+			options.Log.Warn("another program translates a magic IP too: where its rule comes first, clients do not reach the endpoint; remove it", "rule", rule)
 			notes = append(notes, "when the agent started, another program translated a magic IP too; remove the rule: "+rule)
 		}
 		for _, bypass := range node.Bypasses() {
-			options.Log.Warn(bypass)
+			options.Log.Warn("packets of pods may bypass the rules", "reason", bypass)
 			notes = append(notes, bypass)
 		}
 		found.Store(&notes)

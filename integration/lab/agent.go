@@ -25,7 +25,8 @@ func (n *Node) StartAgent(config []byte, flags ...string) (*Agent, error) {
 		args = append(args, "--no-api")
 	}
 	args = append(args, "--config", file, "--node-name", n.Name, "--runtime-dir", RuntimeDir)
-	process, err := n.Start(n.binaries.Agent, append(args, flags...)...)
+	command := append(slices.Concat(n.AgentPrefix, []string{n.binaries.Agent}, args), flags...)
+	process, err := n.Start(command[0], command[1:]...)
 	if err != nil {
 		return nil, err
 	}

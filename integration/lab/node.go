@@ -86,6 +86,9 @@ type NodeOptions struct {
 
 // Node is one node. Its methods may be called from several goroutines.
 type Node struct {
+	// AgentPrefix is a command before that of each agent, such as one that gives it mounts of its own.
+	AgentPrefix []string
+
 	Name string
 	// Env are variables ("KEY=value") of every command, beside those of this process.
 	Env      []string
