@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -17,12 +18,19 @@ func groups() []uint32 {
 }
 
 // Watch calls changed after each event that may change what Snapshot returns, until ctx ends. It calls it once at the
-// start, since what changed before the subscription went unseen, and after lost events. Where the subscription fails, it
-// reports that and tries again.
+// start, since what changed before the subscription went unseen, and after lost events. An error does not end it: Watch
+// reports the error and subscribes again.
 func Watch(ctx context.Context, changed func(), report func(error)) error {
+	return keepWatching(ctx, subscribe, changed, report)
+}
+
+func keepWatching(ctx context.Context, subscribe func() (*netlink.Conn, error), changed func(), report func(error)) error {
 	const retry = time.Second
 	for {
-		err := watch(ctx, changed, func(*netlink.Conn) {})
+		connection, err := subscribe()
+		if err == nil {
+			err = watch(ctx, connection, changed)
+		}
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -35,21 +43,25 @@ func Watch(ctx context.Context, changed func(), report func(error)) error {
 	}
 }
 
-// watch returns when ctx has ended or the subscription has failed.
-func watch(ctx context.Context, changed func(), subscribed func(*netlink.Conn)) error {
+// subscribe opens a socket in the network namespace of the calling thread.
+func subscribe() (*netlink.Conn, error) {
 	connection, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer func() { _ = connection.Close() }()
-	defer context.AfterFunc(ctx, func() { _ = connection.SetReadDeadline(time.Unix(1, 0)) })()
 	for _, group := range groups() {
 		// Linux before 5.3 has no next hop objects.
 		if err := connection.JoinGroup(group); err != nil && group != unix.RTNLGRP_NEXTHOP {
-			return err
+			return nil, errors.Join(err, connection.Close())
 		}
 	}
-	subscribed(connection)
+	return connection, nil
+}
+
+// watch returns when ctx has ended or the connection, which it closes, has failed.
+func watch(ctx context.Context, connection *netlink.Conn, changed func()) error {
+	defer func() { _ = connection.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = connection.SetReadDeadline(time.Unix(1, 0)) })()
 	changed()
 	for {
 		messages, err := connection.Receive()
@@ -60,12 +72,8 @@ func watch(ctx context.Context, changed func(), subscribed func(*netlink.Conn)) 
 			changed()
 		case err != nil:
 			return err
-		default:
-			for _, message := range messages {
-				if matters(message) {
-					changed()
-				}
-			}
+		case slices.ContainsFunc(messages, matters):
+			changed()
 		}
 	}
 }

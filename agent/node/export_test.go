@@ -1,0 +1,9 @@
+package node
+
+// The parts of Watch.
+var (
+	Subscribe    = subscribe
+	WatchOn      = watch
+	Matters      = matters
+	KeepWatching = keepWatching
+)
