@@ -435,7 +435,7 @@ func (c *classifier) network(s Snapshot) Network {
 		case l.role == Served && l.master == nil:
 			n.PodInterfaces = append(n.PodInterfaces, l.Name)
 		case l.role == Served && l.master.Kind == "bridge" && (l.Elsewhere || l.Tap):
-			n.PodPorts[l.Index] = true
+			n.PodPorts[l.Index] = l.Hairpin
 		}
 		if paired(l.Kind) && l.role != Served {
 			n.UnservedPairs = append(n.UnservedPairs, l.Name)

@@ -34,8 +34,8 @@ func TestLayouts(t *testing.T) {
 				if served := slices.Contains(network.PodInterfaces, link.Name); served != (link.Role == node.Served && !link.Port) {
 					t.Errorf("%s: among the pod interfaces: %v", link.Name, served)
 				}
-				if !link.Port && network.PodPorts[link.Index] {
-					t.Errorf("%s: hairpin at what is no port", link.Name)
+				if _, port := network.PodPorts[link.Index]; port && (!link.Port || link.Role != node.Served) {
+					t.Errorf("%s: hairpin at what is no port of pods", link.Name)
 				}
 			}
 		})

@@ -3,11 +3,7 @@
 package node
 
 import (
-	"errors"
-	"fmt"
 	"net/netip"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
@@ -25,7 +21,8 @@ type Network struct {
 	UnservedPairs []string
 	// Keep are the ifindexes of the uplinks that stay uplinks until they are gone: Known.Uplinks of the next classification.
 	Keep []int
-	// PodPorts are the ifindexes of the bridge ports that lead to pods. Hairpin is for no others.
+	// PodPorts are the bridge ports that lead to pods, by ifindex, and whether their hairpin mode is on. Hairpin is for no
+	// others: an uplink's port would send the network's broadcasts back.
 	PodPorts map[int]bool
 	// BridgePorts are the links that are ports of a bridge.
 	BridgePorts map[string]bool
@@ -53,7 +50,8 @@ func (k Kernel) Read() (Network, error) { return (&Reader{}).Read() }
 // Reader reads the network of the calling process and remembers its uplinks.
 type Reader struct {
 	Kernel
-	keep []int
+	keep    []int
+	network Network
 }
 
 // Read is Classify without any record.
@@ -63,29 +61,16 @@ func (r *Reader) Read() (Network, error) {
 		return Network{}, err
 	}
 	network := Classify(snapshot, Known{Uplinks: r.keep})
-	r.keep = network.Keep
+	r.keep, r.network = network.Keep, network
 	return network, nil
 }
 
-// EnableHairpin lets the bridge port called name send a frame back where it came from, so that a pod
-// reaches itself through a magic IP. It does nothing where name is no bridge port or hairpin is on.
-func (Kernel) EnableHairpin(name string) (switched bool, err error) {
-	link, err := netlink.LinkByName(name)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
+// EnableHairpin switches hairpin mode on at the link called name, if that is a port of pods and it is off.
+func (r *Reader) EnableHairpin(name string) (switched bool, err error) {
+	index := r.network.IfIndex[name]
+	if on, port := r.network.PodPorts[index]; on || !port {
 		return false, nil
 	}
-	if err != nil {
-		return false, fmt.Errorf("link %s: %w", name, err)
-	}
-	if link.Attrs().MasterIndex == 0 {
-		return false, nil
-	}
-	port, err := netlink.LinkGetProtinfo(link)
-	if err != nil || port.Hairpin {
-		return false, nil // not a port of a Linux bridge, or on already
-	}
-	if err := netlink.LinkSetHairpin(link, true); err != nil {
-		return false, fmt.Errorf("link %s: hairpin: %w", name, err)
-	}
-	return true, nil
+	err = r.SetHairpin(index, true)
+	return err == nil, err
 }

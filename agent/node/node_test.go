@@ -74,8 +74,8 @@ tun0: uplink: a default route goes by it`), shown(network)); diff != "" {
 	if !network.BridgePorts["port"] || !network.BridgePorts["gw1"] || len(network.BridgePorts) != 2 {
 		t.Errorf("bridge ports: %v", network.BridgePorts)
 	}
-	if !network.PodPorts[network.IfIndex["port"]] || len(network.PodPorts) != 1 {
-		t.Errorf("ports of pods: %v", network.PodPorts)
+	if diff := cmp.Diff(map[int]bool{network.IfIndex["port"]: false}, network.PodPorts); diff != "" {
+		t.Errorf("ports of pods (-want +got):\n%s", diff)
 	}
 	if !slices.Contains(network.Addresses, netip.MustParseAddr("198.51.100.2")) {
 		t.Errorf("addresses: %v", network.Addresses)
@@ -187,20 +187,49 @@ func TestBridgeFilters(t *testing.T) {
 	}
 }
 
-func TestEnableHairpin(t *testing.T) {
-	nodetest.Namespace(t, `
+func TestHairpin(t *testing.T) {
+	nodetest.Namespace(t, fmt.Sprintf(`
 		link add cni0 type bridge
-		link add port type veth peer name pod
+		link add port type veth peer name pod netns %[1]s
 		link set port master cni0
-		link add alone type veth peer name pod2
-	`)
+		link add br1 type bridge
+		link add nic type ifb
+		link set nic master br1
+		link add beside type veth peer name pod2 netns %[1]s
+		link set beside master br1
+		link add alone type veth peer name pod3 netns %[1]s
+	`, nodetest.Another(t)))
+	reader := &node.Reader{}
 	for _, tt := range []struct {
 		name string
 		want bool
-	}{{"port", true}, {"port", false}, {"alone", false}, {"nothing", false}} {
-		switched, err := node.Kernel{}.EnableHairpin(tt.name)
+	}{{"port", true}, {"port", false}, {"nic", false}, {"beside", false}, {"alone", false}, {"nothing", false}} {
+		if _, err := reader.Read(); err != nil {
+			t.Fatal(err)
+		}
+		switched, err := reader.EnableHairpin(tt.name)
 		if err != nil || switched != tt.want {
 			t.Errorf("EnableHairpin(%s) = %v, %v, want %v", tt.name, switched, err, tt.want)
+		}
+	}
+	network, err := reader.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := network.IfIndex["port"]
+	if diff := cmp.Diff(map[int]bool{port: true}, network.PodPorts); diff != "" {
+		t.Errorf("ports of pods (-want +got):\n%s", diff)
+	}
+	nodetest.IP(t, "link set port name renamed")
+	if err := reader.SetHairpin(port, false); err != nil {
+		t.Error(err)
+	}
+	if network, err = reader.Read(); err != nil || network.PodPorts[port] {
+		t.Errorf("hairpin is still on: %v, %v", network.PodPorts, err)
+	}
+	for name, index := range map[string]int{"a link that is gone": 4711, "a link that is no port": network.IfIndex["alone"]} {
+		if err := reader.SetHairpin(index, false); err != nil {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

@@ -121,6 +121,9 @@ const (
 	iflaLinkNetNSID       = 37
 	iflaInfoKind          = 1
 	iflaInfoData          = 2
+	iflaInfoSlaveKind     = 4
+	iflaInfoSlaveData     = 5
+	iflaBrportMode        = 4 // hairpin
 	iflaTunType           = 3
 	iflaBrNfCallIptables  = 36
 	iflaBrNfCallIP6tables = 37
@@ -149,7 +152,8 @@ func decode(message []byte, header int, each func(*netlink.AttributeDecoder)) er
 func parseLink(message []byte) (l LinkState, filtered4, filtered6 bool, err error) {
 	l.Index = int(binary.NativeEndian.Uint32(message[4:]))
 	l.Loopback = binary.NativeEndian.Uint32(message[8:])&unix.IFF_LOOPBACK != 0
-	var data []byte
+	var data, slaveData []byte
+	slaveKind := ""
 	err = decode(message, unix.SizeofIfInfomsg, func(a *netlink.AttributeDecoder) {
 		switch a.Type() {
 		case unix.IFLA_IFNAME:
@@ -168,16 +172,27 @@ func parseLink(message []byte) (l LinkState, filtered4, filtered6 bool, err erro
 						l.Kind = a.String()
 					case iflaInfoData:
 						data = a.Bytes()
+					case iflaInfoSlaveKind:
+						slaveKind = a.String()
+					case iflaInfoSlaveData:
+						slaveData = a.Bytes()
 					}
 				}
 				return a.Err()
 			})
 		}
 	})
+	on := func(b []byte) bool { return len(b) > 0 && b[0] != 0 }
+	if err == nil && slaveKind == "bridge" {
+		err = decode(slaveData, 0, func(a *netlink.AttributeDecoder) {
+			if a.Type() == iflaBrportMode {
+				l.Hairpin = on(a.Bytes())
+			}
+		})
+	}
 	if err != nil || l.Kind != "tun" && l.Kind != "bridge" {
 		return l, false, false, err
 	}
-	on := func(b []byte) bool { return len(b) > 0 && b[0] != 0 }
 	err = decode(data, 0, func(a *netlink.AttributeDecoder) {
 		switch {
 		case l.Kind == "tun" && a.Type() == iflaTunType:

@@ -32,6 +32,7 @@ type LinkState struct {
 	NetNS     int
 	Tap       bool // of a link of kind tun: tap (IFLA_TUN_TYPE), not tun
 	Loopback  bool
+	Hairpin   bool // of a port of a Linux bridge
 	// Unfiltered4 and Unfiltered6 say of a bridge that its IPv4 and IPv6 frames do not pass netfilter.
 	Unfiltered4, Unfiltered6 bool
 }
