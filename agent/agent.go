@@ -46,7 +46,8 @@ type Flows interface {
 // Node is the network of the node.
 type Node interface {
 	Snapshot() (node.Snapshot, error)
-	EnableHairpin(hostInterface string) (switched bool, err error)
+	// SetHairpin switches hairpin mode of a bridge port, by its ifindex; a port that is gone is not an error.
+	SetHairpin(port int, on bool) error
 }
 
 // API is the Kubernetes API.

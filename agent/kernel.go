@@ -22,6 +22,9 @@ type kernel struct {
 	// restoredAt is when externally modified rules were last restored.
 	restoredAt time.Time
 
+	// hairpins are the ifindexes of the bridge ports where this agent has switched hairpin mode on.
+	hairpins []int
+
 	syncErr, verifyErr, sweepErr error
 	hairpinErrs                  []problem
 }
@@ -102,17 +105,29 @@ func (k *kernel) hairpin() {
 			continue
 		}
 		for _, chosen := range s.endpoints {
-			if done[chosen.Address.Addr()] || !network.PodPorts[network.IfIndex[chosen.HostInterface]] {
+			index := network.IfIndex[chosen.HostInterface]
+			if on, port := network.PodPorts[index]; done[chosen.Address.Addr()] || on || !port {
 				continue
 			}
 			done[chosen.Address.Addr()] = true
-			switched, err := k.agent.Node.EnableHairpin(chosen.HostInterface)
-			if err != nil {
+			if err := k.agent.Node.SetHairpin(index, true); err != nil {
 				k.hairpinErrs = append(k.hairpinErrs, problem{"hairpin of " + chosen.HostInterface, err})
+				continue
 			}
-			if switched {
-				k.agent.Log.Info("hairpin switched on, so that the pod reaches itself", "interface", chosen.HostInterface, "pod", podName(chosen))
+			network.PodPorts[index] = true
+			if !slices.Contains(k.hairpins, index) {
+				k.hairpins = append(k.hairpins, index)
 			}
+			k.agent.Log.Info("hairpin mode switched on, so that the pod reaches itself", "interface", chosen.HostInterface, "pod", podName(chosen))
+		}
+	}
+}
+
+// endHairpins switches hairpin mode off again where this agent has switched it on.
+func (k *kernel) endHairpins() {
+	for _, port := range k.hairpins {
+		if err := k.agent.Node.SetHairpin(port, false); err != nil {
+			k.agent.Log.Warn("hairpin mode stays on; it has no effect on other traffic than a pod's to itself", "error", err)
 		}
 	}
 }

@@ -82,6 +82,7 @@ func (a *agent) removeRules(ctx context.Context) error {
 		case <-time.After(10 * leaveRetry):
 		}
 	}
+	a.kernel.endHairpins()
 	applied := a.kernel.applied
 	if applied == nil {
 		return nil

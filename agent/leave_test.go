@@ -30,6 +30,7 @@ type leaving struct {
 	backend *nftables.Fake
 	failing int // how often the rules cannot be removed yet
 	swept   plan.Change
+	hairpin bool
 	deleted chan struct{}
 	log     bytes.Buffer
 	ended   chan error
@@ -41,7 +42,7 @@ func newLeaving(t *testing.T) *leaving {
 	l := &leaving{T: t, dir: runtimedir.New(t.TempDir()), backend: nftables.NewFake(leavingName), deleted: make(chan struct{})}
 	_, err := l.dir.Update(time.Second, nil, runtimedir.Attachment{
 		ContainerID: "c1", IfName: "eth0", Namespace: "default", Name: "echo", Labels: map[string]string{"app": "echo"},
-		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, AddedAt: time.Now(),
+		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, HostInterface: "veth1", HostIfIndex: 4, AddedAt: time.Now(),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -71,7 +72,7 @@ magicIPs:
 	l.ended = make(chan error, 1)
 	go func() {
 		l.ended <- Run(ctx, Options{
-			RuntimeDir: l.dir.Path(), Backend: l.backend, Flows: l, Node: fixedNode{}, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
+			RuntimeDir: l.dir.Path(), Backend: l.backend, Flows: l, Node: l, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
 			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
 			Uptime: func() time.Duration { return time.Hour },
 			Uninstall: Uninstall{
@@ -102,11 +103,22 @@ magicIPs:
 	}
 }
 
-type fixedNode struct{}
+// Snapshot and SetHairpin make it the Node: cni0 with the target's link, and a link where hairpin mode is on already.
+func (l *leaving) Snapshot() (node.Snapshot, error) {
+	return node.Snapshot{Links: []node.LinkState{
+		{Index: 3, Name: "cni0", Kind: "bridge"},
+		{Index: 4, Name: "veth1", Kind: "veth", Elsewhere: true, Master: 3, Hairpin: l.hairpin},
+		{Index: 5, Name: "veth2", Kind: "veth", Elsewhere: true, Master: 3, Hairpin: true},
+	}}, nil
+}
 
-func (fixedNode) Snapshot() (node.Snapshot, error) { return node.Snapshot{}, nil }
-
-func (fixedNode) EnableHairpin(string) (bool, error) { return false, nil }
+func (l *leaving) SetHairpin(port int, on bool) error {
+	if port != 4 {
+		l.Errorf("hairpin mode of link %d switched to %v", port, on)
+	}
+	l.hairpin = on
+	return nil
+}
 
 func (l *leaving) rules() bool { return strings.Contains(l.backend.Dump(), "10.244.1.7") }
 
@@ -154,8 +166,13 @@ func TestLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		sigterm := l.run()
-		if !l.rules() {
-			t.Fatal("no rules")
+		if !l.rules() || !l.hairpin {
+			t.Fatalf("rules %v, hairpin %v", l.rules(), l.hairpin)
+		}
+		// Over a restart it knows what it has switched on.
+		sigterm()
+		if sigterm = l.run(); !l.hairpin {
+			t.Error("hairpin mode is off after a restart")
 		}
 		close(l.deleted)
 		time.Sleep(5 * time.Second)
@@ -168,6 +185,9 @@ func TestLeave(t *testing.T) {
 		time.Sleep(time.Second)
 		synctest.Wait()
 		l.want("left", false, all(pluginFiles)...)
+		if l.hairpin {
+			t.Error("hairpin mode is still on")
+		}
 		frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}
 		if diff := cmp.Diff(plan.Change{Removed: []plan.Frontend{frontend}}, l.swept, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 			t.Errorf("swept (-want +got):\n%s", diff)

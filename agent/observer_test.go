@@ -15,6 +15,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -37,13 +38,19 @@ func (o *observed) Polled()                           { o.polls++ }
 
 func (o *observed) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 2, nil }
 
+// noNode is a node without links.
+type noNode struct{}
+
+func (noNode) Snapshot() (node.Snapshot, error) { return node.Snapshot{}, nil }
+func (noNode) SetHairpin(int, bool) error       { return nil }
+
 func (o *observed) start() {
 	const text = "name: a\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
 		ended <- Run(ctx, Options{
-			RuntimeDir: o.dir.Path(), Backend: nftables.NewFake("a"), Flows: o, Node: fixedNode{}, Meter: o,
+			RuntimeDir: o.dir.Path(), Backend: nftables.NewFake("a"), Flows: o, Node: noNode{}, Meter: o,
 			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
 			Uptime: func() time.Duration { return time.Hour },
 			Notes:  []func() []string{func() []string { return []string{*o.note.Load()} }},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -118,7 +119,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 	status := runtimedir.Status{
 		Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.kernel.syncedAt, LastError: a.lastError(),
 		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
-		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)),
+		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)), Links: links(a.sources.network.Links),
 	}
 	for i, port := range a.config.Ports {
 		m := runtimedir.MagicIP{
@@ -135,6 +136,27 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 		status.MagicIPs = append(status.MagicIPs, m)
 	}
 	return status
+}
+
+// links are the links of the node, those that are alike together. The ports of a bridge that is served are left out: they
+// are as many as there are pods.
+func links(all []node.Link) (groups []runtimedir.Links) {
+	type likeness struct{ kind, role, reason string }
+	at := map[likeness]int{}
+	for _, l := range all {
+		if l.Port && l.Role == node.Served {
+			continue
+		}
+		alike := likeness{l.Kind, string(l.Role), l.Reason}
+		n, there := at[alike]
+		if !there {
+			n = len(groups)
+			at[alike] = n
+			groups = append(groups, runtimedir.Links{Kind: l.Kind, Role: string(l.Role), Reason: l.Reason})
+		}
+		groups[n].Names = append(groups[n].Names, l.Name)
+	}
+	return groups
 }
 
 func chosenEndpoints(chosen []endpoint.Chosen) (endpoints []runtimedir.Endpoint) {
@@ -164,7 +186,7 @@ func (a *agent) labels() []runtimedir.PodLabels {
 
 // memory is what the agent goes on with after a restart, beside its status and claims.
 func (a *agent) memory(keys map[string]bool) runtimedir.Memory {
-	m := runtimedir.Memory{Uplinks: a.sources.uplinks}
+	m := runtimedir.Memory{Uplinks: a.sources.uplinks, Hairpins: slices.Clone(a.kernel.hairpins), Namespace: a.sources.namespace}
 	endpoints := map[netip.Addr]bool{}
 	for i, s := range a.services.inOrder {
 		if s == nil {
@@ -197,7 +219,7 @@ func (a *agent) restore(ctx context.Context) {
 	if pods, err := a.own.ReadPods(); err == nil {
 		labels = pods.Labels
 	}
-	a.sources.uplinks = memory.Uplinks
+	a.sources.uplinks, a.kernel.hairpins, a.sources.namespace = memory.Uplinks, memory.Hairpins, memory.Namespace
 	a.pods = inventory.New(a.API != nil, *memory, labels, now)
 	a.services.byFrontend = map[plan.Frontend]*service{}
 	if claims, err := a.own.ReadClaims(); err == nil {

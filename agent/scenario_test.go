@@ -47,6 +47,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	link NAME [unseen], port NAME [unseen], unlink NAME
 //	                                   a host interface comes, with or without an event, beside the bridge cni0 or as a port of it, or goes; another one of
 //	                                   the same name has another index
+//	nic NAME BRIDGE                    a network interface becomes a port of a bridge
 //	rename NAME NAME                   a host interface gets another name
 //	own ADDR …                         the node's own addresses
 //	no-ipv6                            the node has no IPv6
@@ -64,6 +65,10 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	want FRONTEND unserved: REASON     part of the reason
 //	kernel FRONTEND ACTION             what becomes of new packets, whatever the status says: "no rule" without one
 //	swept FLOWS                        the frontends and gone addresses swept since the last time
+//	hairpin NAME …                     the links whose hairpin mode is on; none
+//	role NAME ROLE: REASON             what the status says of a link
+//	default NAME [other], no-default NAME [other]
+//	                                   a default route by a link in the main table or another comes or goes
 //	error TEXT, note TEXT              part of the status' error, of a note in it; none
 //	dead NAME …                        the records that the plugin may drop
 func TestScenarios(t *testing.T) {
@@ -135,6 +140,7 @@ func play(t *testing.T, sections map[string]string) (rules string) {
 	s.addLink(node.LinkState{Name: "eth0"})
 	s.network.Routes = []node.Route{{Link: s.links, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}}
 	s.addBridge(node.LinkState{Name: "cni0"})
+	s.network.Routes = append(s.network.Routes, node.Route{Link: s.links - 1, Destination: netip.MustParsePrefix("10.244.1.0/24"), Table: 254})
 	s.backend = &failingBackend{Fake: nftables.NewFake("default.magic-ip"), stage: s}
 	s.sweeps.stage = s
 	events := strings.Split(sections["events"], "\n")
@@ -207,7 +213,7 @@ func (s *stage) start() {
 	}
 }
 
-// Snapshot and EnableHairpin make the stage the Node.
+// Snapshot and SetHairpin make the stage the Node.
 func (s *stage) Snapshot() (node.Snapshot, error) {
 	if err := s.failing["network"]; err != nil {
 		return node.Snapshot{}, err
@@ -242,7 +248,14 @@ func (s *stage) removeLink(name string) {
 	s.network.Links = slices.DeleteFunc(slices.Clone(s.network.Links), func(l node.LinkState) bool { return l.Name == name })
 }
 
-func (s *stage) EnableHairpin(string) (bool, error) { return false, s.failing["hairpin"] }
+func (s *stage) SetHairpin(port int, on bool) error {
+	for i := range s.network.Links {
+		if s.network.Links[i].Index == port && s.failing["hairpin"] == nil {
+			s.network.Links[i].Hairpin = on
+		}
+	}
+	return s.failing["hairpin"]
+}
 
 func (s *stage) event(sections map[string]string, verb string, args []string) error {
 	switch verb {
@@ -298,6 +311,10 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		if len(args) == 1 { // else a record comes before the event
 			s.wake(Network)
 		}
+	case "nic":
+		bridge := slices.IndexFunc(s.network.Links, func(l node.LinkState) bool { return l.Name == args[1] })
+		s.addLink(node.LinkState{Name: args[0], Master: s.network.Links[bridge].Index})
+		s.wake(Network)
 	case "unlink":
 		s.removeLink(args[0])
 		s.wake(Network)
@@ -391,6 +408,38 @@ func (s *stage) expect(verb string, args []string) error {
 		if notes := strings.Join(status.Notes, "\n"); text == "none" && notes != "" || text != "none" && !strings.Contains(notes, text) {
 			return fmt.Errorf("the notes are %q", notes)
 		}
+	case "hairpin":
+		var got []string
+		for _, l := range s.network.Links {
+			if l.Hairpin {
+				got = append(got, l.Name)
+			}
+		}
+		if strings.Join(got, " ") != strings.Replace(text, "none", "", 1) {
+			return fmt.Errorf("hairpin mode is on at %v", got)
+		}
+	case "role":
+		status, err := s.dir.Agent("default.magic-ip").ReadStatus()
+		if err != nil {
+			return err
+		}
+		for _, l := range status.Links {
+			if slices.Contains(l.Names, args[0]) && text == fmt.Sprintf("%s %s: %s", args[0], l.Role, l.Reason) {
+				return nil
+			}
+		}
+		return fmt.Errorf("the links are %+v", status.Links)
+	case "default", "no-default":
+		i := slices.IndexFunc(s.network.Links, func(l node.LinkState) bool { return l.Name == args[0] })
+		route := node.Route{Link: s.network.Links[i].Index, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}
+		if len(args) > 1 {
+			route.Table = 100
+		}
+		s.network.Routes = append(slices.Clone(s.network.Routes), route)
+		if verb == "no-default" {
+			s.network.Routes = slices.DeleteFunc(s.network.Routes, func(r node.Route) bool { return r == route })
+		}
+		s.wake(Network)
 	case "dead":
 		pods, err := s.dir.Agent("default.magic-ip").ReadPods()
 		if err != nil {

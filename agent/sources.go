@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -24,7 +25,9 @@ type sources struct {
 	network       node.Network // what follows from snapshot and records
 	networkSynced bool
 	// uplinks are the links that stay uplinks until they are gone, as remembered over the restart.
-	uplinks      []int
+	uplinks []int
+	// namespace is the network namespace that remembered ifindexes are of.
+	namespace    string
 	others       []other
 	othersSynced bool
 
@@ -71,8 +74,10 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 		changed |= Network
 	}
 	if changed&(Records|Network) != 0 && s.networkSynced {
+		before := s.network.Links
 		s.network = node.Classify(s.snapshot, node.Known{Attachments: a.attachments(), Uplinks: s.uplinks})
 		s.uplinks = s.network.Keep
+		a.logLinks(before)
 	}
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
@@ -110,12 +115,39 @@ func (a *agent) readNetwork() {
 		snapshot.Addresses = append(snapshot.Addresses, s.snapshot.Addresses...)
 		snapshot.Routes = append(snapshot.Routes, s.snapshot.Routes...)
 	}
+	if s.namespace != snapshot.Namespace {
+		s.namespace, s.uplinks, a.kernel.hairpins = snapshot.Namespace, nil, nil
+	}
+	gone := func(port int) bool {
+		return !slices.ContainsFunc(snapshot.Links, func(l node.LinkState) bool { return l.Index == port })
+	}
+	a.kernel.hairpins = slices.DeleteFunc(a.kernel.hairpins, gone)
 	s.snapshot, s.networkSynced = snapshot, true
 	links := map[string]int{}
 	for _, l := range snapshot.Links {
 		links[l.Name] = l.Index
 	}
 	a.pods.SetLinks(links)
+}
+
+// logLinks logs which links have another role than before, or another reason for it. That a pod's new link is served is no
+// news to people.
+func (a *agent) logLinks(before []node.Link) {
+	known := map[int]node.Link{}
+	for _, l := range before {
+		known[l.Index] = l
+	}
+	for _, l := range a.sources.network.Links {
+		was, there := known[l.Index]
+		if there && was.Role == l.Role && was.Reason == l.Reason {
+			continue
+		}
+		level := slog.LevelInfo
+		if !there && (l.Port || l.Role == node.Served && l.Kind != "bridge") || there && was.Role == l.Role {
+			level = slog.LevelDebug
+		}
+		a.Log.Log(context.Background(), level, "link", "interface", l.Name, "kind", l.Kind, "role", l.Role, "reason", l.Reason, "was", was.Role)
+	}
 }
 
 // attachments are the recorded ones, as evidence of which links are pods'.

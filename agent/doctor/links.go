@@ -118,7 +118,7 @@ func (e *examination) unserved(name string) string {
 // known is what the records tell of links.
 func (e *examination) known() (known node.Known) {
 	for _, record := range e.records {
-		known.Attachments = append(known.Attachments, node.Attachment{HostInterface: record.HostInterface, Addresses: record.IPs})
+		known.Attachments = append(known.Attachments, node.Attachment{HostInterface: record.HostInterface, HostIfIndex: record.HostIfIndex, Addresses: record.IPs})
 	}
 	return known
 }

@@ -52,8 +52,10 @@ type record struct {
 	runtimedir.Attachment
 	// lost: it was in a file that was lost. The list that began anew does not report its DEL; its link does.
 	lost bool
-	// link is the index of the host interface, from the record or as it was first seen; 0 before.
+	// link is the index of the host interface, from the record or as it was first seen; 0 before. It counts by itself once
+	// seen under the recorded name: when the node starts, indexes begin anew, and those in an old file are of other links.
 	link int
+	seen bool
 	// seenAt is when the record was first seen, missingSince since when its pod has not been in the API (zero: it is).
 	seenAt, missingSince time.Time
 }
@@ -154,9 +156,11 @@ func (i *Inventory) SetLinks(links map[string]int) {
 		return gone
 	})
 	for n := range i.records {
-		if r := &i.records[n]; r.link == 0 {
+		r := &i.records[n]
+		if r.link == 0 {
 			r.link = links[r.HostInterface]
 		}
+		r.seen = r.seen || r.link != 0 && links[r.HostInterface] == r.link
 	}
 }
 
@@ -268,10 +272,10 @@ func (i *Inventory) stands(r *record) bool {
 
 // linkOf is the present name of a record's host interface; empty where that is gone or not known.
 func (i *Inventory) linkOf(r *record) string {
-	if r.link != 0 {
+	if r.seen {
 		return i.linkName[r.link]
 	}
-	if _, there := i.links[r.HostInterface]; there {
+	if index, there := i.links[r.HostInterface]; there && (r.link == 0 || r.link == index) {
 		return r.HostInterface
 	}
 	return ""

@@ -259,3 +259,40 @@ func TestUsable(t *testing.T) {
 		t.Errorf("targets (-want +got):\n%s", diff)
 	}
 }
+
+// TestLinks: a record stands for as long as its link is there, which its index identifies.
+func TestLinks(t *testing.T) {
+	type links = map[string]int
+	for _, test := range []struct {
+		name  string
+		index int // in the record
+		seen  []links
+		want  string // the link's name; empty: it does not stand
+	}{
+		{"of an older plugin", 0, []links{{"veth-a": 7}}, "veth-a"},
+		{"the index is recorded", 7, []links{{"veth-a": 7}}, "veth-a"},
+		{"gone", 7, []links{{"veth-a": 7}, {}}, ""},
+		{"replaced", 0, []links{{"veth-a": 7}, {"veth-a": 8}}, ""},
+		{"replaced before it was seen", 7, []links{{"veth-a": 8}}, ""},
+		{"renamed", 0, []links{{"veth-a": 7}, {"other": 7}}, "other"},
+		{"renamed, and another has its name", 7, []links{{"veth-a": 7}, {"other": 7, "veth-a": 8}}, "other"},
+		{"of before the node was started: its index is another link's", 7, []links{{"cni0": 7}}, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a := record(id("default", "a", "uid"), 1)
+			a.HostIfIndex = test.index
+			i := inventory.New(false, runtimedir.Memory{}, nil, now)
+			i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{a}}, now)
+			for _, l := range test.seen {
+				i.SetLinks(l)
+			}
+			got := ""
+			for _, s := range i.Standing() {
+				got = s.HostInterface
+			}
+			if got != test.want {
+				t.Errorf("the link is %q, want %q", got, test.want)
+			}
+		})
+	}
+}

@@ -24,11 +24,12 @@ func Bypasses() []string {
 	network := Classify(snapshot, Known{})
 	maps, _ := filepath.Glob("/sys/fs/bpf/tc/globals/cilium_*")
 	var found []string
+	is := func(name string) bool { return network.IfIndex[name] != 0 }
 	switch {
-	case network.Interfaces["cilium_host"] || network.Interfaces["cilium_net"] || len(maps) > 0:
+	case is("cilium_host") || is("cilium_net") || len(maps) > 0:
 		found = append(found, "Cilium is on this node: with eBPF host routing (the default of its kube-proxy replacement) packets of pods bypass the rules. "+
 			"Set bpf.hostLegacyRouting=true, or use something else: "+instead)
-	case network.Interfaces["bpfin.cali"] || network.Interfaces["bpfout.cali"]:
+	case is("bpfin.cali") || is("bpfout.cali"):
 		found = append(found, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or something else: "+instead)
 	}
 	for _, link := range network.Links {

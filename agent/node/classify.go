@@ -144,10 +144,18 @@ func (c *classifier) routes(routes []Route) {
 // uplinks finds the uplinks, those of kinds that pods are never behind first.
 func (c *classifier) uplinks() {
 	for _, l := range c.links {
-		switch {
-		case l.defaultTable != 0 && !c.forPods(l):
+		if l.defaultTable != 0 && !c.forPods(l) {
 			c.uplink(l, true, defaultRoute(l)+" goes by it")
-		case slices.Contains(c.known.Uplinks, l.Index):
+		}
+	}
+	before := func(l *link) bool { return slices.Contains(c.known.Uplinks, l.Index) }
+	for _, l := range c.links {
+		if before(l) && l.defaultTable != 0 {
+			c.uplink(l, true, wayOut(l))
+		}
+	}
+	for _, l := range c.links {
+		if before(l) {
 			c.uplink(l, true, "it was an uplink of the node before")
 		}
 	}
@@ -155,28 +163,29 @@ func (c *classifier) uplinks() {
 	// link with a default route that is not the node's own: to a pod that is a gateway.
 	another := slices.ContainsFunc(c.links, func(l *link) bool { return joins(l.Kind) && !l.Loopback && l.address.IsValid() && !c.forPods(l) })
 	inMain := slices.ContainsFunc(c.links, func(l *link) bool { return l.defaultTable == mainTable && !tunnel(l.Kind) })
-	another = another || c.wayOut()
+	another = another || c.certain()
 	var left []*link
 	for _, l := range c.links {
 		switch {
-		case l.role == Uplink || l.defaultTable == 0 || inMain && l.defaultTable != mainTable:
+		case l.role == Uplink || l.defaultTable == 0:
+		case l.defaultTable != mainTable && (inMain || l.recorded.IsValid() || !l.address.IsValid()):
 		// Routed veths have the address of a gateway in common, without a subnet.
 		case l.address.IsValid() && !l.recorded.IsValid() && !(another && !l.subnet.IsValid()):
-			c.uplink(l, !another, fmt.Sprintf("%s goes by it, and it carries %s", defaultRoute(l), l.address.Addr()))
+			c.uplink(l, !another, wayOut(l))
 		default:
 			left = append(left, l)
 		}
 	}
-	if another || c.wayOut() {
+	if another || c.certain() {
 		return
 	}
 	for _, l := range left {
-		c.uplink(l, true, defaultRoute(l)+" goes by it, and the node has no other uplink")
+		c.uplink(l, true, wayOut(l))
 	}
 }
 
-// wayOut says whether an uplink was found that does not need another one.
-func (c *classifier) wayOut() bool {
+// certain says whether an uplink was found that does not need another one.
+func (c *classifier) certain() bool {
 	return slices.ContainsFunc(c.links, func(l *link) bool { return l.role == Uplink && !tunnel(l.Kind) })
 }
 
@@ -407,6 +416,14 @@ func describe(l LinkState) string {
 	return l.Kind
 }
 
+// wayOut is why a link of a kind that pods are behind is an uplink.
+func wayOut(l *link) string {
+	if !l.address.IsValid() {
+		return defaultRoute(l) + " goes by it"
+	}
+	return fmt.Sprintf("%s goes by it, and it carries %s", defaultRoute(l), l.address.Addr())
+}
+
 func defaultRoute(l *link) string {
 	if l.defaultTable == mainTable {
 		return "a default route"
@@ -416,12 +433,9 @@ func defaultRoute(l *link) string {
 
 // network collects what was decided.
 func (c *classifier) network(s Snapshot) Network {
-	n := Network{Interfaces: map[string]bool{}, IfIndex: map[string]int{}, BridgePorts: map[string]bool{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, StrictTCP: s.StrictTCP, Torn: s.Torn}
+	n := Network{IfIndex: map[string]int{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, StrictTCP: s.StrictTCP, Torn: s.Torn}
 	for _, l := range c.links {
-		n.Interfaces[l.Name], n.IfIndex[l.Name] = true, l.Index
-		if l.master != nil && l.master.Kind == "bridge" {
-			n.BridgePorts[l.Name] = true
-		}
+		n.IfIndex[l.Name] = l.Index
 		if l.Loopback {
 			continue
 		}

@@ -25,10 +25,10 @@ func TestLayouts(t *testing.T) {
 			if diff := cmp.Diff(strings.Join(want, "\n"), shown(network)); diff != "" {
 				t.Errorf("links (-want +got):\n%s", diff)
 			}
-			// An uplink that was found once is one for as long as its default route stays.
+			// A second look finds the same.
 			known.Uplinks = network.Keep
-			if diff := cmp.Diff(network.Uplinks, node.Classify(snapshot, known).Uplinks); diff != "" {
-				t.Errorf("uplinks of a second look (-first +second):\n%s", diff)
+			if diff := cmp.Diff(network.Links, node.Classify(snapshot, known).Links); diff != "" {
+				t.Errorf("second look (-first +second):\n%s", diff)
 			}
 			for _, link := range network.Links {
 				if served := slices.Contains(network.PodInterfaces, link.Name); served != (link.Role == node.Served && !link.Port) {

@@ -24,11 +24,8 @@ type Network struct {
 	// PodPorts are the bridge ports that lead to pods, by ifindex, and whether their hairpin mode is on. Hairpin is for no
 	// others: an uplink's port would send the network's broadcasts back.
 	PodPorts map[int]bool
-	// BridgePorts are the links that are ports of a bridge.
-	BridgePorts map[string]bool
-	// Interfaces are the names of all links, IfIndex their ifindexes.
-	Interfaces map[string]bool
-	IfIndex    map[string]int
+	// IfIndex are the ifindexes of all links by name.
+	IfIndex map[string]int
 	// Addresses are the node's own.
 	Addresses []netip.Addr
 	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
@@ -43,34 +40,3 @@ type Network struct {
 
 // Kernel reads and changes the network of the calling process.
 type Kernel struct{}
-
-// Read is Classify without anything known beforehand.
-func (k Kernel) Read() (Network, error) { return (&Reader{}).Read() }
-
-// Reader reads the network of the calling process and remembers its uplinks.
-type Reader struct {
-	Kernel
-	keep    []int
-	network Network
-}
-
-// Read is Classify without any record.
-func (r *Reader) Read() (Network, error) {
-	snapshot, err := r.Snapshot()
-	if err != nil {
-		return Network{}, err
-	}
-	network := Classify(snapshot, Known{Uplinks: r.keep})
-	r.keep, r.network = network.Keep, network
-	return network, nil
-}
-
-// EnableHairpin switches hairpin mode on at the link called name, if that is a port of pods and it is off.
-func (r *Reader) EnableHairpin(name string) (switched bool, err error) {
-	index := r.network.IfIndex[name]
-	if on, port := r.network.PodPorts[index]; on || !port {
-		return false, nil
-	}
-	err = r.SetHairpin(index, true)
-	return err == nil, err
-}

@@ -14,7 +14,18 @@ import (
 )
 
 // Snapshot reads links, addresses and routes of the network namespace of the calling thread (rtnetlink).
-func (Kernel) Snapshot() (Snapshot, error) { return snapshot(dump) }
+func (k Kernel) Snapshot() (Snapshot, error) {
+	s, err := snapshot(dump)
+	s.Namespace = k.Namespace()
+	return s, err
+}
+
+// Namespace is Snapshot.Namespace: the ID of the present boot and the inode of the network namespace, as far as they can be read.
+func (Kernel) Namespace() string {
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	inode, _ := os.Readlink("/proc/thread-self/ns/net")
+	return strings.TrimSpace(string(boot)) + " " + inode
+}
 
 // dumper asks for all messages of a kind. Where a change has interrupted the dump (NLM_F_DUMP_INTR), it returns
 // nl.ErrDumpInterrupted and what was listed.

@@ -12,6 +12,8 @@ type Snapshot struct {
 	IPv6 bool
 	// StrictTCP: net.netfilter.nf_conntrack_tcp_loose is 0.
 	StrictTCP bool
+	// Namespace identifies the network namespace since the node was started: ifindexes mean nothing in another.
+	Namespace string
 	// Torn names the dumps that changes interrupted in every attempt. What they list is there; what they do not list
 	// may be there as well.
 	Torn []string

@@ -160,7 +160,25 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 		if err := table.Flush(); err != nil {
 			return err
 		}
+		if len(a.Links) > 0 {
+			row("LINK", "KIND", "ROLE", "REASON")
+		}
+		for _, l := range a.Links {
+			row(few(l.Names), l.Kind, l.Role, l.Reason)
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
 	}
 	_, err := out.WriteTo(w)
 	return err
+}
+
+// few are the names, or the first of many.
+func few(names []string) string {
+	const most = 5
+	if more := len(names) - most; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ","), more)
+	}
+	return strings.Join(names, ",")
 }

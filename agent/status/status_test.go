@@ -83,3 +83,26 @@ func TestStatus(t *testing.T) {
 		t.Error("two agents of three are well, and all is well")
 	}
 }
+
+func TestWriteLinks(t *testing.T) {
+	read := status.Status{Agents: []status.Agent{{Status: runtimedir.Status{Name: "a", Links: []runtimedir.Links{
+		{Names: []string{"eth0"}, Kind: "device", Role: "uplink", Reason: "a default route goes by it"},
+		{Names: []string{"cali1", "cali2", "cali3", "cali4", "cali5", "cali6", "cali7"}, Kind: "veth", Role: "served", Reason: "its other end is in another network namespace"},
+		{Names: []string{"a\x1b[2J"}, Kind: "veth", Role: "other", Reason: "both of its ends are on the node"},
+	}}}}}
+	var out strings.Builder
+	if err := read.Write(&out, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"eth0                                      device  uplink  a default route goes by it\n",
+		"cali1,cali2,cali3,cali4,cali5 and 2 more  veth    served  its other end is in another network namespace\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, &out)
+		}
+	}
+	if strings.ContainsRune(out.String(), '\x1b') {
+		t.Errorf("a control character in\n%q", &out)
+	}
+}

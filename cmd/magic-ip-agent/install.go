@@ -14,6 +14,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
@@ -229,9 +230,25 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if err != nil {
 		return fmt.Errorf("the rules are still there: %w", err)
 	}
+	if err := endHairpins(dir.Agent(name)); err != nil {
+		log.Warn("hairpin mode stays on at ports of pods; it has no effect on other traffic than a pod's to itself", "error", err)
+	}
 	if err := errors.Join(install.RemoveFiles(f.conf, dir, name), dir.Agent(name).Leave()); err != nil {
 		return err
 	}
 	fmt.Fprintf(os.Stdout, "agent %s is uninstalled; the plugin stays, and does nothing\n", name)
 	return nil
+}
+
+// endHairpins switches hairpin mode off where the agent had switched it on.
+func endHairpins(agent runtimedir.Agent) (err error) {
+	kernel := node.Kernel{}
+	memory, unreadable := agent.ReadMemory()
+	if unreadable != nil || memory.Namespace != kernel.Namespace() {
+		return nil // nothing is known of the links that are there
+	}
+	for _, port := range memory.Hairpins {
+		err = errors.Join(err, kernel.SetHairpin(port, false))
+	}
+	return err
 }

@@ -48,6 +48,8 @@ type Status struct {
 	// PollInterval is a Go duration. The agent renews the file's modification time, its heartbeat, that often.
 	PollInterval string    `json:"pollInterval"`
 	MagicIPs     []MagicIP `json:"magicIPs"`
+	// Links are the links of the node, those that are alike together.
+	Links []Links `json:"links,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
 }
@@ -65,6 +67,15 @@ type MagicIP struct {
 	Action string `json:"action,omitempty"`
 	// Endpoints are where new flows go.
 	Endpoints []Endpoint `json:"endpoints"`
+}
+
+// Links are links of the node of one kind and role.
+type Links struct {
+	Names []string `json:"names"`
+	Kind  string   `json:"kind"` // as the kernel names it; tap; device for hardware
+	Role  string   `json:"role"` // served, uplink or other
+	// Reason is the evidence for the role, or what is missing.
+	Reason string `json:"reason"`
 }
 
 // Endpoint is a pod's address that new flows go to.
@@ -170,8 +181,11 @@ type Memory struct {
 	Version int `json:"version"`
 	// Holds are the frontends that have no endpoint any more.
 	Holds []Hold `json:"holds,omitempty"`
-	// Uplinks are the ifindexes of the node's links that stay uplinks until they are gone.
-	Uplinks []int `json:"uplinks,omitempty"`
+	// Uplinks are the ifindexes of the node's links that stay uplinks until they are gone, Hairpins those of the bridge
+	// ports where this agent has switched hairpin mode on. They are of this network namespace.
+	Uplinks   []int  `json:"uplinks,omitempty"`
+	Hairpins  []int  `json:"hairpins,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
 	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
 	// Lost those from lists before that one which still count.
 	Records      []Attachment `json:"records,omitempty"`
