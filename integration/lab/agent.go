@@ -40,3 +40,8 @@ func (n *Node) RunAgent(ctx context.Context, args ...string) (string, error) {
 	}
 	return n.Run(ctx, n.binaries.Agent, args...)
 }
+
+// StartCommand starts another command of the agent's binary inside the node.
+func (n *Node) StartCommand(args ...string) (*Process, error) {
+	return n.Start(n.binaries.Agent, args...)
+}
