@@ -20,7 +20,11 @@ type service struct {
 	lostUptime time.Duration
 	unserved   string // the reason; empty where it is served
 	endpoints  []endpoint.Chosen
+	why        []string // there is no endpoint; of the first maxExplained that have none
 }
+
+// maxExplained bounds for how many frontends a decision says why they have no endpoint: there may be thousands.
+const maxExplained = 50
 
 // services are those of the configuration. inOrder are those of config.Ports, in order: nil where another port before has the
 // frontend, and none at all until decide has looked.
@@ -38,6 +42,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		a.takeServices(claims, now)
 	}
 	var standing map[netip.Addr]bool
+	explained := 0
 	for i, port := range a.config.Ports {
 		s := a.services.inOrder[i]
 		if s == nil {
@@ -55,6 +60,11 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 				standing = addressSet(a.pods.Sandboxes())
 			}
 			s.endpoints = slices.DeleteFunc(slices.Clone(before), func(c endpoint.Chosen) bool { return !standing[c.Address.Addr()] })
+		}
+		s.why = nil
+		if s.unserved == "" && len(s.endpoints) == 0 && explained < maxExplained {
+			explained++
+			s.why = targets.Why(port.Selection)
 		}
 		if len(s.endpoints) > 0 {
 			s.lostAt = time.Time{}

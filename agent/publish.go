@@ -129,7 +129,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 		if i < len(a.services.inOrder) && a.services.inOrder[i] != nil && port.Unserved == "" {
 			s := a.services.inOrder[i]
 			if m.Reason = s.unserved; m.Reason == "" {
-				m.Action = string(a.action(port, s, now))
+				m.Action, m.Why = string(a.action(port, s, now)), s.why
 			}
 			m.Endpoints = append(m.Endpoints, chosenEndpoints(s.endpoints)...)
 		}

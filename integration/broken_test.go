@@ -3,9 +3,11 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -16,6 +18,7 @@ type brokenNode struct {
 	name    string
 	network string // bridge (the default), ptp or calico
 	config  []byte // of the agent; the usual one where nil
+	pods    string // of the Kubernetes API; without it where empty
 	entry   string // selectors of the entry, in JSON; the usual ones where empty
 	breaks  func(w *world)
 	silent  bool // the pod's process has ended
@@ -125,21 +128,25 @@ func brokenNodes() []brokenNode {
 		{name: "endpoint's pod drops what comes", breaks: script("ip netns exec echo nft 'add table inet w; add chain inet w c { type filter hook input priority 0; policy drop; ct state established accept; icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept; }'"),
 			level: "FAIL", verdict: "probe: ", probe: "which did not answer"},
 		{name: "no pod matches", without: true, entry: `"default.magic-ip": [{"namespace": "default", "selector": "app=nobody"}]`, config: configOf(agentName, entry(plain, "selector: app=nobody")),
-			status: "none: reject", level: "warn", verdict: "has no endpoint", probe: "4 rejected for want of an endpoint"},
-		{name: "pod in another namespace", without: true, entry: `"default.magic-ip": [{"namespace": "other", "selector": "app=echo"}]`, config: []byte(strings.ReplaceAll(string(config()), "namespace: default", "namespace: other")),
-			status: "none: reject", level: "warn", verdict: "has no endpoint", probe: "4 rejected for want of an endpoint"},
+			status: "no pod of namespace default is known on this node", level: "warn", verdict: "no pod of namespace default is known", probe: "4 rejected for want of an endpoint"},
+		{name: "no pod is ready", without: true, pods: echoInAPI, config: configOf(agentName, entry(plain, "readiness: require")),
+			status: "pod default/echo is not ready", level: "warn", verdict: "pod default/echo is not ready, and readiness is require", probe: "4 rejected for want of an endpoint"},
+		{name: "pod without the named port", without: true, pods: echoInAPI, config: configOf(agentName, entryOf(plain, false, "ports: [{port: 8080, targetPort: metrics}]")),
+			status: "no container port named metrics", level: "warn", verdict: "pod default/echo has no container port named metrics for TCP", probe: "rejected for want of an endpoint"},
+		{name: "pod in another namespace", without: true, entry: `"default.magic-ip": [{"namespace": "other", "selector": "app=echo"}, {"namespace": "default", "selector": "app=echo"}]`, config: []byte(strings.ReplaceAll(string(config()), "namespace: default", "namespace: other")),
+			status: "is in another namespace than other", level: "warn", verdict: "pod default/echo is in another namespace than other", probe: "4 rejected for want of an endpoint"},
 		{name: "labels that nobody tells", breaks: func(w *world) {
 			w.delTarget("echo")
 			w.addPod("bridge", lab.Pod{Name: "unlabelled"})
 			w.awaitStatus("no labels that are known")
 		},
-			status: "no labels that are known", level: "warn", verdict: "no labels that are known", probe: "rejected for want of an endpoint"},
+			status: "the labels of 1 pods of namespace default on this node are not known", level: "warn", verdict: "no labels that are known", probe: "rejected for want of an endpoint"},
 		{name: "only the other family", network: "ptp", breaks: func(w *world) {
 			w.delTarget("echo")
 			w.run("sed -i 's/, \\[{\"subnet\": \"fd00:10:244:2::\\/64\"}\\]//' /run/cni/net.d/20-ptp.conflist")
 			w.addPod("ptp", target("echo"))
 		}, config: configOf(agentName, entryOf(plain, true, "")),
-			status: "none: reject", level: "warn", verdict: "has no endpoint", probe: ""},
+			status: "has no IPv6 address, only 10.244.2.", level: "warn", verdict: "has no IPv6 address, only 10.244.2.", probe: ""},
 		{name: "reserved address", without: true, config: configOf(agentName, strings.ReplaceAll(entryOf(plain, false, ""), "169.254.210.210", "169.254.169.254")),
 			status: "169.254.169.254 belongs to the instance metadata service", level: "FAIL", verdict: "belongs to the instance metadata service"},
 		{name: "address of the node", breaks: func(w *world) {
@@ -215,6 +222,9 @@ func (b brokenNode) node(t *testing.T) (*world, *lab.Echo) {
 	}
 	if b.entry != "" {
 		w.run(`sed -i 's/"default.magic-ip": .*/` + b.entry + `/' /run/cni/net.d/` + networkOf(kind).file)
+	}
+	if b.pods != "" {
+		w.podAPI(b.pods)
 	}
 	w.start(conf)
 	w.addPod(kind, target("echo"))
@@ -299,3 +309,42 @@ func (w *world) fillConntrack() {
 		printf "-I -p udp -s 10.%d.%d.%d -d 192.0.2.7 --sport 1000 --dport 2000 -t 1000 -u SEEN_REPLY,ASSURED\n", 1 + int($1 / 65536), int($1 / 256) % 256, $1 % 256
 	}' >/run/flows; conntrack -R /run/flows >/dev/null 2>&1 || true; rm /run/flows`)
 }
+
+// podAPI serves the pods of the node, as JSON, and nothing else of the Kubernetes API, on the node's loopback; /run/kubeconfig
+// leads to it. The pods do not change.
+func (w *world) podAPI(pods string) {
+	w.t.Helper()
+	listener, err := w.Listen(lab.Host, "tcp", "127.0.0.1:6443")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(out http.ResponseWriter, r *http.Request) {
+		out.Header().Set("Content-Type", "application/json")
+		switch query := r.URL.Query(); {
+		case r.URL.Path != "/api/v1/namespaces/default/pods":
+			out.WriteHeader(http.StatusNotFound)
+			fmt.Fprint(out, `{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}`)
+		case query.Get("sendInitialEvents") == "true": // as API servers of before 1.32 say that they do not know it
+			out.WriteHeader(http.StatusUnprocessableEntity)
+			fmt.Fprint(out, `{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Invalid", "code": 422}`)
+		case query.Get("watch") != "":
+			out.WriteHeader(http.StatusOK)
+			out.(http.Flusher).Flush()
+			<-r.Context().Done()
+		default:
+			fmt.Fprintf(out, `{"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": [%s]}`, pods)
+		}
+	})}
+	go func() { _ = server.Serve(listener) }()
+	w.t.Cleanup(func() { _ = server.Close() })
+	if err := w.WriteFile("/run/kubeconfig", []byte(`{"apiVersion": "v1", "kind": "Config", "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:6443"}}],
+		"contexts": [{"name": "c", "context": {"cluster": "c"}}], "current-context": "c"}`)); err != nil {
+		w.t.Fatal(err)
+	}
+	w.flags = append(w.flags, "--kubeconfig", "/run/kubeconfig")
+}
+
+// echoInAPI is the pod "echo" as the API has it.
+const echoInAPI = `{"metadata": {"namespace": "default", "name": "echo", "uid": "uid-default-echo", "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z", "labels": {"app": "echo"}},
+	"spec": {"nodeName": "node", "containers": [{"name": "c", "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}]}]},
+	"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "False"}], "podIPs": [{"ip": "10.244.3.2"}]}}`

@@ -134,8 +134,12 @@ func (e *examination) magicIPs() {
 				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Reason, "change the configuration of one of the two")
 				continue
 			}
-			next := fmt.Sprintf("look whether a pod of namespace %s with %s runs on this node, and is ready where readiness is required", m.Namespace, m.Selector)
-			e.add(Warn, check, "has no endpoint; new connections: "+m.Action, next)
+			why := "look whether a pod of namespace " + m.Namespace + " with " + m.Selector + " runs on this node"
+			text := "has no endpoint; new connections: " + m.Action
+			if len(m.Why) > 0 {
+				text, why = fmt.Sprintf("has no endpoint (new connections: %s): %s", m.Action, strings.Join(m.Why, "; ")), ""
+			}
+			e.add(Warn, check, text, why)
 		}
 	}
 	if named > most {

@@ -135,10 +135,8 @@ func (s *Selection) address(t *inventory.Target) (netip.AddrPort, bool) {
 	port := s.TargetPort
 	if s.PortName != "" {
 		port = 0
-		for _, p := range t.Ports {
-			if p.Name == s.PortName && p.Protocol == s.PortProtocol && port == 0 {
-				port = p.Port
-			}
+		if i := slices.IndexFunc(t.Ports, s.named); i >= 0 {
+			port = t.Ports[i].Port
 		}
 	}
 	if port == 0 {
@@ -152,9 +150,14 @@ func (s *Selection) address(t *inventory.Target) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
+// named says whether a container port is the one that is asked for by its name.
+func (s *Selection) named(p runtimedir.NamedPort) bool {
+	return p.Name == s.PortName && p.Protocol == s.PortProtocol
+}
+
 // matches says whether the target is one of this selection. Labels that are not known match only a selector that requires none.
 func (s *Selection) matches(t *inventory.Target) bool {
-	if s.Namespace != inventory.AllNamespaces && s.Namespace != t.Namespace {
+	if !s.inNamespace(t) {
 		return false
 	}
 	if s.Owner != "" && s.Owner != t.Owner {

@@ -67,6 +67,8 @@ type MagicIP struct {
 	Action string `json:"action,omitempty"`
 	// Endpoints are where new flows go.
 	Endpoints []Endpoint `json:"endpoints"`
+	// Why says why there is none, one sentence each; empty where there is one, and beyond the first fifty frontends without one.
+	Why []string `json:"why,omitempty"`
 }
 
 // Links are links of the node of one kind and role.

@@ -1,0 +1,114 @@
+package endpoint
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
+)
+
+// maxReasons bounds what Why returns.
+const maxReasons = 5
+
+// Why says, a sentence each, why a selection for which Choose returns nothing has no endpoint: what excludes each pod that comes
+// close, or that none does.
+func (i *Index) Why(s Selection) (reasons []string) {
+	inNamespace, unlabelled := 0, 0
+	for _, target := range i.targets {
+		if s.inNamespace(target) {
+			inNamespace++
+			if target.Labels == nil {
+				unlabelled++
+			}
+		}
+	}
+	candidates := i.targets
+	if len(s.Selector.anyOf) > 0 {
+		candidates = nil
+		for _, l := range s.Selector.anyOf {
+			candidates = append(candidates, i.byLabel[l]...)
+		}
+	}
+	for _, target := range candidates {
+		if target.Labels == nil || !s.Selector.Matches(labels.Set(target.Labels)) {
+			continue
+		}
+		if reason := s.excludes(target); reason != "" {
+			reasons = append(reasons, fmt.Sprintf("pod %s/%s %s", target.Namespace, target.Name, reason))
+		}
+	}
+	slices.Sort(reasons)
+	if more := len(reasons) - maxReasons; more > 0 {
+		reasons = append(reasons[:maxReasons], fmt.Sprintf("%d more pods match the selector and are excluded", more))
+	}
+	where := "namespace " + s.Namespace
+	if s.Namespace == inventory.AllNamespaces {
+		where = "any namespace"
+	}
+	if unlabelled > 0 {
+		reasons = append(reasons, fmt.Sprintf("the labels of %d pods of %s on this node are not known", unlabelled, where))
+	}
+	switch {
+	case len(reasons) > 0:
+	case inNamespace == 0:
+		reasons = []string{"no pod of " + where + " is known on this node"}
+	default:
+		reasons = []string{fmt.Sprintf("none of the %d pods of %s on this node matches the selector", inNamespace, where)}
+	}
+	return reasons
+}
+
+func (s *Selection) inNamespace(t *inventory.Target) bool {
+	return s.Namespace == inventory.AllNamespaces || s.Namespace == t.Namespace
+}
+
+// excludes is why a target that the selector matches is no endpoint; empty where it could be one.
+func (s *Selection) excludes(t *inventory.Target) string {
+	_, hasAddress := s.address(t)
+	switch {
+	case !s.inNamespace(t):
+		return "is in another namespace than " + s.Namespace
+	case s.Owner != "" && t.Owner == "":
+		return "has no controller, and owner is " + s.Owner
+	case s.Owner != "" && s.Owner != t.Owner:
+		return fmt.Sprintf("belongs to %s, and owner is %s", t.Owner, s.Owner)
+	case t.Finished:
+		return "has finished"
+	case s.Readiness == Require && !t.Ready && t.Terminating:
+		return "is terminating and not ready, and readiness is require"
+	case s.Readiness == Require && !t.Ready:
+		return "is not ready, and readiness is require"
+	case s.rank(t) == never:
+		return "does not run yet"
+	case hasAddress:
+		return ""
+	case s.PortName != "" && !slices.ContainsFunc(t.Ports, s.named):
+		return s.withoutPort(t)
+	case len(t.IPs) == 0:
+		return "has no address"
+	}
+	return fmt.Sprintf("has no %s address, only %s", map[bool]string{false: "IPv4", true: "IPv6"}[s.IPv6], list(t.IPs))
+}
+
+// withoutPort is about a target that has no container port of the name and protocol.
+func (s *Selection) withoutPort(t *inventory.Target) string {
+	text := fmt.Sprintf("has no container port named %s for %s", s.PortName, strings.ToUpper(string(s.PortProtocol)))
+	for _, p := range t.Ports {
+		if p.Name == s.PortName {
+			return text + ", only for " + strings.ToUpper(string(p.Protocol))
+		}
+	}
+	return text
+}
+
+func list(addresses []netip.Addr) string {
+	words := make([]string, len(addresses))
+	for i, address := range addresses {
+		words[i] = address.String()
+	}
+	return strings.Join(words, ", ")
+}
