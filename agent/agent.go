@@ -52,8 +52,8 @@ type Node interface {
 
 // API is the Kubernetes API.
 type API interface {
-	// Select makes these the namespaces whose pods are asked for.
-	Select(namespaces []string)
+	// Select sets what is asked for.
+	Select(query inventory.Query)
 	// View is what it reported last.
 	View() inventory.View
 	// Poll asks again where that is needed. It does not wait for the answer.
@@ -125,7 +125,7 @@ type agent struct {
 	woken   chan struct{}
 
 	config    config.Config
-	keys      map[string]bool // the label keys of its selectors
+	query     inventory.Query // what it needs of the Kubernetes API
 	startedAt time.Time
 	sources   sources
 	pods      *inventory.Inventory

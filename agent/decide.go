@@ -54,7 +54,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		if s.unserved == "" {
 			s.endpoints = targets.Choose(port.Selection)
 		}
-		if s.unserved == "" && len(s.endpoints) == 0 && len(before) > 0 && !a.pods.Synced(port.Namespace) {
+		if s.unserved == "" && len(s.endpoints) == 0 && len(before) > 0 && !(a.pods.Synced(port.Namespace) && a.pods.OwnerResolved(port.Namespace, port.Owner)) {
 			// That there is no endpoint cannot be decided yet: those in the kernel stay, as long as nothing speaks against them.
 			if standing == nil {
 				standing = addressSet(a.pods.Sandboxes())

@@ -101,7 +101,7 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 		}
 		return err
 	})
-	f.memory.put(a.memory(a.keys), deepEqual, a.own.WriteMemory)
+	f.memory.put(a.memory(a.query.LabelKeys), deepEqual, a.own.WriteMemory)
 }
 
 func (f *files) publishClaims() {
@@ -181,7 +181,7 @@ func (a *agent) labels() []runtimedir.PodLabels {
 	if a.API == nil {
 		return nil
 	}
-	return a.pods.Labels(a.keys)
+	return a.pods.Labels(a.query.LabelKeys)
 }
 
 // memory is what the agent goes on with after a restart, beside its status and claims.

@@ -288,7 +288,7 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 			}
 		}
 		return fmt.Errorf("no record of %s", args[0])
-	case "pod", "forget", "api":
+	case "pod", "forget", "api", "owners":
 		defer func() {
 			if s.wake != nil {
 				s.wake(Pods)
@@ -661,21 +661,29 @@ type fakeAPI struct {
 	pods map[string]inventory.Pod
 	// up: it answers; synced: it has, since the agent started.
 	up, synced bool
-	namespaces []string
+	// ownersSilent: it does not answer for the owners of pods.
+	ownersSilent bool
+	query        inventory.Query
 }
 
-func (f *fakeAPI) Select(namespaces []string) { f.namespaces = namespaces }
+func (f *fakeAPI) Select(query inventory.Query) { f.query = query }
 
 func (f *fakeAPI) Poll(context.Context) {}
 
 func (f *fakeAPI) View() inventory.View {
 	var view inventory.View
 	if f.synced {
-		view.Synced = f.namespaces
+		view.Synced = f.query.Namespaces
 		for _, name := range slices.Sorted(maps.Keys(f.pods)) {
-			if pod := f.pods[name]; inventory.Covers(f.namespaces, pod.Namespace) {
+			if pod := f.pods[name]; inventory.Covers(f.query.Namespaces, pod.Namespace) {
+				if f.ownersSilent {
+					pod.Owners = nil
+				}
 				view.Pods = append(view.Pods, pod)
 			}
+		}
+		if f.ownersSilent {
+			view.Unresolved = f.query.Owners
 		}
 	}
 	if f.up {
@@ -694,6 +702,10 @@ func (f *fakeAPI) event(verb string, args []string) error {
 	case "api":
 		f.up = args[0] == "up"
 		f.synced = f.up || f.synced && args[0] == "unreachable"
+		return nil
+	}
+	if verb == "owners" {
+		f.ownersSilent = args[0] == "silent"
 		return nil
 	}
 	name := args[0]
@@ -718,6 +730,8 @@ func (f *fakeAPI) event(verb string, args []string) error {
 			pod.IPs = parseIPs(value)
 		case "labels":
 			pod.Labels = parseLabels(value)
+		case "owner":
+			pod.Owners = append(pod.Owners, value)
 		case "port":
 			var port runtimedir.NamedPort
 			parts := strings.Split(value, "/")

@@ -84,7 +84,7 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 	}
 	if changed&(Pods|Poll|Settings) != 0 && a.API != nil { // the configuration names the namespaces
 		if changed&Poll != 0 {
-			a.API.Select(a.config.Namespaces())
+			a.API.Select(a.query)
 			a.API.Poll(ctx)
 		}
 		view := a.API.View()
@@ -180,10 +180,10 @@ func (a *agent) readSettings() {
 }
 
 func (a *agent) configure(c config.Config) {
-	a.config, a.keys, a.services.inOrder = c, c.LabelKeys(), nil
+	a.config, a.query, a.services.inOrder = c, c.Query(), nil
 	a.pods.SetNamespaces(c.Namespaces())
 	if a.API != nil {
-		a.API.Select(c.Namespaces())
+		a.API.Select(a.query)
 	}
 }
 

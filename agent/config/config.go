@@ -18,6 +18,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
@@ -58,6 +59,23 @@ func (c *Config) Namespaces() []string {
 	return namespaces
 }
 
+// Query is what the agent needs of the Kubernetes API for this configuration.
+func (c *Config) Query() inventory.Query {
+	query := inventory.Query{Namespaces: c.Namespaces(), LabelKeys: c.LabelKeys(), PortNames: map[string]bool{}}
+	for _, port := range c.Ports {
+		if port.PortName != "" {
+			query.PortNames[port.PortName] = true
+		}
+		if owner, err := inventory.ParseOwner(port.Owner); err == nil {
+			wanted := inventory.OwnerQuery{Namespace: port.Namespace, Owner: owner}
+			if !slices.Contains(query.Owners, wanted) {
+				query.Owners = append(query.Owners, wanted)
+			}
+		}
+	}
+	return query
+}
+
 // LabelKeys are the label keys that the selectors look at.
 func (c *Config) LabelKeys() map[string]bool {
 	keys := map[string]bool{}
@@ -78,19 +96,20 @@ type rawConfig struct {
 }
 
 type rawMagicIP struct {
-	IPAddress     string    `yaml:"ipAddress"`
-	Namespace     string    `yaml:"namespace"`
-	Selector      *string   `yaml:"selector"`
-	Owner         string    `yaml:"owner"`
-	HostInterface string    `yaml:"hostInterface"`
-	Ports         []rawPort `yaml:"ports"`
-	Readiness     string    `yaml:"readiness"`
-	Distribution  string    `yaml:"distribution"`
-	NoEndpoint    string    `yaml:"noEndpoint"`
-	HoldFor       string    `yaml:"holdFor"`
-	HostClients   *bool     `yaml:"hostClients"`
-	ExcludeTarget bool      `yaml:"excludeTarget"`
-	AllowReserved bool      `yaml:"allowReserved"`
+	IPAddress      string    `yaml:"ipAddress"`
+	Namespace      string    `yaml:"namespace"`
+	Selector       *string   `yaml:"selector"`
+	Owner          string    `yaml:"owner"`
+	ServiceAccount string    `yaml:"serviceAccount"`
+	HostInterface  string    `yaml:"hostInterface"`
+	Ports          []rawPort `yaml:"ports"`
+	Readiness      string    `yaml:"readiness"`
+	Distribution   string    `yaml:"distribution"`
+	NoEndpoint     string    `yaml:"noEndpoint"`
+	HoldFor        string    `yaml:"holdFor"`
+	HostClients    *bool     `yaml:"hostClients"`
+	ExcludeTarget  bool      `yaml:"excludeTarget"`
+	AllowReserved  bool      `yaml:"allowReserved"`
 }
 
 type rawPort struct {
@@ -337,6 +356,26 @@ func (v *validator) config(raw rawConfig) Config {
 	return config
 }
 
+// owner validates the keys that say who may be a target, beside the selector.
+func (v *validator) owner(raw rawMagicIP, port *Port, at func(...any) []any) {
+	port.ServiceAccount = raw.ServiceAccount
+	if raw.ServiceAccount != "" && !regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$`).MatchString(raw.ServiceAccount) {
+		v.bad(at("serviceAccount"), "%q is not allowed; allowed: the name of a service account in the targets' namespace", raw.ServiceAccount)
+	}
+	if raw.Owner != "" {
+		owner, err := inventory.ParseOwner(raw.Owner)
+		if err != nil {
+			v.bad(at("owner"), "%v", err)
+		}
+		port.Owner = owner.String()
+	}
+	for key, value := range map[string]string{"owner": raw.Owner, "serviceAccount": raw.ServiceAccount} {
+		if value != "" && v.noAPI {
+			v.bad(at(key), "needs the Kubernetes API, which --no-api rules out")
+		}
+	}
+}
+
 func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	at := func(keys ...any) []any { return append(slices.Clone(path), keys...) }
 	port := Port{HostClients: true, ExcludeTarget: raw.ExcludeTarget}
@@ -368,15 +407,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 			v.bad(at("selector"), "selects every pod; allowed: a Kubernetes label selector such as app=apm-server")
 		}
 	}
-	port.Owner = raw.Owner
-	if raw.Owner != "" {
-		if !regexp.MustCompile(`^[A-Z][A-Za-z]+/[a-z0-9][-.a-z0-9]*$`).MatchString(raw.Owner) {
-			v.bad(at("owner"), "%q is not allowed; allowed: Kind/name such as DaemonSet/apm-server", raw.Owner)
-		}
-		if v.noAPI {
-			v.bad(at("owner"), "needs the Kubernetes API, which --no-api rules out")
-		}
-	}
+	v.owner(raw, &port, at)
 	port.HostInterface = v.hostInterface(raw.HostInterface, at("hostInterface"))
 	port.Readiness = oneOf(v, raw.Readiness, at("readiness"), endpoint.Prefer, endpoint.Require, endpoint.Ignore)
 	if v.noAPI && port.Readiness == endpoint.Require {

@@ -28,10 +28,11 @@ const (
 type Selection struct {
 	Namespace string // inventory.AllNamespaces for every one
 	Selector  Selector
-	Owner     string // Kind/name; empty for any
-	Readiness Readiness
-	Spread    bool // all targets of the best rank instead of the newest
-	IPv6      bool // the family of the magic IP
+	// Owner is an inventory.Owner; ServiceAccount is the name of the pod's. Empty for any.
+	Owner, ServiceAccount string
+	Readiness             Readiness
+	Spread                bool // all targets of the best rank instead of the newest
+	IPv6                  bool // the family of the magic IP
 	// TargetPort is a number. PortName, where set, is looked up in the pod's containers instead, for PortProtocol.
 	TargetPort   uint16
 	PortName     string
@@ -160,7 +161,7 @@ func (s *Selection) matches(t *inventory.Target) bool {
 	if !s.inNamespace(t) {
 		return false
 	}
-	if s.Owner != "" && s.Owner != t.Owner {
+	if s.Owner != "" && !slices.Contains(t.Owners, s.Owner) || s.ServiceAccount != "" && s.ServiceAccount != t.ServiceAccount {
 		return false
 	}
 	return s.Selector.Empty() || t.Labels != nil && s.Selector.Matches(labels.Set(t.Labels))

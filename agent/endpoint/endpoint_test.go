@@ -20,7 +20,7 @@ var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 func pod(name string, n byte, age time.Duration, conditions string) inventory.Pod {
 	has := func(c string) bool { return slices.Contains(strings.Fields(conditions), c) }
 	return inventory.Pod{
-		PodID: inventory.PodID{Namespace: "default", Name: name, UID: "uid-" + name}, Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
+		PodID: inventory.PodID{Namespace: "default", Name: name, UID: "uid-" + name}, Labels: map[string]string{"app": "echo"}, Owners: []string{"DaemonSet/echo"}, ServiceAccount: "echo",
 		IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, n})}, CreatedAt: now.Add(-age),
 		Running: !has("pending"), Ready: has("ready"), Terminating: has("terminating"), Finished: has("finished"),
 		Ports: []runtimedir.NamedPort{{Name: "http", Protocol: "tcp", Port: 8000 + uint16(n)}},
@@ -99,6 +99,9 @@ func TestChoose(t *testing.T) {
 		{"ignore: newer and not ready beats ready", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "")}}), func(s *endpoint.Selection) { s.Readiness = endpoint.Ignore }, "10.0.0.2:80"},
 		{"spread: all of the best rank", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready"), pod("b", 2, fresh, "ready"), pod("c", 3, fresh, "")}}), func(s *endpoint.Selection) { s.Spread = true }, "10.0.0.2:80 10.0.0.1:80"},
 		{"owner", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.Owner = "DaemonSet/other" }, ""},
+		{"the owner that is asked for", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.Owner = "DaemonSet/echo" }, "10.0.0.1:80"},
+		{"service account", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.ServiceAccount = "other" }, ""},
+		{"the service account that is asked for", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.ServiceAccount = "echo" }, "10.0.0.1:80"},
 		{"named port", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.PortName, s.PortProtocol = "http", "tcp" }, "10.0.0.1:8001"},
 		{"named port of another protocol", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.PortName, s.PortProtocol = "http", "udp" }, ""},
 		{"a port name that the pod lacks", api(sources{Pods: []inventory.Pod{pod("a", 1, old, "ready")}}), func(s *endpoint.Selection) { s.PortName, s.PortProtocol = "grpc", "tcp" }, ""},

@@ -289,6 +289,11 @@ func (i *Inventory) Synced(namespace string) bool {
 	return i.recordsSynced && i.links != nil && (!i.api || Covers(i.view.Synced, namespace))
 }
 
+// OwnerResolved says whether it is known of all pods of a namespace whether they have this owner; "" is known.
+func (i *Inventory) OwnerResolved(namespace, owner string) bool {
+	return owner == "" || !slices.ContainsFunc(i.view.Unresolved, func(q OwnerQuery) bool { return q.Namespace == namespace && q.String() == owner })
+}
+
 // AllSynced says the same of all namespaces.
 func (i *Inventory) AllSynced() bool {
 	return !slices.ContainsFunc(i.namespaces, func(n string) bool { return !i.Synced(n) })

@@ -113,7 +113,7 @@ func TestRestartIsNoEvent(t *testing.T) {
 	keys := map[string]bool{"app": true}
 	before := synced(records,
 		inventory.Pod{PodID: old, Labels: map[string]string{"app": "echo"}, IPs: addr(1), CreatedAt: now.Add(-time.Hour), Ready: true},
-		inventory.Pod{PodID: fresh, Labels: map[string]string{"app": "echo"}, IPs: addr(2), CreatedAt: now, Running: true, Owner: "DaemonSet/echo"},
+		inventory.Pod{PodID: fresh, Labels: map[string]string{"app": "echo"}, IPs: addr(2), CreatedAt: now, Running: true, Owners: []string{"DaemonSet/echo"}},
 		inventory.Pod{PodID: api, Labels: map[string]string{"app": "echo", "other": "dropped"}, IPs: addr(3), CreatedAt: now, Ready: true},
 		inventory.Pod{PodID: id("default", "none", "uid-none"), Labels: map[string]string{"app": "none"}, IPs: addr(4), CreatedAt: now},
 	)
@@ -144,7 +144,7 @@ func TestRestartIsNoEvent(t *testing.T) {
 	}
 	after.SetRecords(runtimedir.File{Attachments: records}, now)
 	check("the state file is read")
-	if got := after.Targets(now); len(got) != 3 || got[1].Name != "fresh" || got[1].Owner != "DaemonSet/echo" {
+	if got := after.Targets(now); len(got) != 3 || got[1].Name != "fresh" || !slices.Equal(got[1].Owners, []string{"DaemonSet/echo"}) {
 		t.Errorf("targets %+v", got)
 	}
 	after.SetLinks(map[string]int{"veth-old": 1, "veth-fresh": 2})

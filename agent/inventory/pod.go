@@ -19,6 +19,8 @@ type View struct {
 	// Synced are the namespaces that have been listed. Current are those of them that the API can be asked for now: a pod
 	// that is not in Pods is not in the API.
 	Synced, Current []string
+	// Unresolved are the owners of which it is not known whether they are a pod's.
+	Unresolved []OwnerQuery
 	// Problems are why a namespace is not current, one sentence each.
 	Problems []string
 }

@@ -15,7 +15,9 @@ type Target struct {
 	PodID
 	// Labels are nil where they are not known.
 	Labels map[string]string
-	Owner  string
+	// Owners are those of the configuration that are the pod's; for a Deployment, by its ReplicaSet.
+	Owners         []string
+	ServiceAccount string
 	// IPs is at most one address of each family.
 	IPs                                   []netip.Addr
 	Running, Ready, Terminating, Finished bool
@@ -207,7 +209,7 @@ func (t *Target) has(ip6 bool) bool {
 // describe adds what the API reports, or has reported, of what a pod is. Labels may change while a pod runs, so the API's are
 // the truth.
 func (t *Target) describe(pod *Pod) {
-	t.Labels, t.Owner, t.Ports, t.Finished = pod.Labels, pod.Owner, pod.Ports, pod.Finished
+	t.Labels, t.Owners, t.ServiceAccount, t.Ports, t.Finished = pod.Labels, pod.Owners, pod.ServiceAccount, pod.Ports, pod.Finished
 	t.createdAt, t.added = pod.CreatedAt, false
 	if t.Labels == nil {
 		t.Labels = map[string]string{}

@@ -12,9 +12,12 @@ import (
 
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
 // Connect makes the client for the pods of a node: with a kubeconfig file, or where that is empty with the pod's service account.
@@ -35,7 +38,15 @@ func New(config *rest.Config, node string) (*Pods, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Pods{client: client, node: node, feeds: map[string]*feed{}}, nil
+	objects, err := metadata.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("client for the Kubernetes API: %w", err)
+	}
+	return newPods(client, objects, node), nil
+}
+
+func newPods(client kubernetes.Interface, objects metadata.Interface, node string) *Pods {
+	return &Pods{client: client, owners: newOwners(objects), node: node, query: &inventory.Query{}, feeds: map[string]*feed{}}
 }
 
 func credentials(kubeconfig string) (config *rest.Config, err error) {

@@ -18,18 +18,19 @@ const (
 	configHash   = "kubernetes.io/config.hash"
 )
 
-// trim drops the fields that convert does not read.
-func trim(object any) (any, error) {
-	pod, ok := object.(*corev1.Pod)
-	if !ok {
-		return object, nil
-	}
+// trim drops what the query does not need of a pod.
+func trim(pod *corev1.Pod, query *inventory.Query) *corev1.Pod {
 	kept := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion, Labels: pod.Labels,
-			CreationTimestamp: pod.CreationTimestamp, DeletionTimestamp: pod.DeletionTimestamp, OwnerReferences: pod.OwnerReferences,
+			Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion,
+			CreationTimestamp: pod.CreationTimestamp, DeletionTimestamp: pod.DeletionTimestamp,
+			Labels: runtimedir.KeepLabels(pod.Labels, query.LabelKeys),
 		},
+		Spec:   corev1.PodSpec{ServiceAccountName: pod.Spec.ServiceAccountName, HostNetwork: pod.Spec.HostNetwork},
 		Status: corev1.PodStatus{Phase: pod.Status.Phase, PodIPs: pod.Status.PodIPs},
+	}
+	if controller := metav1.GetControllerOf(pod); controller != nil {
+		kept.OwnerReferences = []metav1.OwnerReference{*controller}
 	}
 	if uid := staticUID(pod); uid != "" {
 		kept.Annotations = map[string]string{configMirror: "kept", configHash: uid}
@@ -39,13 +40,27 @@ func trim(object any) (any, error) {
 			kept.Status.Conditions = []corev1.PodCondition{{Type: condition.Type, Status: condition.Status}}
 		}
 	}
-	for _, c := range pod.Spec.Containers {
-		kept.Spec.Containers = append(kept.Spec.Containers, corev1.Container{Ports: c.Ports})
+	ports := func(c *corev1.Container) (kept []corev1.ContainerPort) {
+		for _, port := range c.Ports {
+			if query.PortNames[port.Name] {
+				kept = append(kept, port)
+			}
+		}
+		return kept
 	}
-	for _, c := range pod.Spec.InitContainers {
-		kept.Spec.InitContainers = append(kept.Spec.InitContainers, corev1.Container{Ports: c.Ports, RestartPolicy: c.RestartPolicy})
+	for i := range pod.Spec.Containers {
+		if c := &pod.Spec.Containers[i]; len(ports(c)) > 0 {
+			kept.Spec.Containers = append(kept.Spec.Containers, corev1.Container{Ports: ports(c)})
+		}
 	}
-	return kept, nil
+	for i := range pod.Spec.InitContainers {
+		c := &pod.Spec.InitContainers[i]
+		sidecar := c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+		if sidecar && len(ports(c)) > 0 {
+			kept.Spec.Containers = append(kept.Spec.Containers, corev1.Container{Ports: ports(c)}) // after the others, as for Services
+		}
+	}
+	return kept
 }
 
 // staticUID is the UID that CNI has of the static pod of a mirror pod; empty for any other pod.
@@ -56,6 +71,7 @@ func staticUID(pod *corev1.Pod) string {
 	return pod.Annotations[configHash]
 }
 
+// convert reads a pod that trim has made.
 func convert(pod *corev1.Pod) inventory.Pod {
 	p := inventory.Pod{
 		PodID:       inventory.PodID{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID)},
@@ -65,9 +81,9 @@ func convert(pod *corev1.Pod) inventory.Pod {
 		Running:     pod.Status.Phase == corev1.PodRunning,
 		Finished:    pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed,
 		Terminating: pod.DeletionTimestamp != nil,
-	}
-	if owner := metav1.GetControllerOfNoCopy(pod); owner != nil {
-		p.Owner = owner.Kind + "/" + owner.Name
+
+		ServiceAccount: pod.Spec.ServiceAccountName,
+		HostNetwork:    pod.Spec.HostNetwork,
 	}
 	for _, ip := range pod.Status.PodIPs {
 		if address, err := netip.ParseAddr(ip.IP); err == nil {
@@ -79,19 +95,11 @@ func convert(pod *corev1.Pod) inventory.Pod {
 			p.Ready = condition.Status == corev1.ConditionTrue
 		}
 	}
-	named := func(containers []corev1.Container, counts func(corev1.Container) bool) {
-		for _, c := range containers {
-			for _, port := range c.Ports {
-				if port.Name != "" && counts(c) {
-					protocol := cmp.Or(strings.ToLower(string(port.Protocol)), "tcp")
-					p.Ports = append(p.Ports, runtimedir.NamedPort{Name: port.Name, Protocol: runtimedir.Protocol(protocol), Port: uint16(port.ContainerPort)})
-				}
-			}
+	for _, c := range pod.Spec.Containers {
+		for _, port := range c.Ports {
+			protocol := cmp.Or(strings.ToLower(string(port.Protocol)), "tcp")
+			p.Ports = append(p.Ports, runtimedir.NamedPort{Name: port.Name, Protocol: runtimedir.Protocol(protocol), Port: uint16(port.ContainerPort)})
 		}
 	}
-	named(pod.Spec.Containers, func(corev1.Container) bool { return true })
-	named(pod.Spec.InitContainers, func(c corev1.Container) bool { // native sidecars
-		return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
-	})
 	return p
 }

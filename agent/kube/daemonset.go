@@ -240,7 +240,7 @@ func (d *DaemonSet) look(ctx context.Context) error {
 	switch {
 	case err == nil:
 		d.see(object)
-	case !d.notFound(err) || d.own == "":
+	case !notFound(err, "daemonsets", d.name) || d.own == "":
 		return err
 	case d.orphaned:
 		d.own, d.orphaned = "", false
@@ -263,18 +263,6 @@ func (d *DaemonSet) see(object *appsv1.DaemonSet) {
 		d.orphaned = d.orphaned || orphans(object)
 		d.deleted = d.deleted || !d.orphaned
 	}
-}
-
-// notFound says whether an error is the API server's statement that this object does not exist. A proxy has a 404 of its own, and
-// so has an API server that does not serve this kind yet.
-func (d *DaemonSet) notFound(err error) bool {
-	var status apierrors.APIStatus
-	if !apierrors.IsNotFound(err) || !errors.As(err, &status) {
-		return false
-	}
-	details := status.Status().Details
-	return details != nil && details.Kind == "daemonsets" && details.Name == d.name &&
-		!slices.ContainsFunc(details.Causes, func(c metav1.StatusCause) bool { return c.Type == metav1.CauseTypeUnexpectedServerResponse })
 }
 
 // orphans says whether the pods of a DaemonSet that is being deleted stay (kubectl delete --cascade=orphan).

@@ -220,7 +220,7 @@ func errorStatus(code int, reason metav1.StatusReason, details *metav1.StatusDet
 }
 
 var (
-	notFound     = status(404, metav1.StatusReasonNotFound, &metav1.StatusDetails{Group: "apps", Kind: "daemonsets", Name: daemonSetName})
+	absent       = status(404, metav1.StatusReasonNotFound, &metav1.StatusDetails{Group: "apps", Kind: "daemonsets", Name: daemonSetName})
 	unauthorized = status(401, metav1.StatusReasonUnauthorized, nil)
 	forbidden    = status(403, metav1.StatusReasonForbidden, &metav1.StatusDetails{Group: "apps", Kind: "daemonsets", Name: daemonSetName})
 	// Of an API server that does not serve the kind yet, and of a proxy before it.
@@ -292,7 +292,7 @@ func TestDeletion(t *testing.T) {
 			s.send(watch.Bookmark, &appsv1.DaemonSet{TypeMeta: daemonSet("").TypeMeta, ObjectMeta: metav1.ObjectMeta{ResourceVersion: "9"}})
 		}, false},
 		"deleted without its pods": {func(s *apiServer) {
-			s.answer(notFound)
+			s.answer(absent)
 			s.send(watch.Modified, daemonSet("u1", orphan))
 			s.send(watch.Deleted, daemonSet("u1", deleting()))
 		}, false},
@@ -315,12 +315,12 @@ func TestDeletion(t *testing.T) {
 			s.awaitWatch()
 		}, false},
 		"expired (410), and gone meanwhile": {func(s *apiServer) {
-			s.answer(notFound)
+			s.answer(absent)
 			s.expire()
 		}, true},
 		"gone while nobody watched": {func(s *apiServer) {
 			s.refuse(forbidden)
-			s.answer(notFound)
+			s.answer(absent)
 		}, true},
 		"refused (401)":               {func(s *apiServer) { s.refuse(unauthorized) }, false},
 		"refused (403)":               {func(s *apiServer) { s.refuse(forbidden) }, false},
@@ -377,7 +377,7 @@ func (s *apiServer) refuse(get func(http.ResponseWriter)) {
 func TestNeverSeen(t *testing.T) {
 	t.Parallel()
 	s, own := newAPIServer(t)
-	s.answer(notFound)
+	s.answer(absent)
 	answer, sigterm := following(t, own)
 	time.Sleep(300 * time.Millisecond)
 	sigterm()
@@ -420,7 +420,7 @@ func TestSIGTERM(t *testing.T) {
 		deleted bool
 	}{
 		"upgrade: it is still there": {exists("u1", updated), false},
-		"gone":                       {notFound, true},
+		"gone":                       {absent, true},
 		"being deleted":              {exists("u1", deleting()), true},
 		"another one":                {exists("u2"), true},
 		"orphaned":                   {exists("u1", deleting(metav1.FinalizerOrphanDependents)), false},
@@ -491,7 +491,7 @@ func TestAwait(t *testing.T) {
 		"being deleted":            {exists("u1", deleting()), nil, 0, time.Second},
 		"forbidden, and then seen": {forbidden, exists("u1"), time.Second, awaitTimeout},
 		"unauthorized for good":    {unauthorized, nil, awaitTimeout, awaitTimeout + 2*time.Second},
-		"gone for good":            {notFound, nil, awaitTimeout, awaitTimeout + 2*time.Second},
+		"gone for good":            {absent, nil, awaitTimeout, awaitTimeout + 2*time.Second},
 		"no answer":                {nil, nil, awaitTimeout, awaitTimeout + 2*time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {

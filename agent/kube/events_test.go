@@ -40,7 +40,7 @@ func TestEvents(t *testing.T) {
 		defer stop()
 		var log bytes.Buffer
 		self := Self{Namespace: "kube-system", Name: "agent", UID: "u"}
-		events := (&Pods{client: client, node: "node1"}).Events(ctx, self, slog.New(slog.NewTextHandler(&log, nil)))
+		events := newPods(client, noOwners(), "node1").Events(ctx, self, slog.New(slog.NewTextHandler(&log, nil)))
 		send := func(wait time.Duration, sent ...event.Event) {
 			for _, e := range sent {
 				events.Send(e)

@@ -32,20 +32,21 @@ type feed struct {
 	connection
 	pods      *Pods
 	namespace string
+	query     *inventory.Query
 	informer  cache.SharedIndexInformer
 	stop      func() // does nothing before start
 	polling   atomic.Bool
 	begunAt   time.Time
 
 	// polled is what the last poll that succeeded listed; nil for none. Guarded by connection.mu.
-	polled        []inventory.Pod
+	polled        []*corev1.Pod
 	polledAt      time.Time
 	polledVersion string
 	pollFailed    bool // the last one did
 }
 
-func (p *Pods) newFeed(namespace string) *feed {
-	f := &feed{pods: p, namespace: namespace, stop: func() {}, begunAt: time.Now()}
+func (p *Pods) newFeed(namespace string, query *inventory.Query) *feed {
+	f := &feed{pods: p, namespace: namespace, query: query, stop: func() {}, begunAt: time.Now()}
 	f.changed = func() { p.wake() }
 	pods := p.client.CoreV1().Pods(f.apiNamespace())
 	lw := f.listWatch(
@@ -63,12 +64,17 @@ func (p *Pods) newFeed(namespace string) *feed {
 	updated := func(before, now any) {
 		old, okOld := before.(*corev1.Pod)
 		pod, ok := now.(*corev1.Pod)
-		if !okOld || !ok || !reflect.DeepEqual(convert(old), convert(pod)) {
+		if !okOld || !ok || !reflect.DeepEqual(old.OwnerReferences, pod.OwnerReferences) || !reflect.DeepEqual(convert(old), convert(pod)) {
 			p.wake()
 		}
 	}
 	// These fail only for an informer that runs already. connection keeps the errors.
-	_ = f.informer.SetTransform(trim)
+	_ = f.informer.SetTransform(func(object any) (any, error) {
+		if pod, ok := object.(*corev1.Pod); ok {
+			return trim(pod, query), nil
+		}
+		return object, nil
+	})
 	_ = f.informer.SetWatchErrorHandlerWithContext(func(context.Context, *cache.Reflector, error) {})
 	_, _ = f.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc: changed, DeleteFunc: changed, UpdateFunc: updated,
@@ -120,16 +126,16 @@ func (f *feed) polledCounts() bool {
 }
 
 // view returns the pods, whether they have been listed, and why the API server cannot be asked now.
-func (f *feed) view() (pods []inventory.Pod, spoken bool, problem string) {
+func (f *feed) view() (pods []*corev1.Pod, synced bool, problem string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.polledCounts() {
-		pods, spoken = f.polled, true
+		pods, synced = f.polled, true
 	} else {
-		pods, spoken = f.watched(), f.informer.HasSynced()
+		pods, synced = f.watched(), f.informer.HasSynced()
 	}
 	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.heardAt) {
-		return pods, spoken, ""
+		return pods, synced, ""
 	}
 	switch {
 	case apierrors.IsForbidden(f.err):
@@ -143,13 +149,13 @@ func (f *feed) view() (pods []inventory.Pod, spoken bool, problem string) {
 	case f.watching != nil && !f.healthyLocked():
 		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.heardAt).Round(time.Second))
 	}
-	return pods, spoken, problem
+	return pods, synced, problem
 }
 
-func (f *feed) watched() (pods []inventory.Pod) {
+func (f *feed) watched() (pods []*corev1.Pod) {
 	for _, object := range f.informer.GetStore().List() {
 		if pod, ok := object.(*corev1.Pod); ok {
-			pods = append(pods, convert(pod))
+			pods = append(pods, pod)
 		}
 	}
 	return pods
@@ -178,8 +184,8 @@ func (f *feed) poll(ctx context.Context) {
 		}
 		return
 	}
-	f.polled, f.polledAt, f.polledVersion = []inventory.Pod{}, time.Now(), list.ResourceVersion
+	f.polled, f.polledAt, f.polledVersion = []*corev1.Pod{}, time.Now(), list.ResourceVersion
 	for i := range list.Items {
-		f.polled = append(f.polled, convert(&list.Items[i]))
+		f.polled = append(f.polled, trim(&list.Items[i], f.query))
 	}
 }

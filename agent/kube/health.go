@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -29,9 +28,7 @@ func (p *Pods) Requests() map[string]uint64 {
 
 // Feeds is how the API is heard, in the order of the namespaces.
 func (p *Pods) Feeds() []Feed {
-	p.mu.Lock()
-	feeds := slices.Collect(maps.Values(p.feeds))
-	p.mu.Unlock()
+	feeds, _ := p.all()
 	var all []Feed
 	for _, f := range feeds {
 		f.mu.Lock()

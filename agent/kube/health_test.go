@@ -10,13 +10,15 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
 // TestHealth: what is told of each watch, and what has been asked.
 func TestHealth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := &Pods{client: fake.NewClientset(examplePod()), node: "node1", feeds: map[string]*feed{}}
-		p.Select([]string{"default"})
+		p := newPods(fake.NewClientset(examplePod()), noOwners(), "node1")
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		want := func(when string, want Feed) {
 			t.Helper()
 			if diff := cmp.Diff([]Feed{want}, p.Feeds()); diff != "" {

@@ -18,10 +18,12 @@ type Pods struct {
 	client   kubernetes.Interface
 	node     string
 	requests requests
+	owners   *owners
 
 	mu       sync.Mutex
 	ctx      context.Context // of Run; nil before
 	wake     func()
+	query    *inventory.Query
 	feeds    map[string]*feed // by namespace
 	polledAt time.Time        // when Poll was called last
 }
@@ -30,6 +32,7 @@ type Pods struct {
 func (p *Pods) Run(ctx context.Context, wake func()) error {
 	p.mu.Lock()
 	p.ctx, p.wake = ctx, wake
+	p.owners.start(ctx, wake)
 	for _, f := range p.feeds {
 		f.start(ctx)
 	}
@@ -38,38 +41,60 @@ func (p *Pods) Run(ctx context.Context, wake func()) error {
 	return nil
 }
 
-// Select sets the namespaces that are watched; inventory.AllNamespaces is every one.
-func (p *Pods) Select(namespaces []string) {
+// Select sets what View returns.
+func (p *Pods) Select(query inventory.Query) {
+	namespaces := query.Namespaces
 	if slices.Contains(namespaces, inventory.AllNamespaces) {
 		namespaces = []string{inventory.AllNamespaces}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	// What was trimmed away of the pods is listed again.
+	anew := p.query != nil && !(includes(p.query.LabelKeys, query.LabelKeys) && includes(p.query.PortNames, query.PortNames))
+	p.query = &query
+	for namespace, f := range p.feeds {
+		if anew || !slices.Contains(namespaces, namespace) {
+			f.stop()
+			delete(p.feeds, namespace)
+		}
+	}
 	for _, namespace := range namespaces {
 		if p.feeds[namespace] != nil {
 			continue
 		}
-		f := p.newFeed(namespace)
+		f := p.newFeed(namespace, p.query)
 		p.feeds[namespace] = f
 		if p.ctx != nil {
 			f.start(p.ctx)
 		}
 	}
-	for namespace, f := range p.feeds {
-		if !slices.Contains(namespaces, namespace) {
-			f.stop()
-			delete(p.feeds, namespace)
+}
+
+// includes says whether all of some is in set.
+func includes(set, some map[string]bool) bool {
+	for key := range some {
+		if !set[key] {
+			return false
 		}
 	}
+	return true
 }
 
 // View is what the API reported last.
 func (p *Pods) View() inventory.View {
 	var view inventory.View
-	for _, f := range p.all() {
+	feeds, query := p.all()
+	for _, f := range feeds {
 		pods, synced, problem := f.view()
 		if synced {
-			view.Pods, view.Synced = append(view.Pods, pods...), append(view.Synced, f.namespace)
+			view.Synced = append(view.Synced, f.namespace)
+			for _, pod := range pods {
+				converted := convert(pod)
+				var unresolved []inventory.OwnerQuery
+				converted.Owners, unresolved = p.owners.of(pod, query.Owners)
+				view.Pods = append(view.Pods, converted)
+				view.Unresolved = append(view.Unresolved, unresolved...)
+			}
 		}
 		if synced && problem == "" {
 			view.Current = append(view.Current, f.namespace)
@@ -78,7 +103,9 @@ func (p *Pods) View() inventory.View {
 			view.Problems = append(view.Problems, problem)
 		}
 	}
+	view.Problems = append(view.Problems, p.owners.problems()...)
 	slices.Sort(view.Problems)
+	p.owners.ask()
 	return view
 }
 
@@ -99,7 +126,9 @@ func (p *Pods) Poll(ctx context.Context) {
 	if wake == nil {
 		return // Run has not begun
 	}
-	for _, f := range p.all() {
+	p.owners.ask()
+	feeds, _ := p.all()
+	for _, f := range feeds {
 		if !f.healthy() && !f.fresh() && f.polling.CompareAndSwap(false, true) {
 			go func() {
 				defer f.polling.Store(false)
@@ -114,8 +143,8 @@ func (p *Pods) Poll(ctx context.Context) {
 	}
 }
 
-func (p *Pods) all() []*feed {
+func (p *Pods) all() ([]*feed, *inventory.Query) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return slices.Collect(maps.Values(p.feeds))
+	return slices.Collect(maps.Values(p.feeds)), p.query
 }

@@ -6,7 +6,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,8 +14,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -24,12 +21,24 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/metadata"
+	fakemetadata "k8s.io/client-go/metadata/fake"
 	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
-	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
+
+// What the tests' selectors look at.
+var (
+	keys  = map[string]bool{"app": true, "version": true}
+	ports = map[string]bool{"http": true, "proxy": true, "setup": true}
+)
+
+// noOwners is an API server without owners.
+func noOwners() metadata.Interface {
+	return fakemetadata.NewSimpleMetadataClient(fakemetadata.NewTestScheme())
+}
 
 func examplePod() *corev1.Pod {
 	always := corev1.ContainerRestartPolicyAlways
@@ -39,11 +48,11 @@ func examplePod() *corev1.Pod {
 			Namespace: "default", Name: "echo", UID: "u1", Labels: map[string]string{"app": "echo"},
 			Annotations:       map[string]string{configHash: "hash", configMirror: "hash", "other": "dropped"},
 			CreationTimestamp: metav1.NewTime(time.Unix(1000, 0)),
-			OwnerReferences:   []metav1.OwnerReference{{Kind: "ReplicaSet", Name: "x"}, {Kind: "DaemonSet", Name: "echo", Controller: &controller}},
+			OwnerReferences:   []metav1.OwnerReference{{Kind: "ReplicaSet", Name: "x"}, {APIVersion: "apps/v1", Kind: "DaemonSet", Name: "echo", UID: "d1", Controller: &controller}},
 			ManagedFields:     []metav1.ManagedFieldsEntry{{Manager: "kubelet"}},
 		},
 		Spec: corev1.PodSpec{
-			NodeName: "node1",
+			NodeName: "node1", ServiceAccountName: "echo",
 			InitContainers: []corev1.Container{
 				{Name: "init", Ports: []corev1.ContainerPort{{Name: "setup", ContainerPort: 1}}},
 				{Name: "sidecar", RestartPolicy: &always, Ports: []corev1.ContainerPort{{Name: "proxy", ContainerPort: 15001}, {Name: "http", ContainerPort: 2}}},
@@ -85,42 +94,6 @@ func pollNow(ctx context.Context, p *Pods) {
 	synctest.Wait()
 }
 
-// TestTrimAndConvert: what is read of a pod, and that trimming loses none of it.
-func TestTrimAndConvert(t *testing.T) {
-	want := inventory.Pod{
-		PodID: inventory.PodID{Namespace: "default", Name: "echo", UID: "u1"}, StaticUID: "hash", Labels: map[string]string{"app": "echo"}, Owner: "DaemonSet/echo",
-		IPs: []netip.Addr{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")}, CreatedAt: time.Unix(1000, 0),
-		Running: true, Ready: true,
-		Ports: []runtimedir.NamedPort{{Name: "http", Protocol: "tcp", Port: 8080}, {Name: "proxy", Protocol: "tcp", Port: 15001}, {Name: "http", Protocol: "tcp", Port: 2}},
-	}
-	pod := examplePod()
-	if diff := cmp.Diff(want, convert(pod), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
-		t.Errorf("convert (-want +got):\n%s", diff)
-	}
-	trimmed, err := trim(pod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	kept := trimmed.(*corev1.Pod)
-	if diff := cmp.Diff(want, convert(kept), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
-		t.Errorf("convert of a trimmed pod (-want +got):\n%s", diff)
-	}
-	if len(kept.ManagedFields) > 0 || kept.Spec.Containers[0].Image != "" || len(kept.Annotations) != 2 {
-		t.Errorf("kept what nobody reads: %+v", kept)
-	}
-	now := metav1.NewTime(time.Unix(2000, 0))
-	pod.DeletionTimestamp, pod.Status.Phase = &now, corev1.PodSucceeded
-	pod.Status.Conditions[1].Status = corev1.ConditionFalse
-	if got := convert(pod); !got.Terminating || !got.Finished || got.Ready || got.Running {
-		t.Errorf("a pod at its end: %+v", got)
-	}
-	// A pod's creator writes its annotations: a hash alone makes no mirror pod.
-	delete(pod.Annotations, configMirror)
-	if got := convert(pod); got.StaticUID != "" {
-		t.Errorf("no mirror pod: %+v", got)
-	}
-}
-
 func names(view inventory.View) string {
 	var all []string
 	for _, pod := range view.Pods {
@@ -144,8 +117,8 @@ func TestPollAndWatch(t *testing.T) {
 			}
 			return true, &corev1.PodList{ListMeta: metav1.ListMeta{ResourceVersion: of}, Items: []corev1.Pod{*pod}}, nil
 		})
-		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
-		p.Select([]string{"default"})
+		p := newPods(client, noOwners(), "node1")
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		ctx, end := running(t, p, func() {})
 		f := p.feeds["default"]
 		expect := func(when, want string) {
@@ -206,8 +179,8 @@ func TestFeed(t *testing.T) {
 			}
 			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no"))
 		})
-		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
-		p.Select([]string{"default"})
+		p := newPods(client, noOwners(), "node1")
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		if view := p.View(); len(view.Synced) > 0 || len(view.Current) > 0 || len(view.Problems) > 0 {
 			t.Errorf("before anything: %+v", view)
 		}
@@ -246,7 +219,7 @@ func TestFeed(t *testing.T) {
 			t.Errorf("a poll that was answered: %+v", view)
 		}
 
-		p.Select([]string{"other", inventory.AllNamespaces})
+		p.Select(inventory.Query{Namespaces: []string{"other", inventory.AllNamespaces}, LabelKeys: keys, PortNames: ports})
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if len(p.feeds) != 1 || p.feeds[inventory.AllNamespaces] == nil {
@@ -260,8 +233,8 @@ func TestFeed(t *testing.T) {
 func TestWake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := fake.NewClientset(examplePod())
-		p := &Pods{client: client, node: "node1", feeds: map[string]*feed{}}
-		p.Select([]string{"default"})
+		p := newPods(client, noOwners(), "node1")
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		var wakes atomic.Int32
 		ctx, end := running(t, p, func() { wakes.Add(1) })
 		for _, change := range []struct {
@@ -299,8 +272,8 @@ func TestWake(t *testing.T) {
 // TestWatchEnds: between a watch that has ended and the next, which may be long in coming, polls list.
 func TestWatchEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := &Pods{client: fake.NewClientset(examplePod()), node: "node1", feeds: map[string]*feed{}}
-		p.Select([]string{"default"})
+		p := newPods(fake.NewClientset(examplePod()), noOwners(), "node1")
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		f := p.feeds["default"]
 		begin := func() *watch.FakeWatcher {
 			w := watch.NewFake()
@@ -369,7 +342,7 @@ func TestTokenFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.Select([]string{"default"})
+	p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 	f := p.feeds["default"]
 	problem := func() string {
 		f.poll(t.Context())

@@ -16,6 +16,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
 // overloaded is an API server that rejects the first request of each node, and notes when the second comes.
@@ -89,7 +91,7 @@ func TestRetryAfter(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					p.Select([]string{"default"})
+					p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 					p.feeds["default"].begunAt = begun.Add(-time.Minute)
 					p.wake = func() {}
 					go func() {
@@ -127,7 +129,7 @@ func TestPollSheds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.Select([]string{"default"})
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 		f := p.feeds["default"]
 		begun := time.Now()
 		for range 2 {
@@ -159,7 +161,7 @@ func TestPollsSpread(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p.Select([]string{"default"})
+			p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
 			p.feeds["default"].begunAt = time.Now().Add(-time.Minute)
 			p.wake, p.polledAt = func() {}, time.Now().Add(-5*time.Second)
 			p.Poll(t.Context())

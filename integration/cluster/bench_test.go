@@ -30,6 +30,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -403,7 +404,7 @@ func BenchmarkAPIServer(b *testing.B) {
 				}
 				agents[i], err = kube.New(config, nodeName(i))
 				w.must(err)
-				agents[i].Select([]string{w.namespace})
+				agents[i].Select(inventory.Query{Namespaces: []string{w.namespace}, LabelKeys: map[string]bool{"app": true}})
 				go func() { _ = agents[i].Run(ctx, func() {}) }()
 			}
 			patience, stop := context.WithTimeout(ctx, 3*time.Minute)

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -167,6 +168,8 @@ func (c *ControlPlane) Allow(ctx context.Context) error {
 		Rules: []rbacv1.PolicyRule{
 			{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}},
 			{APIGroups: []string{corev1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
+			{APIGroups: []string{appsv1.GroupName}, Resources: []string{"daemonsets", "deployments"}, ResourceNames: []string{"echo"}, Verbs: []string{"get"}},
+			{APIGroups: []string{appsv1.GroupName}, Resources: []string{"replicasets"}, Verbs: []string{"get"}}, // of a Deployment
 		},
 	}
 	binding := &rbacv1.RoleBinding{

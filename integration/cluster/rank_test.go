@@ -11,9 +11,11 @@ import (
 	"slices"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -191,21 +193,96 @@ func TestLabelsAfterADD(t *testing.T) {
 	w.goesTo("echo")
 }
 
-// TestOwner: a pod that merely bears the labels is no target.
+// TestOwner: a pod that merely bears the labels is no target, nor is one whose author names the owner without its UID, or the UID of
+// one that was replaced.
 func TestOwner(t *testing.T) {
 	w := serving(t, "owner: DaemonSet/echo")
+	owner := w.daemonSet()
+	invented := owner
+	invented.UID = "11111111-2222-3333-4444-555555555555"
+	group, kind, mere := owner, owner, owner
+	group.APIVersion, kind.Kind, mere.Controller = "apps.example.com/v1", "ReplicaSet", nil
 	w.create("impostor").add().running(true)
-	w.create("other", ownedBy("ReplicaSet", true)).add().running(true)
-	w.create("referenced", ownedBy("DaemonSet", false)).add().running(true)
+	w.create("invented", ownedBy(invented)).add().running(true)
+	w.create("group", ownedBy(group)).add().running(true)
+	w.create("kind", ownedBy(kind)).add().running(true)
+	w.create("referenced", ownedBy(mere)).add().running(true)
 	w.staysWith("")
-	w.create("echo", ownedBy("DaemonSet", true)).add().running(false)
+	w.create("first", ownedBy(owner)).add().running(true)
+	w.goesTo("first")
+	w.must(plane.Admin.AppsV1().DaemonSets(w.namespace).Delete(w.Context(), "echo", metav1.DeleteOptions{}))
+	w.create("second", ownedBy(w.daemonSet())).add().running(false)
+	w.goesTo("second")
+}
+
+// TestDeployment: it owns a pod by its ReplicaSet.
+func TestDeployment(t *testing.T) {
+	w := serving(t, "owner: Deployment/echo")
+	template := corev1.PodTemplateSpec{
+		ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "echo"}},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "echo", Image: "none"}}},
+	}
+	selector := &metav1.LabelSelector{MatchLabels: template.Labels}
+	deployment, err := plane.Admin.AppsV1().Deployments(w.namespace).Create(w.Context(), &appsv1.Deployment{
+		ObjectMeta: metav1.ObjectMeta{Name: "echo"}, Spec: appsv1.DeploymentSpec{Selector: selector, Template: template},
+	}, metav1.CreateOptions{})
+	w.must(err)
+	w.Cleanup(func() {
+		w.must(plane.Admin.AppsV1().Deployments(w.namespace).Delete(context.WithoutCancel(w.Context()), "echo", metav1.DeleteOptions{}))
+	})
+	replicaSet := func(name string, owners ...metav1.OwnerReference) metav1.OwnerReference {
+		set, err := plane.Admin.AppsV1().ReplicaSets(w.namespace).Create(w.Context(), &appsv1.ReplicaSet{
+			ObjectMeta: metav1.ObjectMeta{Name: name, OwnerReferences: owners}, Spec: appsv1.ReplicaSetSpec{Selector: selector, Template: template},
+		}, metav1.CreateOptions{})
+		w.must(err)
+		w.Cleanup(func() {
+			w.must(plane.Admin.AppsV1().ReplicaSets(w.namespace).Delete(context.WithoutCancel(w.Context()), name, metav1.DeleteOptions{}))
+		})
+		return controlledBy("ReplicaSet", name, set.UID)
+	}
+	w.create("alone", ownedBy(replicaSet("alone"))).add().running(true)
+	w.create("named", ownedBy(controlledBy("Deployment", "echo", "11111111-2222-3333-4444-555555555555"))).add().running(true)
+	w.staysWith("")
+	w.create("echo", ownedBy(replicaSet("echo-5d4f", controlledBy("Deployment", "echo", deployment.UID)))).add().running(true)
 	w.goesTo("echo")
 }
 
-func ownedBy(kind string, controller bool) func(*corev1.Pod) {
-	return func(p *corev1.Pod) {
-		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: "echo", UID: "11111111-2222-3333-4444-555555555555", Controller: &controller}}
-	}
+// TestServiceAccount: it can be asked for beside the labels.
+func TestServiceAccount(t *testing.T) {
+	w := serving(t, "serviceAccount: echo")
+	w.create("impostor").add().running(true)
+	w.staysWith("")
+	w.create("echo", func(p *corev1.Pod) { p.Spec.ServiceAccountName = "echo" }).add().running(true)
+	w.goesTo("echo")
+}
+
+// daemonSet is the DaemonSet echo, which there is until the end of the test, as the controller of a pod.
+func (w *world) daemonSet() metav1.OwnerReference {
+	w.Helper()
+	labels := map[string]string{"app": "echo"}
+	sets := plane.Admin.AppsV1().DaemonSets(w.namespace)
+	set, err := sets.Create(w.Context(), &appsv1.DaemonSet{
+		ObjectMeta: metav1.ObjectMeta{Name: "echo"},
+		Spec: appsv1.DaemonSetSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: labels},
+			Template: corev1.PodTemplateSpec{
+				ObjectMeta: metav1.ObjectMeta{Labels: labels},
+				Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "echo", Image: "none"}}},
+			},
+		},
+	}, metav1.CreateOptions{})
+	w.must(err)
+	w.Cleanup(func() { _ = sets.Delete(context.WithoutCancel(w.Context()), "echo", metav1.DeleteOptions{}) })
+	return controlledBy("DaemonSet", "echo", set.UID)
+}
+
+func controlledBy(kind, name string, uid types.UID) metav1.OwnerReference {
+	controller := true
+	return metav1.OwnerReference{APIVersion: "apps/v1", Kind: kind, Name: name, UID: uid, Controller: &controller}
+}
+
+func ownedBy(owner metav1.OwnerReference) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.OwnerReferences = []metav1.OwnerReference{owner} }
 }
 
 // TestNamedPort: each pod has its own number for the name of a port, of a native sidecar too.
@@ -236,7 +313,7 @@ func TestForgotten(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := serving(t, settings)
 			w.agent.Kill()
-			pod := w.create("echo", ownedBy("DaemonSet", true)).add()
+			pod := w.create("echo", ownedBy(w.daemonSet())).add()
 			w.start()
 			w.goesTo("echo")
 			pod.forceDelete()

@@ -218,16 +218,19 @@ type Pod struct {
 	PodID
 	// StaticUID is the UID that CNI has of the static pod which this mirror pod stands for (kubernetes.io/config.hash); empty
 	// where the pod is no mirror pod (kubernetes.io/config.mirror).
-	StaticUID   string            `json:"staticUID,omitempty"`
-	Labels      map[string]string `json:"labels,omitempty"`
-	Owner       string            `json:"owner,omitempty"`  // the controller as Kind/name
-	IPs         []netip.Addr      `json:"podIPs,omitempty"` // status.podIPs
-	CreatedAt   time.Time         `json:"createdAt,omitzero"`
-	Running     bool              `json:"running,omitempty"`
-	Ready       bool              `json:"ready,omitempty"`       // the condition
-	Terminating bool              `json:"terminating,omitempty"` // it has a deletionTimestamp
-	Finished    bool              `json:"finished,omitempty"`    // Succeeded or Failed
-	Ports       []NamedPort       `json:"ports,omitempty"`       // of containers
+	StaticUID string            `json:"staticUID,omitempty"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	// Owners are those of the configuration that a live object is, which controls the pod; for a Deployment, by its ReplicaSet.
+	Owners         []string     `json:"owners,omitempty"`
+	ServiceAccount string       `json:"serviceAccount,omitempty"`
+	HostNetwork    bool         `json:"hostNetwork,omitempty"`
+	IPs            []netip.Addr `json:"podIPs,omitempty"` // status.podIPs
+	CreatedAt      time.Time    `json:"createdAt,omitzero"`
+	Running        bool         `json:"running,omitempty"`
+	Ready          bool         `json:"ready,omitempty"`       // the condition
+	Terminating    bool         `json:"terminating,omitempty"` // it has a deletionTimestamp
+	Finished       bool         `json:"finished,omitempty"`    // Succeeded or Failed
+	Ports          []NamedPort  `json:"ports,omitempty"`       // of containers
 }
 
 // NamedPort is a container port with a name. As in Services, name and protocol together find it.

@@ -268,7 +268,10 @@ func (o *oldAgent) memory() *Memory {
 	}
 	for uid, known := range o.Told {
 		p := pod(uid)
-		p.CreatedAt, p.Owner, p.Finished = known.CreatedAt, known.Owner, known.Finished
+		p.CreatedAt, p.Finished = known.CreatedAt, known.Finished
+		if known.Owner != "" {
+			p.Owners = []string{known.Owner}
+		}
 		for name, port := range known.Ports {
 			for _, protocol := range []Protocol{TCP, UDP, SCTP} { // which it is was not written
 				p.Ports = append(p.Ports, NamedPort{Name: name, Protocol: protocol, Port: port})

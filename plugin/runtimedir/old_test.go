@@ -104,7 +104,7 @@ func asWritten() knowledge {
 			Lost: []runtimedir.Attachment{record("0", "10.244.1.6", nil)},
 			Pods: []runtimedir.Pod{
 				{
-					PodID: runtimedir.PodID{Namespace: "default", Name: "echo-1", UID: "u1"}, Labels: labels["u1"], Owner: "DaemonSet/echo",
+					PodID: runtimedir.PodID{Namespace: "default", Name: "echo-1", UID: "u1"}, Labels: labels["u1"], Owners: []string{"DaemonSet/echo"},
 					IPs: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, CreatedAt: at, Running: true, Ready: true,
 					Ports: []runtimedir.NamedPort{{Name: "http", Protocol: "tcp", Port: 8080}, {Name: "http", Protocol: "udp", Port: 8080}, {Name: "http", Protocol: "sctp", Port: 8080}},
 				},

@@ -49,6 +49,9 @@
   {{- include "magic-ip-address.checkSelector" .selector -}}
   {{- include "magic-ip-address.checkHostInterface" .hostInterface -}}
   {{- include "magic-ip-address.checkHoldFor" .holdFor -}}
+  {{- if and .serviceAccount (not $.Values.api.enabled) -}}
+    {{- fail (printf "%s: serviceAccount needs the Kubernetes API, which api.enabled=false rules out" .ipAddress) -}}
+  {{- end -}}
   {{- if and .owner (not $.Values.api.enabled) -}}
     {{- fail (printf "%s: owner needs the Kubernetes API, which api.enabled=false rules out" .ipAddress) -}}
   {{- end -}}

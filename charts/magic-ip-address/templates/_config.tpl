@@ -13,7 +13,7 @@ What is empty is left out. Numbers and booleans may have come as strings (--set-
 {{- $magicIPs := list -}}
 {{- range $raw := $listed -}}
   {{- $magicIP := dict "namespace" (default $.Release.Namespace $raw.namespace) -}}
-  {{- range $key := list "ipAddress" "selector" "owner" "hostInterface" "readiness" "distribution" "noEndpoint" "holdFor" -}}
+  {{- range $key := list "ipAddress" "selector" "owner" "serviceAccount" "hostInterface" "readiness" "distribution" "noEndpoint" "holdFor" -}}
     {{- with get $raw $key -}}{{- $magicIP = set $magicIP $key (toString .) -}}{{- end -}}
   {{- end -}}
   {{- range $key := list "hostClients" "excludeTarget" "allowReserved" -}}
@@ -40,6 +40,40 @@ What is empty is left out. Numbers and booleans may have come as strings (--set-
 {{- $namespaces = append $namespaces .namespace -}}
 {{- end -}}
 {{- $namespaces | uniq | sortAlpha | toJson -}}
+{{- end -}}
+
+{{/*
+The rights to read owners: of the magic IPs that serve .namespace, or of all where it is "*". A Deployment owns pods by
+ReplicaSets, whose names are not known before.
+*/}}
+{{- define "magic-ip-address.ownerRules" -}}
+{{- $groups := dict "Job" "batch" "ReplicationController" "" -}}
+{{- $names := dict -}}
+{{- $replicaSets := false -}}
+{{- $namespace := .namespace -}}
+{{- range include "magic-ip-address.magicIPs" .root | fromJsonArray -}}
+  {{- if and .owner (or (eq $namespace "*") (eq $namespace .namespace)) -}}
+    {{- $parts := splitList "/" .owner -}}
+    {{- $kind := index $parts (sub (len $parts) 2) -}}
+    {{- $group := first $parts -}}
+    {{- if eq (len $parts) 2 -}}{{- $group = hasKey $groups $kind | ternary (get $groups $kind) "apps" -}}{{- end -}}
+    {{- $resource := regexReplaceAll "ys$" (regexReplaceAll "ss$" (printf "%ss" (lower $kind)) "ses") "ies" -}}
+    {{- $key := printf "%s/%s" $group $resource -}}
+    {{- $names = set $names $key (append (get $names $key | default list) (last $parts) | uniq) -}}
+    {{- if eq $key "apps/deployments" -}}{{- $replicaSets = true -}}{{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- range keys $names | sortAlpha }}
+- apiGroups: [{{ splitList "/" . | first | quote }}]
+  resources: [{{ splitList "/" . | last }}]
+  resourceNames: {{ get $names . | sortAlpha | toJson }}
+  verbs: [get]
+{{- end }}
+{{- if $replicaSets }}
+- apiGroups: ["apps"]
+  resources: [replicasets]
+  verbs: [get]
+{{- end }}
 {{- end -}}
 
 {{/* The agent's configuration file. */}}
