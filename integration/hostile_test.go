@@ -380,8 +380,8 @@ func TestHostileFilesOfAnInstaller(t *testing.T) {
 	}
 }
 
-// TestUnprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod
-// and no installer.
+// TestUnprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod, no installer
+// and no agent.
 func TestUnprivilegedLocks(t *testing.T) {
 	t.Parallel()
 	t.Run("pods", func(t *testing.T) {
@@ -409,6 +409,22 @@ func TestUnprivilegedLocks(t *testing.T) {
 				if took := lab.WorkingTime(began, time.Now()); took > fileLimit {
 					t.Errorf("%s took %s", command[0], took)
 				}
+			}
+		}
+	})
+	t.Run("agent", func(t *testing.T) {
+		t.Parallel()
+		w := newWorld(t, "nftables", "bridge")
+		kubelet(t, w.Node)
+		lockedByAll(t, w.Node, lab.RuntimeDir)
+		for range 3 {
+			began := time.Now()
+			w.start(config())
+			if took := lab.WorkingTime(began, time.Now()); took > fileLimit {
+				t.Errorf("the agent took %s to start", took)
+			}
+			if err := w.agent.Stop(patience(t)); err != nil {
+				t.Error(err)
 			}
 		}
 	})

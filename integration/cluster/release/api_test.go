@@ -18,7 +18,6 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -159,7 +158,7 @@ func installed(n *whole.Node, r release) error {
 	if !strings.Contains(string(data), `"`+r.agent()+`": [`) {
 		return fmt.Errorf("%w: no key of %s in the conflist", fs.ErrNotExist, r.agent())
 	}
-	if _, err := install.ReadRecord(n.Path(runtimeDir), r.agent()); err != nil {
+	if _, err := runtimedir.New(n.Path(runtimeDir)).Installer(r.agent()).ReadRecord(); err != nil {
 		return err
 	}
 	_, err = runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).ReadStatus()

@@ -13,7 +13,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
-	"github.com/magic-ip-address/magic-ip-address/plugin/install"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // TestConflistRewritten: the primary CNI writes its file anew, in one way after the other. The entry comes back each time, and
@@ -104,7 +104,7 @@ func TestQuarrel(t *testing.T) {
 	if used > lasted/10 {
 		t.Errorf("the installer used %v of CPU time in %v", used, lasted)
 	}
-	record, err := install.ReadRecord(n.Path(runtimeDir), agentName)
+	record, err := runtimedir.New(n.Path(runtimeDir)).Installer(agentName).ReadRecord()
 	w.must(err)
 	const said = "another program has removed the entry from "
 	if notes := strings.Join(record.Notes, "\n"); !strings.Contains(notes, said) {
