@@ -72,10 +72,10 @@ func (s *Selection) excludes(t *inventory.Target) string {
 	switch {
 	case !s.inNamespace(t):
 		return "is in another namespace than " + s.Namespace
-	case s.Owner != "" && t.Owner == "":
-		return "has no controller, and owner is " + s.Owner
-	case s.Owner != "" && s.Owner != t.Owner:
-		return fmt.Sprintf("belongs to %s, and owner is %s", t.Owner, s.Owner)
+	case s.Owner != "" && !slices.Contains(t.Owners, s.Owner):
+		return "is not controlled by " + s.Owner
+	case s.ServiceAccount != "" && s.ServiceAccount != t.ServiceAccount:
+		return fmt.Sprintf("has service account %q, and serviceAccount is %s", t.ServiceAccount, s.ServiceAccount)
 	case t.Finished:
 		return "has finished"
 	case s.Readiness == Require && !t.Ready && t.Terminating:
