@@ -281,6 +281,7 @@ func (a *agent) notes() []string {
 		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
 	}
+	notes = append(notes, a.sources.network.Notes...)
 	if unlabelled := a.pods.Unlabelled(); a.API == nil && unlabelled > 0 {
 		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
 			"CNI plugins (containerd does not), and without the Kubernetes API nothing else reports them", unlabelled))

@@ -58,3 +58,46 @@ func TestUnfilteredBridge(t *testing.T) {
 		ask(filteredAgain, "elsewhere", "answered by echo, seen as elsewhere")
 	})
 }
+
+// TestGatewayBesideTheBridge plugs the node into the bridge by a veth, as the bridge plugin does with its option vlan: the
+// address of the gateway is on the veth, and IP packets of the pods come in by it.
+func TestGatewayBesideTheBridge(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.addClient()
+		w.addPod("ptp", lab.Pod{Name: "elsewhere", Namespace: "elsewhere"})
+		w.start(config())
+		w.addTarget("echo")
+		w.echo("echo")
+		w.run(`
+			ip link add gateway type veth peer name plug
+			ip link set plug master cni1
+			ip link set plug up
+			ip link set gateway up
+			echo 1 >/proc/sys/net/ipv4/conf/cni1/arp_ignore # with its option vlan the bridge itself is not in the pods' VLAN
+			for family in -4 -6; do
+				address=$(ip $family -o address show dev cni1 scope global | awk '{ print $4 }')
+				ip $family address delete $address dev cni1
+				ip $family address add $address dev gateway $(test $family = -4 || echo nodad)
+			done
+			ip -n client neigh flush all
+			ip -n echo neigh flush all`)
+		ask := func(row, from, want string) {
+			t.Helper()
+			bothFamilies(func(six bool) { w.note(row, six, w.want(from, magic(six), want)) })
+		}
+		filter := func(value, note string) {
+			t.Helper()
+			if err := errors.Join(w.Sysctl(lab.Host, "bridge/bridge-nf-call-iptables", value), w.Sysctl(lab.Host, "bridge/bridge-nf-call-ip6tables", value)); err != nil {
+				t.Fatal(err)
+			}
+			w.await("to note "+note, func(a *runtimedir.Status) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) })
+		}
+		filter("1", "bridge cni1: its pods do not reach magic IPs")
+		filter("0", "bridge gateway: its frames do not pass netfilter")
+		ask(gatewayBeside, "client", "answered by echo, seen as node")
+		ask(gatewayBeside, "echo", "answered by echo, seen as node")
+		ask(gatewayBeside, "elsewhere", "answered by echo, seen as elsewhere")
+		ask(gatewayBeside, lab.Uplink, "silence")
+	})
+}

@@ -61,6 +61,7 @@ const (
 	otherNetworks = "link to another network, any default route: dropped"
 	sameBridge    = "bridge-nf-call 0, pod of that bridge: masqueraded"
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
+	gatewayBeside = "gateway by a veth that is plugged into the bridge: served"
 	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
 	beforeAgent   = "flow from before the agent: ended, then served"
 	spoofed       = "uplink, magic IP as source: dropped"
@@ -87,7 +88,7 @@ var rows = []row{
 	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
 	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
-	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge},
+	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
 	{beforeAgent, onBridge}, {spoofed, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},

@@ -26,7 +26,7 @@ const (
 type Link struct {
 	Index  int
 	Name   string // at that moment
-	Kind   string // as Link.Describe names it: the kernel's kind, "tap", or "device" for hardware
+	Kind   string // the kernel's (IFLA_INFO_KIND), or tap, or device for hardware
 	Role   Role
 	Reason string
 	// Port: the link is a port of a bridge, bond or Open vSwitch datapath: IP packets come in by that one.
@@ -50,7 +50,7 @@ type Attachment struct {
 
 // Classify decides which links are served. It is pure; the package comment has the rules.
 func Classify(s Snapshot, known Known) Network {
-	c := &classifier{byIndex: map[int]*link{}, known: known}
+	c := &classifier{byIndex: map[int]*link{}, uplinkTo: map[int]*link{}, known: known}
 	for _, state := range s.Links {
 		c.links = append(c.links, &link{LinkState: state})
 	}
@@ -94,7 +94,9 @@ type link struct {
 type classifier struct {
 	links   []*link // by ifindex, in order
 	byIndex map[int]*link
-	known   Known
+	// uplinkTo are uplinks by the network namespace that their other end is in.
+	uplinkTo map[int]*link
+	known    Known
 }
 
 func (c *classifier) addresses(addresses []Address) {
@@ -115,7 +117,7 @@ func (c *classifier) addresses(addresses []Address) {
 // routes notes which links default routes and routes to recorded addresses go by. The longest prefix of all tables
 // counts: which table a packet is looked up in depends on rules, and the route to a pod is a longer one than any other.
 func (c *classifier) routes(routes []Route) {
-	byPrefix := map[netip.Prefix][]*link{}
+	byPrefix := make(map[netip.Prefix][]*link, len(routes))
 	for _, r := range routes {
 		l := c.byIndex[r.Link]
 		switch {
@@ -195,6 +197,9 @@ func (c *classifier) uplink(l *link, keep bool, reason string) {
 		return
 	}
 	l.role, l.reason, l.keep = Uplink, reason, keep
+	if paired(l.Kind) && l.Elsewhere && l.NetNS >= 0 {
+		c.uplinkTo[l.NetNS] = l
+	}
 	if lower := c.byIndex[l.Lower]; lower != nil && !l.Elsewhere && !paired(l.Kind) {
 		c.uplink(lower, keep, "it carries the uplink "+l.Name)
 	}
@@ -248,7 +253,7 @@ func (c *classifier) strangerBeyond(bridge *link, seen []*link) string {
 		end := c.byIndex[port.Lower]
 		switch {
 		case paired(port.Kind) && port.Elsewhere:
-			if c.sharedWith(port) != nil {
+			if c.uplinkTo[port.NetNS] != nil { // both lead to the same, which is no pod
 				return port.Name
 			}
 		case paired(port.Kind) && end != nil && end.master == nil: // the node's own way into the bridge
@@ -263,16 +268,6 @@ func (c *classifier) strangerBeyond(bridge *link, seen []*link) string {
 		}
 	}
 	return ""
-}
-
-// sharedWith is an uplink whose other end is in the same network namespace as that of l: what both lead to is no pod.
-func (c *classifier) sharedWith(l *link) *link {
-	for _, up := range c.links {
-		if up != l && up.role == Uplink && paired(up.Kind) && up.Elsewhere && up.NetNS >= 0 && up.NetNS == l.NetNS {
-			return up
-		}
-	}
-	return nil
 }
 
 // names says whether a recorded attachment names the link.
@@ -324,7 +319,7 @@ func (c *classifier) pods(l *link) (pods bool, reason string) {
 	end := c.byIndex[l.Lower]
 	switch {
 	case paired(l.Kind) && l.Elsewhere:
-		switch up := c.sharedWith(l); {
+		switch up := c.uplinkTo[l.NetNS]; {
 		case up != nil:
 			return false, "its other end is in the network namespace that the uplink " + up.Name + " leads to"
 		case l.recorded.IsValid():
@@ -455,6 +450,10 @@ func (c *classifier) network(s Snapshot) Network {
 			n.UnservedPairs = append(n.UnservedPairs, l.Name)
 		}
 		if bridge := c.bridgeOf(l); bridge != nil {
+			if bridge != l && l.role == Served && !(bridge.Unfiltered4 && bridge.Unfiltered6) {
+				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: its pods do not reach magic IPs, because its frames pass netfilter, and once more by %s, the node's way into it. "+
+					"Set net.bridge.bridge-nf-call-iptables and net.bridge.bridge-nf-call-ip6tables to 0", bridge.Name, l.Name))
+			}
 			n.Bridges = append(n.Bridges, plan.Bridge{
 				Name: l.Name, Unfiltered4: bridge.Unfiltered4, Unfiltered6: bridge.Unfiltered6, Prefixes: onLink(s.Addresses, l.Index),
 			})

@@ -1,5 +1,36 @@
 // Package node knows the network of the node that the agent runs on: which links its pods are behind, which are its
 // uplinks, its own addresses, and what its bridges keep from netfilter.
+//
+// Kernel.Snapshot reads links, addresses and routes, Watch reports their changes, and Classify decides, by evidence, what
+// each link is. A link is identified by its ifindex; its name is what it is called at the moment.
+//
+// Uplinks, which are never served:
+//   - a link that a default route goes by, in whatever form and of any table, and that is of a kind that pods are never
+//     behind, as network interfaces, bonds, VLANs and tunnels are, or that is a bridge with such a port;
+//   - a link of another kind that a default route of the main table goes by and that carries an address of the node. That is
+//     the uplink of a node that is a container. Where the route to a recorded pod goes by it and the node has another uplink or
+//     network interface, the default route leads to a pod, and the link is none;
+//   - what was an uplink, until it is gone; the ports and the parent of an uplink.
+//
+// Served links:
+//   - a veth or netkit link whose other end is in another network namespace than the node's and those that uplinks lead to.
+//     One that carries an address with an on-link subnet connects the node with a network: it is served only where the route
+//     to a recorded address goes by it;
+//   - a veth or tap link that the route to a recorded address goes by;
+//   - a bridge all of whose ports are such veth or netkit links, tap links that records name, or lead to the node itself or
+//     to a bridge like it; and the links by which the node is in such a bridge: a VLAN of it, or a veth whose other end is a
+//     port (the bridge plugin's gateway, with its option vlan). A default route by such a bridge, of any table, leads to a pod
+//     where the route to a recorded address goes by the bridge; where none does, the bridge is not served.
+//
+// Every other link has the role other, and a reason.
+//
+// Limits. A network namespace is not a pod: containers of Docker or systemd are served like pods where their links look like
+// pods' (systemd's carry a subnet, and are not). Links that make no difference between the node's pods and other hosts are not
+// served although pods may be behind them: a bridge with a network interface (Azure CNI in bridge mode), macvlan, ipvlan,
+// and Open vSwitch, which forwards past netfilter. An uplink of a kind that pods are behind is not known as such while its default
+// route is away, until it has been seen with it once; a bridge whose only ports are veths is served until then. VRFs: a link
+// enslaved to one counts for itself. Pods of a bridge with a gateway beside it are served only where the bridge's frames do not
+// pass netfilter: else each packet passes it twice, and is not translated back; Network.Notes says so. Rules (ip-rule(8)) are not read: routes count in whatever table they are.
 package node
 
 import (
@@ -32,6 +63,8 @@ type Network struct {
 	IPv6 bool
 	// Bridges are the node's Linux bridges, and under their own names the links by which the node is in a bridge beside it.
 	Bridges []plan.Bridge
+	// Notes are the conditions that keep pods from being served, one sentence each.
+	Notes []string
 	// StrictTCP: conntrack picks up no TCP connection that it has not seen from its start.
 	StrictTCP bool
 	// Torn are the dumps that changes interrupted in every attempt: a link that is not listed may be there all the same.

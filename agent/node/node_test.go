@@ -66,6 +66,9 @@ tap0: other: the process behind a tap is not known, and no recorded pod is behin
 tun0: uplink: a default route goes by it`), shown(network)); diff != "" {
 		t.Errorf("links (-want +got):\n%s", diff)
 	}
+	if notes := strings.Join(network.Notes, "\n"); !strings.Contains(notes, "bridge cni0: its pods do not reach magic IPs") || !strings.Contains(notes, "by gw0") {
+		t.Errorf("notes: %q", notes)
+	}
 	for name, want := range map[string]bool{"mac9": true, "nothing": false, "lo": true} {
 		if _, found := network.IfIndex[name]; found != want {
 			t.Errorf("IfIndex has %s: %v, want %v", name, found, want)
@@ -83,6 +86,21 @@ tun0: uplink: a default route goes by it`), shown(network)); diff != "" {
 	nodetest.IP(t, `-6 addr add fd00:1::1/64 dev gw0 nodad`)
 	if !readWithRecord().IPv6 {
 		t.Error("no IPv6 although a prefix is routed")
+	}
+}
+
+// TestNames: names are bytes.
+func TestNames(t *testing.T) {
+	names := []string{`a"b`, "cali+", "\xff\x01x", "$(id)", "-n", "é"}
+	nodetest.Namespace(t, "")
+	for _, name := range names {
+		nodetest.Run(t, "ip", "link", "add", "name", name, "type", "ifb")
+	}
+	network := read(t)
+	for _, name := range names {
+		if !slices.ContainsFunc(network.Links, func(l node.Link) bool { return l.Name == name }) {
+			t.Errorf("no link %q among %+v", name, network.Links)
+		}
 	}
 }
 
