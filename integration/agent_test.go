@@ -23,8 +23,8 @@ func TestDrift(t *testing.T) {
 	damages := []struct{ name, command, wantLog string }{
 		{"table gone", "nft delete table ip magic-ip-" + agentName, "the whole table"},
 		{"map emptied", "nft flush map ip magic-ip-" + agentName + " endpoints", "missing from endpoints"},
-		{"chain flushed", "nft flush chain ip magic-ip-" + agentName + " translate", "missing rule in chain translate"},
-		{"rule added", "nft insert rule ip magic-ip-" + agentName + " from-network drop", "foreign or changed rule in chain from-network"},
+		{"chain flushed", "nft flush chain ip magic-ip-" + agentName + " translate", "missing rules translate"},
+		{"rule added", "nft insert rule ip magic-ip-" + agentName + " from-network drop", "changed rules from-network"},
 		{"element added", "nft add element ip magic-ip-" + agentName + " endpoints { 169.254.210.210 . tcp . 99 : 10.244.3.99 . 99 }", "foreign in endpoints"},
 		{"ruleset flushed", "nft flush ruleset", "the whole table"},
 	}
