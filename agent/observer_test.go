@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -164,4 +165,30 @@ func TestFilesThatHaveNotChanged(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// TestEqualStatus sees a change of any field of a magic IP.
+func TestEqualStatus(t *testing.T) {
+	t.Parallel()
+	fields := reflect.TypeFor[runtimedir.MagicIP]()
+	for i := range fields.NumField() {
+		a := runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{}}}
+		b := runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{}}}
+		switch field := reflect.ValueOf(&b.MagicIPs[0]).Elem().Field(i); field.Kind() {
+		case reflect.String:
+			field.SetString("x")
+		case reflect.Slice:
+			field.Set(reflect.MakeSlice(field.Type(), 1, 1))
+		case reflect.Struct: // Frontend
+			field.FieldByName("Port").SetUint(1)
+		default:
+			t.Fatalf("%s is a %s", fields.Field(i).Name, field.Kind())
+		}
+		if equalStatus(a, b) || !equalStatus(a, a) || !equalStatus(b, b) {
+			t.Errorf("a change of %s is not seen", fields.Field(i).Name)
+		}
+	}
+	if equalStatus(runtimedir.Status{}, runtimedir.Status{LastError: "x"}) || equalStatus(runtimedir.Status{}, runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{}}}) {
+		t.Error("a change of the rest is not seen")
+	}
 }
