@@ -174,11 +174,6 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 		if err := table.Flush(); err != nil {
 			return err
 		}
-		for _, m := range a.MagicIPs {
-			if len(m.Why) > 0 {
-				fmt.Fprintf(&out, "%s has no endpoint: %s\n", m.Frontend, quote.Terminal(strings.Join(m.Why, "; ")))
-			}
-		}
 	}
 	_, err := out.WriteTo(w)
 	return err
