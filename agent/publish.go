@@ -52,7 +52,7 @@ func deepEqual[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
 func equalStatus(a, b runtimedir.Status) bool {
 	equal := slices.EqualFunc(a.MagicIPs, b.MagicIPs, func(m, n runtimedir.MagicIP) bool {
 		return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.Namespace == n.Namespace && m.Selector == n.Selector &&
-			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why)
+			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface)
 	})
 	a.MagicIPs, b.MagicIPs = nil, nil
 	return equal && reflect.DeepEqual(a, b)
