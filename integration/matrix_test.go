@@ -59,6 +59,7 @@ const (
 	awayUplink    = "uplink without its default route: dropped"
 	strayDefault  = "pod's link with a default route: served"
 	otherNetworks = "link to another network, any default route: dropped"
+	linksOfOthers = "second network's bridge, VPN, record of the uplink: dropped"
 	sameBridge    = "bridge-nf-call 0, pod of that bridge: masqueraded"
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
 	gatewayBeside = "gateway by a veth that is plugged into the bridge: served"
@@ -88,7 +89,7 @@ var rows = []row{
 	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
 	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
-	{sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
+	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
 	{beforeAgent, onBridge}, {spoofed, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"unsafe"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
@@ -89,18 +88,14 @@ func lookUp(name string) (l link, exists bool) {
 		return link{}, true
 	}
 	defer func() { _ = unix.Close(fd) }()
-	request := struct {
-		name  [unix.IFNAMSIZ]byte
-		index int32
-		_     [20]byte // of struct ifreq
-	}{}
-	if copy(request.name[:unix.IFNAMSIZ-1], name) < len(name) {
+	request, err := unix.NewIfreq(name)
+	if err != nil {
 		return link{}, false // too long for a link's name
 	}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCGIFINDEX, uintptr(unsafe.Pointer(&request))); errno != 0 {
-		return link{}, errno != unix.ENODEV
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, request); err != nil {
+		return link{}, !errors.Is(err, unix.ENODEV)
 	}
-	l.index = int(request.index)
+	l.index = int(request.Uint32())
 	if info, err := unix.IoctlGetEthtoolDrvinfo(fd, name); err == nil {
 		l.driver = unix.ByteSliceToString(info.Driver[:])
 	}
