@@ -286,8 +286,35 @@ func (a *agent) notes() []string {
 		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
 			"CNI plugins (containerd does not), and without the Kubernetes API nothing else reports them", unlabelled))
 	}
+	notes = append(notes, a.unrecordedEndpoints()...)
 	for _, more := range a.Notes {
 		notes = append(notes, more()...)
 	}
 	return notes
+}
+
+// unrecordedEndpoints are notes about endpoints whose address is in no record although the plugin records pods.
+func (a *agent) unrecordedEndpoints() []string {
+	const most = 3
+	var pods []string
+	for _, s := range a.services.inOrder {
+		if s == nil {
+			continue
+		}
+		for _, chosen := range s.endpoints {
+			name := podName(chosen) + " (" + chosen.Address.Addr().String() + ")"
+			if chosen.Unrecorded && !slices.Contains(pods, name) {
+				pods = append(pods, name)
+			}
+		}
+	}
+	slices.Sort(pods)
+	if more := len(pods) - most; more > 0 {
+		pods = append(pods[:most], fmt.Sprintf("%d more", more))
+	}
+	if len(pods) == 0 {
+		return nil
+	}
+	return []string{"endpoints with an address that is in no record of the CNI plugin: " + strings.Join(pods, ", ") +
+		"; a pod was added before the plugin's entry in the conflist, or podIPs in its status are not true"}
 }

@@ -408,6 +408,14 @@ func (s *stage) expect(verb string, args []string) error {
 		if notes := strings.Join(status.Notes, "\n"); text == "none" && notes != "" || text != "none" && !strings.Contains(notes, text) {
 			return fmt.Errorf("the notes are %q", notes)
 		}
+	case "why":
+		status, err := s.dir.Agent("default.magic-ip").ReadStatus()
+		if err != nil {
+			return err
+		}
+		if why := strings.Join(status.MagicIPs[0].Why, "\n"); !strings.Contains(why, text) {
+			return fmt.Errorf("it says %q", why)
+		}
 	case "hairpin":
 		var got []string
 		for _, l := range s.network.Links {

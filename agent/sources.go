@@ -79,6 +79,9 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 		s.uplinks = s.network.Keep
 		a.logLinks(before)
 	}
+	if changed&(Network|Settings|Poll) != 0 && s.networkSynced {
+		a.pods.SetOwnAddresses(s.network.Addresses, a.config.Addresses())
+	}
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
 	}

@@ -59,6 +59,15 @@ func (c *Config) Namespaces() []string {
 	return namespaces
 }
 
+// Addresses are the magic IPs.
+func (c *Config) Addresses() []netip.Addr {
+	addresses := make([]netip.Addr, len(c.Ports))
+	for i, port := range c.Ports {
+		addresses[i] = port.Address
+	}
+	return addresses
+}
+
 // Query is what the agent needs of the Kubernetes API for this configuration.
 func (c *Config) Query() inventory.Query {
 	query := inventory.Query{Namespaces: c.Namespaces(), LabelKeys: c.LabelKeys(), PortNames: map[string]bool{}}

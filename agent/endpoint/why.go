@@ -88,6 +88,8 @@ func (s *Selection) excludes(t *inventory.Target) string {
 		return ""
 	case s.PortName != "" && !slices.ContainsFunc(t.Ports, s.named):
 		return s.withoutPort(t)
+	case len(t.IPs) == 0 && len(t.Unusable) > 0:
+		return fmt.Sprintf("has only an address that cannot be an endpoint: %s is %s", t.Unusable[0].IP, t.Unusable[0].Reason)
 	case len(t.IPs) == 0:
 		return "has no address"
 	}

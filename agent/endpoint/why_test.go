@@ -47,7 +47,7 @@ func TestWhy(t *testing.T) {
 		"a port of another kind":   {of("ready"), func(s *endpoint.Selection) { s.PortName, s.PortProtocol = "http", "udp" }, []string{"pod default/a has no container port named http for UDP, only for TCP"}},
 		"only the other family":    {of("ready"), func(s *endpoint.Selection) { s.IPv6 = true }, []string{"pod default/a has no IPv6 address, only 10.0.0.1"}},
 		"no address yet":           {of("ready", func(p *inventory.Pod) { p.IPs = nil }), nil, []string{"pod default/a has no address"}},
-		"an address of nobody":     {of("ready", func(p *inventory.Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("127.0.0.1")} }), nil, []string{"pod default/a has no address"}},
+		"a special address":        {of("ready", func(p *inventory.Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("127.0.0.1")} }), nil, []string{"pod default/a has only an address that cannot be an endpoint: 127.0.0.1 is loopback"}},
 		"a selector with no label": {of("finished"), func(s *endpoint.Selection) { s.Selector, _ = endpoint.ParseSelector("app") }, []string{"pod default/a has finished"}},
 		"many": {many, nil, []string{"pod default/a has finished", "pod default/b has finished", "pod default/c has finished", "pod default/d has finished", "pod default/e has finished",
 			"3 more pods match the selector and are excluded"}},

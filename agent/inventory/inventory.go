@@ -33,7 +33,8 @@ type Inventory struct {
 	since         time.Time
 	recordsSynced bool
 
-	links    map[string]int // by name, the index; nil before the first report
+	own      map[netip.Addr]string // addresses that no pod has, and what they are
+	links    map[string]int        // by name, the index; nil before the first report
 	linkName map[int]string
 
 	view View

@@ -1,7 +1,6 @@
 package inventory_test
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -235,28 +234,6 @@ func TestGrace(t *testing.T) {
 	r.HostInterface, r.AddedAt = "", now.Add(-time.Hour)
 	if got := synced([]runtimedir.Attachment{r}).Targets(now); len(got) > 0 {
 		t.Errorf("targets %+v", got)
-	}
-}
-
-func TestUsable(t *testing.T) {
-	for address, want := range map[string]bool{
-		"10.0.0.1": true, "203.0.113.9": true, "fd00::1": true, "2001:db8::1": true,
-		"0.0.0.0": false, "127.0.0.1": false, "127.9.9.9": false, "169.254.169.254": false, "169.254.1.1": false, "224.0.0.1": false, "239.1.1.1": false,
-		"255.255.255.255": false, "::": false, "::1": false, "fe80::1": false, "ff02::1": false, "ff0e::1": false,
-		"::ffff:127.0.0.1": false, "::ffff:169.254.169.254": false,
-	} {
-		if got := inventory.Usable(netip.MustParseAddr(address)); got != want {
-			t.Errorf("%s: %t, want %t", address, got, want)
-		}
-	}
-	i := synced([]runtimedir.Attachment{{ContainerID: "c", IfName: "eth0", Name: "r", UID: "r", AddedAt: now, IPs: []netip.Addr{netip.MustParseAddr("169.254.169.254")}}},
-		inventory.Pod{PodID: id("default", "a", "a"), IPs: []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")}, Ready: true})
-	var got []string
-	for _, target := range i.Targets(now) {
-		got = append(got, fmt.Sprint(target.Name, target.IPs))
-	}
-	if diff := cmp.Diff([]string{"r[]", "a[10.0.0.1]"}, got); diff != "" {
-		t.Errorf("targets (-want +got):\n%s", diff)
 	}
 }
 

@@ -23,6 +23,10 @@ type Target struct {
 	Running, Ready, Terminating, Finished bool
 	Ports                                 []runtimedir.NamedPort
 
+	// Unusable are addresses that cannot be an endpoint. Unrecorded: its addresses are in no record, although there are records.
+	Unusable   []Unusable
+	Unrecorded bool
+
 	// Recorded: the CNI plugin has recorded its sandbox, which stands. HostInterface is the link of that, where it is known.
 	Recorded      bool
 	HostInterface string
@@ -74,8 +78,8 @@ func (i *Inventory) Targets(now time.Time) []Target {
 			AddedAt: r.AddedAt, order: p.order, added: true,
 		}
 		for _, ip := range p.ips {
-			if holder[ip] == p.order && Usable(ip) {
-				target.IPs = append(target.IPs, ip)
+			if holder[ip] == p.order {
+				i.give(&target, ip, false)
 			}
 		}
 		n, here := i.byID[r.pod()]
@@ -104,13 +108,13 @@ func (i *Inventory) Targets(now time.Time) []Target {
 		if recorded[n] {
 			continue
 		}
-		target := Target{PodID: pod.PodID, order: -1}
+		target := Target{PodID: pod.PodID, order: -1, Unrecorded: len(i.records) > 0 && !pod.HostNetwork}
 		target.describe(pod)
 		target.observe(pod)
 		for _, ip := range pod.IPs {
 			_, taken := holder[ip]
-			if !taken && Usable(ip) && !withdrawn(pod, ip) && !target.has(ip.Is6()) {
-				target.IPs = append(target.IPs, ip)
+			if !taken && !withdrawn(pod, ip) && !target.has(ip.Is6()) {
+				i.give(&target, ip, pod.HostNetwork)
 			}
 		}
 		targets = append(targets, target)
@@ -195,11 +199,13 @@ func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) bool {
 	}
 }
 
-// Usable says whether an address can be an endpoint: as in Endpoints and EndpointSlices, those that lead to the node itself,
-// to a link or to many hosts cannot (ValidateNonSpecialIP of the API server). Whoever may write a pod's status writes podIPs.
-func Usable(ip netip.Addr) bool {
-	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() && !ip.IsMulticast() &&
-		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+// give adds an address to those of a target, or to those that cannot be an endpoint.
+func (i *Inventory) give(t *Target, ip netip.Addr, hostNetwork bool) {
+	if reason := i.unusable(ip, hostNetwork); reason != "" {
+		t.Unusable = append(t.Unusable, Unusable{ip, reason})
+		return
+	}
+	t.IPs = append(t.IPs, ip)
 }
 
 func (t *Target) has(ip6 bool) bool {

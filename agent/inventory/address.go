@@ -1,0 +1,59 @@
+package inventory
+
+import "net/netip"
+
+// SetOwnAddresses takes in the addresses of the node, and the magic IPs: a podIP that is one of them would lead to a service of the node,
+// or to itself.
+func (i *Inventory) SetOwnAddresses(node, magicIPs []netip.Addr) {
+	i.own = make(map[netip.Addr]string, len(node)+len(magicIPs))
+	for _, ip := range node {
+		i.own[ip] = ofNode
+	}
+	for _, ip := range magicIPs {
+		i.own[ip] = "a magic IP"
+	}
+}
+
+const ofNode = "an address of this node"
+
+// special says what an address is that no pod has; empty where a pod may have it. Those are the addresses that the API server does not
+// accept in Endpoints and EndpointSlices (ValidateEndpointIP and ValidateNonSpecialIP in pkg/apis/core/validation), and forms that
+// its parser does not accept. Everybody who may write pods/status can write any address into podIPs.
+func special(ip netip.Addr) string {
+	switch {
+	case !ip.IsValid():
+		return "no address"
+	case ip.Zone() != "":
+		return "an address of one link"
+	case ip.Is4In6():
+		return "an IPv4 address written as IPv6"
+	case ip.IsUnspecified(), ip.Is4() && ip.As4()[0] == 0:
+		return "unspecified"
+	case ip.IsLoopback():
+		return "loopback"
+	case ip.IsLinkLocalUnicast():
+		return "link-local"
+	case ip.IsMulticast():
+		return "multicast"
+	case ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "broadcast"
+	}
+	return ""
+}
+
+// unusable says why an address of a pod or record cannot be an endpoint; empty where it can. A hostNetwork pod has the node's.
+func (i *Inventory) unusable(ip netip.Addr, hostNetwork bool) string {
+	if reason := special(ip); reason != "" {
+		return reason
+	}
+	if reason := i.own[ip]; reason != ofNode || !hostNetwork {
+		return reason
+	}
+	return ""
+}
+
+// Unusable is an address of a target that cannot be an endpoint.
+type Unusable struct {
+	IP     netip.Addr
+	Reason string // as in "10.0.0.1 is loopback"
+}
