@@ -274,6 +274,52 @@ func TestReadOnlyDirectories(t *testing.T) {
 	}
 }
 
+// TestFileOfAnotherUser comes back with its owner, although the installer may not give files away.
+func TestFileOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const file = confDir + "/10-bridge.conflist"
+	stat := func() string {
+		t.Helper()
+		return s.run("stat -c '%n %u:%g %a %Y' " + confDir + "/*; ls -A " + confDir)
+	}
+	s.run("chown 1000:1001 " + file + "; chmod 664 " + file + "; touch -d '2 days ago' " + file)
+	before := stat()
+	installer := s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
+	s.awaitEntry(installer)
+	if got := s.run("stat -c %a " + file); got != "664\n" {
+		t.Errorf("mode %s", got)
+	}
+	uninstall := func() {
+		t.Helper()
+		process := s.confined("-all", "uninstall", "--force", "--config", "/run/agent.yaml", "--runtime-dir", lab.RuntimeDir, "--cni-conf-dir", confDir, "--cni-bin-dir", binDir)
+		select {
+		case <-process.Exited():
+		case <-patience(t).Done():
+			t.Fatal("it does not end")
+		}
+	}
+	if err := installer.Stop(patience(t)); err != nil {
+		t.Fatal(err)
+	}
+	uninstall() // its rules, which it may not touch, are not there
+	if diff := cmp.Diff(before, stat()); diff != "" {
+		t.Errorf("uninstalled (-before +after):\n%s", diff)
+	}
+	// Its owner writes it anew meanwhile: that is what is to come back.
+	installer = s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
+	s.awaitEntry(installer)
+	s.run("printf '%s' '" + strings.Replace(primary, "1.4e3", "1500", 1) + "' >/run/new; chown 1002:1003 /run/new; cp -p /run/new /run/new2; mv /run/new2 " + file)
+	s.awaitEntry(installer)
+	if err := installer.Stop(patience(t)); err != nil {
+		t.Fatal(err)
+	}
+	uninstall()
+	if got, want := s.run("stat -c '%u:%g' "+file+"; ls -A "+confDir+"; cmp "+file+" /run/new"), "1002:1003\n10-bridge.conflist\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // TestFilesThatCannotBeWritten are named once, with what is wrong and what to do, and are not tried again and again. An uninstallation that
 // cannot remove the entry fails and keeps the record.
 func TestFilesThatCannotBeWritten(t *testing.T) {

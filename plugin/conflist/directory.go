@@ -53,13 +53,14 @@ type Options struct {
 
 // Directory is a directory of network configurations, as it was read.
 type Directory struct {
-	path    string
-	options Options
-	files   []file            // those that a loader reads, in its order
-	folders map[string][]file // of CNI 1.1: the *.conf of each folder that a list is merged with, by its name
-	broken  map[string]error  // why a folder cannot be read
-	kept    []file            // single-plugin configurations that a version before this one renamed
-	aside   []file            // those with an entry that no loader reads: what a link led to, copies that others keep
+	path      string
+	options   Options
+	files     []file            // those that a loader reads, in its order
+	folders   map[string][]file // of CNI 1.1: the *.conf of each folder that a list is merged with, by its name
+	broken    map[string]error  // why a folder cannot be read
+	kept      []file            // single-plugin configurations that a version before this one renamed
+	originals []file            // of files that have our entry, where only these can have the owner that they had
+	aside     []file            // those with an entry that no loader reads: what a link led to, copies that others keep
 }
 
 // file is a file of the directory.
@@ -91,6 +92,11 @@ func Read(path string, options Options) (*Directory, error) {
 		if original, ok := strings.CutSuffix(e.Name(), keptExt); ok && isConfiguration(original) {
 			if f := d.read(e.Name()); f.foreign == nil && f.data != nil {
 				d.kept = append(d.kept, f)
+			}
+		}
+		if strings.HasSuffix(e.Name(), originalExt) {
+			if f := d.read(e.Name()); f.foreign == nil && f.data != nil {
+				d.originals = append(d.originals, f)
 			}
 		}
 		if !e.IsDir() && !isConfiguration(e.Name()) && !IsOurs(e.Name()) {
@@ -224,7 +230,7 @@ func (d *Directory) read(name string) (f file) {
 	}
 	f.target = target
 	if f.data, f.unread = d.content(&f); errors.Is(f.unread, fs.ErrPermission) {
-		f.foreign = fmt.Errorf("%w: what the runtime finds there cannot be told from here", f.unread)
+		f.foreign = fmt.Errorf("%w: what the runtime finds there cannot be told from here; let root read it (chmod), whom a container denies what others own", f.unread)
 	}
 	return f
 }

@@ -129,12 +129,28 @@ func (p *Plan) follow() error {
 		}
 		all = errors.Join(all, err)
 	}
+	for _, original := range p.d.originals { // whose file has no entry any more, because its owner has written it anew
+		if !slices.ContainsFunc(p.d.files, func(f file) bool { return f.target+originalExt == original.name && hasEntries(f.data) }) &&
+			!slices.ContainsFunc(p.changes, func(c change) bool { return c.from == original.name }) {
+			p.changes = append(p.changes, change{path: original.name, old: original.data})
+		}
+	}
 	for _, f := range p.d.files {
 		if isOwn(f) && !hasEntries(f.data) {
 			p.Notes = append(p.Notes, fmt.Sprintf("%s stays, without the entry, because another file refers to it", filepath.Join(p.d.path, f.name)))
 		}
 	}
 	return all
+}
+
+// originalOf is what was kept of a file when it got our entry, nil where that was not needed.
+func (d *Directory) originalOf(f file) *file {
+	for i := range d.originals {
+		if d.originals[i].name == f.target+originalExt {
+			return &d.originals[i]
+		}
+	}
+	return nil
 }
 
 // refersTo says whether another file names this one, as the thick Multus does (clusterNetwork). It may know the directory by

@@ -19,6 +19,8 @@ import (
 const (
 	// tempExt ends the names of files that are being written. No loader reads such a name.
 	tempExt = keptExt + ".tmp"
+	// originalExt is behind the name of a file of another user that has our entry now.
+	originalExt = keptExt + ".original"
 	// lockName is the file whose lock is held by those that change a directory, for as long as they change it.
 	lockName = "." + entry.Type + ".lock"
 	// lockTimeout is how long to wait for another installer that changes the same directory.
@@ -120,6 +122,8 @@ func (d *Directory) apply(c change) error {
 	path := filepath.Join(d.path, c.path)
 	var err error
 	switch {
+	case c.from != "" && c.old != nil:
+		err = swap(filepath.Join(d.path, c.from), path, c.old)
 	case c.from != "":
 		err = rename(filepath.Join(d.path, c.from), path, unix.RENAME_NOREPLACE)
 	case c.data == nil:
@@ -149,7 +153,7 @@ func rename(from, to string, flags uint) error {
 
 // create makes a file of this content, in one step. A new file also gets the security label that the directory gives.
 func create(path string, data []byte, like file) error {
-	temp, err := temporary(path, data, like)
+	temp, _, err := temporary(path, data, like)
 	if err != nil {
 		return err
 	}
@@ -163,31 +167,52 @@ func create(path string, data []byte, like file) error {
 	return nil
 }
 
-// replace makes the content of a file new, in one step, unless it is no longer what it was when it was read. Other
-// writers hold no lock of ours, so the two files change places, and what was there is looked at before it goes.
+// replace makes the content of a file new, in one step, unless it is no longer what it was when it was read. A file of
+// another user, which only CAP_CHOWN could make again, is kept aside, to come back when the entry goes.
 func replace(path string, old, data []byte, like file) error {
-	temp, err := temporary(path, data, like)
+	temp, owned, err := temporary(path, data, like)
 	if err != nil {
 		return err
 	}
-	err = rename(temp, path, unix.RENAME_EXCHANGE)
-	if err != nil {
+	if owned {
+		return swap(temp, path, old)
+	}
+	if err := exchange(temp, path, old); err != nil {
 		return errors.Join(err, os.Remove(temp))
 	}
-	there, err := os.ReadFile(temp)
-	if errors.Is(err, fs.ErrNotExist) { // the file system cannot exchange
+	return rename(temp, path+originalExt, 0)
+}
+
+// swap puts a file in the place of another, which is removed.
+func swap(from, path string, old []byte) error {
+	if err := exchange(from, path, old); err != nil {
+		if strings.HasSuffix(from, tempExt) {
+			err = errors.Join(err, os.Remove(from))
+		}
+		return err
+	}
+	if err := os.Remove(from); !errors.Is(err, fs.ErrNotExist) { // the file system cannot exchange
+		return err
+	}
+	return nil
+}
+
+// exchange has two files change places, unless the one at path is no longer what it was when it was read. Other writers hold
+// no lock of ours, so what was there is looked at before it goes.
+func exchange(from, path string, old []byte) error {
+	if err := rename(from, path, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	there, err := os.ReadFile(from)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && bytes.Equal(there, old) {
 		return nil
 	}
-	if err != nil || !bytes.Equal(there, old) {
-		back := rename(temp, path, unix.RENAME_EXCHANGE)
-		return errors.Join(err, back, os.Remove(temp), fmt.Errorf("%s: %w", path, ErrChanged))
-	}
-	return os.Remove(temp)
+	return errors.Join(err, rename(from, path, unix.RENAME_EXCHANGE), fmt.Errorf("%s: %w", path, ErrChanged))
 }
 
 // removeOnly removes a file unless it is no longer what it was when it was read.
 func removeOnly(path string, old []byte) error {
-	temp, err := temporary(path, nil, file{mode: 0o600, uid: os.Geteuid(), gid: os.Getegid()}) // a free name
+	temp, _, err := temporary(path, nil, file{mode: 0o600, uid: os.Geteuid(), gid: os.Getegid()}) // a free name
 	if err != nil {
 		return err
 	}
@@ -200,22 +225,27 @@ func removeOnly(path string, old []byte) error {
 	return os.Remove(temp)
 }
 
-// temporary writes a temporary file beside path that a power loss leaves whole once it has been renamed.
-func temporary(path string, data []byte, like file) (temp string, err error) {
+// temporary writes a temporary file beside path that a power loss leaves whole once it has been renamed. owned: it belongs to
+// the user that it should.
+func temporary(path string, data []byte, like file) (temp string, owned bool, err error) {
 	opened, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*"+tempExt)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	_, err = opened.Write(data)
 	err = errors.Join(err, opened.Chmod(like.mode)) // before the owner changes
-	if like.uid != os.Geteuid() || like.gid != os.Getegid() {
-		err = errors.Join(err, opened.Chown(like.uid, like.gid))
+	owned = like.uid == os.Geteuid() && like.gid == os.Getegid()
+	if !owned {
+		errOwner := opened.Chown(like.uid, like.gid)
+		if owned = errOwner == nil; !errors.Is(errOwner, unix.EPERM) {
+			err = errors.Join(err, errOwner)
+		}
 	}
 	err = errors.Join(err, opened.Sync(), opened.Close())
 	if err != nil {
 		_ = os.Remove(opened.Name()) // what is left of it would keep a full file system full
 	}
-	return opened.Name(), err
+	return opened.Name(), owned, err
 }
 
 // removeTemps removes what installers that were killed have left behind.
@@ -272,7 +302,7 @@ func WriteProgram(path string, data []byte, check func(path string) error) error
 	if err := removeTemps(filepath.Dir(path)); err != nil {
 		return err
 	}
-	temp, err := temporary(path, data, file{mode: 0o755, uid: os.Geteuid(), gid: os.Getegid()})
+	temp, _, err := temporary(path, data, file{mode: 0o755, uid: os.Geteuid(), gid: os.Getegid()})
 	if err != nil {
 		return err
 	}

@@ -40,7 +40,7 @@ type Plan struct {
 // change is a change of one file. Before and after it a loader finds the one or the other.
 type change struct {
 	path string // from the directory
-	from string // the file that is renamed to path
+	from string // the file that is put in its place
 	old  []byte // nil: it is not there yet
 	data []byte // nil: it goes
 	like file   // whose mode and owner it has
@@ -338,7 +338,11 @@ func (p *Plan) write(f file, data []byte) {
 		return
 	}
 	i := slices.IndexFunc(p.changes, func(c change) bool { return c.path == f.target && c.from == "" })
+	original := p.d.originalOf(f)
 	switch {
+	case i < 0 && original != nil && bytes.Equal(original.data, data):
+		p.changes = append(p.changes, change{path: f.target, from: original.name, old: was.data})
+		f.mode, f.uid, f.gid = original.mode, original.uid, original.gid
 	case i >= 0 && p.changes[i].old == nil && data == nil: // not even made
 		p.changes = slices.Delete(p.changes, i, i+1)
 	case i >= 0:
