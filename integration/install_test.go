@@ -320,6 +320,23 @@ func TestFileOfAnotherUser(t *testing.T) {
 	}
 }
 
+// TestSingleConfigurationOfAnotherUser: the list of it is root's, and is written once.
+func TestSingleConfigurationOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const list = confDir + "/05-a-conf.magic-ip-address.conflist"
+	s.run(`echo '{"cniVersion":"1.0.0","name":"a","type":"bridge"}' >` + confDir + "/05-a.conf; chown 1000:1001 " + confDir + "/05-a.conf")
+	installer := s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
+	if err := lab.Eventually(patience(t), func() error { _, err := os.Stat(s.Path(list)); return err }); err != nil {
+		t.Fatalf("%v; log:\n%s", err, installer.Log())
+	}
+	before := s.run("stat -c %i " + list)
+	s.run("touch " + confDir + "/05-a.conf; sleep 1") // many looks, if each brought the next
+	if after := s.run("stat -c %i " + list); after != before || strings.Count(installer.Log(), "entry put in place") != 1 {
+		t.Errorf("the list was written again; log:\n%s", installer.Log())
+	}
+}
+
 // TestFilesThatCannotBeWritten are named once, with what is wrong and what to do, and are not tried again and again. An uninstallation that
 // cannot remove the entry fails and keeps the record.
 func TestFilesThatCannotBeWritten(t *testing.T) {

@@ -71,7 +71,7 @@ func (p *Plan) replaceOwn(original file, data []byte) {
 		return
 	}
 	f := *there
-	f.mode, f.uid, f.gid = original.mode, original.uid, original.gid
+	f.mode = original.mode // its owner may be one whom we cannot give files to
 	p.write(f, data)
 }
 

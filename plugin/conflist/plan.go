@@ -328,13 +328,13 @@ func (d *Directory) insert(f file) {
 	d.judge()
 }
 
-// write notes the change of a file that is there, to this content and to the mode and owner of f; nil removes it.
+// write notes the change of a file that is there, to this content and to the mode of f; nil removes it.
 func (p *Plan) write(f file, data []byte) {
 	was := f
 	if there := p.d.find(f.name); there != nil {
 		was = *there
 	}
-	if data != nil && bytes.Equal(was.data, data) && f.mode == was.mode && f.uid == was.uid && f.gid == was.gid {
+	if data != nil && bytes.Equal(was.data, data) && f.mode == was.mode {
 		return
 	}
 	i := slices.IndexFunc(p.changes, func(c change) bool { return c.path == f.target && c.from == "" })
