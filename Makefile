@@ -76,6 +76,7 @@ e2e-image: ## the same image without a registry, into bin/image.tar (needs root)
 chart: build chart-tools ## the chart: lint, schema, unit tests, its README, and whether the agent takes what it renders
 	bin/chart/helm-unittest --strict charts/magic-ip-address
 	go test -C integration/chart -count=1 ./...
+	go test -C integration/monitoring -count=1 ./...
 
 .PHONY: chart-tools
 chart-tools: ## helm-unittest and helm-docs, into bin/chart/
@@ -91,6 +92,7 @@ lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/golangci-lint run --build-tags e2e ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	go test -count=1 -v -run '^TestHouse$$' ./integration
 	cd integration/conflist && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 
@@ -107,6 +109,6 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy && go -C integration/conflist mod tidy
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning

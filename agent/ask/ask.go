@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -42,7 +43,7 @@ func (o Outcome) String() string {
 	if o.Wrong {
 		verdict = "FAIL"
 	}
-	return fmt.Sprintf("%s  %s  %s", verdict, o.Frontend, o.Text)
+	return fmt.Sprintf("%s  %s  %s", verdict, o.Frontend, quote.Terminal(o.Text))
 }
 
 // All asks every frontend of an agent.

@@ -82,6 +82,14 @@ func TestAll(t *testing.T) {
 	}
 }
 
+// The status is another process' text.
+func TestOutcomeIsQuoted(t *testing.T) {
+	got := All(context.Background(), []runtimedir.MagicIP{{Frontend: runtimedir.Frontend{Address: netip.MustParseAddr("127.0.0.1"), Protocol: "tcp", Port: 1}, Reason: "\x1b[2J\n"}})
+	if text := got[0].String(); strings.ContainsAny(text, "\x1b\n") {
+		t.Errorf("printed as %q", text)
+	}
+}
+
 // Many frontends are asked at the same time, and the outcomes stand in their order.
 func TestAllInOrder(t *testing.T) {
 	var magicIPs []runtimedir.MagicIP

@@ -12,6 +12,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/ask"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -101,7 +102,7 @@ func askNodes(ctx context.Context, out io.Writer, kubeconfig, daemonSet string) 
 			continue
 		}
 		failed++
-		fmt.Fprintf(out, "FAIL  %s\n      %s\n", r.Node, strings.ReplaceAll(r.Message, "\n", "\n      "))
+		fmt.Fprintf(out, "FAIL  %s\n      %s\n", r.Node, strings.ReplaceAll(quote.Lines(r.Message), "\n", "\n      "))
 	}
 	if err == nil && failed > 0 {
 		err = fmt.Errorf("%d of %d nodes failed", failed, len(results))

@@ -7,7 +7,7 @@
 {{- end -}}
 
 {{- define "magic-ip-address.checkAll" -}}
-{{- if not (and .Values.cni .Values.api .Values.metrics .Values.installer) -}}
+{{- if not (and .Values.cni .Values.api .Values.metrics .Values.installer .Values.metrics.podMonitor .Values.metrics.rules .Values.metrics.dashboard) -}}
   {{- fail "these are the values of another version of this chart; say --reset-then-reuse-values instead of --reuse-values" -}}
 {{- end -}}
 {{- if and (hasSuffix "kube-magic-ip-assigner" .Values.image.repository) (not (include "magic-ip-address.isOldImage" .)) -}}
@@ -15,6 +15,9 @@
 {{- end -}}
 {{- if not (or .Values.api.enabled (include "magic-ip-address.installs" .)) -}}
   {{- fail "with api.enabled=false and cni.enabled=false (which cni.preset=openshift means) the agent has no source of pods; one of the two must be true" -}}
+{{- end -}}
+{{- if and .Values.metrics.podMonitor.enabled (not .Values.metrics.enabled) -}}
+  {{- fail "metrics.podMonitor.enabled needs metrics.enabled: without it the agents serve no metrics" -}}
 {{- end -}}
 {{- if and .Values.appArmorProfile (semverCompare "<1.30-0" .Capabilities.KubeVersion.Version) -}}
   {{- fail (printf "appArmorProfile needs Kubernetes 1.30, this is %s; leave it out: the container runtime applies its default profile" .Capabilities.KubeVersion.Version) -}}
