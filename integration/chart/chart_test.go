@@ -43,6 +43,7 @@ config:
       namespace: "*"
       selector: app in (a, b),!c
       owner: StatefulSet/db
+      serviceAccount: db
       hostInterface: cni0,cali+
       readiness: require
       distribution: random
