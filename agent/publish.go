@@ -270,6 +270,9 @@ func (a *agent) notes() []string {
 		notes = append(notes, record.Namespace+"/"+record.Name+": its record was lost with the state file; it counts for as long as "+
 			record.HostInterface+" is there")
 	}
+	if unnamed := a.kernel.applied.Unnamed; len(unnamed) > 0 {
+		notes = append(notes, fmt.Sprintf("rules do not name the links %q, because their names could mean something else there: with iptables their pods are not served; rename them", unnamed))
+	}
 	for _, bridge := range a.kernel.applied.Bridges {
 		var sysctls []string
 		if bridge.Unfiltered4 {

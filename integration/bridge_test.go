@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -26,21 +28,61 @@ func TestUnfilteredBridge(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		w.start(config())
+		const streams = 9000
+		w.start(configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d}, {port: %[1]d, protocol: udp}, {port: %d}]", port, streams))))
 		w.addTarget("echo")
 		w.echo("echo")
+		w.serveStreams("echo", streams)
 		ask := func(row, from, want string) {
 			t.Helper()
 			bothFamilies(func(six bool) { w.note(row, six, w.want(from, magic(six), want)) })
 		}
 		ask(filteredAgain, "client", "answered by echo, seen as client")
 
+		// Flows of clients on the bridge and elsewhere, which are there when it is switched off.
+		type standing struct {
+			stream *stream
+			probe  *lab.Probe
+		}
+		flows := map[string]map[bool]standing{}
+		for _, from := range []string{"client", "elsewhere", lab.Host} {
+			flows[from] = map[bool]standing{}
+			for _, six := range []bool{false, true} {
+				f := standing{
+					stream: w.startStream(from, netip.AddrPortFrom(magic(six).Addr(), streams)),
+					probe:  w.StartProbe(lab.Client{Kind: lab.UDP, From: from, To: magic(six), Timeout: 200 * time.Millisecond}, 5*time.Millisecond),
+				}
+				defer f.probe.Stop()
+				if _, err := f.probe.Await(patience(t), lab.AnsweredBy("echo")); err != nil {
+					t.Fatal(err)
+				}
+				if err := f.stream.flows(t); err != nil {
+					t.Fatal(err)
+				}
+				flows[from][six] = f
+			}
+		}
 		if err := filter("0"); err != nil {
 			t.Fatal(err)
 		}
+		since := time.Now()
 		const note = "bridge cni1: its frames do not pass netfilter (net.bridge.bridge-nf-call-iptables, net.bridge.bridge-nf-call-ip6tables is 0"
 		noted := func(a *runtimedir.Status) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) }
 		w.await("to notice", noted)
+		for from, byFamily := range flows {
+			for six, f := range byFamily {
+				_, err := f.probe.Await(patience(t), func(o lab.Outcome) bool { return o.Err == nil && o.Sent.After(since.Add(time.Second)) })
+				if from == "client" {
+					err = errors.Join(err, f.stream.isReset(t))
+				} else {
+					err = errors.Join(err, f.stream.flows(t))
+				}
+				if err != nil {
+					err = fmt.Errorf("%q: %w", from, err)
+				}
+				w.note(switchedOff, six, err)
+			}
+		}
 		ask(sameBridge, "client", "answered by echo, seen as node")
 		ask(sameBridge, "echo", "answered by echo, seen as node")
 		ask(otherNetwork, "elsewhere", "answered by echo, seen as elsewhere")

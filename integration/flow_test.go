@@ -99,6 +99,21 @@ func (s *stream) resetWithin(t *testing.T, since time.Time, limit time.Duration)
 	})
 }
 
+// isReset waits for the stream to be reset.
+func (s *stream) isReset(t *testing.T) error {
+	return lab.Eventually(patience(t), func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		switch {
+		case s.err == nil:
+			return errors.New("the stream goes on")
+		case !errors.Is(s.err, syscall.ECONNRESET) && !errors.Is(s.err, syscall.EPIPE):
+			return fmt.Errorf("ended with %w", s.err)
+		}
+		return nil
+	})
+}
+
 // serveStreams sends back whatever comes.
 func (w *world) serveStreams(namespace string, port int) {
 	w.t.Helper()

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -125,6 +126,30 @@ func TestSCTP(t *testing.T) {
 			w.note(sctpInit, six, err)
 			w.note(sctpInit, six, w.initiate("client", "echo", netip.AddrPortFrom(magic(six).Addr(), port+1), false))
 		}
+	})
+}
+
+// TestHoldAlone: the agent dies while clients wait. nftables ends the hold, by the timeout of an element; iptables has none.
+func TestHoldAlone(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.addClient()
+		w.start(configOf(agentName, entry(holding, "noEndpoint: hold, holdFor: 20s")))
+		w.addTarget("old")
+		w.delTarget("old")
+		w.awaitEndpoint("")
+		w.agent.Kill()
+		bothFamilies(func(six bool) {
+			err := w.want("client", magicAt(holding, six), "silence")
+			if err == nil && backend == "nftables" {
+				limit, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				err = lab.Eventually(limit, func() error {
+					return errors.Join(w.want("client", magicAt(holding, six), "refused"), w.want(lab.Host, magicAt(holding, six), "refused"))
+				})
+			}
+			w.note(holdAlone, six, err)
+		})
 	})
 }
 

@@ -75,6 +75,19 @@ const (
 	othersFlows   = "flows of another service to the pod: untouched"
 	restarts      = "agent stopped, killed, started: nothing is lost"
 	whileAway     = "changes while the agent was away: caught up with"
+	goneRoute     = "agent dead, endpoint's route gone: refused, stays in"
+	boundHost     = "host process bound to the uplink: stays in"
+	lateReply     = "reply to a client that is gone: stays in"
+	spoofInvalid  = "uplink, magic IP as source, invalid: dropped"
+	spoofBoth     = "magic IP as source and destination: dropped"
+	spoofFlow     = "uplink, datagram of a pod's live flow: dropped"
+	spoofTarget   = "excludeTarget, pod with the target's address: stays in"
+	outOfWindow   = "server's segment out of the window: connection lives"
+	strictTCP     = "nf_conntrack_tcp_loose 0: reset at its sandbox's end"
+	switchedOff   = "bridge-nf-call becomes 0: standing flows end"
+	newVeth       = "agent dead, new pod: served (iptables: dropped)"
+	oddNames      = "links whose names mean something in rules: no harm"
+	holdAlone     = "agent dead, hold: refused after holdFor (iptables: not)"
 	twoAgents     = "second agent comes, goes, restarts: nothing is lost"
 )
 
@@ -92,6 +105,9 @@ var rows = []row{
 	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
 	{beforeAgent, onBridge}, {spoofed, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
+	{goneRoute, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge}, {spoofInvalid, onBridge}, {spoofBoth, onBridge},
+	{spoofFlow, onBridge}, {spoofTarget, onBridge}, {outOfWindow, onEveryKind}, {strictTCP, onBridge}, {switchedOff, onBridge},
+	{newVeth, []string{"ptp", "cali"}}, {oddNames, []string{"ptp"}}, {holdAlone, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},
 }
 

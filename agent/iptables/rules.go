@@ -40,6 +40,7 @@ const (
 	toNetwork     = "post"   // mangle POSTROUTING
 	sent          = "sent"   // mangle: a translated packet does not leave by an uplink
 	leaving       = "leave"  // filter: the same for a forwarded one
+	noRoute       = "gone"   // filter: how it is rejected
 	forwarded     = "fwd"    // filter FORWARD: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
 	rejected      = "reject" // filter
@@ -183,10 +184,11 @@ func (b *builder) mangle() table {
 		b.add(clients[i], "-g", pods)
 	}
 	// Otherwise a host on the network could have conntrack take a client's packets for replies, which are not translated. An
-	// invalid packet would reach a client as if the service had sent it.
+	// invalid packet would reach a client as if the service had sent it; those of the loopback are resets of our own for processes
+	// of this node.
 	senders := b.chain(fromMagic)
 	b.add(entry, "-m conntrack --ctstate NEW,RELATED --ctdir ORIGINAL -j", senders)
-	b.add(entry, "-m conntrack --ctstate INVALID,UNTRACKED -j", senders)
+	b.add(entry, "! -i lo -m conntrack --ctstate INVALID,UNTRACKED -j", senders)
 	dispatch(b, senders, "-s %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		b.add(chain, "-s", one(a.address), b.note("no flow begins at "+a.address.String()), "-j DROP")
 	})
@@ -275,8 +277,15 @@ func (b *builder) filter() table {
 		})
 	}
 	if len(b.plan.Uplinks) > 0 {
+		// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset): its sender would see
+		// the endpoint's address and ignore it. A connect ends by the ICMP error too.
+		gone := b.chain(noRoute)
+		for _, name := range b.plan.AllBridges {
+			b.add(gone, "-i", name, "-j REJECT --reject-with", unreachable)
+		}
+		b.add(gone, "-g", reject)
 		b.guard(entry, leaving, b.addresses, func(chain, origin string) {
-			b.add(chain, origin, "--ctdir ORIGINAL -g", reject)
+			b.add(chain, origin, "--ctdir ORIGINAL -g", gone)
 			b.add(chain, origin, "-j DROP")
 		})
 	}

@@ -66,9 +66,10 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
 			rules: []string{
 				// No flow begins at a magic IP: otherwise a host on the network could have conntrack take a client's packets for
-				// replies, which are not translated. An invalid packet would reach a client as if the service had sent it.
+				// replies, which are not translated. An invalid packet would reach a client as if the service had sent it; those
+				// of the loopback are resets of our own for processes of this node.
 				"ct state new,related ct direction original " + ip + " saddr @addresses drop",
-				"ct state invalid,untracked " + ip + " saddr @addresses drop",
+				`ct state invalid,untracked iifname != "lo" ` + ip + " saddr @addresses drop",
 				// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
 				outOfWindow + " " + ip + " saddr @servers drop",
 				ip + " daddr @addresses goto from-network",
@@ -160,6 +161,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
 			"ct original " + ip + " daddr @passing accept", // another tool may translate it
 			"ct direction reply drop",
+			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset): its sender would see
+			// the endpoint's address and ignore it. A connect ends by the ICMP error too.
+			`meta iifkind "bridge" reject`,
 			"goto " + rejectChain,
 		}},
 		{name: "untranslated", rules: []string{

@@ -40,7 +40,8 @@ func TestLinks(t *testing.T) {
 				Bridges: []plan.Bridge{{Name: `br"0`, Unfiltered4: true}, {Name: "cni0", Unfiltered4: true}},
 			},
 			want: plan.Plan{
-				PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}, UnservedPairs: []string{"eth0"}, Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true}},
+				PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}, UnservedPairs: []string{"eth0"},
+				Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true}}, AllBridges: []string{"cni0"},
 				Unnamed: []string{"-i", "a\"b", "a$b", "a'b", "a*", "a;b", "a\\b", "br\"0", "eth+", "réseau"},
 			},
 		},

@@ -169,7 +169,9 @@ type Plan struct {
 	Unnamed []string
 	// NamedOnly: a veth or netkit link that must not be served is among Unnamed, so that no link is served by its kind.
 	NamedOnly bool
-	Bridges   []Bridge // those with unfiltered frames, in order
+	// Bridges are those with unfiltered frames, AllBridges the names of all. In order.
+	Bridges    []Bridge
+	AllBridges []string
 	// Exempts: some service exempts its targets.
 	Exempts   bool
 	StrictTCP bool
@@ -191,12 +193,16 @@ func Build(in Input) Plan {
 	for _, bridge := range in.Bridges {
 		if !Nameable(bridge.Name) {
 			p.Unnamed = append(p.Unnamed, bridge.Name)
-		} else if bridge.Unfiltered4 || bridge.Unfiltered6 {
+			continue
+		}
+		p.AllBridges = append(p.AllBridges, bridge.Name)
+		if bridge.Unfiltered4 || bridge.Unfiltered6 {
 			bridge.Prefixes = sortedSet(bridge.Prefixes, netip.Prefix.Compare)
 			p.Bridges = append(p.Bridges, bridge)
 		}
 	}
 	slices.SortFunc(p.Bridges, func(a, b Bridge) int { return strings.Compare(a.Name, b.Name) })
+	p.AllBridges = sortedSet(p.AllBridges, strings.Compare)
 	for _, service := range in.Services {
 		c := Clients{Interfaces: sortedSet(service.HostInterface, strings.Compare)}
 		if !slices.ContainsFunc(p.Clients, func(d Clients) bool { return slices.Equal(c.Interfaces, d.Interfaces) }) {
@@ -270,7 +276,7 @@ func (p *Plan) Equal(q *Plan) bool {
 	return p.Settled == q.Settled && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
-		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) &&
+		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) && slices.Equal(p.AllBridges, q.AllBridges) &&
 		p.NamedOnly == q.NamedOnly && p.Exempts == q.Exempts && p.StrictTCP == q.StrictTCP &&
 		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Servers, q.Servers) && slices.Equal(p.Sandboxes, q.Sandboxes)
 }

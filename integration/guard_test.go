@@ -1,0 +1,280 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// standIn gives the host beyond the network a pod's addresses as well, and an impostor there: what a packet to the pod reaches
+// that leaves the node.
+func (w *world) standIn(addresses []netip.Addr) {
+	w.t.Helper()
+	for _, address := range addresses {
+		family, far := "-4", "198.51.100.2"
+		if address.Is6() {
+			family, far = "-6", "2001:db8:2::2"
+		}
+		w.run(fmt.Sprintf("ip -n beyond address add %[2]s dev lo nodad; ip %[1]s -n uplink route add %[2]s via %[3]s table 100", family, address, far))
+		w.echoAt("beyond", "impostor", netip.AddrPortFrom(address, port).String())
+	}
+}
+
+// TestGuard takes away an endpoint's route while the agent is dead, and has a process of the node send by the uplink whatever
+// the route says: no packet to a magic IP leaves the node, although the address of the endpoint is answered outside.
+func TestGuard(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range onEveryKind {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				testGuard(t, newWorld(t, backend, kind))
+			})
+		}
+	})
+}
+
+func testGuard(t *testing.T, w *world) {
+	elsewhere := map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind]
+	w.addPod(elsewhere, lab.Pod{Name: "client", Namespace: "elsewhere"})
+	w.beyond(plain)
+	w.start(config())
+	target := w.addTarget("echo")
+	w.echo("echo")
+	ask := func(row, from, tcp, udp string) {
+		t.Helper()
+		bothFamilies(func(six bool) {
+			err := errors.Join(want(w.fate(from, lab.NewConnection, magic(six)), tcp), want(w.fate(from, lab.UDP, magic(six)), udp))
+			if err != nil {
+				err = fmt.Errorf("%q: %w", from, err)
+			}
+			w.note(row, six, err)
+		})
+	}
+	ask(goneRoute, "client", "answered by echo, seen as client", "answered by echo, seen as client")
+	w.standIn(target.IPs)
+	bothFamilies(func(six bool) { // SO_BINDTODEVICE: the route is not asked for
+		for _, network := range []string{"tcp", "udp"} {
+			var answer []byte
+			err := w.In(lab.Host, func() error {
+				dialer := net.Dialer{Timeout: 300 * time.Millisecond, Control: func(_, _ string, c syscall.RawConn) (err error) {
+					return errors.Join(c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "eth0") }), err)
+				}}
+				conn, err := dialer.DialContext(t.Context(), network, magic(six).String())
+				if err != nil {
+					return err
+				}
+				defer func() { _ = conn.Close() }()
+				if _, err := conn.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+					return err
+				}
+				if err := conn.SetDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+					return err
+				}
+				answer = make([]byte, 1000)
+				n, err := conn.Read(answer)
+				answer = answer[:n]
+				return err
+			})
+			if len(answer) > 0 || err == nil {
+				w.note(boundHost, six, fmt.Errorf("%s: answered: %q", network, answer))
+			}
+			w.note(boundHost, six, nil)
+		}
+	})
+	streams := map[bool]*lab.Probe{}
+	for _, six := range []bool{false, true} {
+		streams[six] = w.StartProbe(lab.Client{Kind: lab.KeepAlive, From: "client", To: magic(six), Timeout: time.Second}, 5*time.Millisecond)
+		defer streams[six].Stop()
+		if _, err := streams[six].Await(patience(t), lab.AnsweredBy("echo")); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	w.agent.Kill()
+	if w.kind == "bridge" {
+		w.run("ip link set cni1 down")
+	} else {
+		w.run("ip link delete " + hostInterface(t, w.Node, "echo").Name)
+	}
+	bothFamilies(func(six bool) { // to the endpoint itself, so that the way out is seen to be there
+		if err := w.want("client", netip.AddrPortFrom(family(target.IPs, six), port), "answered by impostor"); err != nil {
+			t.Error(err)
+		}
+	})
+	ask(goneRoute, "client", "refused", "refused")
+	ask(goneRoute, lab.Host, "silence", "refused") // reject does not work in postrouting; send says EPERM
+	for six, stream := range streams {
+		_, err := stream.Await(patience(t), lab.Unanswered)
+		w.note(goneRoute, six, err)
+		for _, outcome := range stream.Outcomes() {
+			if outcome.Err == nil && outcome.Server != "echo" {
+				w.note(goneRoute, six, fmt.Errorf("a live connection is answered by %s", outcome.Server))
+				break
+			}
+		}
+	}
+}
+
+// TestReplyToGoneClient has a server answer a client whose link is gone: the reply, which has the magic IP as its source, does not
+// follow the default route.
+func TestReplyToGoneClient(t *testing.T) {
+	const asked = 9000
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.beyond()
+		leaver := w.addPod("ptp", lab.Pod{Name: "leaver", Namespace: "elsewhere"})
+		w.start(configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d, protocol: udp}]", asked))))
+		w.addTarget("echo")
+		server, err := w.ListenPacket("echo", "udp", fmt.Sprintf(":%d", asked))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = server.Close() }()
+		peers := map[bool]net.Addr{}
+		for _, six := range []bool{false, true} {
+			client, err := w.Dial("leaver")(t.Context(), "udp", netip.AddrPortFrom(magic(six).Addr(), asked).String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = client.Close() }()
+			if _, err := client.Write([]byte("asked")); err != nil {
+				t.Fatal(err)
+			}
+			if _, peers[six], err = server.ReadFrom(make([]byte, 100)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.run("ip link delete " + hostInterface(t, w.Node, "leaver").Name)
+		w.standIn(leaver.IPs)
+		for _, six := range []bool{false, true} {
+			outside := w.receive("beyond", six, unix.IPPROTO_UDP)
+			if _, err := server.WriteTo([]byte(attack), peers[six]); err != nil {
+				t.Fatal(err)
+			}
+			// A datagram of the same server that no client has asked for goes the same way.
+			other, err := w.ListenPacket("echo", "udp", ":0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := other.WriteTo([]byte(marker), peers[six]); err != nil {
+				t.Fatal(err)
+			}
+			_ = other.Close()
+			w.note(lateReply, six, outside.onlyMarker(t))
+		}
+	})
+}
+
+// TestStrictTCP: where conntrack picks up no connection that it has not seen from its start, the segments of one whose flow was
+// deleted are invalid. Its client is reset all the same, and does not hang.
+func TestStrictTCP(t *testing.T) {
+	const streams = 9000
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		if err := w.Sysctl(lab.Host, "netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+			t.Fatal(err)
+		}
+		w.addClient()
+		w.start(configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d}]", streams))))
+		w.addTarget("old")
+		w.serveStreams("old", streams)
+		type client struct {
+			stream *stream
+			six    bool
+		}
+		var clients []client
+		for _, six := range []bool{false, true} {
+			for _, from := range []string{"client", lab.Host} {
+				clients = append(clients, client{w.startStream(from, netip.AddrPortFrom(magic(six).Addr(), streams)), six})
+			}
+		}
+		for _, c := range clients {
+			if err := c.stream.flows(t); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.addPod("bridge", target("new")) // so that it is not for want of an endpoint
+		w.serveStreams("new", streams)
+		w.awaitEndpoint("new")
+		for _, c := range clients {
+			w.note(strictTCP, c.six, c.stream.flows(t))
+		}
+		w.delTarget("old")
+		for _, c := range clients {
+			w.note(strictTCP, c.six, c.stream.isReset(t))
+		}
+	})
+}
+
+// TestNewVeth attaches a pod while the agent is dead. Rules of nftables tell its link by its kind; those of iptables name links.
+func TestNewVeth(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range []string{"ptp", "cali"} {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				w := serving(t, backend, kind, config())
+				w.addTarget("echo")
+				w.echo("echo")
+				w.agent.Kill()
+				w.addClient()
+				expected := "answered by echo, seen as client"
+				if backend != "nftables" {
+					expected = "silence"
+				}
+				bothFamilies(func(six bool) { w.note(newVeth, six, w.want("client", magic(six), expected)) })
+			})
+		}
+	})
+}
+
+// TestNames gives links names that mean something in rules. Nobody else notices, and the uplink stays one.
+func TestNames(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "ptp")
+		w.addClient()
+		w.run(makeNetNS + `
+			n=0
+			for name in 'a"b' 'eth+' 'x*' '-j' "q'q" 'b\\'; do
+				n=$((n + 1))
+				netns odd$n
+				ip link add name "$name" type veth peer name eth0 netns odd$n
+				ip link set dev "$name" up
+				ip -n odd$n link set eth0 up
+				ip -n odd$n address add 10.244.9.$n/32 dev eth0
+				ip -n odd$n route add 169.254.1.1 dev eth0
+				ip -n odd$n route add default via 169.254.1.1
+				ip -n odd$n neighbour add 169.254.1.1 dev eth0 lladdr $(cat "/sys/class/net/$name/address")
+				ip route add 10.244.9.$n dev "$name"
+			done`)
+		w.start(config())
+		w.addTarget("echo")
+		w.echo("echo")
+		ask := func(from, expected string) {
+			t.Helper()
+			w.note(oddNames, false, w.want(from, magic(false), expected))
+		}
+		bothFamilies(func(six bool) {
+			w.note(oddNames, six, errors.Join(w.want("client", magic(six), "answered by echo, seen as client"), w.want(lab.Uplink, magic(six), "silence")))
+		})
+		for n := range 6 {
+			if backend == "nftables" { // told by its kind
+				ask(fmt.Sprintf("odd%d", n+1), "answered by echo")
+			} else {
+				ask(fmt.Sprintf("odd%d", n+1), "silence")
+			}
+		}
+		status, err := w.RunAgent(t.Context(), "status", "--runtime-dir", lab.RuntimeDir)
+		if err != nil || !strings.Contains(status, `a\"b`) && !strings.Contains(status, `a"b`) {
+			t.Errorf("status does not name the link: %v\n%s", err, status)
+		}
+	})
+}
