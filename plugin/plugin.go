@@ -181,7 +181,7 @@ func check(args *skel.CmdArgs) error {
 	}
 	file, err := conf.dir.ReadState()
 	if err != nil {
-		// Fails open: without records there is nothing to compare, and the next ADD says what is wrong.
+		// Fails open: without records there is nothing to compare, and the next ADD logs the cause.
 		return nil
 	}
 	key := runtimedir.Key{ContainerID: args.ContainerID, IfName: args.IfName}

@@ -64,7 +64,7 @@ func (c *conf) claims(namespace string) []claim {
 	return claims
 }
 
-// match says whether a pod is to be recorded, and with which labels: those that the selectors of the claims ask for. Nil is
+// match reports whether a pod is to be recorded, and with which labels: those that the selectors of the claims ask for. Nil is
 // not known. When in doubt the pod is recorded: the agent decides. Where the runtime passes no labels, each agent's selectors
 // meet the labels that this agent itself has reported: it cannot speak for others.
 func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods, log *slog.Logger) (wanted bool, record map[string]string) {

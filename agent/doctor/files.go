@@ -1,12 +1,10 @@
 package doctor
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
@@ -64,8 +62,8 @@ func (e *examination) stateFile() {
 	default:
 		e.add(OK, check, fmt.Sprintf("%s, %d records", path, len(e.records)), "")
 	}
-	if info, err := os.Stat(path + ".corrupt"); err == nil {
-		e.add(Warn, check, fmt.Sprintf("a corrupt one was set aside at %s", info.ModTime().Format(time.RFC3339)), "look at "+path+".corrupt, then remove it")
+	if aside, at, ok := runtimedir.New(e.RuntimeDir).SetAside(); ok {
+		e.add(Warn, check, fmt.Sprintf("a corrupt one was set aside at %s", at.Format(time.RFC3339)), "look at "+aside+", then remove it")
 	}
 }
 
@@ -162,8 +160,8 @@ const (
 
 func (e *examination) pluginLog() {
 	const check = "plugin.log"
-	path := filepath.Join(e.RuntimeDir, "plugin", "plugin.log")
-	file, err := os.Open(path)
+	dir := runtimedir.New(e.RuntimeDir)
+	log, err := dir.ReadLog()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		e.add(OK, check, "no warnings", "")
@@ -172,11 +170,10 @@ func (e *examination) pluginLog() {
 		e.add(Fail, check, err.Error(), "run this as root")
 		return
 	}
-	defer func() { _ = file.Close() }()
 	var lines []string
 	count := 0
-	for scanner := bufio.NewScanner(file); scanner.Scan(); {
-		line := scanner.Text()
+	for line := range strings.Lines(string(log)) {
+		line = strings.TrimSuffix(line, "\n")
 		match := logTime.FindStringSubmatch(line)
 		if match == nil {
 			continue
@@ -191,5 +188,5 @@ func (e *examination) pluginLog() {
 		e.add(OK, check, "no warnings for a day", "")
 		return
 	}
-	e.add(Warn, check, fmt.Sprintf("%d warnings of the plugin within a day, the last: %s", count, strings.Join(lines, " | ")), "look at "+path)
+	e.add(Warn, check, fmt.Sprintf("%d warnings of the plugin within a day, the last: %s", count, strings.Join(lines, " | ")), "look at "+dir.LogPath())
 }

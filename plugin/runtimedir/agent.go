@@ -249,7 +249,7 @@ type Withdrawn struct {
 func (m *Memory) version() *int { return &m.Version }
 
 // ReadMemory returns what the agent goes on with; fs.ErrNotExist where that is nothing. A file that cannot be used is
-// kept as memory.json.corrupt: the error says so, once.
+// kept as memory.json.corrupt, and the error reported once.
 func (a Agent) ReadMemory() (*Memory, error) {
 	memory := &Memory{}
 	err := a.read(memoryFile, memoryLimit, memory)

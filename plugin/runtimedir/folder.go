@@ -49,7 +49,7 @@ func folderAt(fd int, name, path string) (*folder, error) {
 	return f, nil
 }
 
-// owned says whether a user may own what is read here: root, or the user of this process in tests.
+// owned reports whether a user may own what is read here: root, or the user of this process in tests.
 func owned(uid uint32) bool { return uid == 0 || int(uid) == os.Geteuid() }
 
 func (f *folder) close() { _ = unix.Close(f.fd) }
@@ -256,7 +256,7 @@ func (f *folder) write(name string, data []byte, durable bool) error {
 	return errors.Join(err, file.Close())
 }
 
-// outlivesReboot says whether f is on a disk: syncing is for what a power loss leaves behind.
+// outlivesReboot reports whether f is on a disk: syncing is for what a power loss leaves behind.
 func (f *folder) outlivesReboot() (bool, error) {
 	var stat unix.Statfs_t
 	if err := restart(func() error { return unix.Fstatfs(f.fd, &stat) }); err != nil {

@@ -21,7 +21,7 @@ import (
 // edit by hand, the whole file is decoded and validated.
 type lines struct {
 	head    []byte
-	records [][]byte // each begins as start says
+	records [][]byte // each begins with what start returns
 }
 
 // versionHead is how the files begin that this build may take line by line.
@@ -43,7 +43,7 @@ func load(f *folder) (data []byte, list lines, err error) {
 	return data, list, err
 }
 
-// intact says whether a writer of this version has left exactly this.
+// intact reports whether a writer of this version has left exactly this.
 func intact(data []byte) bool {
 	at := lastLine(data)
 	return bytes.HasPrefix(data, versionHead) && bytes.Equal(data[at:], tail(data[:at]))
@@ -109,7 +109,7 @@ func start(key Key) ([]byte, error) {
 	return append(bytes.TrimSuffix(data, []byte("}")), ','), err
 }
 
-// contains says whether intact data has a record.
+// contains reports whether intact data has a record.
 func contains(data []byte, key Key) (bool, error) {
 	// Mostly not even the container is there. Its ID is written as it is: CNI allows no character in it that JSON
 	// would escape (SPEC.md, "Parameters").
@@ -131,7 +131,7 @@ func (l *lines) remove(keys []Key) error {
 	return nil
 }
 
-// has says whether a record that begins with start is there.
+// has reports whether a record that begins with start is there.
 func (l *lines) has(start []byte) bool {
 	return slices.ContainsFunc(l.records, func(record []byte) bool { return bytes.HasPrefix(record, start) })
 }

@@ -10,16 +10,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked says that another process is the agent, or the installer, of this name.
+// ErrLocked means that another process is the agent, or the installer, of this name.
 var ErrLocked = errors.New("another process of this name is running")
 
-// ErrBusy says that another process held the lock of the state file for as long as the caller wanted to wait.
+// ErrBusy means that another process held the lock of the state file for as long as the caller wanted to wait.
 var ErrBusy = errors.New("another process holds the lock")
 
 // A process that may read a file may lock it: flock(2) takes any open file, and a read lock of fcntl(2) a file opened for
 // reading. So a lock that is waited for, or tried for, is on a file that is not readable (lockMode): for a container of
 // another writer, which is root without capabilities and sees it in a read-only mount, that is no open at all.
-// liveFile is what others ask. It is readable, and only a write lock on it counts, which takes a file opened for writing.
+// Other processes test liveFile. It is readable, and only a write lock on it counts, which takes a file opened for writing.
 const (
 	lockFile = "lock"
 	liveFile = "live"
@@ -67,8 +67,8 @@ func (f *folder) lock() (*Lock, error) {
 	}
 }
 
-// live makes the file that says that the writer of f runs. Each writer makes it anew: read locks on the one before do
-// not count.
+// live creates the file whose lock shows that the writer of f runs. Each writer creates a new one: read locks on the one before
+// have no effect.
 func (f *folder) live() (*os.File, error) {
 	if err := f.remove(liveFile); err != nil {
 		return nil, err
@@ -84,7 +84,7 @@ func (f *folder) live() (*os.File, error) {
 	return file, nil
 }
 
-// writeLock takes the open file description lock (fcntl(2)) on a file, which can be asked for without being taken.
+// writeLock takes the open file description lock (fcntl(2)) on a file, which can be tested without being taken.
 func writeLock(file *os.File) error {
 	err := unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
 	switch {
@@ -96,7 +96,7 @@ func writeLock(file *os.File) error {
 	return nil
 }
 
-// held says whether a process holds the write lock on a file of f. It takes no lock itself. Asking for a read lock finds
+// held reports whether a process holds the write lock on a file of f. It takes no lock itself. A test for a read lock finds
 // write locks only.
 func (f *folder) held(name string) bool {
 	file, _, err := f.open(name, unix.O_RDONLY, 0)
@@ -108,7 +108,7 @@ func (f *folder) held(name string) bool {
 	return unix.FcntlFlock(file.Fd(), unix.F_OFD_GETLK, &lock) == nil && lock.Type != unix.F_UNLCK
 }
 
-// current says whether name still leads to this file.
+// current reports whether name still leads to this file.
 func (f *folder) current(file *os.File, name string) bool {
 	var open unix.Stat_t
 	there, err := f.lookup(name)

@@ -23,7 +23,7 @@ import (
 // An upgrade goes through it without a gap:
 //
 //   - A writer that takes its lock copies what its predecessor has left into its own directory, and then makes that
-//     directory private (0700; kubelet makes it 0755). A private directory is what tells that its files count, and not the
+//     directory private (0700; kubelet makes it 0755). A private directory shows that its files count, and not the
 //     ones of the layout before. While a process of the version before holds its lock (a release that is not upgraded
 //     yet, a downgrade), its files count again.
 //   - The plugin, which alone may write at the top, moves the records with its next update, and removes what has been
@@ -34,7 +34,7 @@ const oldWait = 100 * time.Millisecond // longer than the plugin of the version 
 // oldFiles are the files of the plugin at the top. state.json is first: it is what is waited for.
 var oldFiles = []string{stateFile, stateFile + tempExt, stateFile + corruptExt, logFile, logFile + oldLogExt, stateLock} //nolint:gochecknoglobals // a constant
 
-// isOld says whether the files of the layout before count for a writer.
+// isOld reports whether the files of the layout before count for a writer.
 func (w writer) isOld() bool {
 	if _, err := w.oldTime(); err != nil {
 		return false
@@ -48,7 +48,7 @@ func (w writer) isOld() bool {
 	return err == nil && !private || w.oldLive()
 }
 
-// oldIsNewer says whether the layout before has something newer than the directory f of the writer. The lock is not held.
+// oldIsNewer reports whether the layout before has something newer than the directory f of the writer. The lock is not held.
 func (w writer) oldIsNewer(f *folder) (bool, error) {
 	old, err := w.oldTime()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -59,7 +59,7 @@ func (w writer) oldIsNewer(f *folder) (bool, error) {
 	return !private || old.After(modTime(&stat)), errors.Join(err, privateErr, statErr)
 }
 
-// private says whether f is closed to other users.
+// private reports whether f is closed to other users.
 func (f *folder) private() (bool, error) {
 	stat, err := f.stat()
 	return stat.Mode&0o077 == 0, err
@@ -79,7 +79,7 @@ func (w writer) oldTime() (time.Time, error) {
 	return modTime(&stat), err
 }
 
-// oldLive says whether a process of the version before is the writer.
+// oldLive reports whether a process of the version before is the writer.
 func (w writer) oldLive() bool {
 	f, err := w.dir.open(agentsDir)
 	if err != nil {
@@ -388,7 +388,7 @@ func cutOldExt(file string, of func(string) writer) (name string, ok bool) {
 	return "", false
 }
 
-// takenOver says whether a writer of this version counts.
+// takenOver reports whether a writer of this version counts.
 func (w writer) takenOver() bool {
 	f, err := w.open()
 	if err != nil {

@@ -83,7 +83,7 @@ func (p *Pods) bound() (dropped int) {
 	return dropped
 }
 
-// ReadPods returns what the agent says of pods, within the bounds; fs.ErrNotExist where it has said nothing.
+// ReadPods returns what the agent reports of pods, within the bounds; fs.ErrNotExist where it has reported nothing.
 func (a Agent) ReadPods() (*Pods, error) {
 	pods := &Pods{}
 	if a.isOld() {

@@ -2,13 +2,14 @@
 //
 //	<dir>/                 holds directories only
 //	  plugin/              written by the CNI plugin, as root of the node: state.json, its lock, plugin.log
-//	  agents/<name>/       written by that agent: lock, status.json, claims.json, pods.json, memory.json
-//	  install/<name>/      written by that installer: lock, record.json
+//	  agents/<name>/       written by that agent: lock, live, status.json, claims.json, pods.json, memory.json
+//	  install/<name>/      written by that installer: lock, live, record.json
 //
 // Each directory has one writer, is 0700, and is mounted read-only in the containers of all others. A reader
 // treats it as hostile, since an agent runs in a container and a reader may be root of the node: no symbolic link
 // is followed, and a file is read only if it is regular, owned by root, has one link and is within its size limit.
-// Locks are files of 0600. A directory is never locked, because a process that can read a directory can lock it.
+// Locks are files that other writers cannot open, see lock.go. A directory is never locked, because a process that can read
+// a directory can lock it.
 //
 // The layout of the version before (state.json, agents/<name>.json, agents/<name>.install and their locks side by
 // side) is read until its files are taken over, see old.go.
@@ -82,7 +83,7 @@ func (d Dir) makeOnce(names []string) (*folder, error) {
 	return f.descend(err, names, (*folder).makeSub)
 }
 
-// NewerVersionError says that a newer build has written a file that this one does not understand.
+// NewerVersionError means that a newer build has written a file in a format that this one does not know.
 type NewerVersionError struct {
 	Path    string
 	Version int
@@ -92,7 +93,7 @@ func (e *NewerVersionError) Error() string {
 	return fmt.Sprintf("%s has version %d, this build reads up to %d: upgrade it", e.Path, e.Version, Version)
 }
 
-// CorruptError says that a file is not what a writer of its format leaves.
+// CorruptError means that a file is not what a writer of its format leaves.
 type CorruptError struct {
 	Path string
 	Err  error
@@ -102,7 +103,7 @@ func (e *CorruptError) Error() string { return fmt.Sprintf("%s is corrupt: %v", 
 
 func (e *CorruptError) Unwrap() error { return e.Err }
 
-// UnsafeError says that a file is not read, although it is there: another process could have put it there to make its
+// UnsafeError means that a file is not read, although it is there: another process could have put it there to make its
 // reader read something else, wait, or run out of memory.
 type UnsafeError struct {
 	Path string
@@ -112,5 +113,5 @@ type UnsafeError struct {
 }
 
 func (e *UnsafeError) Error() string {
-	return fmt.Sprintf("%s is %s; allowed: a regular file of root with one link and at most %d bytes. Remove it, its writer makes it anew", e.Path, e.Found, e.Limit)
+	return fmt.Sprintf("%s is %s; allowed: a regular file of root with one link and at most %d bytes. remove it, its writer creates a new one", e.Path, e.Found, e.Limit)
 }

@@ -124,7 +124,7 @@ func (a Attachment) validate() error {
 	return nil
 }
 
-// Recorded says whether an attachment is recorded, without the cost of decoding any. The errors are those of ReadState.
+// Recorded reports whether an attachment is recorded, without the cost of decoding any. The errors are those of ReadState.
 func (d Dir) Recorded(key Key) (bool, error) {
 	old, oldErr := d.recorded(key) // first: it may be moved in between
 	recorded, err := d.recorded(key, pluginDir)

@@ -25,7 +25,7 @@ func (d Dir) MakeState() error {
 //
 // Only what is added creates a directory: else fs.ErrNotExist where nothing was ever recorded. A
 // newer file is left untouched: *NewerVersionError. A file that cannot be used is set aside, and the update begins
-// from an empty list, whose Since says so: that is the warning, which can come with and without an error.
+// from an empty list with a new Since: that is the warning, which can come with and without an error.
 func (d Dir) Update(wait time.Duration, gone []Key, add ...Attachment) (warning, err error) {
 	f, lock, err := d.lockState(wait, len(add) > 0)
 	if err != nil {
@@ -43,7 +43,7 @@ func (d Dir) Update(wait time.Duration, gone []Key, add ...Attachment) (warning,
 	aside, warning := unusable(err), error(nil)
 	switch missing := errors.Is(err, fs.ErrNotExist); {
 	case aside:
-		warning = fmt.Errorf("%w; it is kept as %s, the records begin anew", err, f.join(stateFile+corruptExt))
+		warning = fmt.Errorf("%w; it is kept as %s, a new list begins", err, f.join(stateFile+corruptExt))
 		list, err = encode(File{Since: time.Now().UTC()})
 	case missing && old.err == nil:
 		list, err = old.list, nil
@@ -79,15 +79,15 @@ func (d Dir) Update(wait time.Duration, gone []Key, add ...Attachment) (warning,
 	return warning, old.clear(d, f)
 }
 
-// unusable says whether an error means that a file has to be set aside.
+// unusable reports whether an error means that a file has to be set aside.
 func unusable(err error) bool {
 	var corrupt *CorruptError
 	var unsafe *UnsafeError
 	return errors.As(err, &corrupt) || errors.As(err, &unsafe)
 }
 
-// setAside gives the state file a second name. It leaves it in its place, until the list that begins anew takes it:
-// without a file in between, the next writer would not know that there ever was a list.
+// setAside gives the state file a second name. It leaves it in its place, until the new list replaces it:
+// without a file in between, the next writer would not know that there was a list.
 func (f *folder) setAside() error {
 	const aside = stateFile + corruptExt
 	if err := f.remove(aside); err != nil {
@@ -100,7 +100,7 @@ func (f *folder) setAside() error {
 }
 
 // RemoveState removes all that the plugin has written: for the installer that takes the last key out of the
-// configuration of the node. It waits for its turn for at most wait (then ErrBusy). A writer that waits meanwhile begins anew.
+// configuration of the node. It waits for its turn for at most wait (then ErrBusy). A writer that waits meanwhile begins a new list.
 func (d Dir) RemoveState(wait time.Duration) error {
 	f, lock, err := d.lockState(wait, false)
 	if err == nil {

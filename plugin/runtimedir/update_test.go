@@ -188,7 +188,7 @@ func TestUpdateThatCannotWriteKeepsTheOldFile(t *testing.T) {
 	}
 }
 
-// inMountNamespace runs the test again in a mount namespace of its own, and says whether this is that run.
+// inMountNamespace runs the test again in a mount namespace of its own, and reports whether this is that run.
 func inMountNamespace(t *testing.T) bool {
 	t.Helper()
 	const inside = "TEST_HAS_ITS_OWN_MOUNTS"

@@ -23,12 +23,12 @@ func (d Dir) Folders() []string {
 	return folders
 }
 
-// IsState says whether the path of an event is that of a state file: ReadState has news then.
+// IsState reports whether the path of an event is that of a state file: ReadState has news then.
 func (d Dir) IsState(path string) bool {
 	return path == d.StatePath() || path == filepath.Join(d.path, stateFile)
 }
 
-// IsClaims says whether the path of an event is one of the claims of agents: Agents and ReadClaims have news then. A new
+// IsClaims reports whether the path of an event is one of the claims of agents: Agents and ReadClaims have news then. A new
 // directory of an agent is one too.
 func (d Dir) IsClaims(path string) bool {
 	below, ok := strings.CutPrefix(path, filepath.Join(d.path, agentsDir)+"/")

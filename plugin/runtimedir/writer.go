@@ -65,7 +65,7 @@ func (w writer) lockIn(f *folder, takeOver func(*folder) error) (*Lock, error) {
 	return lock, nil
 }
 
-// Live says whether the writer runs. It takes no lock.
+// Live reports whether the writer runs. It takes no lock.
 func (w writer) Live() bool {
 	f, err := w.open()
 	if err == nil {
