@@ -79,7 +79,7 @@
     {{- $claimed = set $claimed $frontend $magicIP.selector -}}
   {{- end -}}
 {{- end -}}
-{{- include "magic-ip-address.livingRelease" . -}}
+{{- include "magic-ip-address.checkUpgrade" . -}}
 {{- end -}}
 
 {{/* The text, if it is an IP address: IPv4 in four numbers; IPv6 of RFC 4291, section 2.2, also with IPv4 at its end. */}}
@@ -148,7 +148,7 @@
 
 {{/* What an upgrade cannot change, because what the pods before have put on the nodes would stay: SIGTERM is no uninstall,
 and the pods after do not know of it. */}}
-{{- define "magic-ip-address.livingRelease" -}}
+{{- define "magic-ip-address.checkUpgrade" -}}
 {{- $pod := lookup "apps/v1" "DaemonSet" .Release.Namespace (include "magic-ip-address.fullname" .) | dig "spec" "template" "spec" dict -}}
 {{- $way := printf "helm uninstall %s --namespace %s, and then install it with the new value" .Release.Name .Release.Namespace -}}
 {{- $ours := false -}}
@@ -157,18 +157,18 @@ and the pods after do not know of it. */}}
     {{- $ours = true -}}
     {{- range dig "readinessProbe" "exec" "command" list . -}}
       {{- if and (hasPrefix "--name=" .) (ne . (printf "--name=%s" (include "magic-ip-address.agentName" $))) -}}
-        {{- fail (printf "config.name cannot be changed in a living release: the rules of %s would stay on the nodes. %s" (trimPrefix "--name=" .) $way) -}}
+        {{- fail (printf "config.name cannot be changed by an upgrade: the rules of %s would stay on the nodes. %s" (trimPrefix "--name=" .) $way) -}}
       {{- end -}}
     {{- end -}}
   {{- else if and (eq .name "installer") (not (include "magic-ip-address.installs" $)) -}}
-    {{- fail (printf "cni.enabled cannot be switched off in a living release: its entry in the CNI configuration of the nodes would stay. %s" $way) -}}
+    {{- fail (printf "cni.enabled cannot be switched off by an upgrade: its entry in the CNI configuration of the nodes would stay. %s" $way) -}}
   {{- end -}}
 {{- end -}}
 {{- if $ours -}}
   {{- range $pod.volumes -}}
     {{- $path := dig "hostPath" "path" "" . -}}
     {{- if and (eq .name "runtime") (ne $path $.Values.runtimeDir) -}}
-      {{- fail (printf "runtimeDir cannot be changed in a living release: the entry in the CNI configuration of the nodes names %s. %s" $path $way) -}}
+      {{- fail (printf "runtimeDir cannot be changed by an upgrade: the entry in the CNI configuration of the nodes names %s. %s" $path $way) -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}

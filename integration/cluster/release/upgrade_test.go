@@ -85,7 +85,7 @@ func TestUpgrade(t *testing.T) {
 	w.servedBy(magic, system)
 	for _, value := range []string{"cni.enabled=false", "runtimeDir=/run/other", "config.name=other"} {
 		args := []string{"upgrade", name, chart, "--namespace", system, "--reuse-values", "--set", value}
-		if _, err := cluster.Helm(w.ctx, args...); err == nil || !strings.Contains(err.Error(), "in a living release") || !strings.Contains(err.Error(), "helm uninstall "+name+" --namespace "+system) {
+		if _, err := cluster.Helm(w.ctx, args...); err == nil || !strings.Contains(err.Error(), "by an upgrade") || !strings.Contains(err.Error(), "helm uninstall "+name+" --namespace "+system) {
 			t.Errorf("helm upgrade to %s: %v", value, err)
 		}
 	}
