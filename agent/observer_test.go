@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -23,19 +24,39 @@ import (
 
 // observed is an agent without pods, and what its observers see.
 type observed struct {
-	dir      runtimedir.Dir
-	note     atomic.Pointer[string]
+	dir  runtimedir.Dir
+	note atomic.Pointer[string]
+	mu   sync.Mutex // of what is seen
+	seen seen
+	wake func(Source)
+	stop func() error
+}
+
+type seen struct {
 	statuses [][2]*runtimedir.Status
 	polls    int
 	flows    int
 	syncs    []error
-	wake     func(Source)
-	stop     func() error
 }
 
-func (o *observed) Synced(_ time.Duration, err error) { o.syncs = append(o.syncs, err) }
-func (o *observed) Swept(flows int)                   { o.flows += flows }
-func (o *observed) Polled()                           { o.polls++ }
+func (o *observed) see(what func(*seen)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	what(&o.seen)
+}
+
+// take is all that was seen since the last take.
+func (o *observed) take() (all seen) {
+	synctest.Wait()
+	o.see(func(s *seen) { all, *s = *s, seen{} })
+	return all
+}
+
+func (o *observed) Synced(_ time.Duration, err error) {
+	o.see(func(s *seen) { s.syncs = append(s.syncs, err) })
+}
+func (o *observed) Swept(flows int) { o.see(func(s *seen) { s.flows += flows }) }
+func (o *observed) Polled()         { o.see(func(s *seen) { s.polls++ }) }
 
 func (o *observed) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 2, nil }
 
@@ -56,7 +77,7 @@ func (o *observed) start() {
 			Uptime: func() time.Duration { return time.Hour },
 			Notes:  []func() []string{func() []string { return []string{*o.note.Load()} }},
 			Observers: []func(before, now *runtimedir.Status){func(before, now *runtimedir.Status) {
-				o.statuses = append(o.statuses, [2]*runtimedir.Status{before, now})
+				o.see(func(s *seen) { s.statuses = append(s.statuses, [2]*runtimedir.Status{before, now}) })
 			}},
 			Tasks: []Task{func(ctx context.Context, wake func(Source)) error {
 				o.wake = wake
@@ -89,16 +110,16 @@ func TestObservers(t *testing.T) {
 		o := &observed{dir: runtimedir.New(t.TempDir())}
 		o.setNote("one")
 		o.start()
-		if len(o.statuses) == 0 || o.statuses[0][0] != nil || o.statuses[len(o.statuses)-1][1].Notes[0] != "one" {
-			t.Fatalf("observed %+v", o.statuses)
+		began := o.take()
+		if len(began.statuses) == 0 || began.statuses[0][0] != nil || began.statuses[len(began.statuses)-1][1].Notes[0] != "one" {
+			t.Fatalf("observed %+v", began.statuses)
 		}
-		if o.flows != 2 || len(o.syncs) != 1 || o.syncs[0] != nil || o.polls == 0 {
-			t.Errorf("counted %d flows, syncs %v, %d polls", o.flows, o.syncs, o.polls)
+		if began.flows != 2 || len(began.syncs) != 1 || began.syncs[0] != nil || began.polls == 0 {
+			t.Errorf("counted %d flows, syncs %v, %d polls", began.flows, began.syncs, began.polls)
 		}
-		count, polls := len(o.statuses), o.polls
 		time.Sleep(time.Minute)
-		if len(o.statuses) != count || o.polls < polls+10 {
-			t.Errorf("%d times without a change, %d polls", len(o.statuses)-count, o.polls-polls)
+		if idle := o.take(); len(idle.statuses) != 0 || idle.polls < 10 {
+			t.Errorf("%d times without a change, %d polls", len(idle.statuses), idle.polls)
 		}
 		// A directory in place of the file keeps it from being written.
 		path := o.dir.Agent("a").StatusPath()
@@ -107,9 +128,10 @@ func TestObservers(t *testing.T) {
 		}
 		o.setNote("two")
 		time.Sleep(time.Minute)
-		last := o.statuses[len(o.statuses)-1]
-		if last[1].Notes[0] != "two" || !strings.Contains(last[1].LastError, "status file") || len(o.statuses) > count+2 {
-			t.Errorf("observed %d times, the last: %+v", len(o.statuses)-count, last[1])
+		changed := o.take().statuses
+		last := changed[len(changed)-1]
+		if last[1].Notes[0] != "two" || !strings.Contains(last[1].LastError, "status file") || len(changed) > 2 {
+			t.Errorf("observed %d times, the last: %+v", len(changed), last[1])
 		}
 		if err := os.RemoveAll(path); err != nil {
 			t.Fatal(err)
@@ -122,10 +144,10 @@ func TestObservers(t *testing.T) {
 		if err := o.stop(); err != nil {
 			t.Fatal(err)
 		}
-		o.statuses = nil
+		o.take()
 		o.start()
-		if len(o.statuses) == 0 || o.statuses[0][0] == nil || o.statuses[0][0].Notes[0] != "two" {
-			t.Errorf("after a restart: %+v", o.statuses)
+		if again := o.take().statuses; len(again) == 0 || again[0][0] == nil || again[0][0].Notes[0] != "two" {
+			t.Errorf("after a restart: %+v", again)
 		}
 		if err := o.stop(); err != nil {
 			t.Fatal(err)

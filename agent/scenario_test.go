@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,7 +126,7 @@ type stage struct {
 	links   int                     // how many there have been
 	records []runtimedir.Attachment // of the pods that are there
 	api     *fakeAPI                // nil: the API is not asked
-	failing map[string]error
+	failing sync.Map                // errors, by what fails
 	booted  time.Time
 	wake    func(Source)
 	stop    func()
@@ -134,7 +135,7 @@ type stage struct {
 
 func play(t *testing.T, sections map[string]string) (rules string) {
 	s := &stage{
-		t: t, dir: runtimedir.New(t.TempDir()), config: sections["config"], failing: map[string]error{}, booted: time.Now().Add(-time.Hour),
+		t: t, dir: runtimedir.New(t.TempDir()), config: sections["config"], booted: time.Now().Add(-time.Hour),
 		network: node.Snapshot{IPv6: true},
 	}
 	s.addLink(node.LinkState{Name: "eth0"})
@@ -213,14 +214,23 @@ func (s *stage) start() {
 	}
 }
 
+// failure is the error that is injected, if any.
+func (s *stage) failure(what string) error {
+	err, _ := s.failing.Load(what)
+	if err == nil {
+		return nil
+	}
+	return err.(error)
+}
+
 // Snapshot and SetHairpin make the stage the Node.
 func (s *stage) Snapshot() (node.Snapshot, error) {
-	if err := s.failing["network"]; err != nil {
+	if err := s.failure("network"); err != nil {
 		return node.Snapshot{}, err
 	}
 	snapshot := s.network
 	snapshot.Links = slices.Clone(snapshot.Links)
-	if s.failing["torn"] != nil { // the last link is missing
+	if s.failure("torn") != nil { // the last link is missing
 		snapshot.Torn, snapshot.Links = []string{"links"}, snapshot.Links[:len(snapshot.Links)-1]
 	}
 	return snapshot, nil
@@ -250,11 +260,11 @@ func (s *stage) removeLink(name string) {
 
 func (s *stage) SetHairpin(port int, on bool) error {
 	for i := range s.network.Links {
-		if s.network.Links[i].Index == port && s.failing["hairpin"] == nil {
+		if s.network.Links[i].Index == port && s.failure("hairpin") == nil {
 			s.network.Links[i].Hairpin = on
 		}
 	}
-	return s.failing["hairpin"]
+	return s.failure("hairpin")
 }
 
 func (s *stage) event(sections map[string]string, verb string, args []string) error {
@@ -353,9 +363,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 			}
 		}
 	case "fail":
-		s.failing[args[0]] = errors.New("broken " + args[0])
+		s.failing.Store(args[0], errors.New("broken "+args[0]))
 	case "heal":
-		delete(s.failing, args[0])
+		s.failing.Delete(args[0])
 	case "flush":
 		return s.backend.Flush()
 	case "wait":
@@ -612,7 +622,7 @@ type failingBackend struct {
 }
 
 func (b *failingBackend) Sync(ctx context.Context, p *plan.Plan) error {
-	if err := b.stage.failing["sync"]; err != nil {
+	if err := b.stage.failure("sync"); err != nil {
 		return err
 	}
 	return errors.Join(b.Fake.Sync(ctx, p), b.leftovers())
@@ -620,7 +630,7 @@ func (b *failingBackend) Sync(ctx context.Context, p *plan.Plan) error {
 
 // leftovers is an error beside rules that are in place.
 func (b *failingBackend) leftovers() error {
-	if err := b.stage.failing["leftovers"]; err != nil {
+	if err := b.stage.failure("leftovers"); err != nil {
 		return besideError{err}
 	}
 	return nil
@@ -631,7 +641,7 @@ type besideError struct{ error }
 func (besideError) InPlace() bool { return true }
 
 func (b *failingBackend) Verify(ctx context.Context) ([]string, error) {
-	if err := b.stage.failing["verify"]; err != nil {
+	if err := b.stage.failure("verify"); err != nil {
 		return nil, err
 	}
 	return b.Fake.Verify(ctx)
@@ -644,7 +654,7 @@ type fakeFlows struct {
 }
 
 func (f *fakeFlows) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (int, error) {
-	if err := f.stage.failing["sweep"]; err != nil {
+	if err := f.stage.failure("sweep"); err != nil {
 		return 0, err
 	}
 	for _, frontend := range change.Frontends {
