@@ -38,9 +38,9 @@ func speaks(d *Directory, f file, versions []string) (offered string, err error)
 		switch {
 		case slices.Contains(versions, v):
 		case v == "":
-			return "", fmt.Errorf("its cniVersion is missing, which means 0.1.0: %w, it speaks %s", ErrVersion, strings.Join(versions, ", "))
+			return "", fmt.Errorf("its cniVersion is missing, which means 0.1.0: %w; set one of %s in it", ErrVersion, strings.Join(versions, ", "))
 		default:
-			return "", fmt.Errorf("its cniVersion is %q: %w, it speaks %s", v, ErrVersion, strings.Join(versions, ", "))
+			return "", fmt.Errorf("its cniVersion is %q: %w; set one of %s in it", v, ErrVersion, strings.Join(versions, ", "))
 		}
 	}
 	for _, v := range own.CNIVersions {
@@ -84,7 +84,7 @@ func (p *Plan) harmless(before file) error {
 	if then.Name != now.Name || then.CNIVersion != now.CNIVersion || then.DisableCheck != now.DisableCheck || then.DisableGC != now.DisableGC ||
 		then.LoadOnlyInlinedPlugins != now.LoadOnlyInlinedPlugins || !reflect.DeepEqual(others(then), others(now)) ||
 		len(now.Plugins) != len(others(now))+1 || now.Plugins[0].Network.Type == entry.Type {
-		return fmt.Errorf("%s would change in more than our entry: it is left alone", before.name)
+		return fmt.Errorf("with the entry, a loader would find more changed in %s than that: the file is left alone; look for keys in it that are there twice or differ in case only", before.name)
 	}
 	if name != before.name {
 		for _, f := range p.d.files {

@@ -14,7 +14,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
-var errAlone = errors.New("there is no plugin that assigns addresses")
+var errAlone = errors.New("there is no plugin that assigns addresses, behind which the entry could be: have its owner write the file again")
 
 // AnyRuntimeDir is for removing keys whatever runtime directory their entry names.
 const AnyRuntimeDir = ""

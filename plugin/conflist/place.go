@@ -230,7 +230,7 @@ func removeOnly(path string, old []byte) error {
 func temporary(path string, data []byte, like file) (temp string, owned bool, err error) {
 	opened, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*"+tempExt)
 	if err != nil {
-		return "", false, err
+		return "", false, fmt.Errorf("%s: %w", path, errors.Unwrap(err)) // a name that lasts
 	}
 	_, err = opened.Write(data)
 	err = errors.Join(err, opened.Chmod(like.mode)) // before the owner changes
@@ -244,6 +244,10 @@ func temporary(path string, data []byte, like file) (temp string, owned bool, er
 	err = errors.Join(err, opened.Sync(), opened.Close())
 	if err != nil {
 		_ = os.Remove(opened.Name()) // what is left of it would keep a full file system full
+	}
+	var named *fs.PathError
+	if errors.As(err, &named) {
+		named.Path = path // which is the same each time
 	}
 	return opened.Name(), owned, err
 }

@@ -30,7 +30,7 @@ type binary struct {
 	source  string
 	dir     string
 	version string
-	// placed is how the file looked when it was last found to be right: nothing is read while it looks the same.
+	// placed identifies the file that was last verified: while it is unchanged, nothing is read.
 	placed identity
 	speaks []string // versions of CNI
 }
@@ -62,11 +62,11 @@ func (b *binary) digest() (string, error) {
 
 func hexDigest(data []byte) string { return fmt.Sprintf("%x", sha256.Sum256(data)) }
 
-// ensure puts the plugin in place where it is missing, damaged or another one, and says whether it did.
+// ensure puts the plugin in place where it is missing, damaged or of another build, and returns whether it did.
 //
-// Releases of several versions share one file. It is the newest of those whose installers run; where versions
-// cannot be compared, or are the same, the first one's stands. So two installers never take turns in replacing each other's, and a
-// release that is rolled back alone brings its older plugin, which its agent understands.
+// Releases of several versions share one file: the newest of those whose installers run. Between versions that are equal or
+// cannot be compared, the file in place is kept, so that two installers never replace it in turns. A release that is rolled back alone
+// brings its older plugin, which its agent understands.
 func (b *binary) ensure(ctx context.Context, others func() ([]*runtimedir.Record, error)) (replaced bool, err error) {
 	if id, err := identify(b.path()); err == nil && id == b.placed {
 		return false, nil
@@ -99,7 +99,9 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*runtimedir.Record
 	}
 	if !keep {
 		err := conflist.WriteProgram(b.path(), ours, func(path string) (err error) {
-			b.speaks, err = versions(ctx, path)
+			if b.speaks, err = versions(ctx, path); err != nil {
+				err = fmt.Errorf("plugin to install (--plugin): %w", errors.New(strings.ReplaceAll(err.Error(), path, b.source))) // a name that lasts
+			}
 			return err
 		})
 		if err != nil {
@@ -110,7 +112,7 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*runtimedir.Record
 	return !keep, err
 }
 
-// preferred says whether the plugin with this digest, which is in place, is another installer's that stands against version.
+// preferred says whether the plugin with this digest, which is in place, is that of another installer and not older than version.
 func preferred(digest, version string, others []*runtimedir.Record) bool {
 	for _, other := range others {
 		if order, known := compareVersions(other.PluginVersion, version); other.PluginSHA256 == digest && (!known || order >= 0) {

@@ -58,7 +58,7 @@ type installer struct {
 	written *runtimedir.Record // as it is in the file; nil before it is
 	// present is the file in which the key was last seen; empty before, and after it was seen to be lost.
 	present string
-	quarrel quarrel
+	backoff backoff
 }
 
 func newInstaller(options Options) (*installer, error) {
@@ -157,7 +157,7 @@ func (i *installer) install(ctx context.Context) (again time.Duration, err error
 		return otherInstallers(runtimedir.New(i.RuntimeDir), i.config.Name)
 	})
 	if err != nil {
-		return 0, err // a configuration never names a plugin that is not there
+		return 0, err // an entry never names a plugin that is not there
 	}
 	if replaced {
 		i.Log.Info("plugin put in place", "binary", i.binary.path(), "version", i.Version)
@@ -183,7 +183,7 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 		return plan, err
 	})
 	i.record.Notes = plan.Notes
-	if note := i.quarrel.note(); note != "" {
+	if note := i.backoff.note(); note != "" {
 		i.record.Notes = append(i.record.Notes, note)
 	}
 	if len(i.config.Selectors) == 0 {
@@ -207,7 +207,7 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 	if !plan.Empty() || i.record.InstalledAt.IsZero() { // or it had outlived what was noted of it
 		i.record.InstalledAt = time.Now().UTC().Truncate(time.Millisecond)
 	}
-	i.quarrel.stands()
+	i.backoff.restored()
 	i.present, i.record.Conflist = plan.File, filepath.Join(i.ConfDir, plan.File)
 	return 0, nil
 }
@@ -216,18 +216,18 @@ func (i *installer) conflistOptions() conflist.Options {
 	return conflist.Options{Runtime: i.Runtime, BinDir: i.BinDir}
 }
 
-// lost notes that a key that was there is so no more, if it is not, and returns how long to leave it at that. A key that is to
-// go to another file, which sorts first now, is not lost.
+// lost records a loss of the key, and returns how long to wait before it is put back. A key that moves to another file,
+// which sorts first now, is not lost.
 func (i *installer) lost(plan conflist.Plan) (wait time.Duration) {
 	if !plan.Lost || plan.File != i.present {
 		return 0
 	}
 	now := time.Now()
-	if i.quarrel.lost(now, filepath.Join(i.ConfDir, plan.File)) {
+	if i.backoff.lose(now, filepath.Join(i.ConfDir, plan.File)) {
 		i.Log.Warn("the entry of this agent was removed by another program; until it is back, the agent knows new pods by the API only",
-			"conflist", filepath.Join(i.ConfDir, plan.File), "times", i.quarrel.times, "backIn", i.quarrel.until.Sub(now))
+			"conflist", filepath.Join(i.ConfDir, plan.File), "times", i.backoff.losses, "backIn", i.backoff.until.Sub(now))
 	}
-	return max(0, i.quarrel.until.Sub(now))
+	return max(0, i.backoff.until.Sub(now))
 }
 
 // Remove removes the key of an agent from all network configurations of a directory. That it is still there, or that this

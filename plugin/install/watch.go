@@ -16,15 +16,14 @@ import (
 )
 
 const (
-	// settle is how long to let writers finish after the first event.
+	// settle is how long to wait after the first event for more of them.
 	settle = 100 * time.Millisecond
-	// poll is the backstop: everything is looked at, although nothing was reported. Where nothing has changed that
-	// is reading the few files of one directory.
+	// poll is the backstop of the watches. It reads the few files of one directory.
 	poll = 10 * time.Second
 	// Errors are tried again after these times.
 	minRetry = time.Second
 	maxRetry = time.Minute
-	// standby is how often the second of two installers of one name looks whether the first has gone.
+	// standby is how often the second of two installers of one name tries the lock.
 	standby = 200 * time.Millisecond
 	// lastAdds is how long an ADD may take that a runtime has begun before it has read the configuration without the entry.
 	lastAdds = 5 * time.Second
@@ -32,8 +31,8 @@ const (
 	leaveTime = 20 * time.Second
 )
 
-// Watch installs and keeps it so, until ctx ends; then everything stays as it is. When the installation is to be undone, it
-// takes the key out, and waits for the end.
+// Watch installs, and keeps plugin and key in place until ctx ends; both stay then. When Removed returns true, it removes
+// the key, and waits for ctx to end.
 func Watch(ctx context.Context, options Options) error {
 	i, err := newInstaller(options)
 	if err != nil {
@@ -108,7 +107,7 @@ func (i *installer) standBy(ctx context.Context) (*runtimedir.Lock, error) {
 func (i *installer) serve(ctx context.Context) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil { // most likely fs.inotify.max_user_instances
-		i.Log.Warn("directories cannot be watched; they are looked at again and again", "every", poll, "error", err)
+		i.Log.Warn("the CNI directories cannot be watched and are polled; raise fs.inotify.max_user_instances", "every", poll, "error", err)
 		watcher = &fsnotify.Watcher{}
 	} else {
 		defer func() { _ = watcher.Close() }()
@@ -118,8 +117,7 @@ func (i *installer) serve(ctx context.Context) error {
 	if i.ConfigFile != "" {
 		folders = append(folders, filepath.Dir(i.ConfigFile)) // a ConfigMap changes by a link beside the file
 	}
-	// A folder that is made later, or anew, is watched from the next time on. What has happened before that is seen
-	// by then too: it is looked at after arming.
+	// A folder that is made later is watched from the next sync on. What happened in it before is seen too, because the sync follows.
 	arm := func() {
 		for _, folder := range append(subfolders(i.ConfDir), folders...) {
 			if watching {
@@ -231,7 +229,7 @@ func (i *installer) look(ctx context.Context) (again time.Duration, err error) {
 
 // leave removes the key, and then the record of it: that is what the agent waits for.
 func (i *installer) leave(ctx context.Context) error {
-	i.Log.Info("the installation is to be undone: taking the entry out", "agent", i.config.Name)
+	i.Log.Info("the DaemonSet is deleted: removing the entry", "agent", i.config.Name)
 	// SIGTERM may have come already, or may come now.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
 	defer cancel()
@@ -240,7 +238,7 @@ func (i *installer) leave(ctx context.Context) error {
 		if err == nil {
 			return RemoveFiles(i.ConfDir, runtimedir.New(i.RuntimeDir), i.config.Name)
 		}
-		i.Log.Error("the entry is still there", "error", err)
+		i.Log.Error("the entry cannot be removed yet and is tried again; pods go on being recorded", "error", err)
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
