@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -129,30 +130,28 @@ func (w *world) receive(namespace string, six bool, protocol int) receiver {
 	return receiver{conn}
 }
 
-// next waits for a packet with the attack or the marker.
-func (r receiver) next(t *testing.T) (what string, err error) {
+// containing waits for a packet that contains one of these texts.
+func (r receiver) containing(t *testing.T, texts ...string) (data []byte, err error) {
 	limit, cancel := lab.Patience(t.Context(), 5*time.Second)
 	defer cancel()
 	defer context.AfterFunc(limit, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })()
 	buffer := make([]byte, 2000)
 	for {
-		n, from, err := r.ReadFrom(buffer)
+		n, _, err := r.ReadFrom(buffer)
 		if err != nil {
-			return "", fmt.Errorf("the marker did not arrive: %w", err)
+			return nil, fmt.Errorf("no packet with any of %q arrived: %w", texts, err)
 		}
-		for _, what := range []string{attack, marker} {
-			if strings.Contains(string(buffer[:n]), what) {
-				return fmt.Sprintf("%s from %s", what, from), nil
-			}
+		if slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(string(buffer[:n]), text) }) {
+			return buffer[:n], nil
 		}
 	}
 }
 
 // onlyMarker says what is wrong unless the marker arrives and no attack before it.
 func (r receiver) onlyMarker(t *testing.T) error {
-	what, err := r.next(t)
-	if err == nil && !strings.HasPrefix(what, marker) {
-		err = fmt.Errorf("there arrived: %s", what)
+	data, err := r.containing(t, attack, marker)
+	if err == nil && !strings.Contains(string(data), marker) {
+		err = errors.New("the attack arrived")
 	}
 	return err
 }
@@ -248,10 +247,22 @@ func (w *world) survives(server net.Listener, from string, endpoint, to netip.Ad
 	defer func() { _ = conn.Close() }()
 	peer := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
-	for _, sequence := range []uint32{1 << 20, 1<<31 + 1<<20} { // one of them is above the window
-		for _, acknowledgement := range []uint32{1 << 20, 1<<31 + 1<<20} {
-			w.inject("echo", endpoint.Addr(), peer.Addr(), unix.IPPROTO_TCP, segment(endpoint, peer, sequence, acknowledgement, tcpACK|tcpPSH, attack))
-		}
+	// The client's first segment says what it expects, and what a reset has to bear to be believed.
+	const first = "the first segment"
+	seen := w.receive("echo", endpoint.Addr().Is6(), unix.IPPROTO_TCP)
+	if _, err := client.Write([]byte(first)); err != nil {
+		return err
+	}
+	if _, err := conn.Read(make([]byte, 100)); err != nil {
+		return err
+	}
+	data, err := seen.containing(w.t, first)
+	if err != nil {
+		return err
+	}
+	sequence, acknowledgement := binary.BigEndian.Uint32(data[8:]), binary.BigEndian.Uint32(data[4:])+uint32(len(first))
+	for _, ahead := range []uint32{1 << 20, 1 << 28, 1 << 30} {
+		w.inject("echo", endpoint.Addr(), peer.Addr(), unix.IPPROTO_TCP, segment(endpoint, peer, sequence+ahead, acknowledgement, tcpACK|tcpPSH, attack))
 	}
 	limit, cancel := lab.Patience(w.t.Context(), 5*time.Second)
 	defer cancel()

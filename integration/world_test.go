@@ -35,6 +35,7 @@ const (
 	prefixed   = 216 // hostInterface: a prefix
 	listed     = 217 // hostInterface: several
 	unassigned = 218
+	briefly    = 219 // noEndpoint: hold, for a short time
 )
 
 // magicAt is a magic IP with its port; magic is the one without any settings.
