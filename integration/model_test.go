@@ -500,7 +500,9 @@ func (m *model) targets(magic modelMagicIP) []netip.Addr {
 			continue
 		}
 		later := standing[i+1:]
-		if slices.ContainsFunc(later, func(l runtimedir.Attachment) bool { return l.Namespace == r.Namespace && l.Name == r.Name && l.UID == r.UID }) {
+		if slices.ContainsFunc(later, func(l runtimedir.Attachment) bool {
+			return l.Namespace == r.Namespace && l.Name == r.Name && l.UID == r.UID
+		}) {
 			continue // the pod has a newer sandbox
 		}
 		for _, ip := range r.IPs {

@@ -45,7 +45,8 @@ const (
 	// Spread is the time over which the agents of a cluster spread what all of them report at once.
 	Spread = 30 * time.Second
 	// Burst Events may be sent at once by one agent, then one each Interval.
-	Burst    = 10
+	Burst = 10
+	// Interval is how often one Event may be sent beyond that.
 	Interval = time.Minute
 
 	// unstable is the number of changes before a report that are a fault: a rollout makes two.

@@ -315,11 +315,11 @@ func TestUpgrade(t *testing.T) {
 func instead(t *testing.T, name, script string) (back func()) {
 	t.Helper()
 	folder, path := t.TempDir(), os.Getenv("PATH")
-	real, err := exec.LookPath(name)
+	command, err := exec.LookPath(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	script = "#!/bin/sh\nreal=" + real + "\n" + script + "\n"
+	script = "#!/bin/sh\nreal=" + command + "\n" + script + "\n"
 	if err := os.WriteFile(filepath.Join(folder, name), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -45,9 +45,8 @@ func (o *objects) answer(request *http.Request) (*http.Response, error) {
 	o.asked = append(o.asked, path)
 	object, found := o.live[path]
 	parts := strings.Split(path, "/")
-	code, body := http.StatusOK, any(object)
 	object.TypeMeta = metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadata"}
-	body = object
+	code, body := http.StatusOK, any(object)
 	switch {
 	case o.refusal == http.StatusForbidden:
 		code, body = o.refusal, errorStatus(o.refusal, metav1.StatusReasonForbidden, nil)
@@ -177,7 +176,7 @@ func TestOwners(t *testing.T) {
 func TestOwnerIsReplaced(t *testing.T) {
 	api := &objects{live: map[string]metav1.PartialObjectMetadata{}}
 	api.set(daemonSetOf, "d1")
-	asking(t, api, func(t *testing.T, owns func(string, metav1.OwnerReference, ...string) string, owners *owners) {
+	asking(t, api, func(t *testing.T, owns func(string, metav1.OwnerReference, ...string) string, _ *owners) {
 		first, second := controlledBy("apps/v1", "DaemonSet", "echo", "d1"), controlledBy("apps/v1", "DaemonSet", "echo", "d2")
 		expect := func(when string, reference metav1.OwnerReference, want string) {
 			t.Helper()

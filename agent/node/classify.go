@@ -334,9 +334,9 @@ func (c *classifier) pods(l *link) (pods bool, reason string) {
 		}
 		return false, "both of its ends are on the node"
 	case paired(l.Kind):
-		return c.gateway(l, end.master, stray)
+		return c.gateway(end.master, stray)
 	case l.Kind == "vlan" && end != nil && !l.Elsewhere && end.Kind == "bridge":
-		return c.gateway(l, end, stray)
+		return c.gateway(end, stray)
 	case l.Tap:
 		if l.recorded.IsValid() {
 			return true, route
@@ -349,7 +349,7 @@ func (c *classifier) pods(l *link) (pods bool, reason string) {
 }
 
 // gateway is a link by which the node is in a bridge, beside the bridge itself.
-func (c *classifier) gateway(l, bridge *link, stray string) (pods bool, reason string) {
+func (c *classifier) gateway(bridge *link, stray string) (pods bool, reason string) {
 	switch stranger := c.stranger(bridge); {
 	case bridge.role == Uplink:
 		return false, "it leads to " + bridge.Name + ", which is an uplink"

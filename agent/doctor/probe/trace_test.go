@@ -2,6 +2,7 @@ package probe
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,8 +29,8 @@ func reset(p Packet) Packet { p.Reset = true; return p }
 
 func TestTrace(t *testing.T) {
 	arrived := []Packet{in("veth1", source, magic), in("cni0", source, magic)}
-	forwarded := append(arrived[:2:2], out("cni0", source, endpoint), out("veth2", source, endpoint))
-	reply := append(forwarded[:4:4], in("veth2", endpoint, source), in("cni0", endpoint, source))
+	forwarded := slices.Concat(arrived, []Packet{out("cni0", source, endpoint), out("veth2", source, endpoint)})
+	reply := slices.Concat(forwarded, []Packet{in("veth2", endpoint, source), in("cni0", endpoint, source)})
 	flow := func(server netip.AddrPort, replied bool) *conntrack.Entry {
 		return &conntrack.Entry{Flow: plan.Flow{Protocol: plan.TCP, Source: source, Destination: magic, Server: server}, ReplyTo: source, Replied: replied}
 	}
