@@ -203,7 +203,7 @@ func TestWithoutEndpoint(t *testing.T) {
 				want(w.fate(lab.Host, lab.NewConnection, magicAt(holding, six)), "silence"),
 				want(w.fate(lab.Host, lab.UDP, magicAt(holding, six)), "refused")))
 		})
-		w.run(makeNetNS + "netns new")
+		w.run(makeNetNS + "\nnetns new")
 		echo = w.echo("new") // before the pod is the endpoint: its own kernel would refuse
 		w.addTarget("new")
 		waiting.Wait()
