@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -415,9 +416,19 @@ func TestDaemonSetDeleted(t *testing.T) {
 	start := func() (installer, agent *lab.Process) {
 		t.Helper()
 		own := []string{"--daemonset", "kube-system/magic", "--kubeconfig", "/run/kubeconfig"}
+		before := time.Now()
 		installer = s.confined("-all", s.flags("install", append(own, "--watch", "--plugin", s.plugin())...)...)
 		agent = s.confined("-all,+net_admin", append(own, "run", "--config", "/run/agent.yaml", "--runtime-dir", lab.RuntimeDir, "--node-name", "node")...)
 		s.awaitEntry(installer)
+		if err := lab.Eventually(patience(t), func() error { // it runs once it knows its DaemonSet
+			status, err := runtimedir.New(s.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+			if err == nil && status.StartedAt.Before(before) {
+				err = errors.New("the agent does not run yet")
+			}
+			return err
+		}); err != nil {
+			t.Fatalf("%v:\n%s", err, agent.Log())
+		}
 		t.Cleanup(func() {
 			if t.Failed() {
 				t.Logf("installer:\n%s\nagent:\n%s", installer.Log(), agent.Log())
@@ -539,6 +550,10 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case code == http.StatusOK && r.URL.Path == path && r.URL.Query().Get("watch") == "true":
 		a.count(1, 1)
 		defer a.count(-1, 0)
+		if r.URL.Query().Get("sendInitialEvents") == "true" { // a watch that lists first
+			_, _ = fmt.Fprintf(w, `{"type":"ADDED","object":%s}`+"\n"+`{"type":"BOOKMARK","object":{"apiVersion":"apps/v1","kind":"DaemonSet",`+
+				`"metadata":{"resourceVersion":"7","annotations":{"k8s.io/initial-events-end":"true"}}}}`+"\n", ownDaemonSet)
+		}
 		w.(http.Flusher).Flush()
 		select {
 		case <-r.Context().Done():
@@ -551,6 +566,10 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if code == http.StatusNotFound {
 			_, _ = fmt.Fprintf(w, `{"type":"DELETED","object":%s}`+"\n", ownDaemonSet)
 		}
+	case code == http.StatusOK && r.URL.Path == path:
+		_, _ = fmt.Fprintf(w, `{"apiVersion":"apps/v1","kind":"DaemonSetList","metadata":{"resourceVersion":"7"},"items":[%s]}`, ownDaemonSet)
+	case code == http.StatusNotFound && r.URL.Path == path:
+		_, _ = w.Write([]byte(`{"apiVersion":"apps/v1","kind":"DaemonSetList","metadata":{"resourceVersion":"8"},"items":[]}`))
 	case code == http.StatusNotFound && r.URL.Path == path+"/magic":
 		w.WriteHeader(code)
 		_ = json.NewEncoder(w).Encode(map[string]any{"apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code, "reason": "NotFound",
