@@ -157,8 +157,8 @@ func TestAgentAbsent(t *testing.T) {
 	w.waiting(1, "ErrImageNeverPull")
 	w.unhindered("no image on a node that is served", usual)
 	w.lap("no image")
-	w.begin(apm, apmValues("config.selector=app in (apm-server")...)
-	w.kubectl("delete", "pods", "--namespace", system, "--selector", "release="+name) // else only where the image was missing is the new configuration seen
+	w.begin(apm, apmValues("extraArgs[0]=--no-such-flag", "installer.extraArgs[0]=--no-such-flag")...)
+	w.kubectl("delete", "pods", "--namespace", system, "--selector", "release="+name) // else only the pod without an image is replaced
 	w.waiting(1, "CrashLoopBackOff")
 	w.unhindered("a crash loop", usual)
 	w.lap("crash loop")
