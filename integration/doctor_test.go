@@ -67,7 +67,7 @@ func TestDoctor(t *testing.T) {
 		w.run("mkdir -p /run/cni/bin; echo plugin >/run/cni/bin/magic-ip-address; chmod 755 /run/cni/bin/magic-ip-address")
 		w.finds("FAIL", "runtime directory", "start the agent")
 		w.start(config())
-		w.finds("warn", "169.254.210.210:8080/tcp", "has no endpoint; new connections: reject", "app=echo")
+		w.finds("warn", "169.254.210.210:8080/tcp", "has no endpoint for app=echo in default (new connections: reject): no pod of namespace default is known")
 		w.addTarget("echo")
 		w.awaitEndpoint("echo")
 		w.finds("FAIL", "endpoints", "(pod default/echo) refuses connections: nothing listens")

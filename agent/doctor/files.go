@@ -132,12 +132,11 @@ func (e *examination) magicIPs() {
 				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Reason, "change the configuration of one of the two")
 				continue
 			}
-			why := "look whether a pod of namespace " + m.Namespace + " with " + m.Selector + " runs on this node"
-			text := "has no endpoint; new connections: " + m.Action
+			text, next := fmt.Sprintf("has no endpoint for %s in %s (new connections: %s)", m.Selector, m.Namespace, m.Action), "look whether such a pod runs on this node"
 			if len(m.Why) > 0 {
-				text, why = fmt.Sprintf("has no endpoint (new connections: %s): %s", m.Action, strings.Join(m.Why, "; ")), ""
+				text, next = text+": "+strings.Join(m.Why, "; "), ""
 			}
-			e.add(Warn, check, text, why)
+			e.add(Warn, check, text, next)
 		}
 	}
 	if named > most {

@@ -185,6 +185,10 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 	}
 	without := found && len(m.Endpoints) == 0
 	text = trace.Text
+	fail := func(text string, checks ...string) (Level, string, string) {
+		text, next := e.because(text, checks...)
+		return Fail, text, next
+	}
 	switch trace.Hop {
 	case probe.Answered:
 		return OK, "answered", ""
@@ -193,30 +197,30 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 			return OK, "rejected for want of an endpoint", ""
 		}
 		if without {
-			return Fail, text + ", although it should " + m.Action, e.cause("rules", "agent")
+			return fail(text+", although it should "+m.Action, "rules", "agent")
 		}
-		return Fail, text + ": the rules reject this client, or a filter does", e.cause("links", "rules", "filters", "agent")
+		return fail(text, "links", "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Node:
 		if without && m.Action == string(plan.Hold) {
 			return OK, "held for want of an endpoint", ""
 		}
-		return Fail, text, e.cause("forwarding", "rp_filter", "conntrack", "links", "rules", "filters", "agent")
+		return fail(text, "forwarding", "rp_filter", "conntrack", "links", "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Client:
 		return Fail, text, "give the client a route to it: a default route is enough. In the client's namespace: ip route get " + trace.Address.String()
 	case probe.Astray:
 		if without && m.Action == string(plan.Pass) {
 			return OK, "passed for want of an endpoint", ""
 		}
-		return Fail, text, e.cause("rules of others", "rules", "data plane", "agent")
+		return fail(text, "rules of others", "rules", "data plane", "agent")
 	case probe.Refused:
-		return Fail, text, e.cause("endpoints")
+		return fail(text, "endpoints")
 	case probe.Silent:
 		if trace.Protocol == plan.UDP {
 			return OK, "delivered to the endpoint, which need not answer an empty datagram", ""
 		}
-		return Fail, text, e.cause("endpoints", "filters", "rp_filter")
+		return fail(text, "endpoints", "filters", "rp_filter")
 	case probe.Reply:
-		return Fail, text, e.cause("bridges", "rp_filter", "data plane", "filters")
+		return fail(text, "bridges", "forwarding", "rp_filter", "data plane", "filters")
 	}
 	return Hidden, text, ""
 }
@@ -233,20 +237,22 @@ func (e *examination) served(frontend plan.Frontend) (magicIP, bool) {
 	return magicIP{}, false
 }
 
-// cause points to what a check has found that explains where a probe ended: of these checks, a failure first.
-func (e *examination) cause(checks ...string) string {
+// because adds to the text what a check has found that explains where a probe ended: of these checks a failure first, then a
+// warning. next is then what that check says.
+func (e *examination) because(text string, checks ...string) (withCause, next string) {
 	for _, level := range []Level{Fail, Warn} {
 		for _, check := range checks {
 			i := slices.IndexFunc(e.found, func(f Finding) bool {
 				return f.Level == level && (f.Check == check || strings.HasPrefix(f.Check, check+" "))
 			})
 			if i >= 0 {
-				return fmt.Sprintf("probably because of %s: %s", e.found[i].Check, e.found[i].Text)
+				return fmt.Sprintf("%s; probably because of %s: %s", text, e.found[i].Check, e.found[i].Text), e.found[i].Next
 			}
 		}
 	}
 	if len(e.filtersOfOthers) > 0 {
-		return "probably a rule of another program: see nft list chain " + strings.Join(e.filtersOfOthers, "; nft list chain ") + "; kubectl get networkpolicy -A"
+		return text + "; probably because of another program's rule in " + strings.Join(e.filtersOfOthers, ", "),
+			"nft list chain " + e.filtersOfOthers[0] + "; kubectl get networkpolicy -A"
 	}
-	return "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
+	return text, "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
 }
