@@ -119,7 +119,7 @@ func brokenNodes() []brokenNode {
 			w.awaitStatus("masqueraded")
 		}, status: "source address is masqueraded", level: "warn", verdict: "masqueraded", probe: "4 answered"},
 		{name: "another program translates the magic IP first", breaks: script("nft 'add table ip theirs; add chain ip theirs c { type nat hook prerouting priority -150; }; add rule ip theirs c ip daddr 169.254.210.210 dnat to 192.0.2.1'"),
-			level: "FAIL", verdict: "probably because of rules of others: somebody else translates a magic IP too: nft table ip theirs, chain c", probe: "nft delete rule ip theirs c handle"},
+			level: "FAIL", verdict: "probably because of rules of others: another program translates a magic IP too: nft table ip theirs, chain c", probe: "nft delete rule ip theirs c handle"},
 		{name: "clients behind a bridge that holds a NIC", network: "ptp", breaks: func(w *world) { w.virtualMachine() }, flags: []string{"--netns", "/run/netns/vm"},
 			level: "FAIL", verdict: "clients behind br0 are not served", probe: "clients behind br0 are not served"},
 

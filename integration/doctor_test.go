@@ -180,6 +180,7 @@ func (w *world) doctorOfNetwork(backend string) {
 	}
 	filter("0")
 	w.finds("warn", "bridges", "frames of cni1", "br_netfilter")
+	w.finds("ok", "rules of others") // the agent's own are none, with the rules that such a bridge takes either
 	filter("1")
 	w.finds("ok", "bridges")
 
@@ -207,11 +208,11 @@ func (w *world) doctorOfNetwork(backend string) {
 		variant = "nft"
 	}
 	w.run("iptables-" + variant + " -t nat -A PREROUTING -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.1:1")
-	found := w.finds("warn", "somebody else translates a magic IP too", "-j DNAT", "iptables-"+variant+" -t nat -D PREROUTING")
+	found := w.finds("warn", "another program translates a magic IP too", "-j DNAT", "iptables-"+variant+" -t nat -D PREROUTING")
 	_, command, _ := strings.Cut(found, " → ")
 	w.run(command)
 	w.run("nft add table ip theirs; nft 'add chain ip theirs c { type nat hook prerouting priority -100; }'; nft add rule ip theirs c ip daddr 169.254.210.210 dnat to 10.0.0.1")
-	found = w.finds("warn", "somebody else translates a magic IP too", "nft delete rule ip theirs c handle ")
+	found = w.finds("warn", "another program translates a magic IP too", "nft delete rule ip theirs c handle ")
 	_, command, _ = strings.Cut(found, " → ")
 	w.run(command)
 	w.finds("ok", "rules of others")

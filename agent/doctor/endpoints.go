@@ -72,7 +72,7 @@ func (e *examination) endpoints(ctx context.Context) {
 			if link := e.leaves(endpoint.Addr()); link != "" && !astray[endpoint.Addr()] {
 				astray[endpoint.Addr()] = true
 				e.add(Fail, check, fmt.Sprintf("the route to %s (pod %s) goes by %s, which leads out of the node: the pod's own route or link is gone", endpoint, e.podOf(endpoint), link),
-					"see ip route get "+endpoint.Addr().String()+"; delete the pod, so that the CNI plugin makes them anew")
+					"see ip route get "+endpoint.Addr().String()+"; delete the pod, so that the CNI plugin creates them again")
 			}
 			switch {
 			case astray[endpoint.Addr()]:

@@ -23,7 +23,7 @@ func (e *examination) runtimeDir() {
 	case errors.Is(err, fs.ErrNotExist):
 		e.add(Fail, check, e.RuntimeDir+" is not there", "start the agent, or say where it is: --runtime-dir. In a container it has to be mounted")
 	case err != nil:
-		e.add(Fail, check, err.Error(), "run this as root")
+		e.add(unreadable(err), check, err.Error(), "run this as root")
 	case !info.IsDir():
 		e.add(Fail, check, e.RuntimeDir+" is no directory", "remove it")
 	default:
@@ -46,6 +46,14 @@ func (e *examination) diskSpace() {
 	}
 }
 
+// unreadable is the level of an error of reading: what may not be read is not known.
+func unreadable(err error) Level {
+	if errors.Is(err, fs.ErrPermission) {
+		return Hidden
+	}
+	return Fail
+}
+
 func (e *examination) stateFile() {
 	const check = "state file"
 	path := runtimedir.New(e.RuntimeDir).StatePath()
@@ -57,8 +65,10 @@ func (e *examination) stateFile() {
 		e.add(OK, check, "none yet: no selected pod has been added since the node was started", "")
 	case errors.As(err, &newer):
 		e.add(Fail, check, err.Error(), "upgrade this agent, or replace the plugin by the one of this version")
+	case errors.Is(err, fs.ErrPermission):
+		e.add(Hidden, check, err.Error(), "run this as root")
 	case err != nil:
-		e.add(Fail, check, err.Error(), "nothing: the plugin sets it aside with the next pod. If it happens again, look at the disk and at who writes "+path)
+		e.add(Fail, check, err.Error(), "nothing: the plugin sets it aside with the next pod. If it happens again, check the disk, and which process writes "+path)
 	default:
 		e.add(OK, check, fmt.Sprintf("%s, %d records", path, len(e.records)), "")
 	}
@@ -71,7 +81,7 @@ func (e *examination) liveAgents() {
 	const check = "agent"
 	read, err := status.Read(runtimedir.New(e.RuntimeDir), e.Name)
 	if err != nil {
-		e.add(Fail, check, err.Error(), "start it")
+		e.add(unreadable(err), check, err.Error(), "start it, or run this as root")
 		return
 	}
 	e.agents = read.Agents
@@ -89,7 +99,7 @@ func (e *examination) liveAgents() {
 			e.add(OK, name, fmt.Sprintf("running since %s, polled %s ago", a.StartedAt.Format(time.RFC3339), e.now.Sub(a.Heartbeat).Round(time.Second)), "")
 		}
 		if a.LastError != "" {
-			e.add(Fail, name, "reports: "+a.LastError, "mend that; it tries again by itself")
+			e.add(Fail, name, "reports: "+a.LastError, "correct that; it is retried without further action")
 		}
 		for _, note := range a.Notes {
 			e.add(Warn, name, note, "")
@@ -104,7 +114,7 @@ func (e *examination) installation(a status.Agent) {
 	}
 	check := "installer " + a.Name
 	if a.Installed.LastError != "" {
-		e.add(Fail, check, "reports: "+a.Installed.LastError, "mend that; it tries again by itself")
+		e.add(Fail, check, "reports: "+a.Installed.LastError, "correct that; it is retried without further action")
 	} else {
 		e.add(OK, check, fmt.Sprintf("%s since %s", a.Installed.Conflist, a.Installed.InstalledAt.Format(time.RFC3339)), "")
 	}

@@ -67,7 +67,7 @@ func (e *examination) rules(ctx context.Context) {
 			continue
 		}
 		differs, err := inspect(ctx, a)
-		if len(differs) > 0 { // it may just have changed, or be mended
+		if len(differs) > 0 { // it may be changing right now
 			select {
 			case <-ctx.Done():
 			case <-time.After(time.Second):
@@ -80,9 +80,9 @@ func (e *examination) rules(ctx context.Context) {
 		case err != nil:
 			e.add(Hidden, check, fmt.Sprintf("those of agent %s cannot be read: %v", a.Name, err), "run this as root in the network namespace of the node")
 		case len(differs) > 0:
-			next := "see who changes them; the agent mends them"
+			next := "find out what modifies them (nft monitor); the agent restores them"
 			if !a.Live {
-				next = "start the agent: nobody mends them while it does not run"
+				next = "start the agent: without it nothing restores them"
 			}
 			e.add(Fail, check, fmt.Sprintf("those of agent %s are not as it says: %s", a.Name, strings.Join(differs, "; ")), next)
 		default:
@@ -127,7 +127,7 @@ func (e *examination) foreignRules(ctx context.Context) {
 		if next == "" {
 			next = "remove it"
 		}
-		e.add(Warn, check, "somebody else translates a magic IP too: "+rule, next)
+		e.add(Warn, check, "another program translates a magic IP too: "+rule, next)
 	}
 	for _, reason := range hidden {
 		e.add(Hidden, check, reason, "run this as root on the node, where iptables-legacy-save is installed")
@@ -144,6 +144,6 @@ func (e *examination) bypasses() {
 		e.add(Warn, check, bypass, "")
 	}
 	if len(found) == 0 {
-		e.add(OK, check, "no eBPF program takes the packets of pods", "")
+		e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 	}
 }

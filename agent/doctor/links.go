@@ -38,7 +38,7 @@ func (e *examination) links(snapshot node.Snapshot, network node.Network) {
 			continue
 		}
 		e.add(Fail, check, fmt.Sprintf("pod %s/%s is behind %s, which is not served with hostInterface auto: %s", record.Namespace, record.Name, link.Name, link.Reason),
-			"mend that, or name the link: hostInterface: "+link.Name)
+			"correct that, or name the link: hostInterface: "+link.Name)
 	}
 	if e.failed(check) {
 		return

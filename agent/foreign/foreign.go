@@ -59,12 +59,19 @@ func foreignNFT(ruleset string, told map[string]bool, addresses []netip.Addr) []
 			table = words[1] + " " + words[2]
 		case len(words) >= 2 && words[0] == "chain":
 			chain = words[1]
-		case told[table] || strings.Contains(table, " "+nftables.TablePrefix) || !slices.Contains(words, "dnat"):
+		case told[table] || strings.Contains(table, " "+nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix): // theirs is known, or an agent's
+		case !translates(words):
 		case slices.ContainsFunc(words, func(w string) bool { return isOneOf(w, addresses) }):
 			found = append(found, fmt.Sprintf("nft table %s, chain %s: %s", table, chain, strings.TrimSpace(line)))
 		}
 	}
 	return found
+}
+
+// translates says whether a rule of nftables has a dnat statement. "ct status dnat" is a match.
+func translates(words []string) bool {
+	i := slices.Index(words, "dnat")
+	return i >= 0 && (i == 0 || words[i-1] != "status")
 }
 
 func foreignIPTables(command, rules string, addresses []netip.Addr) []string {

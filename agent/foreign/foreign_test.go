@@ -24,6 +24,15 @@ table ip nat {
 		ip daddr 169.254.210.210 tcp dport 80 dnat to 10.0.0.2:80
 	}
 }
+table ip filter {
+	chain MIP-0123abcd-bridge {
+		ct status dnat ct original daddr 169.254.210.210 counter meta mark set mark or 0x1000
+		ip daddr 169.254.210.210 dnat to 10.0.0.6
+	}
+	chain FORWARD {
+		ct status dnat ip daddr 169.254.210.210 accept
+	}
+}
 table inet theirs {
 	chain pre {
 		type nat hook prerouting priority dstnat; policy accept;

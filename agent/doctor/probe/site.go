@@ -22,8 +22,8 @@ import (
 // Site is a network namespace that is joined to the node as a pod's would be.
 //
 // The namespace has no name and the link to it is made with its other end inside: the kernel takes both away when this
-// process ends, however it ends. Routes and addresses go with the link. What a namespace that somebody holds open has kept
-// alive is removed by the next run, by the link's name and alias.
+// process ends, however it ends. Routes and addresses go with the link. A link that outlives its process, because
+// another process holds the namespace open, is removed by the next run, by the link's name and alias.
 type Site struct {
 	Namespace netns.NsHandle
 	// Link is the node's end.

@@ -156,7 +156,7 @@ func (e *Evidence) behind(server netip.AddrPort, out, what string) (Hop, string)
 	case bypassed >= 0 && !translated:
 		return Reply, fmt.Sprintf("%s answered, but its answer went to the client by %s untranslated, as from %s: the client knows nothing of that", server, back[bypassed].Link, server)
 	case came && translated:
-		return Reply, fmt.Sprintf("%s answered and the answer left the node for the client, who did not take it", server)
+		return Reply, fmt.Sprintf("%s answered and the answer left the node for the client, which did not accept it", server)
 	case came && reset:
 		return Refused, fmt.Sprintf("%s refused the %s", server, what)
 	case came:
