@@ -309,6 +309,35 @@ func BenchmarkFullNode(b *testing.B) {
 	}
 }
 
+// BenchmarkBigPods: what pods cost the agent whose authors give them 0.7 MB of labels each. Once it watches them, and once it starts
+// beside them.
+func BenchmarkBigPods(b *testing.B) {
+	const count, target = 40, 64.0 // MiB
+	w := apart(b, "big", "big")
+	labels := map[string]string{"app": "echo"}
+	for i := range 5500 {
+		labels[fmt.Sprintf("%058d.example/%04d", i, i)] = strings.Repeat("v", 63)
+	}
+	for b.Loop() {
+		w.serve()
+		before := usageOf(w, w.node, "magic-ip-agent")
+		for i := range count {
+			w.create(fmt.Sprint("big-", i), func(p *corev1.Pod) { p.Labels = labels }).running(true)
+		}
+		w.settle()
+		watched := usageOf(w, w.node, "magic-ip-agent")
+		w.agent.Kill()
+		w.start()
+		w.settle()
+		started := usageOf(w, w.node, "magic-ip-agent")
+		b.Logf("%d pods with %d labels: agent %.0f MiB before, %.0f (at most %.0f) when they have come, %.0f (at most %.0f) when it starts beside them; target %.0f",
+			count, len(labels), before.rss, watched.rss, watched.hwm, started.rss, started.hwm, target)
+		if watched.rss > target {
+			b.Errorf("%.0f MiB resident, target %.0f", watched.rss, target)
+		}
+	}
+}
+
 // measure prints what the agent uses meanwhile, and what comes to it from the API server.
 func (w *world) measure(b *testing.B, what string, during time.Duration, meanwhile func()) {
 	w.Helper()
