@@ -39,9 +39,9 @@ type connection struct {
 	// before the next where the API server asks for that.
 	watching watch.Interface
 	endedAt  time.Time
-	// heardAt is when the watch was opened, or brought an event or a bookmark, last.
-	heardAt time.Time
-	err     error // of the last list or watch; nil where it succeeded
+	// seenAt is when the watch was opened, or brought an event or a bookmark, last.
+	seenAt time.Time
+	err    error // of the last list or watch; nil where it succeeded
 	// healthySince is when the watch became healthy last.
 	healthySince time.Time
 }
@@ -142,9 +142,9 @@ func (c *connection) answered(err error) {
 	wasHealthy := c.healthyLocked()
 	c.err = err
 	if err == nil {
-		c.heardAt = time.Now()
+		c.seenAt = time.Now()
 		if c.endedAt.IsZero() {
-			c.endedAt = c.heardAt // a list was answered, and no watch was ever open
+			c.endedAt = c.seenAt // a list was answered, and no watch was ever open
 		}
 	}
 	if !wasHealthy && c.healthyLocked() {
@@ -163,7 +163,7 @@ func (c *connection) healthy() bool {
 }
 
 func (c *connection) healthyLocked() bool {
-	return c.err == nil && c.watching != nil && time.Since(c.heardAt) < watchSilence
+	return c.err == nil && c.watching != nil && time.Since(c.seenAt) < watchSilence
 }
 
 // problem is the error of the last list or watch; nil where it succeeded.

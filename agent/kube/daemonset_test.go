@@ -157,7 +157,7 @@ func (s *apiServer) send(kind watch.EventType, object runtime.Object) {
 	select {
 	case events <- watch.Event{Type: kind, Object: object}:
 	case <-time.After(10 * time.Second):
-		s.t.Fatal("nobody watches")
+		s.t.Fatal("there is no watch")
 	}
 }
 
@@ -175,7 +175,7 @@ func (s *apiServer) awaitWatch() {
 	select {
 	case <-s.opened:
 	case <-time.After(20 * time.Second):
-		s.t.Fatal("nobody watches")
+		s.t.Fatal("there is no watch")
 	}
 }
 
@@ -318,7 +318,7 @@ func TestDeletion(t *testing.T) {
 			s.answer(absent)
 			s.expire()
 		}, true},
-		"gone while nobody watched": {func(s *apiServer) {
+		"gone while there was no watch": {func(s *apiServer) {
 			s.refuse(forbidden)
 			s.answer(absent)
 		}, true},
@@ -412,7 +412,7 @@ func TestBeingDeletedAtTheStart(t *testing.T) {
 	want(t, answer, true)
 }
 
-// TestSIGTERM: told to stop, it asks once more, and shortly; only a deletion counts.
+// TestSIGTERM: at the end there is one more request, which is short; only a deletion counts.
 func TestSIGTERM(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -447,7 +447,7 @@ func TestSIGTERM(t *testing.T) {
 	}
 }
 
-// TestSilentWatch: a connection that has died without a word is given up, and what has happened meanwhile is found out.
+// TestSilentWatch: a watch that is silent is begun anew, and what happened meanwhile is noticed.
 func TestSilentWatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -479,8 +479,8 @@ func TestSilentWatch(t *testing.T) {
 	})
 }
 
-// TestAwait: who begins waits for a sight of the DaemonSet while the API server refuses it, but not for long, and not where
-// nobody answers.
+// TestAwait: the start waits until the DaemonSet has been read, while the API server refuses that, but not for long, and not where there is
+// no answer.
 func TestAwait(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -508,7 +508,7 @@ func TestAwait(t *testing.T) {
 			}
 		})
 	}
-	t.Run("deleted with all rights before anybody has asked again", func(t *testing.T) {
+	t.Run("deleted together with all rights, before another request", func(t *testing.T) {
 		t.Parallel()
 		s, own := newAPIServer(t)
 		own.Await(t.Context())
@@ -517,7 +517,7 @@ func TestAwait(t *testing.T) {
 		s.send(watch.Deleted, daemonSet("u1"))
 		want(t, answer, true)
 	})
-	t.Run("told to stop", func(t *testing.T) {
+	t.Run("stopped", func(t *testing.T) {
 		t.Parallel()
 		s, own := newAPIServer(t)
 		s.answer(forbidden)
@@ -531,8 +531,8 @@ func TestAwait(t *testing.T) {
 	})
 }
 
-// TestEndedWatch: the API server ends each watch in time. The next one begins at once: were the DaemonSet deleted in a pause, and
-// with it the right to ask for it, nobody would ever know.
+// TestEndedWatch: the API server ends each watch after some time. The next one begins at once: if the DaemonSet was deleted in a pause, and
+// the right to read it too, the deletion would never be noticed.
 func TestEndedWatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -108,7 +108,7 @@ func (f *feed) start(ctx context.Context) {
 func (f *feed) fresh() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.heardAt.IsZero() && f.err == nil && time.Since(f.begunAt) < firstAnswer
+	return f.seenAt.IsZero() && f.err == nil && time.Since(f.begunAt) < firstAnswer
 }
 
 // polledCounts says whether the last poll is newer than the informer. A watch that was opened again is healthy before
@@ -134,7 +134,7 @@ func (f *feed) view() (pods []*corev1.Pod, synced bool, problem string) {
 	} else {
 		pods, synced = f.watched(), f.informer.HasSynced()
 	}
-	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.heardAt) {
+	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.seenAt) {
 		return pods, synced, ""
 	}
 	switch {
@@ -142,12 +142,12 @@ func (f *feed) view() (pods []*corev1.Pod, synced bool, problem string) {
 		problem = fmt.Sprintf("the API server does not allow the pods of namespace %s; allow get, list and watch of pods there: %v", f.namespace, f.err)
 	case f.err != nil:
 		problem = fmt.Sprintf("pods of namespace %s: %v", f.namespace, f.err)
-	case f.heardAt.IsZero():
+	case f.seenAt.IsZero():
 		problem = fmt.Sprintf("pods of namespace %s: the API server has not answered yet", f.namespace)
 	case f.watching == nil && time.Since(f.endedAt) > pollTimeout: // one watch ends every few minutes, and another begins
 		problem = fmt.Sprintf("pods of namespace %s: the watch ended %s ago, and no other has begun", f.namespace, time.Since(f.endedAt).Round(time.Second))
 	case f.watching != nil && !f.healthyLocked():
-		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.heardAt).Round(time.Second))
+		problem = fmt.Sprintf("pods of namespace %s: the watch has been silent for %s", f.namespace, time.Since(f.seenAt).Round(time.Second))
 	}
 	return pods, synced, problem
 }
@@ -179,7 +179,7 @@ func (f *feed) poll(ctx context.Context) {
 	defer f.mu.Unlock()
 	f.pollFailed = err != nil
 	if err != nil {
-		if f.heardAt.Before(begun) { // and the watch has not answered meanwhile
+		if f.seenAt.Before(begun) { // and the watch has not answered meanwhile
 			f.err = err
 		}
 		return

@@ -14,7 +14,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 )
 
-// TestHealth: what is told of each watch, and what has been asked.
+// TestHealth: the state of each watch, and the numbers of requests.
 func TestHealth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPods(fake.NewClientset(examplePod()), noOwners(), "node1")
@@ -26,14 +26,14 @@ func TestHealth(t *testing.T) {
 			}
 		}
 		want("before anything", Feed{Namespace: "default"})
-		heard := time.Now()
+		seen := time.Now()
 		ctx, end := running(t, p, func() {})
 		f := p.feeds["default"]
-		want("watching", Feed{Namespace: "default", Healthy: true, HeardAt: heard})
-		time.Sleep(watchSilence - time.Since(heard))
-		want("silent", Feed{Namespace: "default", HeardAt: heard})
+		want("watching", Feed{Namespace: "default", Healthy: true, LastSeen: seen})
+		time.Sleep(watchSilence - time.Since(seen))
+		want("silent", Feed{Namespace: "default", LastSeen: seen})
 		f.answered(apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", errors.New("no")))
-		want("refused", Feed{Namespace: "default", Refused: true, HeardAt: heard})
+		want("forbidden", Feed{Namespace: "default", Forbidden: true, LastSeen: seen})
 		before := p.Requests()
 		if before["watch"] == 0 || before["poll"] != 0 {
 			t.Errorf("requests before a poll: %v", before)

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -37,7 +38,8 @@ const (
 // Objects are read when a pod names a UID that is not known, and not watched: the status of a DaemonSet changes with each of
 // its pods, and each change would go to every node.
 type owners struct {
-	client metadata.Interface
+	client   metadata.Interface
+	requests atomic.Uint64
 
 	mu       sync.Mutex
 	ctx      context.Context // nil before start
@@ -75,7 +77,7 @@ func (o *owners) start(ctx context.Context, answered func()) {
 	o.ctx, o.answered = ctx, answered
 }
 
-// of returns which of the wanted owners the pod has, and which cannot be told yet.
+// of returns which of the wanted owners the pod has, and of which it is not known yet.
 func (o *owners) of(pod *corev1.Pod, wanted []inventory.OwnerQuery) (owns []string, unresolved []inventory.OwnerQuery) {
 	controller := metav1.GetControllerOfNoCopy(pod)
 	if controller == nil {
@@ -176,6 +178,7 @@ func (o *owners) read(ctx context.Context, object ownerObject, state *ownerState
 	o.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, ownerTimeout)
 	defer cancel()
+	o.requests.Add(1)
 	live, err := o.client.Resource(object.GroupVersionResource).Namespace(object.namespace).Get(ctx, object.name, metav1.GetOptions{})
 
 	gone := notFound(err, object.Resource, object.name)

@@ -210,7 +210,7 @@ func descs() desc {
 		healthy:   d("magic_ip_api_watch_healthy", "1 while the watch of a namespace's pods brings what it should, else 0.", "namespace"),
 		heard:     d("magic_ip_api_watch_last_event_timestamp_seconds", "When the watch last brought an event or a bookmark.", "namespace"),
 		refused:   d("magic_ip_api_forbidden", "1 where RBAC refuses the pods of a namespace, else 0.", "namespace"),
-		requests:  d("magic_ip_api_requests_total", "Requests to the Kubernetes API: list and watch, and poll, the lists made while the watch is not healthy.", "kind"),
+		requests:  d("magic_ip_api_requests_total", "Requests to the Kubernetes API: list, watch, poll (the lists made while the watch is not healthy) and owner.", "kind"),
 		installed: d("magic_ip_installed", "1 where the installer has put the plugin in place and reports no error, 0 where it reports one; absent without an installer."),
 	}
 }
@@ -243,9 +243,9 @@ func (m *Metrics) Collect(c chan<- prometheus.Metric) {
 	}
 	for _, feed := range m.API.Feeds() {
 		gauge(d.healthy, one(feed.Healthy), feed.Namespace)
-		gauge(d.refused, one(feed.Refused), feed.Namespace)
-		if !feed.HeardAt.IsZero() {
-			gauge(d.heard, seconds(feed.HeardAt), feed.Namespace)
+		gauge(d.refused, one(feed.Forbidden), feed.Namespace)
+		if !feed.LastSeen.IsZero() {
+			gauge(d.heard, seconds(feed.LastSeen), feed.Namespace)
 		}
 	}
 	for kind, count := range m.API.Requests() {

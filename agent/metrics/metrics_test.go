@@ -25,7 +25,7 @@ import (
 type api struct{}
 
 func (api) Feeds() []kube.Feed {
-	return []kube.Feed{{Namespace: "default", Healthy: true, HeardAt: time.UnixMilli(1500)}, {Namespace: "other", Refused: true}}
+	return []kube.Feed{{Namespace: "default", Healthy: true, LastSeen: time.UnixMilli(1500)}, {Namespace: "other", Forbidden: true}}
 }
 func (api) Requests() map[string]uint64 {
 	return map[string]uint64{"list": 1, "watch": 2, "poll": 3}
