@@ -155,8 +155,10 @@ func TestPollsSpread(t *testing.T) {
 		const nodes = 100
 		server := &overloaded{seen: map[string]int{}}
 		for i := range nodes {
+			server.seen[string(rune('a'+i))] = 1
+		}
+		for i := range nodes {
 			name := string(rune('a' + i))
-			server.seen[name] = 1
 			p, err := New(&rest.Config{Host: "http://api", Transport: server.node(name), QPS: -1}, name)
 			if err != nil {
 				t.Fatal(err)
