@@ -39,7 +39,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
 	go test -C integration/conflist -race -count=1 ./...
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3 -timeout 40m
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: e2e-binaries
@@ -51,7 +51,7 @@ e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minu
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
 	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 20m -tags e2e ./integration/cluster/release ./integration/cluster/...
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 40m -tags e2e ./integration/cluster/release ./integration/cluster/...
 
 .PHONY: compare
 compare: build e2e-binaries e2e-image ## what an update costs clients by a magic IP and by a Service, on a whole cluster (needs root; 12 minutes)

@@ -28,11 +28,10 @@ func TestUnfilteredBridge(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		const streams = 9000
 		w.start(configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d}, {port: %[1]d, protocol: udp}, {port: %d}]", port, streams))))
 		w.addTarget("echo")
 		w.echo("echo")
-		w.serveStreams("echo", streams)
+		w.serveStreams("echo")
 		ask := func(row, from, want string) {
 			t.Helper()
 			bothFamilies(func(six bool) { w.note(row, six, w.want(from, magic(six), want)) })

@@ -114,10 +114,13 @@ func (s *stream) isReset(t *testing.T) error {
 	})
 }
 
+// streams is the port of TCP streams.
+const streams = 9000
+
 // serveStreams sends back whatever comes.
-func (w *world) serveStreams(namespace string, port int) {
+func (w *world) serveStreams(namespace string) {
 	w.t.Helper()
-	listener, err := w.Listen(namespace, "tcp", fmt.Sprintf(":%d", port))
+	listener, err := w.Listen(namespace, "tcp", fmt.Sprintf(":%d", streams))
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -137,13 +140,12 @@ func (w *world) serveStreams(namespace string, port int) {
 // TestFlows: what becomes of flows when a newer target takes over, and when the old one's sandbox goes; of ours,
 // and of those that another service's rule has brought to the same pod.
 func TestFlows(t *testing.T) {
-	const streams = 9000
 	onEach(t, func(t *testing.T, backend string) {
 		w := serving(t, backend, "bridge", configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: 8080, protocol: udp}, {port: %d}]", streams))))
 		w.addClient()
 		old := w.addTarget("old")
 		w.echo("old")
-		w.serveStreams("old", streams)
+		w.serveStreams("old")
 		service := func(six bool, port uint16) netip.AddrPort {
 			return netip.AddrPortFrom(netip.MustParseAddr(map[bool]string{false: "10.96.0.1", true: "fd00:10:96::1"}[six]), port)
 		}
@@ -201,7 +203,7 @@ END`, ip, service(six, 80).Addr(), pod, port, streams))
 
 		w.addPod("bridge", target("new"))
 		w.echo("new")
-		w.serveStreams("new", streams)
+		w.serveStreams("new")
 		w.awaitEndpoint("new")
 		switched := time.Now()
 		for six, c := range clients {

@@ -177,7 +177,6 @@ func TestReplyToGoneClient(t *testing.T) {
 // TestStrictTCP: where conntrack picks up no connection that it has not seen from its start, the segments of one whose flow was
 // deleted are invalid. Its client is reset all the same, and does not hang.
 func TestStrictTCP(t *testing.T) {
-	const streams = 9000
 	onEach(t, func(t *testing.T, backend string) {
 		w := newWorld(t, backend, "bridge")
 		if err := w.Sysctl(lab.Host, "netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
@@ -186,7 +185,7 @@ func TestStrictTCP(t *testing.T) {
 		w.addClient()
 		w.start(configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d}]", streams))))
 		w.addTarget("old")
-		w.serveStreams("old", streams)
+		w.serveStreams("old")
 		type client struct {
 			stream *stream
 			six    bool
@@ -203,7 +202,7 @@ func TestStrictTCP(t *testing.T) {
 			}
 		}
 		w.addPod("bridge", target("new")) // so that it is not for want of an endpoint
-		w.serveStreams("new", streams)
+		w.serveStreams("new")
 		w.awaitEndpoint("new")
 		for _, c := range clients {
 			w.note(strictTCP, c.six, c.stream.flows(t))
