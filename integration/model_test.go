@@ -573,6 +573,12 @@ func (m *model) kernel() (map[string]string, error) {
 		return nil, err
 	}
 	found := map[string]string{}
+	for chain, lines := range rules.fixed {
+		// It is there for as long as a magic IP has excludeTarget.
+		rules.fixed[chain] = slices.DeleteFunc(lines, func(line string) bool {
+			return strings.HasSuffix(chain, " untranslated") && strings.Contains(line, "map[fib:")
+		})
+	}
 	if m.fixed == nil {
 		m.fixed = rules.fixed
 	}
