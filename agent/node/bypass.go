@@ -21,12 +21,30 @@ func Bypasses() []string {
 	if err != nil {
 		return nil
 	}
-	network := Classify(snapshot, Known{})
 	maps, _ := filepath.Glob("/sys/fs/bpf/tc/globals/cilium_*")
-	var found []string
+	network := Classify(snapshot, Known{})
+	if found := dataPlanes(network, len(maps) > 0); len(found) > 0 {
+		return found // the programs below are theirs
+	}
+	var programs []string
+	for _, link := range network.Links {
+		if link.Role == Served {
+			programs = append(programs, programsOf(link)...)
+		}
+	}
+	if len(programs) == 0 {
+		return nil
+	}
+	slices.Sort(programs)
+	return []string{fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
+		"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead)}
+}
+
+// dataPlanes names the known ones by their links; Cilium by its maps too.
+func dataPlanes(network Network, ciliumMaps bool) (found []string) {
 	is := func(name string) bool { return network.IfIndex[name] != 0 }
 	switch {
-	case is("cilium_host") || is("cilium_net") || len(maps) > 0:
+	case is("cilium_host") || is("cilium_net") || ciliumMaps:
 		found = append(found, "Cilium is on this node: with eBPF host routing (the default of its kube-proxy replacement) packets of pods bypass the rules. "+
 			"Set bpf.hostLegacyRouting=true, or use something else: "+instead)
 	case is("bpfin.cali") || is("bpfout.cali"):
@@ -43,20 +61,6 @@ func Bypasses() []string {
 			found = append(found, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): replies bypass the rules, and pods do not reach magic IPs. "+
 				"Use something else: a Service with internalTrafficPolicy: Local", product, link.Name))
 		}
-	}
-	if len(found) > 0 {
-		return found // the programs below are theirs
-	}
-	var programs []string
-	for _, link := range network.Links {
-		if link.Role == Served {
-			programs = append(programs, programsOf(link)...)
-		}
-	}
-	if len(programs) > 0 {
-		slices.Sort(programs)
-		found = append(found, fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
-			"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead))
 	}
 	return found
 }

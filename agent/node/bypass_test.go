@@ -31,6 +31,26 @@ func TestBypasses(t *testing.T) {
 	}
 }
 
+// TestDataPlanes: those that this kernel cannot make.
+func TestDataPlanes(t *testing.T) {
+	for _, test := range []struct{ name, links, want string }{
+		{"OVN-Kubernetes", "link ovn-k8s-mp0 openvswitch", "OVN-Kubernetes forwards the packets of pods in Open vSwitch (ovn-k8s-mp0): they bypass"},
+		{"Antrea", "link antrea-gw0 openvswitch", "Antrea forwards the packets of pods in Open vSwitch (antrea-gw0): replies bypass"},
+		{"Kube-OVN", "link ovn0 openvswitch", "Kube-OVN forwards the packets of pods in Open vSwitch (ovn0): replies bypass"},
+		{"Open vSwitch of something else", "link br0 openvswitch", ""},
+		{"a name is not enough", "link antrea-gw0 device", ""},
+		{"Cilium with other links", "maps", "Cilium is on this node"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			snapshot, known, rest := nodetest.Layout(t, test.links)
+			got := strings.Join(node.DataPlanes(node.Classify(snapshot, known), len(rest) > 0), "\n")
+			if test.want == "" && got != "" || !strings.HasPrefix(got, test.want) {
+				t.Errorf("found %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
 // TestProgramsOfPods: attached by classic tc and by tcx.
 func TestProgramsOfPods(t *testing.T) {
 	nodetest.Namespace(t, fmt.Sprintf(`

@@ -348,7 +348,7 @@ func (c *classifier) pods(l *link) (pods bool, reason string) {
 	return false, c.unfit(l)
 }
 
-// gateway is a link by which the node is in a bridge, beside the bridge itself.
+// gateway says whether pods are behind a link by which the node is in a bridge, beside the bridge itself.
 func (c *classifier) gateway(bridge *link, stray string) (pods bool, reason string) {
 	switch stranger := c.stranger(bridge); {
 	case bridge.role == Uplink:
@@ -361,6 +361,7 @@ func (c *classifier) gateway(bridge *link, stray string) (pods bool, reason stri
 	return true, "it is the node's way into " + bridge.Name + ", whose ports are all pods'"
 }
 
+// bridge says the same of a bridge.
 func (c *classifier) bridge(l *link, stray string) (pods bool, reason string) {
 	outside := func(port *link) bool { return !paired(port.Kind) || port.Elsewhere }
 	switch stranger := c.stranger(l); {
@@ -443,7 +444,7 @@ func (c *classifier) network(s Snapshot) Network {
 			}
 		case l.role == Served && l.master == nil:
 			n.PodInterfaces = append(n.PodInterfaces, l.Name)
-		case l.role == Served && l.master.Kind == "bridge" && (l.Elsewhere || l.Tap):
+		case l.role == Served && (l.Elsewhere || l.Tap):
 			n.PodPorts[l.Index] = l.Hairpin
 		}
 		if paired(l.Kind) && l.role != Served {

@@ -31,6 +31,11 @@ func TestLayouts(t *testing.T) {
 			if diff := cmp.Diff(network.Links, node.Classify(snapshot, known).Links); diff != "" {
 				t.Errorf("second look (-first +second):\n%s", diff)
 			}
+			slices.Reverse(snapshot.Links)
+			slices.Reverse(snapshot.Routes)
+			if diff := cmp.Diff(network.Links, node.Classify(snapshot, known).Links); diff != "" {
+				t.Errorf("links and routes in reverse order (-first +second):\n%s", diff)
+			}
 			for _, link := range network.Links {
 				if served := slices.Contains(network.PodInterfaces, link.Name); served != (link.Role == node.Served && !link.Port) {
 					t.Errorf("%s: among the pod interfaces: %v", link.Name, served)

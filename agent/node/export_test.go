@@ -1,7 +1,8 @@
 package node
 
-// The parts of Watch.
+// The parts of Watch and of Bypasses.
 var (
+	DataPlanes   = dataPlanes
 	Subscribe    = subscribe
 	WatchOn      = watch
 	Matters      = matters

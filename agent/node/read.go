@@ -4,11 +4,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
-	"github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -42,7 +43,7 @@ const dumpAttempts = 5
 
 func snapshot(dump dumper) (Snapshot, error) {
 	var s Snapshot
-	read := func(what string, request, reply uint16, header int, parse func([]byte) error) error {
+	read := func(what string, request, reply uint16, header int, parse func([]byte)) error {
 		var messages [][]byte
 		var err error
 		for range dumpAttempts {
@@ -54,18 +55,14 @@ func snapshot(dump dumper) (Snapshot, error) {
 			s.Torn = append(s.Torn, what)
 			err = nil
 		}
-		for _, message := range messages {
-			if err != nil {
-				break
-			}
-			if len(message) < header {
-				err = unix.EBADMSG
-				break
-			}
-			err = parse(message)
+		if slices.ContainsFunc(messages, func(m []byte) bool { return len(m) < header }) {
+			err = unix.EBADMSG
 		}
 		if err != nil {
 			return fmt.Errorf("%s of the node: %w", what, err)
+		}
+		for _, message := range messages {
+			parse(message)
 		}
 		return nil
 	}
@@ -73,32 +70,29 @@ func snapshot(dump dumper) (Snapshot, error) {
 		s.StrictTCP = strings.TrimSpace(string(loose)) == "0"
 	}
 	filtered4, filtered6 := bridgeSysctl("iptables"), bridgeSysctl("ip6tables")
-	err := read("links", unix.RTM_GETLINK, unix.RTM_NEWLINK, unix.SizeofIfInfomsg, func(message []byte) error {
-		link, own4, own6, err := parseLink(message)
+	err := read("links", unix.RTM_GETLINK, unix.RTM_NEWLINK, unix.SizeofIfInfomsg, func(message []byte) {
+		link, own4, own6 := parseLink(message)
 		if link.Kind == "bridge" {
 			link.Unfiltered4, link.Unfiltered6 = !filtered4.passes(own4), !filtered6.passes(own6)
 		}
 		s.Links = append(s.Links, link)
-		return err
 	})
 	if err != nil {
 		return Snapshot{}, err
 	}
-	err = read("addresses", unix.RTM_GETADDR, unix.RTM_NEWADDR, unix.SizeofIfAddrmsg, func(message []byte) error {
-		address, err := parseAddress(message)
-		if address.Prefix.IsValid() {
+	err = read("addresses", unix.RTM_GETADDR, unix.RTM_NEWADDR, unix.SizeofIfAddrmsg, func(message []byte) {
+		if address := parseAddress(message); address.Prefix.IsValid() {
 			s.Addresses = append(s.Addresses, address)
 		}
-		return err
 	})
 	if err != nil {
 		return Snapshot{}, err
 	}
 	var objects []routeMessage // routes that name no link, but a next hop object
-	err = read("routes", unix.RTM_GETROUTE, unix.RTM_NEWROUTE, unix.SizeofRtMsg, func(message []byte) error {
-		route, err := parseRoute(message)
-		if err != nil || route.skip {
-			return err
+	err = read("routes", unix.RTM_GETROUTE, unix.RTM_NEWROUTE, unix.SizeofRtMsg, func(message []byte) {
+		route := parseRoute(message)
+		if route.skip {
+			return
 		}
 		s.IPv6 = s.IPv6 || route.Destination.Addr().Is6() && (route.Default() && !route.local || route.Destination.Addr().IsGlobalUnicast())
 		switch {
@@ -108,17 +102,21 @@ func snapshot(dump dumper) (Snapshot, error) {
 		default:
 			s.add(route.Route, route.links)
 		}
-		return nil
 	})
-	if err != nil || len(objects) == 0 {
-		return s, err
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if len(objects) == 0 {
+		return s, nil
 	}
 	hops := nextHops{}
-	err = read("next hops", unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, sizeofNhmsg, hops.parse)
+	if err := read("next hops", unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, sizeofNhmsg, hops.parse); err != nil {
+		return Snapshot{}, err
+	}
 	for _, route := range objects {
 		s.add(route.Route, hops.links(route.object))
 	}
-	return s, err
+	return s, nil
 }
 
 func (s *Snapshot) add(route Route, links []int) {
@@ -127,7 +125,7 @@ func (s *Snapshot) add(route Route, links []int) {
 	}
 }
 
-// Attributes and values that x/sys does not name: linux/if_link.h, linux/if_tun.h, linux/rtnetlink.h.
+// What x/sys does not name, of linux/if_link.h, linux/if_tun.h, linux/rtnetlink.h and linux/nexthop.h.
 const (
 	iflaLinkNetNSID       = 37
 	iflaInfoKind          = 1
@@ -138,104 +136,110 @@ const (
 	iflaTunType           = 3
 	iflaBrNfCallIptables  = 36
 	iflaBrNfCallIP6tables = 37
-	iffTap                = 2
-	sizeofNhmsg           = 8
-	sizeofNextHopGrp      = 8
-	sizeofRtNexthop       = 8
 	rtaNhID               = 30
-	rtmFCloned            = 0x200
+	sizeofNhmsg           = 8
+	sizeofNexthopGrp      = 8
 )
 
-// decode reads the attributes behind a header.
-func decode(message []byte, header int, each func(*netlink.AttributeDecoder)) error {
-	decoder, err := netlink.NewAttributeDecoder(message[header:])
-	if err != nil {
-		return err
+// attributes are those behind a header, or nested in another, by type.
+func attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= unix.SizeofRtAttr {
+			length := int(binary.NativeEndian.Uint16(b))
+			if length < unix.SizeofRtAttr || length > len(b) ||
+				!yield(binary.NativeEndian.Uint16(b[2:])&nl.NLA_TYPE_MASK, b[unix.SizeofRtAttr:length]) {
+				return
+			}
+			b = b[min(len(b), (length+3)&^3):] // NLA_ALIGN
+		}
 	}
-	for decoder.Next() {
-		each(decoder)
+}
+
+// number reads a u32, or the u8 or u16 that some attributes have.
+func number(b []byte) int {
+	switch len(b) {
+	case 1:
+		return int(b[0])
+	case 4:
+		return int(int32(binary.NativeEndian.Uint32(b)))
 	}
-	return decoder.Err()
+	return 0
 }
 
 // parseLink reads struct ifinfomsg and its attributes; filtered4 and filtered6 are a bridge's own flags
 // nf_call_iptables and nf_call_ip6tables.
-func parseLink(message []byte) (l LinkState, filtered4, filtered6 bool, err error) {
-	l.Index = int(binary.NativeEndian.Uint32(message[4:]))
+func parseLink(message []byte) (l LinkState, filtered4, filtered6 bool) {
+	l.Index = number(message[4:8])
 	l.Loopback = binary.NativeEndian.Uint32(message[8:])&unix.IFF_LOOPBACK != 0
-	var data, slaveData []byte
-	slaveKind := ""
-	err = decode(message, unix.SizeofIfInfomsg, func(a *netlink.AttributeDecoder) {
-		switch a.Type() {
+	for kind, value := range attributes(message[unix.SizeofIfInfomsg:]) {
+		switch kind {
 		case unix.IFLA_IFNAME:
-			l.Name = a.String()
+			l.Name = unix.ByteSliceToString(value)
 		case unix.IFLA_MASTER:
-			l.Master = int(a.Uint32())
+			l.Master = number(value)
 		case unix.IFLA_LINK:
-			l.Lower = int(a.Uint32())
+			l.Lower = number(value)
 		case iflaLinkNetNSID:
-			l.Elsewhere, l.NetNS = true, int(a.Int32())
+			l.Elsewhere, l.NetNS = true, number(value)
 		case unix.IFLA_LINKINFO:
-			a.Nested(func(a *netlink.AttributeDecoder) error {
-				for a.Next() {
-					switch a.Type() {
-					case iflaInfoKind:
-						l.Kind = a.String()
-					case iflaInfoData:
-						data = a.Bytes()
-					case iflaInfoSlaveKind:
-						slaveKind = a.String()
-					case iflaInfoSlaveData:
-						slaveData = a.Bytes()
-					}
-				}
-				return a.Err()
-			})
+			filtered4, filtered6 = l.parseInfo(value)
 		}
-	})
-	on := func(b []byte) bool { return len(b) > 0 && b[0] != 0 }
-	if err == nil && slaveKind == "bridge" {
-		err = decode(slaveData, 0, func(a *netlink.AttributeDecoder) {
-			if a.Type() == iflaBrportMode {
-				l.Hairpin = on(a.Bytes())
-			}
-		})
 	}
-	if err != nil || l.Kind != "tun" && l.Kind != "bridge" {
-		return l, false, false, err
+	return l, filtered4, filtered6
+}
+
+func (l *LinkState) parseInfo(info []byte) (filtered4, filtered6 bool) {
+	var data, portData []byte
+	portKind := ""
+	for kind, value := range attributes(info) {
+		switch kind {
+		case iflaInfoKind:
+			l.Kind = unix.ByteSliceToString(value)
+		case iflaInfoData:
+			data = value
+		case iflaInfoSlaveKind:
+			portKind = unix.ByteSliceToString(value)
+		case iflaInfoSlaveData:
+			portData = value
+		}
 	}
-	err = decode(data, 0, func(a *netlink.AttributeDecoder) {
+	for kind, value := range attributes(data) {
 		switch {
-		case l.Kind == "tun" && a.Type() == iflaTunType:
-			l.Tap = a.Uint8() == iffTap
-		case l.Kind == "bridge" && a.Type() == iflaBrNfCallIptables:
-			filtered4 = on(a.Bytes())
-		case l.Kind == "bridge" && a.Type() == iflaBrNfCallIP6tables:
-			filtered6 = on(a.Bytes())
+		case l.Kind == "tun" && kind == iflaTunType:
+			l.Tap = number(value) == unix.IFF_TAP
+		case l.Kind == "bridge" && kind == iflaBrNfCallIptables:
+			filtered4 = number(value) != 0
+		case l.Kind == "bridge" && kind == iflaBrNfCallIP6tables:
+			filtered6 = number(value) != 0
 		}
-	})
-	return l, filtered4, filtered6, err
+	}
+	for kind, value := range attributes(portData) {
+		if portKind == "bridge" && kind == iflaBrportMode {
+			l.Hairpin = number(value) != 0
+		}
+	}
+	return filtered4, filtered6
 }
 
 // parseAddress reads struct ifaddrmsg and its attributes.
-func parseAddress(message []byte) (a Address, err error) {
-	a.Link = int(binary.NativeEndian.Uint32(message[4:]))
+func parseAddress(message []byte) (a Address) {
+	a.Link = number(message[4:8])
 	var address, local []byte
-	err = decode(message, unix.SizeofIfAddrmsg, func(d *netlink.AttributeDecoder) {
-		switch d.Type() {
+	for kind, value := range attributes(message[unix.SizeofIfAddrmsg:]) {
+		switch kind {
 		case unix.IFA_ADDRESS:
-			address = d.Bytes()
+			address = value
 		case unix.IFA_LOCAL: // the node's own, where IFA_ADDRESS is the other end's
-			local = d.Bytes()
+			local = value
 		}
-	})
+	}
 	if local != nil {
 		address = local
 	}
 	if ip, ok := netip.AddrFromSlice(address); ok {
 		a.Prefix = netip.PrefixFrom(ip, int(message[1]))
 	}
-	return a, err
+	return a
 }
 
 // routeMessage is a route before its next hops are told apart.
@@ -250,9 +254,8 @@ type routeMessage struct {
 }
 
 // parseRoute reads struct rtmsg and its attributes.
-func parseRoute(message []byte) (r routeMessage, err error) {
+func parseRoute(message []byte) (r routeMessage) {
 	family, bits, table, kind := message[0], int(message[1]), message[4], message[7]
-	flags := binary.NativeEndian.Uint32(message[8:])
 	unspecified := netip.IPv4Unspecified()
 	switch family {
 	case unix.AF_INET:
@@ -261,40 +264,43 @@ func parseRoute(message []byte) (r routeMessage, err error) {
 	default:
 		r.skip = true
 	}
-	r.skip = r.skip || flags&rtmFCloned != 0 || kind != unix.RTN_UNICAST && kind != unix.RTN_LOCAL
-	if r.skip {
-		return r, nil
-	}
+	cloned := binary.NativeEndian.Uint32(message[8:])&unix.RTM_F_CLONED != 0
+	r.skip = r.skip || cloned || kind != unix.RTN_UNICAST && kind != unix.RTN_LOCAL
 	r.Table = int(table)
 	r.Destination = netip.PrefixFrom(unspecified, bits)
-	err = decode(message, unix.SizeofRtMsg, func(a *netlink.AttributeDecoder) {
-		switch a.Type() {
+	for kind, value := range attributes(message[unix.SizeofRtMsg:]) {
+		switch kind {
 		case unix.RTA_DST:
-			if ip, ok := netip.AddrFromSlice(a.Bytes()); ok {
+			if ip, ok := netip.AddrFromSlice(value); ok {
 				r.Destination = netip.PrefixFrom(ip, bits)
 			}
 		case unix.RTA_TABLE:
-			r.Table = int(a.Uint32())
+			r.Table = number(value)
 		case unix.RTA_OIF:
-			r.links = append(r.links, int(a.Uint32()))
+			r.links = append(r.links, number(value))
 		case unix.RTA_GATEWAY, unix.RTA_VIA:
 			r.gateway = true
 		case rtaNhID:
-			r.object, r.gateway = a.Uint32(), true
-		case unix.RTA_MULTIPATH: // struct rtnexthop: length, flags, hops, ifindex, then attributes
-			r.gateway = true
-			for hops := a.Bytes(); len(hops) >= sizeofRtNexthop; {
-				length := (int(binary.NativeEndian.Uint16(hops)) + 3) &^ 3
-				r.links = append(r.links, int(binary.NativeEndian.Uint32(hops[4:])))
-				if length < sizeofRtNexthop || length > len(hops) {
-					break
-				}
-				hops = hops[length:]
-			}
+			r.object, r.gateway = uint32(number(value)), true
+		case unix.RTA_MULTIPATH:
+			r.links, r.gateway = append(r.links, nextHopLinks(value)...), true
 		}
-	})
+	}
 	r.local = kind == unix.RTN_LOCAL || r.Table == unix.RT_TABLE_LOCAL
-	return r, err
+	return r
+}
+
+// nextHopLinks reads the ifindexes of struct rtnexthop: length, flags, hops, ifindex, and then attributes.
+func nextHopLinks(hops []byte) (links []int) {
+	for len(hops) >= unix.SizeofRtNexthop {
+		links = append(links, number(hops[4:8]))
+		length := (int(binary.NativeEndian.Uint16(hops)) + 3) &^ 3
+		if length < unix.SizeofRtNexthop || length > len(hops) {
+			break
+		}
+		hops = hops[length:]
+	}
+	return links
 }
 
 // nextHops are the node's next hop objects by ID (ip-nexthop(8)): routes name only these where the sysctl
@@ -306,23 +312,22 @@ type nextHop struct {
 	group []uint32 // or the IDs of others
 }
 
-func (n nextHops) parse(message []byte) error {
+func (n nextHops) parse(message []byte) {
 	var id uint32
 	var hop nextHop
-	err := decode(message, sizeofNhmsg, func(a *netlink.AttributeDecoder) {
-		switch a.Type() {
+	for kind, value := range attributes(message[sizeofNhmsg:]) {
+		switch kind {
 		case unix.NHA_ID:
-			id = a.Uint32()
+			id = uint32(number(value))
 		case unix.NHA_OIF:
-			hop.link = int(a.Uint32())
+			hop.link = number(value)
 		case unix.NHA_GROUP: // struct nexthop_grp: ID, weight, padding
-			for group := a.Bytes(); len(group) >= sizeofNextHopGrp; group = group[sizeofNextHopGrp:] {
+			for group := value; len(group) >= sizeofNexthopGrp; group = group[sizeofNexthopGrp:] {
 				hop.group = append(hop.group, binary.NativeEndian.Uint32(group))
 			}
 		}
-	})
+	}
 	n[id] = hop
-	return err
 }
 
 func (n nextHops) links(id uint32) (links []int) {

@@ -84,6 +84,6 @@ func matters(message netlink.Message) bool {
 	if t := message.Header.Type; t != unix.RTM_NEWROUTE && t != unix.RTM_DELROUTE || len(message.Data) < unix.SizeofRtMsg {
 		return true
 	}
-	route, err := parseRoute(message.Data)
-	return err != nil || !route.skip && !route.local && (route.Default() || !route.gateway)
+	route := parseRoute(message.Data)
+	return !route.skip && !route.local && (route.Default() || !route.gateway)
 }
