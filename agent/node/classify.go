@@ -172,7 +172,7 @@ func (c *classifier) uplinks() {
 		case l.role == Uplink || l.defaultTable == 0:
 		case l.defaultTable != mainTable && (inMain || l.recorded.IsValid() || !l.address.IsValid()):
 		// Routed veths have the address of a gateway in common, without a subnet.
-		case l.address.IsValid() && !l.recorded.IsValid() && !(another && !l.subnet.IsValid()):
+		case !l.recorded.IsValid() && (!another || l.subnet.IsValid()):
 			c.uplink(l, !another, wayOut(l))
 		default:
 			left = append(left, l)
@@ -197,7 +197,7 @@ func (c *classifier) uplink(l *link, keep bool, reason string) {
 		return
 	}
 	l.role, l.reason, l.keep = Uplink, reason, keep
-	if paired(l.Kind) && l.Elsewhere && l.NetNS >= 0 {
+	if l.Elsewhere && l.NetNS >= 0 {
 		c.uplinkTo[l.NetNS] = l
 	}
 	if lower := c.byIndex[l.Lower]; lower != nil && !l.Elsewhere && !paired(l.Kind) {
@@ -313,7 +313,7 @@ func (c *classifier) classifyPort(l *link) {
 func (c *classifier) pods(l *link) (pods bool, reason string) {
 	route := fmt.Sprintf("the route to pod address %s goes by it", l.recorded)
 	stray := ""
-	if l.defaultTable != 0 && l.address.IsValid() && !l.recorded.IsValid() {
+	if l.defaultTable != 0 && !l.recorded.IsValid() {
 		stray = defaultRoute(l) + " goes by it, and no recorded pod is behind it"
 	}
 	end := c.byIndex[l.Lower]

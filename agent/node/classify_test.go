@@ -36,7 +36,15 @@ func TestLayouts(t *testing.T) {
 			if diff := cmp.Diff(network.Links, node.Classify(snapshot, known).Links); diff != "" {
 				t.Errorf("links and routes in reverse order (-first +second):\n%s", diff)
 			}
+			gateways := 0
 			for _, link := range network.Links {
+				pair := link.Kind == "veth" || link.Kind == "netkit"
+				if unserved := slices.Contains(network.UnservedPairs, link.Name); unserved != (pair && link.Role != node.Served) {
+					t.Errorf("%s: among the unserved pairs: %v", link.Name, unserved)
+				}
+				if strings.HasPrefix(link.Reason, "it is the node's way into") {
+					gateways++
+				}
 				if served := slices.Contains(network.PodInterfaces, link.Name); served != (link.Role == node.Served && !link.Port) {
 					t.Errorf("%s: among the pod interfaces: %v", link.Name, served)
 				}
@@ -44,7 +52,98 @@ func TestLayouts(t *testing.T) {
 					t.Errorf("%s: hairpin at what is no port of pods", link.Name)
 				}
 			}
+			if len(network.Notes) != gateways { // the frames of all bridges here pass netfilter
+				t.Errorf("notes %q with %d gateways", network.Notes, gateways)
+			}
 		})
+	}
+}
+
+// TestKeep: an uplink stays one until it is gone only if it is certain. A bridge that looked like one before the first
+// record of a pod behind it is none.
+func TestKeep(t *testing.T) {
+	const links = `
+		link eth0 device 192.0.2.2/24
+		link cni0 bridge 10.244.1.1/24
+		link veth1 veth netns 0 master cni0
+		route default eth0 cni0
+		route 10.244.1.0/24 cni0
+	`
+	snapshot, known, _ := nodetest.Layout(t, links)
+	network := node.Classify(snapshot, known)
+	if diff := cmp.Diff([]string{"eth0", "cni0"}, network.Uplinks); diff != "" {
+		t.Errorf("uplinks without a record (-want +got):\n%s", diff)
+	}
+	snapshot, known, _ = nodetest.Layout(t, links+"record veth1 10.244.1.5")
+	known.Uplinks = network.Keep
+	if diff := cmp.Diff([]string{"eth0"}, node.Classify(snapshot, known).Uplinks); diff != "" {
+		t.Errorf("uplinks with a record (-want +got):\n%s", diff)
+	}
+}
+
+// TestUnlisted: a dump that was interrupted lacks links that others name.
+func TestUnlisted(t *testing.T) {
+	network := node.Classify(node.Snapshot{
+		Links: []node.LinkState{
+			{Index: 5, Name: "port", Kind: "veth", Elsewhere: true, Master: 9},
+			{Index: 6, Name: "end", Kind: "veth", Lower: 9},
+			{Index: 7, Name: "vlan", Kind: "vlan", Lower: 9},
+		},
+		Addresses: []node.Address{{Link: 9, Prefix: netip.MustParsePrefix("10.244.1.1/24")}},
+		Routes:    []node.Route{{Link: 9, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}, {Link: 7, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 7}},
+	}, node.Known{})
+	const want = `port: served: its other end is in another network namespace
+end: other: both of its ends are on the node
+vlan: uplink: a default route (table 7) goes by it`
+	if diff := cmp.Diff(want, shown(network)); diff != "" {
+		t.Errorf("links (-want +got):\n%s", diff)
+	}
+}
+
+// TestRecordedTap: of a recorded link the index counts, where it is known.
+func TestRecordedTap(t *testing.T) {
+	snapshot, _, _ := nodetest.Layout(t, "link cni0 bridge\nlink tap1 tap master cni0")
+	for _, test := range []struct {
+		record node.Attachment
+		served bool
+	}{
+		{node.Attachment{HostInterface: "tap1"}, true},
+		{node.Attachment{HostInterface: "tap1", HostIfIndex: 3}, true},
+		{node.Attachment{HostInterface: "before", HostIfIndex: 3}, true},
+		{node.Attachment{HostInterface: "tap1", HostIfIndex: 4}, false},
+	} {
+		network := node.Classify(snapshot, node.Known{Attachments: []node.Attachment{test.record}})
+		if served := len(network.PodInterfaces) > 0; served != test.served {
+			t.Errorf("%+v: served %v, want %v", test.record, served, test.served)
+		}
+	}
+}
+
+// TestBridges: under which names the frames of bridges come in as packets, with the prefixes that are on link there.
+func TestBridges(t *testing.T) {
+	snapshot, known, _ := nodetest.Layout(t, `
+		link cni0 bridge 10.244.1.1/24 10.244.9.1/32 169.254.1.1/16
+		link cni0.7 vlan on cni0 10.244.2.1/24
+		link way0 veth peer way1 10.244.3.1/24
+		link way1 veth peer way0 master cni0
+		link veth1 veth netns 0 master cni0
+		link veth2 veth netns 1
+		link eth0.7 vlan on eth0
+		link eth0 device
+		link mac0 macvlan on cni0
+		link a veth peer b
+		link b veth peer a
+		link c veth peer d
+		link d veth peer c master ovs
+		link ovs openvswitch
+	`)
+	var got []string
+	for _, bridge := range node.Classify(snapshot, known).Bridges {
+		got = append(got, fmt.Sprint(bridge.Name, " ", bridge.Prefixes))
+	}
+	want := []string{"cni0 [10.244.1.0/24]", "cni0.7 [10.244.2.0/24]", "way0 [10.244.3.0/24]"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("bridges (-want +got):\n%s", diff)
 	}
 }
 
