@@ -261,3 +261,36 @@ func TestNewLink(t *testing.T) {
 		t.Error("the link is missing")
 	}
 }
+
+// TestAddedAgain: an attachment that is added again by another link stands by that one.
+func TestAddedAgain(t *testing.T) {
+	r := record(id("default", "echo", "u"), 1)
+	i := synced([]runtimedir.Attachment{r})
+	r.HostInterface, r.IPs = "veth-new", addr(2)
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{r}}, now)
+	i.SetLinks(map[string]int{"veth-new": 2})
+	want(t, "added again", "echo=10.0.0.2", targetsOf(i, now))
+	i.SetLinks(map[string]int{"veth-echo": 1})
+	want(t, "its link is gone", "", targetsOf(i, now))
+}
+
+func TestParseOwner(t *testing.T) {
+	for text, want := range map[string]inventory.Owner{
+		"DaemonSet/apm-server":               {Group: "apps", Version: "v1", Kind: "DaemonSet", Name: "apm-server"},
+		"Job/a":                              {Group: "batch", Version: "v1", Kind: "Job", Name: "a"},
+		"ReplicationController/a.b":          {Version: "v1", Kind: "ReplicationController", Name: "a.b"},
+		"apps.kruise.io/v1alpha1/CloneSet/a": {Group: "apps.kruise.io", Version: "v1alpha1", Kind: "CloneSet", Name: "a"},
+		"CloneSet/a":                         {}, "daemonset/a": {}, "DaemonSet/": {}, "DaemonSet/A": {}, "apps/v1/DaemonSet/a": {}, "": {},
+	} {
+		got, err := inventory.ParseOwner(text)
+		if got != want || (err == nil) != (want != inventory.Owner{}) {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+		if err == nil && got.String() != text {
+			t.Errorf("%q is written as %q", text, got)
+		}
+		if err != nil && !strings.Contains(err.Error(), "allowed: Kind/name such as DaemonSet/apm-server") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
