@@ -152,6 +152,9 @@ var modelSelectors = map[string]func(labels map[string]string) bool{
 	"app,tier!=x":   func(l map[string]string) bool { return l["app"] != "" && l["tier"] != "x" },
 }
 
+// modelRecorded selects the pods that the plugin records. It names every label of modelSelectors: the plugin keeps no others.
+const modelRecorded = "app,tier!=none"
+
 // The magic IPs that are probed without a pause: those of magic().
 const modelMagic4, modelMagic6 = "169.254.210.210", "fd00:a9fe:d2d2::210"
 
@@ -159,7 +162,7 @@ func newModel(t *testing.T, seed uint64) *model {
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), count: map[string]int{}}
 	m.world = &world{Node: newNode(t), t: t, backend: "nftables", kind: "bridge", names: map[netip.Addr]string{}}
 	// The real plugin is for the same pods as the configurations below.
-	conf := strings.Replace(string(conflist(t, "30-dual-stack.conflist")), `"namespace": "default", "selector": "app=echo"`, `"namespace": "*", "selector": "app"`, 1)
+	conf := strings.Replace(string(conflist(t, "30-dual-stack.conflist")), `"namespace": "default", "selector": "app=echo"`, `"namespace": "*", "selector": "`+modelRecorded+`"`, 1)
 	addConf(t, m.Node, "30-dual-stack.conflist", []byte(conf))
 	// A refusal by ICMP is never left out for there being so many.
 	for key, value := range map[string]string{"ipv4/icmp_ratelimit": "0", "ipv6/icmp/ratelimit": "0", "ipv4/icmp_msgs_per_sec": "100000"} {
@@ -413,7 +416,7 @@ func (m *model) plugin(command, containerID string, more map[string]any, env ...
 	m.t.Helper()
 	conf := map[string]any{
 		"cniVersion": "1.1.0", "name": "dual-stack", "type": "magic-ip-address", "runtimeDir": lab.RuntimeDir,
-		"selectors": map[string]any{agentName: []any{map[string]any{"namespace": "*", "selector": "app"}}},
+		"selectors": map[string]any{agentName: []any{map[string]any{"namespace": "*", "selector": modelRecorded}}},
 	}
 	for key, value := range more {
 		conf[key] = value
