@@ -60,15 +60,11 @@ func Newer(a, b *Target) int {
 // Of several sandboxes of one pod the one that was added last counts, since a sandbox may be replaced before the DEL of the
 // first has come. A pod has one address of each family, that of its primary interface: the one whose address is in podIPs, or
 // else eth0. A record's address beats podIP, which is of the sandbox before for a while after that was replaced; a podIP that
-// is in another pod's record, or that DEL has taken, is stale. Of two records with one address the later ADD has it.
+// is in another pod's record, or that DEL has taken, is stale. Of two records with one address the later ADD has it, also
+// where its pod has a newer sandbox: the address was free when it was given.
 func (i *Inventory) Targets(now time.Time) []Target {
 	primaries := i.primaries()
-	holder := map[netip.Addr]int{} // the position of the record
-	for _, p := range primaries {
-		for _, ip := range p.ips {
-			holder[ip] = p.order
-		}
-	}
+	holder := i.holders()
 	var targets []Target
 	recorded := make([]bool, len(i.pods))
 	for _, p := range primaries {
@@ -176,6 +172,21 @@ func (i *Inventory) primaries() []primary {
 		primaries = append(primaries, p)
 	}
 	return primaries
+}
+
+// holders are the positions of the records that have an address of a primary interface.
+func (i *Inventory) holders() map[netip.Addr]int {
+	holders := map[netip.Addr]int{}
+	for n := range i.records {
+		if r := &i.records[n]; i.stands(r) && (r.IfName == primaryInterface || i.inPodIPs(r)) {
+			for _, ip := range r.IPs {
+				if before, held := holders[ip]; !held || i.records[before].ContainerID != r.ContainerID {
+					holders[ip] = n
+				}
+			}
+		}
+	}
+	return holders
 }
 
 // inPodIPs says whether the API reports an address of the record as the pod's.

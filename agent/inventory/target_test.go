@@ -103,6 +103,10 @@ func TestPrimary(t *testing.T) {
 		{"a second sandbox", []runtimedir.Attachment{attach("c1", "eth0", "10.0.0.1"), attach("c2", "eth0", "10.0.0.2")}, []string{"10.0.0.1"}, "echo=10.0.0.2"},
 		{"a second sandbox without eth0 yet", []runtimedir.Attachment{attach("c1", "eth0", "10.0.0.1"), attach("c2", "net1", "10.9.0.2")}, nil, ""},
 		{"pods without UID are sandboxes", []runtimedir.Attachment{anonymous("c1", "10.0.0.1"), anonymous("c2", "10.0.0.2")}, nil, "c2=10.0.0.2 c1=10.0.0.1"},
+		{"one address on two interfaces", []runtimedir.Attachment{attach("c", "eth0", "10.0.0.1"), attach("c", "net1", "10.0.0.1")}, []string{"10.0.0.1"}, "echo=10.0.0.1"},
+		{"an address that was given to a sandbox that is replaced by now", []runtimedir.Attachment{
+			anonymous("old", "10.0.0.1"), attach("c1", "eth0", "10.0.0.1"), attach("c2", "eth0", "10.0.0.2"),
+		}, nil, "echo=10.0.0.2 old"},
 		{"an address that was given anew", []runtimedir.Attachment{anonymous("c1", "10.0.0.1"), anonymous("c2", "10.0.0.1")}, nil, "c2=10.0.0.1 c1"},
 	} {
 		i := synced(nil)
