@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -63,7 +64,7 @@ func (c *connection) listWatch(
 			ctx, cancel := context.WithCancel(ctx)
 			late := time.AfterFunc(openTimeout, cancel)
 			w, err := open(ctx, options)
-			if !late.Stop() && err != nil {
+			if !late.Stop() && err != nil && !errors.Is(err, errThrottled) {
 				err = fmt.Errorf("the API server did not answer within %s: %w", openTimeout, err)
 			}
 			if err != nil {
@@ -135,9 +136,12 @@ func silent() *metav1.Status {
 	}
 }
 
-// answered notes that the API server answered, or that a request failed.
+// answered notes that the API server answered, or that a request failed. One that was not sent says nothing new.
 func (c *connection) answered(err error) {
 	c.mu.Lock()
+	if c.err != nil && errors.Is(err, errThrottled) {
+		err = c.err
+	}
 	changed := (err == nil) != (c.err == nil)
 	wasHealthy := c.healthyLocked()
 	c.err = err

@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
@@ -16,12 +17,14 @@ const maxRetryAfter = 5 * time.Minute
 // throttle sends no request for as long as the API server asks for (Retry-After of 429 and 5xx, RFC 9110, section 10.2.3), and
 // for up to half as long again, so that the nodes of a cluster do not return at one moment.
 //
-// client-go waits for Retry-After in the request that was answered so, and in no other one.
+// client-go waits for Retry-After in the request that was answered so, and in no other one; what was answered is not known
+// before that is over. So it does not see the header: the request fails at once, and the next one waits here.
 type throttle struct {
 	next http.RoundTripper
 
-	mu    sync.Mutex
-	until time.Time
+	mu     sync.Mutex
+	until  time.Time
+	answer int // the status that asked for it
 }
 
 // urgency is the key of a context that says what a request does while the API server is to be left alone; by default it waits.
@@ -34,7 +37,7 @@ const (
 	once = "once"
 )
 
-// errThrottled is the error of a request that sheds.
+// errThrottled is the error of a request that is not sent for as long as the API server asks to be left alone.
 var errThrottled = errors.New("the API server asks to be left alone for a while")
 
 func withUrgency(ctx context.Context, how string) context.Context {
@@ -43,13 +46,14 @@ func withUrgency(ctx context.Context, how string) context.Context {
 
 func (t *throttle) RoundTrip(request *http.Request) (*http.Response, error) {
 	how := request.Context().Value(urgency{})
-	if wait := t.wait(); wait > 0 && how != once {
+	if wait, answer := t.wait(); wait > 0 && how != once {
+		throttled := fmt.Errorf("%w: it answered %d %s", errThrottled, answer, http.StatusText(answer))
 		if how == sheds {
-			return nil, errThrottled
+			return nil, throttled
 		}
 		select {
 		case <-request.Context().Done():
-			return nil, request.Context().Err()
+			return nil, errors.Join(throttled, request.Context().Err())
 		case <-time.After(wait):
 		}
 	}
@@ -59,24 +63,21 @@ func (t *throttle) RoundTrip(request *http.Request) (*http.Response, error) {
 	}
 	if after := min(retryAfter(response.Header.Get("Retry-After")), maxRetryAfter); after > 0 {
 		t.mu.Lock()
-		t.until = time.Now().Add(after + rand.N(max(after/2, time.Second)))
+		t.until, t.answer = time.Now().Add(after+rand.N(max(after/2, time.Second))), response.StatusCode
 		t.mu.Unlock()
-		response.Header.Set("Retry-After", strconv.Itoa(int(after.Seconds())))
 	}
-	if how != nil {
-		response.Header.Del("Retry-After") // client-go does not wait with it
-	}
+	response.Header.Del("Retry-After")
 	return response, nil
 }
 
 // WrappedRoundTripper is how client-go finds what is beneath.
 func (t *throttle) WrappedRoundTripper() http.RoundTripper { return t.next }
 
-// wait is how long the API server is to be left alone.
-func (t *throttle) wait() time.Duration {
+// wait is how long the API server is to be left alone, and with which status it asked for that.
+func (t *throttle) wait() (wait time.Duration, answer int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return time.Until(t.until)
+	return time.Until(t.until), t.answer
 }
 
 // retryAfter parses the header, in seconds or a date; 0 without one.

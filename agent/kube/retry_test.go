@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
@@ -140,11 +141,38 @@ func TestPollSheds(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		if _, err := p.client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := p.client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{}); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "503 Service Unavailable") {
 			t.Errorf("a request that waits: %v", err)
 		}
 		if _, err := p.client.CoreV1().Pods("default").List(withUrgency(t.Context(), once), metav1.ListOptions{}); apierrors.ReasonForError(err) != "" || len(server.at) != 1 {
 			t.Errorf("a last request: %v, %d requests", err, len(server.at))
+		}
+	})
+}
+
+// TestThrottledWatch: while the API server is left alone, the error of a watch is what it answered.
+func TestThrottledWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := roundTripper(func(*http.Request) (*http.Response, error) {
+			return &http.Response{
+				StatusCode: http.StatusServiceUnavailable, Header: http.Header{"Content-Type": {"application/json"}, "Retry-After": {"40"}},
+				Body: io.NopCloser(strings.NewReader(`{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"ServiceUnavailable","message":"etcd is away","code":503}`)),
+			}, nil
+		})
+		p, err := New(&rest.Config{Host: "http://api", Transport: server}, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := connection{changed: func() {}}
+		pods := p.client.CoreV1().Pods("default")
+		lw := c.listWatch(nil, func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) { return pods.Watch(ctx, options) })
+		for range 3 {
+			if _, err := lw.WatchWithContext(t.Context(), metav1.ListOptions{}); err == nil {
+				t.Fatal("the watch is open")
+			}
+			if got := c.problem(); got == nil || !strings.Contains(got.Error(), "etcd is away") {
+				t.Errorf("the error is %v", got)
+			}
 		}
 	})
 }
