@@ -16,11 +16,11 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/doctor/filter"
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
 
 // procNet is a sysctl below /proc/sys/net of the calling thread's network namespace.
@@ -113,12 +113,12 @@ func (e *examination) filters(ctx context.Context) {
 				continue
 			}
 			looked++
-			verdict, by := filter.Forward(table.rules, packet)
+			verdict, by := ruleset.ParseIPTables(table.rules, nil).Forward(packet)
 			switch verdict {
-			case filter.Drop:
+			case ruleset.Drop:
 				e.add(Fail, check, fmt.Sprintf("%s, table filter: a packet of a pod to endpoint %s is dropped by %s", table.name, packet.Destination, by),
 					"accept what pods send to each other, for example: "+table.accept(packet))
-			case filter.Unknown:
+			case ruleset.Unknown:
 				e.add(Warn, check, fmt.Sprintf("%s, table filter: whether a packet of a pod to endpoint %s is accepted depends on what this command does not evaluate; otherwise it is dropped by %s",
 					table.name, packet.Destination, by), "see what the probe says")
 			}
@@ -151,7 +151,7 @@ func (e *examination) filters(ctx context.Context) {
 
 // packetToEndpoint is what a pod's first packet to an endpoint of this family looks like in the forward hook: from another pod
 // of the endpoint's network.
-func (e *examination) packetToEndpoint(family plan.Family) (filter.Packet, bool) {
+func (e *examination) packetToEndpoint(family plan.Family) (ruleset.Packet, bool) {
 	for _, target := range e.targets() {
 		if plan.FamilyOf(target.Address) != family || len(target.Endpoints) == 0 {
 			continue
@@ -165,9 +165,9 @@ func (e *examination) packetToEndpoint(family plan.Family) (filter.Packet, bool)
 		if err != nil || link.Attrs().Name == "lo" {
 			continue // a process of the node: nothing is forwarded
 		}
-		return filter.Packet{In: link.Attrs().Name, Out: link.Attrs().Name, Source: endpoint.Addr(), Destination: endpoint, Protocol: string(target.Protocol)}, true
+		return ruleset.Packet{In: link.Attrs().Name, Out: link.Attrs().Name, Source: endpoint.Addr(), Destination: endpoint, Protocol: string(target.Protocol), Translated: true}, true
 	}
-	return filter.Packet{}, false
+	return ruleset.Packet{}, false
 }
 
 type filterTable struct {
@@ -177,7 +177,7 @@ type filterTable struct {
 }
 
 // accept is the command that lets packets such as this one through.
-func (t filterTable) accept(p filter.Packet) string {
+func (t filterTable) accept(p ruleset.Packet) string {
 	return fmt.Sprintf("%s -I FORWARD -i %s -o %s -j ACCEPT", t.name, p.In, p.Out)
 }
 

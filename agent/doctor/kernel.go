@@ -108,12 +108,19 @@ func inspect(ctx context.Context, a status.Agent) ([]string, error) {
 
 func (e *examination) addresses() (all []netip.Addr) {
 	seen := map[netip.Addr]bool{}
+	for _, f := range e.frontends() {
+		if !seen[f.Address] {
+			seen[f.Address] = true
+			all = append(all, f.Address)
+		}
+	}
+	return all
+}
+
+func (e *examination) frontends() (all []plan.Frontend) {
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			if !seen[m.Address] {
-				seen[m.Address] = true
-				all = append(all, m.Address)
-			}
+			all = append(all, m.Frontend)
 		}
 	}
 	return all
@@ -121,19 +128,15 @@ func (e *examination) addresses() (all []netip.Addr) {
 
 func (e *examination) foreignRules(ctx context.Context) {
 	const check = "rules of others"
-	found, hidden := foreign.Rules(ctx, e.addresses())
+	found, hidden := foreign.Rules(ctx, e.frontends())
 	for _, rule := range found {
-		next := foreign.Remove(ctx, rule)
-		if next == "" {
-			next = "remove it"
-		}
-		e.add(Warn, check, "another program translates a magic IP too: "+rule, next)
+		e.add(Warn, check, "another program translates a magic IP too: "+rule.Text, rule.Next)
 	}
 	for _, reason := range hidden {
 		e.add(Hidden, check, reason, "run this as root on the node, where iptables-legacy-save is installed")
 	}
 	if len(found)+len(hidden) == 0 {
-		e.add(OK, check, "none translates a magic IP", "")
+		e.add(OK, check, "none translates a magic IP; looked for: "+foreign.Kinds, "")
 	}
 }
 

@@ -1,4 +1,5 @@
-// Package foreign finds rules of others that translate a magic IP, such as one that an older tool has left behind.
+// Package foreign finds rules of others that translate a magic IP, such as one that an older tool has left behind, or those of a
+// Service with that address among its externalIPs.
 //
 // It looks at all rules of the node, so it is for the doctor command and one look at start, not for a loop. Rules of
 // iptables-legacy are visible only where iptables-legacy-save can be run, which needs CAP_NET_RAW.
@@ -6,6 +7,7 @@ package foreign
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -16,107 +18,171 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
 
-// Rules are the rules of others that translate one of these addresses. They do no harm where the agent's rules come first,
+// Kinds says which rules Rules finds.
+const Kinds = "DNAT and REDIRECT of iptables and nftables, by address, prefix, range, set, map or port"
+
+// Rule is a rule of others that translates a magic IP. Text is the rule with its place, and Next what to do about it.
+type Rule struct{ Text, Next string }
+
+// Rules are the rules of others that translate one of these frontends. They do no harm where the agent's rules come first,
 // and are the cause of wrong answers where they do not. hidden says, one sentence each, which rules could not be read.
 // Tools that are missing have made no rules.
-func Rules(ctx context.Context, addresses []netip.Addr) (found, hidden []string) {
+func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden []string) {
 	told := map[string]bool{} // nft tables that a save command has told of
-	for save, table := range map[string]string{"iptables-nft-save": "ip nat", "ip6tables-nft-save": "ip6 nat"} {
-		if out, err := exec.CommandContext(ctx, save, "-t", "nat").Output(); err == nil {
-			told[table] = true
-			found = append(found, foreignIPTables(save, string(out), addresses)...)
+	look := func(family plan.Family, save string) error {
+		rules, sets, err := saved(ctx, save)
+		if err != nil {
+			return err
 		}
+		table := ruleset.ParseIPTables(rules, sets)
+		for _, p := range packets(frontends, family) {
+			for _, text := range table.Translating(p, func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }) {
+				found = append(found, Rule{Text: save + " -t nat: " + text, Next: removeSaved(save, text, p)})
+			}
+		}
+		return nil
 	}
-	for family, save := range map[plan.Family]string{plan.IPv4: "iptables-legacy-save", plan.IPv6: "ip6tables-legacy-save"} {
+	for _, family := range plan.Families() {
+		command := map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[family]
+		told[fmt.Sprintf("%s nat", family)] = look(family, command+"-nft-save") == nil
 		if !iptables.LegacyTable(family, "nat") {
 			continue
 		}
-		out, err := exec.CommandContext(ctx, save, "-t", "nat").Output()
-		if err != nil { // the command or CAP_NET_RAW is missing
-			hidden = append(hidden, fmt.Sprintf("the nat table of iptables-legacy is in use (%s) and cannot be read here: %s: %v", family, save, err))
-			continue
+		if err := look(family, command+"-legacy-save"); err != nil { // the command or CAP_NET_RAW is missing
+			hidden = append(hidden, fmt.Sprintf("the nat table of iptables-legacy is in use (%s) and cannot be read here: %v", family, err))
 		}
-		found = append(found, foreignIPTables(save, string(out), addresses)...)
 	}
-	if out, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "ruleset").Output(); err == nil {
-		found = append(found, foreignNFT(string(out), told, addresses)...)
+	rules, err := nftRules(ctx, frontends, told)
+	if err != nil {
+		hidden = append(hidden, err.Error())
 	}
-	slices.Sort(found)
+	found = append(found, rules...)
+	slices.SortStableFunc(found, func(a, b Rule) int { return strings.Compare(a.Text, b.Text) })
+	found = slices.CompactFunc(found, func(a, b Rule) bool { return a.Text == b.Text })
 	slices.Sort(hidden)
 	return found, hidden
 }
 
-// foreignNFT looks through what `nft list ruleset` prints, but for the tables that have been told of.
-func foreignNFT(ruleset string, told map[string]bool, addresses []netip.Addr) []string {
-	var found []string
+// packets are what is looked for: for each address a packet of which nothing else is known, and for each frontend one to it.
+func packets(frontends []plan.Frontend, family plan.Family) (all []ruleset.Packet) {
+	seen := map[netip.Addr]bool{}
+	for _, f := range frontends {
+		if plan.FamilyOf(f.Address) != family {
+			continue
+		}
+		if !seen[f.Address] {
+			seen[f.Address] = true
+			all = append(all, ruleset.Packet{Destination: netip.AddrPortFrom(f.Address, 0)})
+		}
+		all = append(all, ruleset.Packet{Destination: f.AddrPort(), Protocol: string(f.Protocol)})
+	}
+	return all
+}
+
+// saved is what a save command prints of the table nat, and the members of the sets that its rules match with.
+func saved(ctx context.Context, save string) (rules string, sets map[string][]string, err error) {
+	out, err := exec.CommandContext(ctx, save, "-t", "nat").Output()
+	if err != nil {
+		return "", nil, fmt.Errorf("%s: %w", save, err)
+	}
+	sets = map[string][]string{}
+	for _, name := range ruleset.ParseIPTables(string(out), nil).Sets() {
+		members, err := exec.CommandContext(ctx, "ipset", "save", name).Output()
+		if err != nil {
+			continue // what depends on it is not known
+		}
+		sets[name] = []string{}
+		for line := range strings.Lines(string(members)) { // add NAME MEMBER …
+			if words := strings.Fields(line); len(words) >= 3 && words[0] == "add" {
+				sets[name] = append(sets[name], words[2])
+			}
+		}
+	}
+	return string(out), sets, nil
+}
+
+// nftRules looks through all tables of nft but those that have been told of and those of agents.
+func nftRules(ctx context.Context, frontends []plan.Frontend, told map[string]bool) (found []Rule, err error) {
+	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
+	if errors.Is(err, exec.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the rules of nftables cannot be read here: nft: %w", err)
+	}
+	tables, err := ruleset.ParseNFTables(out)
+	if err != nil {
+		return nil, err
+	}
+	passed := func(family, table, chain string) bool {
+		return told[family+" "+table] || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
+	}
+	var texts map[string]string
+	for _, family := range plan.Families() {
+		for _, p := range packets(frontends, family) {
+			for _, r := range tables.Translating(p, passed) {
+				if texts == nil {
+					texts = nftTexts(ctx)
+				}
+				found = append(found, nftRule(r, texts, p))
+			}
+		}
+	}
+	return found, nil
+}
+
+func nftRule(r ruleset.NFTRule, texts map[string]string, p ruleset.Packet) Rule {
+	place := fmt.Sprintf("nft table %s %s, chain %s", r.Family, r.Table, r.Chain)
+	rule := Rule{
+		Text: place + ": " + texts[place+fmt.Sprint(r.Handle)],
+		Next: quote.Shell("nft", "delete", "rule", r.Family, r.Table, r.Chain, "handle", fmt.Sprint(r.Handle)),
+	}
+	if r.Set != "" {
+		rule.Text += fmt.Sprintf(", and %s has %s", r.Set, r.Element)
+		rule.Next = fmt.Sprintf("take %s out of %s", r.Element, r.Set)
+	}
+	if r.Table == "kube-proxy" {
+		rule.Next = takeFromService(p)
+	}
+	return rule
+}
+
+// nftTexts are all rules as nft writes them, by their place and handle.
+func nftTexts(ctx context.Context) map[string]string {
+	out, err := exec.CommandContext(ctx, "nft", "--stateless", "--handle", "list", "ruleset").Output()
+	if err != nil {
+		return nil
+	}
+	texts := map[string]string{}
 	table, chain := "", ""
-	for line := range strings.Lines(ruleset) {
+	for line := range strings.Lines(string(out)) {
+		text, handle, ok := strings.Cut(strings.TrimSpace(line), " # handle ")
 		words := strings.Fields(line)
 		switch {
 		case len(words) >= 3 && words[0] == "table":
 			table = words[1] + " " + words[2]
 		case len(words) >= 2 && words[0] == "chain":
 			chain = words[1]
-		case told[table] || strings.Contains(table, " "+nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix): // theirs is known, or an agent's
-		case !translates(words):
-		case slices.ContainsFunc(words, func(w string) bool { return isOneOf(w, addresses) }):
-			found = append(found, fmt.Sprintf("nft table %s, chain %s: %s", table, chain, strings.TrimSpace(line)))
+		case ok:
+			texts["nft table "+table+", chain "+chain+handle] = text
 		}
 	}
-	return found
+	return texts
 }
 
-// translates says whether a rule of nftables has a dnat statement. "ct status dnat" is a match.
-func translates(words []string) bool {
-	i := slices.Index(words, "dnat")
-	return i >= 0 && (i == 0 || words[i-1] != "status")
+// removeSaved is the command that removes a rule of iptables, safe to paste into a shell.
+func removeSaved(save, text string, p ruleset.Packet) string {
+	words := quote.Fields(text)
+	if strings.HasPrefix(words[1], "KUBE-") {
+		return takeFromService(p)
+	}
+	return quote.Shell(append([]string{strings.TrimSuffix(save, "-save"), "-t", "nat", "-D"}, words[1:]...)...)
 }
 
-func foreignIPTables(command, rules string, addresses []netip.Addr) []string {
-	var found []string
-	for line := range strings.Lines(rules) {
-		words := strings.Fields(line)
-		if len(words) < 4 || words[0] != "-A" || strings.HasPrefix(words[1], iptables.ChainPrefix) {
-			continue
-		}
-		jump, destination := slices.Index(words, "-j"), slices.Index(words, "-d")
-		if jump < 0 || jump+1 == len(words) || words[jump+1] != "DNAT" || destination < 0 || destination+1 == len(words) {
-			continue
-		}
-		if isOneOf(words[destination+1], addresses) {
-			found = append(found, fmt.Sprintf("%s -t nat: %s", command, strings.TrimSpace(line)))
-		}
-	}
-	return found
-}
-
-// isOneOf says whether a word is one of the addresses, alone or as a prefix of full length.
-func isOneOf(word string, addresses []netip.Addr) bool {
-	word, _, _ = strings.Cut(word, "/")
-	address, err := netip.ParseAddr(strings.TrimSuffix(word, ","))
-	return err == nil && slices.Contains(addresses, address)
-}
-
-// Remove is the command that removes a rule which Rules has found, safe to paste into a shell; empty where it takes two.
-func Remove(ctx context.Context, rule string) string {
-	if save, line, ok := strings.Cut(rule, " -t nat: -A "); ok {
-		return quote.Shell(append([]string{strings.TrimSuffix(save, "-save"), "-t", "nat", "-D"}, quote.Fields(line)...)...)
-	}
-	var family, table, chain string
-	place, text, _ := strings.Cut(rule, ": ")
-	if _, err := fmt.Sscanf(strings.NewReplacer(",", "").Replace(place), "nft table %s %s chain %s", &family, &table, &chain); err != nil {
-		return ""
-	}
-	out, err := exec.CommandContext(ctx, "nft", "--stateless", "--handle", "list", "chain", family, table, chain).Output()
-	if err != nil {
-		return ""
-	}
-	for line := range strings.Lines(string(out)) {
-		if found, handle, ok := strings.Cut(strings.TrimSpace(line), " # handle "); ok && found == text {
-			return quote.Shell("nft", "delete", "rule", family, table, chain, "handle", handle)
-		}
-	}
-	return ""
+// takeFromService is what to do about a rule of kube-proxy, which would put it back.
+func takeFromService(p ruleset.Packet) string {
+	return fmt.Sprintf("it is of a Service: take %s out of its externalIPs or load balancer addresses; kubectl get services --all-namespaces -o wide shows it", p.Destination.Addr())
 }

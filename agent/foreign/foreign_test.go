@@ -2,6 +2,7 @@ package foreign
 
 import (
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,63 +11,150 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
 
-func TestForeignNFT(t *testing.T) {
-	const ruleset = `table ip magic-ip-default.a {
-	chain translate {
-		dnat ip to ip daddr . meta l4proto . th dport map @endpoints
-		ip daddr 169.254.210.210 dnat to 10.0.0.1
-	}
+var frontends = []plan.Frontend{ //nolint:gochecknoglobals // a constant
+	{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 8080},
+	{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.UDP, Port: 8125},
+	{Address: netip.MustParseAddr("fd00:a::1"), Protocol: plan.UDP, Port: 53},
 }
-table ip nat {
-	chain PREROUTING {
-		ip daddr 169.254.210.210 tcp dport 80 dnat to 10.0.0.2:80
+
+func texts(rules []Rule) (all []string) {
+	for _, r := range rules {
+		all = append(all, r.Text)
 	}
+	return all
 }
-table ip filter {
-	chain MIP-0123abcd-bridge {
-		ct status dnat ct original daddr 169.254.210.210 counter meta mark set mark or 0x1000
-		ip daddr 169.254.210.210 dnat to 10.0.0.6
-	}
-	chain FORWARD {
-		ct status dnat ip daddr 169.254.210.210 accept
-	}
+
+// TestNFTables: rules of nftables are found by address, prefix, range, set, map and port, whatever chain translates in the end; those
+// of agents, of iptables-nft that its save command prints, and of other destinations are not.
+func TestNFTables(t *testing.T) {
+	const rules = `
+table ip magic-ip-default.a {
+  chain pre {
+    type nat hook prerouting priority -110
+    ip daddr 169.254.210.210 dnat to 10.0.0.1
+  }
+}
+table ip kube-proxy {
+  map service-ips {
+    type ipv4_addr . inet_proto . inet_service : verdict
+    elements = { 169.254.210.210 . tcp . 80 comment "a" : goto external, 10.96.0.1 . tcp . 443 : goto service }
+  }
+  chain endpoint {
+    meta l4proto tcp dnat to 10.0.0.1:80
+  }
+  chain service {
+    numgen random mod 1 vmap { 0 : goto endpoint }
+  }
+  chain external {
+    goto service
+  }
+  chain pre {
+    type nat hook prerouting priority -100
+    ip daddr . meta l4proto . th dport vmap @service-ips
+    fib daddr type local tcp dport vmap { 8080 : goto endpoint }
+  }
 }
 table inet theirs {
-	chain pre {
-		type nat hook prerouting priority dstnat; policy accept;
-		ip daddr 169.254.210.210 tcp dport 80 dnat ip to 10.0.0.3:80
-		ip daddr 169.254.210.211 tcp dport 80 dnat ip to 10.0.0.4:80
-		ip daddr 169.254.210.210 tcp dport 80 accept
-		ip6 daddr fd00:a::1 udp dport 53 dnat ip6 to [fd00::5]:53
-	}
+  set many {
+    type ipv4_addr
+    flags interval
+    elements = { 169.254.0.0/16, 10.0.0.1-10.0.0.9 }
+  }
+  map to {
+    type ipv4_addr : ipv4_addr
+    elements = { 169.254.210.210 : 10.0.0.1, 192.0.2.1 : 10.0.0.1 }
+  }
+  chain redirects {
+    meta l4proto tcp redirect to :3128
+  }
+  chain pre {
+    type nat hook prerouting priority -100
+    ip daddr 169.254.210.211 dnat ip to 10.0.0.1
+    ip daddr 169.254.210.210 tcp dport 80 accept
+    ip daddr @many tcp dport { 80, 90-99 } jump redirects
+    ip daddr { 192.0.2.1, 169.254.0.0/16 } udp dport 8125 dnat ip to 10.0.0.2
+    ip daddr 169.254.210.200-169.254.210.220 tcp dport 81 dnat ip to 10.0.0.3
+    ip daddr != 10.0.0.0/8 tcp dport 8080 redirect
+    ip daddr != 169.254.0.0/16 tcp dport 8080 redirect
+    udp dport 50-60 redirect to :53
+    tcp dport 25 redirect
+    meta l4proto tcp dnat ip to ip daddr map @to
+    ip6 daddr fd00:a::1 udp dport 53 dnat ip6 to [fd00::5]:53
+    iifname "cni0" limit rate 5/second ip daddr 169.254.210.210 udp dport 1 dnat ip to 10.0.0.4
+  }
+  chain out {
+    type nat hook output priority -100
+    ip daddr 169.254.210.210 tcp dport 82 redirect
+  }
+  chain forward {
+    type filter hook forward priority 0
+    ct status dnat ip daddr 169.254.210.210 accept
+  }
 }
 `
-	addresses := []netip.Addr{netip.MustParseAddr("169.254.210.210"), netip.MustParseAddr("fd00:a::1")}
 	want := []string{
-		"nft table inet theirs, chain pre: ip daddr 169.254.210.210 tcp dport 80 dnat ip to 10.0.0.3:80",
+		"nft table inet theirs, chain out: ip daddr 169.254.210.210 tcp dport 82 redirect",
+		`nft table inet theirs, chain pre: iifname "cni0" limit rate 5/second ip daddr 169.254.210.210 udp dport 1 dnat ip to 10.0.0.4`,
+		"nft table inet theirs, chain pre: ip daddr != 10.0.0.0/8 tcp dport 8080 redirect",
+		"nft table inet theirs, chain pre: ip daddr 169.254.210.200-169.254.210.220 tcp dport 81 dnat ip to 10.0.0.3",
+		"nft table inet theirs, chain pre: ip daddr @many tcp dport { 80, 90-99 } jump redirects, and many has 169.254.0.0/16",
+		"nft table inet theirs, chain pre: ip daddr { 169.254.0.0/16, 192.0.2.1 } udp dport 8125 dnat ip to 10.0.0.2",
 		"nft table inet theirs, chain pre: ip6 daddr fd00:a::1 udp dport 53 dnat ip6 to [fd00::5]:53",
+		"nft table inet theirs, chain pre: meta l4proto tcp dnat ip to ip daddr map @to, and to has 169.254.210.210",
+		"nft table inet theirs, chain pre: udp dport 50-60 redirect to :53",
+		"nft table ip kube-proxy, chain pre: ip daddr . meta l4proto . th dport vmap @service-ips, and service-ips has 169.254.210.210 . tcp . 80",
 	}
-	if diff := cmp.Diff(want, foreignNFT(ruleset, map[string]bool{"ip nat": true}, addresses)); diff != "" {
+	nodetest.Namespace(t, "link set lo up")
+	file := filepath.Join(t.TempDir(), "rules")
+	if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	nodetest.Run(t, "nft", "--file", file)
+	found, hidden := Rules(t.Context(), frontends)
+	if len(hidden) > 0 {
+		t.Errorf("hidden: %q", hidden)
+	}
+	if diff := cmp.Diff(want, texts(found)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+	for _, r := range found {
+		if strings.Contains(r.Text, "kube-proxy") {
+			if !strings.Contains(r.Next, "take 169.254.210.210 out of its externalIPs") {
+				t.Errorf("what to do about %s: %s", r.Text, r.Next)
+			}
+			continue
+		}
+		if !strings.Contains(r.Text, ", and ") {
+			nodetest.Run(t, "sh", "-c", r.Next)
+		}
+	}
+	found, _ = Rules(t.Context(), frontends)
+	for _, r := range found {
+		if !strings.Contains(r.Text, ", and ") {
+			t.Errorf("after the command it is still there: %s", r.Text)
+		}
 	}
 }
 
-func TestForeignIPTables(t *testing.T) {
-	const rules = `*nat
-:PREROUTING ACCEPT [0:0]
--A PREROUTING -d 169.254.210.210/32 -i cni0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.2:80
--A PREROUTING -d 169.254.210.211/32 -p tcp -j DNAT --to-destination 10.0.0.3:80
--A PREROUTING -d 169.254.210.210/32 -p tcp -j ACCEPT
--A PREROUTING -s 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.4:80
--A MIP-0123abcd-x -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.5:80
-COMMIT
-`
-	want := []string{"iptables-save -t nat: -A PREROUTING -d 169.254.210.210/32 -i cni0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.2:80"}
-	got := foreignIPTables("iptables-save", rules, []netip.Addr{netip.MustParseAddr("169.254.210.210")})
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
+// TestSavedRules: a rule of iptables-nft is told once, as iptables writes it; sets of ipset are looked into where that can be run.
+func TestSavedRules(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	const rule = "PREROUTING -d 169.254.210.210/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 3128"
+	nodetest.Run(t, "iptables-nft", append([]string{"-t", "nat", "-A"}, strings.Fields(rule)...)...)
+	nodetest.Run(t, "iptables-nft", "-t", "nat", "-N", "MIP-0123abcd-x")
+	nodetest.Run(t, "iptables-nft", "-t", "nat", "-A", "PREROUTING", "-d", "169.254.210.210/32", "-j", "MIP-0123abcd-x")
+	nodetest.Run(t, "iptables-nft", "-t", "nat", "-A", "MIP-0123abcd-x", "-j", "DNAT", "--to-destination", "10.0.0.1")
+	found, hidden := Rules(t.Context(), frontends)
+	if diff := cmp.Diff([]string{"iptables-nft-save -t nat: -A " + rule}, texts(found)); diff != "" || len(hidden) > 0 {
+		t.Fatalf("(-want +got):\n%s\nhidden: %q", diff, hidden)
+	}
+	nodetest.Run(t, "sh", "-c", found[0].Next)
+	if found, _ := Rules(t.Context(), frontends); len(found) > 0 {
+		t.Errorf("after the command it is still there: %v", found)
 	}
 }
 
@@ -77,18 +165,17 @@ func TestRulesOfLegacy(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
 	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
 	nodetest.Run(t, "iptables-legacy", append([]string{"-t", "nat", "-A"}, strings.Fields(rule)...)...)
-	addresses := []netip.Addr{netip.MustParseAddr("169.254.210.210")}
-	found, hidden := Rules(t.Context(), addresses)
-	if diff := cmp.Diff([]string{"iptables-legacy-save -t nat: -A " + rule}, found); diff != "" || len(hidden) > 0 {
+	found, hidden := Rules(t.Context(), frontends)
+	if diff := cmp.Diff([]string{"iptables-legacy-save -t nat: -A " + rule}, texts(found)); diff != "" || len(hidden) > 0 {
 		t.Fatalf("(-want +got):\n%s\nhidden: %q", diff, hidden)
 	}
-	if remove := Remove(t.Context(), found[0]); remove != "iptables-legacy -t nat -D "+rule {
-		t.Errorf("removed by %q", remove)
+	if found[0].Next != "iptables-legacy -t nat -D "+rule {
+		t.Errorf("removed by %q", found[0].Next)
 	}
 	if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0); err != nil { // of this thread, for what it executes
 		t.Fatal(err)
 	}
-	found, hidden = Rules(t.Context(), addresses)
+	found, hidden = Rules(t.Context(), frontends)
 	if len(found) > 0 || len(hidden) != 1 || !strings.Contains(hidden[0], "iptables-legacy") {
 		t.Errorf("without CAP_NET_RAW: found %q, hidden %q, want only that it cannot be seen", found, hidden)
 	}
@@ -97,7 +184,7 @@ func TestRulesOfLegacy(t *testing.T) {
 // TestRulesOnlyLooks: a look at rules does not bring a table into use.
 func TestRulesOnlyLooks(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
-	if found, hidden := Rules(t.Context(), []netip.Addr{netip.MustParseAddr("169.254.210.210"), netip.MustParseAddr("fd00:a::1")}); len(found)+len(hidden) > 0 {
+	if found, hidden := Rules(t.Context(), frontends); len(found)+len(hidden) > 0 {
 		t.Errorf("found %q and %q on an empty node", found, hidden)
 	}
 	for _, file := range []string{"ip_tables_names", "ip6_tables_names"} {
@@ -111,9 +198,9 @@ func TestRulesOnlyLooks(t *testing.T) {
 }
 
 func TestRemoveIsSafeToPaste(t *testing.T) {
-	rule := `iptables-nft-save -t nat: -A PREROUTING -d 169.254.210.210/32 -m comment --comment "$(reboot) \"x\" ; true" -j DNAT --to-destination 10.0.0.1:1`
+	rule := `-A PREROUTING -d 169.254.210.210/32 -m comment --comment "$(reboot) \"x\" ; true" -j DNAT --to-destination 10.0.0.1:1`
 	want := `iptables-nft -t nat -D PREROUTING -d 169.254.210.210/32 -m comment --comment '$(reboot) "x" ; true' -j DNAT --to-destination 10.0.0.1:1`
-	if got := Remove(t.Context(), rule); got != want {
+	if got := removeSaved("iptables-nft-save", rule, ruleset.Packet{}); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }

@@ -165,7 +165,9 @@ func TestThrottledWatch(t *testing.T) {
 		}
 		c := connection{changed: func() {}}
 		pods := p.client.CoreV1().Pods("default")
-		lw := c.listWatch(nil, func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) { return pods.Watch(ctx, options) })
+		lw := c.listWatch(nil, func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			return pods.Watch(ctx, options)
+		})
 		for range 3 {
 			if _, err := lw.WatchWithContext(t.Context(), metav1.ListOptions{}); err == nil {
 				t.Fatal("the watch is open")

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"sync/atomic"
 
@@ -16,6 +15,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/metrics"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 // reportEvents has the agent send Events about its own pod, where it knows which that is.
@@ -61,9 +61,9 @@ func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name st
 // lookAround looks once for rules of others that translate a magic IP, and for what bypasses the rules of this agent. The first
 // is a look at all rules of the node: the doctor command repeats it.
 func lookAround(options *agent.Options, initial config.Config) {
-	var addresses []netip.Addr
+	var frontends []plan.Frontend
 	for _, port := range initial.Ports {
-		addresses = append(addresses, port.Address)
+		frontends = append(frontends, port.Frontend)
 	}
 	var found atomic.Pointer[[]string]
 	options.Notes = append(options.Notes, func() []string {
@@ -73,11 +73,11 @@ func lookAround(options *agent.Options, initial config.Config) {
 		return nil
 	})
 	options.Tasks = append(options.Tasks, func(ctx context.Context, wake func(agent.Source)) error {
-		rules, _ := foreign.Rules(ctx, addresses)
+		rules, _ := foreign.Rules(ctx, frontends)
 		var notes []string
 		for _, rule := range rules {
-			options.Log.Warn("another program translates a magic IP too: where its rule comes first, clients do not reach the endpoint; remove it", "rule", rule)
-			notes = append(notes, "when the agent started, another program translated a magic IP too; remove the rule: "+rule)
+			options.Log.Warn("another program translates a magic IP too: where its rule comes first, clients do not reach the endpoint; remove it", "rule", rule.Text)
+			notes = append(notes, "when the agent started, another program translated a magic IP too; remove the rule: "+rule.Text)
 		}
 		for _, bypass := range node.Bypasses() {
 			options.Log.Warn("packets of pods may bypass the rules", "reason", bypass)
