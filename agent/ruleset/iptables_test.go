@@ -103,3 +103,13 @@ func FuzzForward(f *testing.F) {
 		t.Translating(Packet{}, func(string) bool { return false })
 	})
 }
+
+func FuzzNFTables(f *testing.F) {
+	f.Add([]byte(`{"nftables": [{"chain": {"family": "ip", "table": "t", "name": "c", "type": "nat", "hook": "prerouting"}},
+		{"rule": {"family": "ip", "table": "t", "chain": "c", "handle": 1, "expr": [{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "daddr"}}, "right": {"set": ["10.0.0.1"]}}}, {"goto": {"target": "c"}}]}}]}`))
+	f.Fuzz(func(_ *testing.T, printed []byte) {
+		if t, err := ParseNFTables(printed); err == nil {
+			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, func(_, _, _ string) bool { return false })
+		}
+	})
+}

@@ -206,7 +206,7 @@ func (w *nftWalk) verdict(r *nftRule, kind string, data json.RawMessage, aim str
 func (w *nftWalk) vmap(r *nftRule, key, data json.RawMessage, aim string, isSure bool, meets certainty) (outcome, certainty) {
 	best := no
 	for _, e := range w.elements(r, data) {
-		is, hit := w.compare(r, key, e)
+		is, hit := w.compare(key, e)
 		if is == no {
 			continue
 		}
@@ -240,7 +240,7 @@ func (w *nftWalk) mapped(r *nftRule, data json.RawMessage) (certainty, element) 
 	}
 	best, hit := no, element{}
 	for _, e := range w.elements(r, to.Addr.Map.Data) {
-		if is, aimed := w.compare(r, to.Addr.Map.Key, e); is > best {
+		if is, aimed := w.compare(to.Addr.Map.Key, e); is > best {
 			best, hit = is, aimed
 		}
 	}
@@ -256,7 +256,7 @@ func (w *nftWalk) match(r *nftRule, data json.RawMessage) (is certainty, hit ele
 		return maybe, element{}
 	}
 	for _, e := range w.elements(r, m.Right) {
-		if found, aimed := w.compare(r, m.Left, e); found > is {
+		if found, aimed := w.compare(m.Left, e); found > is {
 			is, hit = found, aimed
 		}
 	}
@@ -324,7 +324,7 @@ func toElement(data json.RawMessage) element {
 }
 
 // compare says whether what the packet has in key is the element's; aimed where its destination is a part of that.
-func (w *nftWalk) compare(r *nftRule, key json.RawMessage, e element) (certainty, element) {
+func (w *nftWalk) compare(key json.RawMessage, e element) (certainty, element) {
 	var keys, parts struct{ Concat []json.RawMessage }
 	if json.Unmarshal(key, &keys) == nil && len(keys.Concat) > 0 {
 		if json.Unmarshal(e.key, &parts) != nil || len(parts.Concat) != len(keys.Concat) {
@@ -335,7 +335,7 @@ func (w *nftWalk) compare(r *nftRule, key json.RawMessage, e element) (certainty
 	}
 	is := yes
 	for n := range keys.Concat {
-		found, aimed := w.field(r, keys.Concat[n], text(parts.Concat[n]))
+		found, aimed := w.field(keys.Concat[n], text(parts.Concat[n]))
 		is, e.aimed = min(is, found), e.aimed || aimed
 	}
 	if is == no {
@@ -345,7 +345,7 @@ func (w *nftWalk) compare(r *nftRule, key json.RawMessage, e element) (certainty
 }
 
 // field compares one field of the packet.
-func (w *nftWalk) field(r *nftRule, key json.RawMessage, with string) (is certainty, aimed bool) {
+func (w *nftWalk) field(key json.RawMessage, with string) (is certainty, aimed bool) {
 	var left struct {
 		Payload struct{ Protocol, Field string }
 		Meta    struct{ Key string }
