@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"net/netip"
@@ -56,6 +57,7 @@ type command struct {
 	ifName      string // eth0
 	netns       string
 	args        string
+	override    string // CNI_NETNS_OVERRIDE
 	conf        values
 }
 
@@ -112,7 +114,7 @@ func (c command) cmd(t testing.TB) *exec.Cmd {
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = []string{
 		asPlugin + "=1", "CNI_COMMAND=" + c.name, "CNI_CONTAINERID=" + c.containerID, "CNI_NETNS=" + c.netns,
-		"CNI_IFNAME=" + c.ifName, "CNI_ARGS=" + c.args, "CNI_PATH=/opt/cni/bin",
+		"CNI_IFNAME=" + c.ifName, "CNI_ARGS=" + c.args, "CNI_PATH=/opt/cni/bin", "CNI_NETNS_OVERRIDE=" + c.override,
 		"GORACE=atexit_sleep_ms=0", // by default, the race detector holds up each exit for a second
 	}
 	cmd.Stdin = bytes.NewReader(c.conf.encode(t))
@@ -498,6 +500,41 @@ func TestUnusableConfiguration(t *testing.T) {
 			del(unusable).of("before").ok(t)
 			if _, ok := test.conf["runtimeDir"]; !ok {
 				wantRecorded(t, dir)
+			}
+		})
+	}
+}
+
+// TestSkeletonRefuses: what fails before or after the plugin's own work, as with every plugin that is built on CNI's skeleton.
+func TestSkeletonRefuses(t *testing.T) {
+	const own = "/proc/self/ns/net"
+	for name, test := range map[string]struct {
+		change func(c *command)
+		code   uint // of ADD
+		del    uint // of DEL; 0: it succeeds
+	}{
+		"a version that the plugin does not speak": {func(c *command) { c.conf["cniVersion"] = "0.2.0" }, types.ErrIncompatibleCNIVersion, types.ErrIncompatibleCNIVersion},
+		"no network name":                          {func(c *command) { delete(c.conf, "name") }, types.ErrInvalidNetworkConfig, types.ErrInvalidNetworkConfig},
+		"network name":                             {func(c *command) { c.conf["name"] = "a/b" }, types.ErrInvalidNetworkConfig, types.ErrInvalidNetworkConfig},
+		"container ID":                             {func(c *command) { c.containerID = "../c1" }, types.ErrInvalidEnvironmentVariables, types.ErrInvalidEnvironmentVariables},
+		"interface name":                           {func(c *command) { c.ifName = "eth0:1" }, types.ErrInvalidEnvironmentVariables, types.ErrInvalidEnvironmentVariables},
+		"no network namespace":                     {func(c *command) { c.netns = "" }, types.ErrInvalidEnvironmentVariables, 0},
+		"the plugin's own network namespace":       {func(c *command) { c.netns = own }, types.ErrInvalidNetNS, types.ErrInvalidNetNS},
+		"its own, and overridden":                  {func(c *command) { c.netns, c.override = own, "1" }, 0, 0},
+		"a network namespace that is not there":    {func(c *command) { c.netns = "/nowhere" }, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, c := range []struct {
+				command
+				code uint
+			}{{add(conf(t.TempDir(), nil)), test.code}, {del(conf(t.TempDir(), nil)), test.del}} {
+				test.change(&c.command)
+				out, err := c.cmd(t).Output()
+				// Its own network namespace the skeleton looks at last: the result has been printed then.
+				if (err != nil) != (c.code != 0) || err != nil && !strings.Contains(string(out), fmt.Sprintf(`"code": %d,`, c.code)) {
+					t.Errorf("%s: %v, want code %d (0: success):\n%s", c.name, err, c.code, out)
+				}
 			}
 		})
 	}
