@@ -35,7 +35,7 @@ demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (nee
 
 .PHONY: test
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
-	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
+	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc curl python3
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
 	go test -C integration/conflist -count=1 ./... # with -race, go-cni swaps its locks for a detector that reports deadlocks where there are none
@@ -106,6 +106,11 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 	integration/prerequisites nft ip nsenter
 	CGO_ENABLED=0 go build $(STATIC) -o bin/echo ./integration/bench/echo
 	go run ./integration/bench
+
+.PHONY: docs
+docs: build tools ## write what comes from programs in the documents: keys, command lines, screens (needs root)
+	integration/prerequisites nft ip nsenter curl python3
+	go test -count=1 ./integration/docs -update
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README

@@ -43,7 +43,7 @@ func (w *world) askAll(questions []question) {
 	group.Wait()
 }
 
-// TestPackets is the table of README, "Packets": who, to where, and what happens, on every kind of network.
+// TestPackets is the table of docs/concepts.md, "Packets": who, to where, and what happens, on every kind of network.
 func TestPackets(t *testing.T) {
 	onEach(t, func(t *testing.T, backend string) {
 		for _, kind := range onEveryKind {

@@ -96,35 +96,63 @@ func (c *Config) LabelKeys() map[string]bool {
 	return keys
 }
 
-// The configuration file as written, before validation; README, "Configuration of the agent", describes the keys.
+// The configuration file as written, before validation. The comments of its keys are the tables of docs/configuration.md, which
+// `make docs` writes: the default, or that there is none, and after the first full stop what is allowed.
 type rawConfig struct {
-	Name         string       `yaml:"name"`
-	PollInterval string       `yaml:"pollInterval"`
-	Reserved     []string     `yaml:"reservedAddresses"`
-	MagicIPs     []rawMagicIP `yaml:"magicIPs"`
+	// Required. 1 to 117 characters of `a-z 0-9 - .`, the first and last a letter or digit. Names the rules (`magic-ip-<name>`) and the
+	// directory `agents/<name>/`; cannot change while the agent runs
+	Name string `yaml:"name"`
+	// Default `5s`. `1s` to `1h`: how often records, links and rules are compared although no change was reported
+	PollInterval string `yaml:"pollInterval"`
+	// Default none. A list of addresses and prefixes that no magic IP may have, besides the [known ones](#reserved-addresses)
+	Reserved []string `yaml:"reservedAddresses"`
+	// Required. A list with one or more of the following
+	MagicIPs []rawMagicIP `yaml:"magicIPs"`
 }
 
 type rawMagicIP struct {
-	IPAddress      string    `yaml:"ipAddress"`
-	Namespace      string    `yaml:"namespace"`
-	Selector       *string   `yaml:"selector"`
-	Owner          string    `yaml:"owner"`
-	ServiceAccount string    `yaml:"serviceAccount"`
-	HostInterface  string    `yaml:"hostInterface"`
-	Ports          []rawPort `yaml:"ports"`
-	Readiness      string    `yaml:"readiness"`
-	Distribution   string    `yaml:"distribution"`
-	NoEndpoint     string    `yaml:"noEndpoint"`
-	HoldFor        string    `yaml:"holdFor"`
-	HostClients    *bool     `yaml:"hostClients"`
-	ExcludeTarget  bool      `yaml:"excludeTarget"`
-	AllowReserved  bool      `yaml:"allowReserved"`
+	// Required. An IPv4 or IPv6 address that the node does not own; see [Reserved addresses](#reserved-addresses)
+	IPAddress string `yaml:"ipAddress"`
+	// Required. The namespace of the targets, or `"*"` for all
+	Namespace string `yaml:"namespace"`
+	// Required. A Kubernetes label selector, all of its grammar; not the empty one
+	Selector *string `yaml:"selector"`
+	// Default none. Only pods of this controller, such as `DaemonSet/apm-server`: the UID in the pod's controller reference must be that of
+	// the live object; a Deployment owns pods by its ReplicaSets. Kinds other than DaemonSet, Deployment, Job, ReplicaSet,
+	// ReplicationController and StatefulSet are written `group/version/Kind/name`. An error with `--no-api`
+	Owner string `yaml:"owner"`
+	// Default none. Only pods with this service account, whose use RBAC and admission can restrict. An error with `--no-api`
+	ServiceAccount string `yaml:"serviceAccount"`
+	// Default `auto`. Where clients are: `auto` ([by evidence](concepts.md#whose-packets-are-served)), or interface names separated by commas, a
+	// trailing `+` for a prefix (`cni0`, `cali+`)
+	HostInterface string `yaml:"hostInterface"`
+	// Required. A list with one or more of the keys below
+	Ports []rawPort `yaml:"ports"`
+	// Default `prefer`. `prefer`: ready pods first; `require`: only ready pods, an error with `--no-api`; `ignore`: a pod that is not
+	// terminating counts as ready
+	Readiness string `yaml:"readiness"`
+	// Default `single`. `single`: the newest of the best targets; `random`: new flows are spread over all targets of the best rank
+	Distribution string `yaml:"distribution"`
+	// Default `reject`. `reject`, `hold`, `pass`: what happens to packets while there is [no endpoint](concepts.md#packets)
+	NoEndpoint string `yaml:"noEndpoint"`
+	// Default `10s`. With `hold`: whole seconds, `1s` to `1h`
+	HoldFor string `yaml:"holdFor"`
+	// Default `true`. `false`: packets of the node's own processes are exempt: they go where they would go without a magic IP
+	HostClients *bool `yaml:"hostClients"`
+	// Default `false`. `true`: packets of the target itself are exempt
+	ExcludeTarget bool `yaml:"excludeTarget"`
+	// Default `false`. `true`: use the address although it is [reserved](#reserved-addresses)
+	AllowReserved bool `yaml:"allowReserved"`
 }
 
 type rawPort struct {
-	Port       int        `yaml:"port"`
+	// Required. 1 to 65535
+	Port int `yaml:"port"`
+	// Default `port`. 1 to 65535, or the name of a container port (of a native sidecar's too), which each pod may map to another number; a name
+	// is an error with `--no-api`
 	TargetPort targetPort `yaml:"targetPort"`
-	Protocol   string     `yaml:"protocol"`
+	// Default `tcp`. `tcp`, `udp`, `sctp`
+	Protocol string `yaml:"protocol"`
 }
 
 // targetPort is a number or a container port name.

@@ -70,16 +70,16 @@ func TestReportIsQuoted(t *testing.T) {
 	}
 }
 
-// README has a table of the keys of the JSON output.
+// docs/operations.md has a table of the keys of the JSON output.
 func TestReportIsDocumented(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
+	document, err := os.ReadFile("../../docs/operations.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, found := strings.Cut(string(readme), "\n`doctor -o json`")
+	_, section, found := strings.Cut(string(document), "\n`doctor -o json`")
 	section, _, _ = strings.Cut(section, "\n#")
 	if !found {
-		t.Fatal("README has no paragraph on `doctor -o json`")
+		t.Fatal("docs/operations.md has no paragraph on `doctor -o json`")
 	}
 	var documented []string
 	for _, match := range regexp.MustCompile("(?m)^\\| `([a-zA-Z.\\[\\]]+)` \\|").FindAllStringSubmatch(section, -1) {

@@ -169,7 +169,7 @@ func (s *Selection) matches(t *inventory.Target) bool {
 
 const never = 5
 
-// rank is the row of the table in README, "Which pod is the endpoint", from 1; never where it is none.
+// rank is the row of the table in docs/concepts.md, "Which pod is the endpoint", from 1; never where it is none.
 func (s *Selection) rank(t *inventory.Target) int {
 	rank := never
 	switch {

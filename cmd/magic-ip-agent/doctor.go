@@ -15,7 +15,7 @@ func doctorCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look at this node, and say what is wrong and what to do next",
-		Long: `Look at this node, and say what is wrong and what to do next. It changes nothing.
+		Long: `Look at this node, and say what is wrong and what to do next. It changes nothing that stays.
 
 Each line begins with ok, warn, FAIL, or -- for what cannot be seen from where it runs; the last line names the first cause.
 Exit status: 0 nothing failed, 1 a check failed, 2 the command line is wrong, 3 nothing failed and a check could not look.

@@ -161,7 +161,7 @@ func (c *ControlPlane) FreezeAPIServer() error { return c.apiserver.Freeze() }
 // ThawAPIServer lets it go on.
 func (c *ControlPlane) ThawAPIServer() error { return c.apiserver.Thaw() }
 
-// Allow gives the agent the rights that the README names, and no other.
+// Allow gives the agent the rights that docs/operations.md names, and no other.
 func (c *ControlPlane) Allow(ctx context.Context) error {
 	role := &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: AgentUser},

@@ -205,7 +205,7 @@ func (o *own) change() {
 	o.must(err)
 }
 
-// allow gives the rights that the README names for --daemonset, and no other.
+// allow gives the rights that docs/operations.md names for --daemonset, and no other.
 func (o *own) allow() {
 	o.Helper()
 	rbac := o.plane.Admin.RbacV1()

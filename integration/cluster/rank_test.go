@@ -21,7 +21,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// The rows of the README's table, "Which pod is the endpoint", and what stands below it.
+// The rows of the table in docs/concepts.md, "Which pod is the endpoint", and what stands below it.
 
 // TestReadyBeatsNewer: a newer pod that is not ready takes no traffic (maxSurge), and all of it once it is.
 func TestReadyBeatsNewer(t *testing.T) {

@@ -28,7 +28,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// podReader are the rights that the README names.
+// podReader are the rights that docs/operations.md names.
 var podReader = []rbacv1.PolicyRule{{APIGroups: []string{corev1.GroupName}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}}}
 
 // allowAccount makes a namespace and a service account in it, which has these rights there.
