@@ -116,7 +116,7 @@ func (d document) anchors() map[string]bool {
 			continue
 		}
 		heading = regexp.MustCompile(`\[([^]]*)\]\([^)]*\)`).ReplaceAllString(strings.TrimSpace(heading), "$1")
-		heading = regexp.MustCompile("[^\\p{L}\\p{N}_ -]").ReplaceAllString(strings.ToLower(heading), "")
+		heading = regexp.MustCompile(`[^\p{L}\p{N}_ -]`).ReplaceAllString(strings.ToLower(heading), "")
 		anchors[strings.ReplaceAll(heading, " ", "-")] = true
 	}
 	return anchors
