@@ -75,7 +75,7 @@ func TestCommands(t *testing.T) {
 						}
 					}
 				case "kubectl":
-					if !slices.ContainsFunc(words, func(w string) bool { return slices.Contains([]string{"exec", "get", "rollout", "debug"}, w) }) {
+					if !slices.ContainsFunc(words, func(w string) bool { return slices.Contains([]string{"apply", "debug", "exec", "get", "rollout", "run"}, w) }) {
 						bad("not a command that these tests know")
 					}
 				default:
@@ -125,7 +125,9 @@ func commandsOf(script string) (all [][]string) {
 			words = words[4:]
 		}
 		if i := slices.Index(words, "--"); i >= 0 {
-			all = append(all, words[i+1:])
+			if !slices.Contains(words[:i], "run") { // arguments of the image's own command
+				all = append(all, words[i+1:])
+			}
 			words = words[:i]
 		}
 		if len(words) > 0 {
