@@ -75,7 +75,9 @@ func TestCommands(t *testing.T) {
 						}
 					}
 				case "kubectl":
-					if !slices.ContainsFunc(words, func(w string) bool { return slices.Contains([]string{"apply", "debug", "exec", "get", "rollout", "run"}, w) }) {
+					if !slices.ContainsFunc(words, func(w string) bool {
+						return slices.Contains([]string{"apply", "debug", "exec", "get", "rollout", "run"}, w)
+					}) {
 						bad("not a command that these tests know")
 					}
 				default:
