@@ -38,6 +38,8 @@ type Selected struct {
 	// Fallback is why it is not nftables although it might be; empty where that was not wanted, or is.
 	Fallback  string
 	leftovers []backend
+	// Unread is why it is not known whether another backend has left rules of this agent; empty where that is known. They stay then.
+	Unread string
 }
 
 type backend interface {
@@ -65,7 +67,8 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 			unusable = nft.Trial(ctx)
 		}
 		if unusable == nil {
-			return &Selected{backend: nft, leftovers: otherIPTables(agentName, nil)}, nil
+			others, unread := otherIPTables(agentName, nil)
+			return &Selected{backend: nft, leftovers: others, Unread: unread}, nil
 		}
 		if name == NFTables {
 			return nil, fmt.Errorf("backend nftables: %w", unusable)
@@ -76,7 +79,8 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 		ipt := iptables.New(agentName, variant)
 		var version string
 		if version, err = ipt.Trial(ctx); err == nil {
-			s := &Selected{backend: ipt, Reason: version + ", " + variant.Reason, leftovers: append(otherIPTables(agentName, &variant), leftovers...)}
+			others, unread := otherIPTables(agentName, &variant)
+			s := &Selected{backend: ipt, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {
 				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
 				s.Reason += "; " + s.Fallback
@@ -155,17 +159,39 @@ func (s *Selected) removeLeftovers(ctx context.Context) error {
 }
 
 // otherIPTables are the kinds of iptables that are not in use: one for each kind.
-func otherIPTables(agentName string, inUse *iptables.Variant) []backend {
-	var others []backend
+func otherIPTables(agentName string, inUse *iptables.Variant) (others []backend, unread string) {
 	seen := map[bool]bool{}
 	if inUse != nil {
 		seen[inUse.Legacy] = true
 	}
 	for _, v := range iptables.Variants() {
-		if !seen[v.Legacy] {
-			seen[v.Legacy] = true
-			others = append(others, iptables.New(agentName, v))
+		if seen[v.Legacy] {
+			continue
 		}
+		seen[v.Legacy] = true
+		if why := v.Unreadable(); why != "" {
+			unread = why
+			continue
+		}
+		others = append(others, iptables.New(agentName, v))
 	}
-	return others
+	return others, unread
+}
+
+// Leftovers are the backends, other than the one in use, that have rules of an agent, by name. unread is why it is not known of one.
+func Leftovers(ctx context.Context, inUse, agentName string) (names []string, unread string, err error) {
+	var others []backend
+	if inUse == NFTables {
+		others, unread = otherIPTables(agentName, nil)
+	} else if nft, _ := nftables.New(agentName); nft != nil {
+		others = append(others, nft)
+	}
+	for _, other := range others {
+		exists, existsErr := other.Exists(ctx)
+		if exists {
+			names = append(names, other.Name())
+		}
+		err = errors.Join(err, existsErr)
+	}
+	return names, unread, err
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
@@ -178,5 +179,61 @@ func TestIPTablesWithoutIP6Tables(t *testing.T) {
 	}
 	if err := backend.Remove(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestLeftoversThatCannotBeRead: without CAP_NET_RAW, as in a container with the nftables backend, rules of iptables-legacy cannot be
+// read. That keeps the agent from nothing, its end included; it is told.
+func TestLeftoversThatCannotBeRead(t *testing.T) {
+	inIPTablesNamespace(t)
+	legacy := iptables.New(testAgent, legacyVariant(t))
+	if err := legacy.Sync(t.Context(), planOf("169.254.210.210")); err != nil {
+		t.Fatal(err)
+	}
+	if names, unread, err := Leftovers(t.Context(), NFTables, testAgent); err != nil || unread != "" || len(names) != 1 {
+		t.Errorf("with CAP_NET_RAW: left by %q, %q, %v", names, unread, err)
+	}
+	dropNetRaw(t)
+	s, err := Select(t.Context(), NFTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(s.Unread, "CAP_NET_RAW") {
+		t.Errorf("unread: %q", s.Unread)
+	}
+	if err := errors.Join(s.Sync(t.Context(), planOf("169.254.210.210")), s.Remove(t.Context())); err != nil {
+		t.Error(err)
+	}
+	if exists, err := s.Exists(t.Context()); exists || err != nil {
+		t.Errorf("exists: %v, %v", exists, err)
+	}
+	if names, unread, err := Leftovers(t.Context(), NFTables, testAgent); err != nil || unread == "" || len(names) > 0 {
+		t.Errorf("left by %q, %q, %v", names, unread, err)
+	}
+}
+
+func legacyVariant(t *testing.T) iptables.Variant {
+	t.Helper()
+	for _, v := range iptables.Variants() {
+		if v.Legacy {
+			return v
+		}
+	}
+	t.Fatal("iptables-legacy is not installed")
+	return iptables.Variant{}
+}
+
+// dropNetRaw takes CAP_NET_RAW from this thread and what it executes.
+func dropNetRaw(t *testing.T) {
+	t.Helper()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	data[0].Effective &^= 1 << unix.CAP_NET_RAW
+	data[0].Permitted &^= 1 << unix.CAP_NET_RAW
+	if err := errors.Join(unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0), unix.Capset(&header, &data[0])); err != nil {
+		t.Fatal(err)
 	}
 }

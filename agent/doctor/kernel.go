@@ -11,6 +11,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
+	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
@@ -87,6 +88,17 @@ func (e *examination) rules(ctx context.Context) {
 			e.add(Fail, check, fmt.Sprintf("those of agent %s are not as it says: %s", a.Name, strings.Join(differs, "; ")), next)
 		default:
 			e.add(OK, check, fmt.Sprintf("those of agent %s are in the kernel (%s)", a.Name, a.Backend), "")
+		}
+		left, unread, err := backend.Leftovers(ctx, a.Backend, a.Name)
+		if err != nil {
+			unread = err.Error()
+		}
+		if len(left) > 0 {
+			e.add(Fail, check, fmt.Sprintf("agent %s uses %s, and its rules of backend %s are there too: they may lead to an endpoint of before", a.Name, a.Backend, strings.Join(left, ", ")),
+				fmt.Sprintf("restart the agent: it removes them; those of iptables-legacy only with NET_RAW, so on the node: for i in iptables ip6tables; do $i-legacy-save | grep -v %s | $i-legacy-restore; done", iptables.Prefix(a.Name)))
+		}
+		if unread != "" {
+			e.add(Hidden, check, fmt.Sprintf("whether agent %s has left rules of another backend: %s", a.Name, unread), "run this as root on the node")
 		}
 	}
 }

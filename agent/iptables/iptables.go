@@ -35,7 +35,7 @@ func New(agentName string, v Variant) *Backend {
 	for _, family := range plan.Families() {
 		b.families = append(b.families, &chains{
 			generation: nftables.NewGeneration(),
-			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: chainPrefix(agentName),
+			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: Prefix(agentName),
 			moved: map[string]time.Time{},
 		})
 	}

@@ -162,7 +162,7 @@ func TestIPTablesUpdateLeadsWhereALoadLeads(t *testing.T) {
 }
 
 func TestIPTablesMendsWhatOthersChange(t *testing.T) {
-	prefix := chainPrefix(testAgent)
+	prefix := Prefix(testAgent)
 	for name, c := range map[string]struct {
 		commands []string
 		left     string // what the one who changed it keeps: a rule that is not ours
@@ -232,7 +232,7 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 	for name, command := range map[string]string{
 		"deleted jump":  "-t nat -D PREROUTING 1",
 		"flushed table": "-t filter -F",
-		"deleted chain": "-t mangle -X " + chainPrefix(testAgent) + "pods",
+		"deleted chain": "-t mangle -X " + Prefix(testAgent) + "pods",
 	} {
 		t.Run(name, func(t *testing.T) {
 			forEachVariant(t, func(t *testing.T, suffix string) {
@@ -402,7 +402,7 @@ echo "$rules" | $real "$@"`, tt.says, tt.exit))
 		}
 		nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-F")
 		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-F")
-		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-X", chainPrefix(testAgent)+"dnat")
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-X", Prefix(testAgent)+"dnat")
 		mustSync(t, backend, &after)
 		differs, err := backend.Verify(t.Context())
 		if err != nil || len(differs) != 1 || !strings.Contains(differs[0], "found when an endpoint changed: ") {

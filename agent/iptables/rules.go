@@ -54,9 +54,9 @@ const (
 // ChainPrefix begins the name of every chain of every agent of this kind.
 const ChainPrefix = "MIP-"
 
-// chainPrefix begins the names of one agent's chains. A name holds 28 characters (XT_EXTENSION_MAXNAMELEN),
+// Prefix begins the names of one agent's chains. A name holds 28 characters (XT_EXTENSION_MAXNAMELEN),
 // an agent's name up to 117: hence a hash.
-func chainPrefix(agentName string) string { return ChainPrefix + shortHash(agentName, 8) + "-" }
+func Prefix(agentName string) string { return ChainPrefix + shortHash(agentName, 8) + "-" }
 
 func shortHash(text string, digits int) string {
 	return fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:digits]
@@ -95,7 +95,7 @@ const mostInChain = 8
 // that the network is unreachable. A translated packet whose endpoint's route is gone follows the default route: filter
 // FORWARD rejects it, and mangle POSTROUTING drops it where a process of this node has sent it.
 func render(p *plan.Plan, family plan.Family, agentName string) []table {
-	b := &builder{plan: p, family: family, agent: agentName, prefix: chainPrefix(agentName)}
+	b := &builder{plan: p, family: family, agent: agentName, prefix: Prefix(agentName)}
 	for _, rule := range p.Rules {
 		if plan.FamilyOf(rule.Address) != family {
 			continue

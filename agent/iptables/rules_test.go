@@ -72,7 +72,7 @@ func cases() map[string]plan.Input {
 func everything(p *plan.Plan, family plan.Family, agentName string) string {
 	var all strings.Builder
 	for _, t := range render(p, family, agentName) {
-		all.WriteString(t.write(&listing{}, chainPrefix(agentName), nil))
+		all.WriteString(t.write(&listing{}, Prefix(agentName), nil))
 	}
 	return all.String()
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/coreos/go-iptables/iptables"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
@@ -42,6 +43,24 @@ func Variants() []Variant {
 		found = append(found, Variant{Legacy: !strings.Contains(out, "(nf_tables)")})
 	}
 	return found
+}
+
+// Unreadable is why this process can neither read nor remove rules of the variant, of which there may be some; empty where it can, or
+// there are none.
+func (v Variant) Unreadable() string {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); !v.Legacy || err == nil && data[0].Effective&(1<<unix.CAP_NET_RAW) != 0 {
+		return ""
+	}
+	for _, family := range plan.Families() {
+		for _, table := range []string{"filter", "nat", "mangle"} {
+			if LegacyTable(family, table) {
+				return fmt.Sprintf("the table %s of %s is in use, and cannot be read without CAP_NET_RAW", table, v.command(family))
+			}
+		}
+	}
+	return ""
 }
 
 // InUse is the variant that kubelet uses on this node: rules in the other one would come before

@@ -210,6 +210,8 @@ func (f *uninstallFlags) known(ctx context.Context, name string) bool {
 	return exists || err != nil
 }
 
+const unreadLeftovers = "rules that this agent made while iptables-legacy was its backend stay, if there are any: run magic-ip-agent uninstall as root on the node"
+
 // remove does what it can, also where a part fails: the entry first, so that nothing is recorded any more.
 func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logger) error {
 	dir, recorded := runtimedir.New(f.runtime), ""
@@ -229,6 +231,9 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	}
 	if err != nil {
 		return fmt.Errorf("the rules are still there: %w", err)
+	}
+	if selected.Unread != "" {
+		log.Warn(unreadLeftovers, "reason", selected.Unread)
 	}
 	if err := endHairpins(dir.Agent(name)); err != nil {
 		log.Warn("hairpin mode stays on at ports of pods; it has no effect on other traffic than a pod's to itself", "error", err)

@@ -115,7 +115,12 @@ func (f *runFlags) run(ctx context.Context) error {
 		if own.Await(ctx); ctx.Err() != nil {
 			return nil
 		}
-		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: selected.Remove}
+		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: func(ctx context.Context) error {
+			if selected.Unread != "" {
+				log.Info(unreadLeftovers, "reason", selected.Unread)
+			}
+			return selected.Remove(ctx)
+		}}
 	}
 	err = agent.Run(ctx, options)
 	if errors.Is(err, agent.ErrStandby) {
