@@ -68,8 +68,20 @@ func (f *files) problems() (problems []problem) {
 }
 
 // publish writes what the agent does. With heartbeat, the time stamp of the status file is renewed although nothing has changed.
+// The status file is the last: an endpoint that it names survives a restart of the agent.
 func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 	a := f.agent
+	if len(waits) == 0 {
+		f.publishClaims()
+		f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, deepEqual, func(pods runtimedir.Pods) error {
+			dropped, err := a.own.WritePods(pods)
+			if dropped > 0 {
+				a.Log.Warn("pods have too many labels: the plugin records them whatever their labels are", "pods", dropped)
+			}
+			return err
+		})
+		f.memory.put(a.memory(a.query.LabelKeys), deepEqual, a.own.WriteMemory)
+	}
 	status := a.status(now)
 	if len(waits) > 0 && f.observed != nil {
 		status.MagicIPs = f.observed.MagicIPs // what the kernel has
@@ -90,18 +102,6 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 			f.status.put(status, equalStatus, a.own.WriteStatus)
 		}
 	}
-	if len(waits) > 0 {
-		return
-	}
-	f.publishClaims()
-	f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, deepEqual, func(pods runtimedir.Pods) error {
-		dropped, err := a.own.WritePods(pods)
-		if dropped > 0 {
-			a.Log.Warn("pods have too many labels: the plugin records them whatever their labels are", "pods", dropped)
-		}
-		return err
-	})
-	f.memory.put(a.memory(a.query.LabelKeys), deepEqual, a.own.WriteMemory)
 }
 
 func (f *files) publishClaims() {

@@ -82,7 +82,7 @@ func (s *stream) flows(t *testing.T) error {
 	})
 }
 
-// resetWithin waits for the end of the stream.
+// resetWithin waits for the end of the stream. limit is working time.
 func (s *stream) resetWithin(t *testing.T, since time.Time, limit time.Duration) error {
 	return lab.Eventually(patience(t), func() error {
 		s.mu.Lock()
@@ -92,8 +92,8 @@ func (s *stream) resetWithin(t *testing.T, since time.Time, limit time.Duration)
 			return errors.New("the stream goes on")
 		case !errors.Is(s.err, syscall.ECONNRESET) && !errors.Is(s.err, syscall.EPIPE):
 			return fmt.Errorf("ended with %w", s.err)
-		case s.end.Sub(since) > limit:
-			return fmt.Errorf("reset only after %v", s.end.Sub(since))
+		case lab.WorkingTime(since, s.end) > limit:
+			return fmt.Errorf("reset only after %v of working time", lab.WorkingTime(since, s.end))
 		}
 		return nil
 	})
