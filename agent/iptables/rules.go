@@ -40,6 +40,7 @@ const (
 	toNetwork     = "post"   // mangle POSTROUTING
 	sent          = "sent"   // mangle: a translated packet does not leave by an uplink
 	leaving       = "leave"  // filter: the same for a forwarded one
+	answered      = "answer" // mangle: no answer of an endpoint comes in by an uplink
 	noRoute       = "gone"   // filter: how it is rejected
 	forwarded     = "fwd"    // filter FORWARD: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
@@ -201,6 +202,14 @@ func (b *builder) mangle() table {
 			b.add(chain, "-s", one(a), b.note("a segment out of the window of a client of "+a.String()), "-j DROP")
 		})
 	}
+	// Endpoints are on this node: an answer, or an ICMP error, that comes in by an uplink is forged.
+	b.guard(entry, "-i %s -m conntrack --ctstate DNAT --ctdir REPLY -j", answered, b.addresses, func(chain, origin string, a addressRules) {
+		if a.hostClients {
+			b.add(chain, origin, "-j DROP")
+		} else {
+			b.add(chain, origin, "-m addrtype ! --dst-type LOCAL -j DROP")
+		}
+	})
 	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
 			for _, source := range rule.Excluded {
@@ -218,26 +227,33 @@ func (b *builder) mangle() table {
 	})
 	// What the forward chain has not seen: packets of processes of this node.
 	if post := b.hook("POSTROUTING", toNetwork); len(b.plan.Uplinks) > 0 {
-		b.guard(post, sent, b.forHost(), func(chain, origin string) { b.add(chain, origin, "-j DROP") })
+		// The reset of a packet that a pod has sent with a source outside.
+		for _, name := range b.plan.Uplinks {
+			b.add(post, "-o", name, "-m conntrack --ctstate INVALID,RELATED,UNTRACKED -j", senders)
+		}
+		b.guard(post, outTranslated, sent, b.forHost(), func(chain, origin string, _ addressRules) { b.add(chain, origin, "-j DROP") })
 	}
 	return b.table
 }
 
-// guard adds to chain what becomes of a translated packet that would leave by an uplink, because no route leads to its
-// endpoint. Of an address of which a frontend passes, another tool may translate it.
-func (b *builder) guard(chain, role string, addresses []addressRules, leaf func(chain, origin string)) {
+// outTranslated matches a translated packet that would leave by a link.
+const outTranslated = "-o %s -m conntrack --ctstate DNAT -g"
+
+// guard adds to chain what becomes of the packets of translated flows that match on an uplink. A packet that would leave by one does
+// because no route leads to its endpoint. Of an address of which a frontend passes, another tool may translate it.
+func (b *builder) guard(chain, match, role string, addresses []addressRules, leaf func(chain, origin string, a addressRules)) {
 	guarded := slices.DeleteFunc(slices.Clone(addresses), func(a addressRules) bool {
 		return slices.ContainsFunc(a.rules, func(r plan.Rule) bool { return r.Action == plan.Pass && !r.Foreign() })
 	})
-	if len(guarded) == 0 {
+	if len(guarded) == 0 || len(b.plan.Uplinks) == 0 {
 		return
 	}
 	next := b.chain(role)
 	for _, name := range b.plan.Uplinks {
-		b.add(chain, "-o", name, "-m conntrack --ctstate DNAT -g", next)
+		b.add(chain, fmt.Sprintf(match, name), next)
 	}
 	dispatch(b, next, "-m conntrack --ctorigdst %s", guarded, byAddress, func(chain string, a addressRules) {
-		leaf(chain, "-m conntrack --ctorigdst "+a.address.String())
+		leaf(chain, "-m conntrack --ctorigdst "+a.address.String(), a)
 	})
 }
 
@@ -284,7 +300,7 @@ func (b *builder) filter() table {
 			b.add(gone, "-i", name, "-j REJECT --reject-with", unreachable)
 		}
 		b.add(gone, "-g", reject)
-		b.guard(entry, leaving, b.addresses, func(chain, origin string) {
+		b.guard(entry, outTranslated, leaving, b.addresses, func(chain, origin string, _ addressRules) {
 			b.add(chain, origin, "--ctdir ORIGINAL -g", gone)
 			b.add(chain, origin, "-j DROP")
 		})

@@ -72,6 +72,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 				`ct state invalid,untracked iifname != "lo" ` + ip + " saddr @addresses drop",
 				// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
 				outOfWindow + " " + ip + " saddr @servers drop",
+				// Endpoints are on this node: an answer, or an ICMP error, that comes in by an uplink is forged.
+				translated + " ct direction reply iifname @uplinks jump answered-outside",
 				ip + " daddr @addresses goto from-network",
 			}},
 		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,
@@ -93,8 +95,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
 			rules: []string{
 				"iif != 0 accept", // forwarded, so the forward chain has seen it
-				"ct original " + ip + " daddr @host-addresses goto sent",
+				"ct original " + ip + " daddr @addresses goto sent",
 				"ct state invalid,untracked " + ip + " daddr @host-addresses goto sent-untranslated",
+				"ct state invalid,untracked oifname @uplinks " + ip + " saddr @addresses drop",
 			}},
 
 		{name: "from-network", comment: "packets that come in by an interface", rules: []string{
@@ -102,6 +105,11 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			frontendKey(ip) + " vmap @services",
 			notByName,
 			"goto reject-new",
+		}},
+		{name: "answered-outside", comment: "no answer of a magic IP comes from outside", rules: []string{
+			"ct original " + ip + " daddr @passing accept", // another tool may translate it
+			"ct original " + ip + " daddr @host-addresses drop",
+			"ct original " + ip + " daddr @addresses fib daddr type != local drop",
 		}},
 		{name: "unknown-links", comment: "drops packets that do not come from pods", rules: []string{
 			"iifname @unserved-pairs drop",
@@ -173,6 +181,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"goto " + rejectChain,
 		}},
 		{name: "sent", comment: "no packet of the node to a magic IP leaves it", rules: []string{
+			// The reset of a packet that a pod has sent with a source outside.
+			ip + " saddr @addresses oifname @uplinks drop",
+			"ct original " + ip + " daddr != @host-addresses accept",
 			translated + " oifname @uplinks ct original " + ip + " daddr != @passing drop",
 			ip + " daddr @host-addresses goto sent-untranslated",
 		}},
