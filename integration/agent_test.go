@@ -157,9 +157,10 @@ func TestUnusableAddresses(t *testing.T) {
 	}
 }
 
-// TestTwoAgents: the older of two claims stands, a port of the other agent on the same address is left to
+// claimedPort: the older of two claims stands, a port of the other agent on the same address is left to
 // it, and when the older agent's file goes the younger takes over. A second process with the same name waits.
-func TestTwoAgents(t *testing.T) {
+func claimedPort(t *testing.T) {
+	t.Parallel()
 	w := serving(t, "nftables", "bridge", config())
 	w.addClient()
 	w.addTarget("echo")

@@ -115,9 +115,9 @@ func obstruct(t *testing.T, node *lab.Node, dir, obstacle string, files ...strin
 // agentFiles are all names that an agent has, temporary ones included.
 var agentFiles = []string{"status.json", "claims.json", "pods.json", "memory.json", "status.json.tmp", "claims.json.tmp", "pods.json.tmp", "memory.json.tmp"}
 
-// TestHostileAgent: whatever an agent leaves in its directory, pods start and stop in time, are recorded, and nothing outside
+// hostileAgent: whatever an agent leaves in its directory, pods start and stop in time, are recorded, and nothing outside
 // is touched.
-func TestHostileAgent(t *testing.T) {
+func hostileAgent(t *testing.T) {
 	t.Parallel()
 	node := hostileNode(t)
 	before := baits(t, node)
@@ -148,8 +148,8 @@ func TestHostileAgent(t *testing.T) {
 	}
 }
 
-// TestSwappedFiles: what a name leads to changes all the time, between what is asked of it and what is done with it.
-func TestSwappedFiles(t *testing.T) {
+// swappedFiles: what a name leads to changes all the time, between what is asked of it and what is done with it.
+func swappedFiles(t *testing.T) {
 	t.Parallel()
 	node := hostileNode(t)
 	before := baits(t, node)
@@ -195,9 +195,9 @@ func startsAndStops(t *testing.T, node *lab.Node, when string) {
 	wantPods(t, node)
 }
 
-// TestHostileReports: what a live agent reports within the format. It may not keep other agents' pods from being recorded, nor
+// hostileReports: what a live agent reports within the format. It may not keep other agents' pods from being recorded, nor
 // drop records of pods that are there.
-func TestHostileReports(t *testing.T) {
+func hostileReports(t *testing.T) {
 	t.Parallel()
 	node := hostileNode(t)
 	dir := runtimedir.New(node.Path(lab.RuntimeDir))
@@ -317,8 +317,8 @@ func wantLocked(t *testing.T, path string) {
 	}
 }
 
-// TestHostileNeighbour: nor are agents of other releases, nor those who ask for their state. hostileNode's baits are on its node.
-func TestHostileNeighbour(t *testing.T) {
+// hostileNeighbour: nor are agents of other releases, nor those who ask for their state. hostileNode's baits are on its node.
+func hostileNeighbour(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "nftables", "bridge")
 	kubelet(t, w.Node)
@@ -352,9 +352,9 @@ func TestHostileNeighbour(t *testing.T) {
 	}
 }
 
-// TestHostileFilesOfAnInstaller: whatever is in place of an installer's files, or of the files in its temporary names, it touches
+// hostileFilesOfAnInstaller: whatever is in place of an installer's files, or of the files in its temporary names, it touches
 // nothing outside, and it ends.
-func TestHostileFilesOfAnInstaller(t *testing.T) {
+func hostileFilesOfAnInstaller(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	kubelet(t, s.Node)
@@ -380,9 +380,9 @@ func TestHostileFilesOfAnInstaller(t *testing.T) {
 	}
 }
 
-// TestUnprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod, no installer
+// unprivilegedLocks: a process that sees the files of the node and may read what everybody may delays no pod, no installer
 // and no agent.
-func TestUnprivilegedLocks(t *testing.T) {
+func unprivilegedLocks(t *testing.T) {
 	t.Parallel()
 	t.Run("pods", func(t *testing.T) {
 		t.Parallel()
@@ -430,8 +430,8 @@ func TestUnprivilegedLocks(t *testing.T) {
 	})
 }
 
-// TestLocksOfTheOtherAgent: nor does the hostile agent, which sees all of the runtime directory, read-only.
-func TestLocksOfTheOtherAgent(t *testing.T) {
+// locksOfTheOtherAgent: nor does the hostile agent, which sees all of the runtime directory, read-only.
+func locksOfTheOtherAgent(t *testing.T) {
 	t.Parallel()
 	node := hostileNode(t)
 	startsAndStops(t, node, "before")

