@@ -294,7 +294,7 @@ func (b *builder) filter() table {
 	}
 	if len(b.plan.Uplinks) > 0 {
 		// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset): its sender would see
-		// the endpoint's address and ignore it. A connect ends by the ICMP error too.
+		// the endpoint's address and ignore it. A connect ends by the ICMP error too; by IPv6, that of its second SYN.
 		gone := b.chain(noRoute)
 		for _, name := range b.plan.AllBridges {
 			b.add(gone, "-i", name, "-j REJECT --reject-with", unreachable)

@@ -169,9 +169,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
 			"ct original " + ip + " daddr @passing accept", // another tool may translate it
 			"ct direction reply drop",
-			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset): its sender would see
-			// the endpoint's address and ignore it. A connect ends by the ICMP error too.
-			`meta iifkind "bridge" reject`,
+			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
+			// one that comes from the endpoint. With an ICMP error instead, a connect by IPv6 takes a second.
+			`meta iifkind "bridge" meta l4proto tcp ` + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
 			"goto " + rejectChain,
 		}},
 		{name: "untranslated", rules: []string{
