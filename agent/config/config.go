@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -160,7 +161,7 @@ type targetPort string
 
 func (t *targetPort) UnmarshalYAML(node *yaml.Node) error {
 	if node.Kind != yaml.ScalarNode || node.Tag != "!!int" && node.Tag != "!!str" {
-		return fmt.Errorf("line %d: targetPort is a number from 1 to 65535 or the name of a container port", node.Line)
+		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: targetPort: %s is not allowed", node.Line, described(node))}}
 	}
 	*t = targetPort(node.Value)
 	return nil
@@ -184,7 +185,7 @@ func Load(path string, noAPI bool) (Config, error) {
 }
 
 // Parse reads a configuration file (YAML). Unknown keys, wrong types and values that are not allowed are
-// errors that name the line and the key; all errors are returned together. With noAPI the agent does not ask
+// errors that name the line, the key and what is allowed; all errors are returned together, in the order of their lines. With noAPI the agent does not ask
 // the Kubernetes API, and keys that depend on the API are errors.
 func Parse(r io.Reader, noAPI bool) (Config, error) {
 	data, err := io.ReadAll(r)
@@ -194,39 +195,52 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	var raw rawConfig
 	decoder := yaml.NewDecoder(bytes.NewReader(data))
 	decoder.KnownFields(true)
-	if err := decoder.Decode(&raw); err != nil {
-		if errors.Is(err, io.EOF) {
-			return Config{}, errors.New("the file is empty; name and magicIPs are needed")
-		}
-		return Config{}, normalizeYAML(err)
+	decodeErr := decoder.Decode(&raw)
+	var misshapen *yaml.TypeError
+	switch {
+	case errors.Is(decodeErr, io.EOF):
+		return Config{}, errors.New("the file is empty; name and magicIPs are needed")
+	case decodeErr != nil && !errors.As(decodeErr, &misshapen):
+		return Config{}, errors.New(strings.TrimPrefix(decodeErr.Error(), "yaml: "))
 	}
 	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("the file holds more than one YAML document; one is allowed")
 	}
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
-	if len(v.errs) > 0 { // validate again, with line numbers: they cost as much as all the rest
-		var document yaml.Node
-		if err := yaml.Unmarshal(data, &document); err != nil {
-			return Config{}, normalizeYAML(err)
-		}
-		v = validator{document: &document, noAPI: noAPI}
+	if len(v.errs) == 0 && decodeErr == nil {
+		return config, nil
+	}
+	// Once more, with line numbers: they cost as much as all the rest.
+	var document yaml.Node
+	if err := yaml.Unmarshal(data, &document); err != nil {
+		return Config{}, errors.New(strings.TrimPrefix(err.Error(), "yaml: "))
+	}
+	v = validator{document: &document, noAPI: noAPI}
+	if decodeErr == nil || v.shape(document.Content[0], reflect.TypeFor[rawConfig](), nil) {
 		config = v.config(raw)
 	}
-	return config, errors.Join(v.errs...)
+	if len(v.errs) == 0 { // the decoder has the last word
+		return Config{}, decodeErr
+	}
+	return config, v.err()
 }
 
-// normalizeYAML rewords the decoder's errors: the Go type that it decodes into means nothing to an operator.
-func normalizeYAML(err error) error {
-	text := strings.TrimPrefix(err.Error(), "yaml: ")
-	text = strings.TrimPrefix(text, "unmarshal errors:\n")
-	text = regexp.MustCompile(`field (\S+) not found in type \S+`).ReplaceAllString(text, `unknown key "$1"`)
-	text = regexp.MustCompile(`into \*?config\.raw\w+`).ReplaceAllString(text, "into a mapping")
-	return errors.New(strings.ReplaceAll(strings.TrimSpace(text), "\n  ", "\n"))
-}
-
-// FromEnv makes a configuration of the environment variables of the original bash tool. getenv is os.Getenv.
+// FromEnv makes a configuration of the environment variables of the original bash tool. getenv is os.Getenv. Its errors begin with
+// the flag that would make the variables unnecessary.
 func FromEnv(getenv func(string) string, noAPI bool) (Config, error) {
+	const needed = "SELECTOR"
+	if getenv(needed) == "" {
+		return Config{}, errors.New("--config FILE is missing. Without a file the environment variables of kube-magic-ip-address count, and " + needed + " is not set")
+	}
+	config, err := fromEnv(getenv, noAPI)
+	if err != nil {
+		return Config{}, fmt.Errorf("without --config, from the environment:\n%w", err)
+	}
+	return config, nil
+}
+
+func fromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	or := func(value, otherwise string) string {
 		if value == "" {
 			return otherwise
@@ -263,25 +277,47 @@ func FromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
 	config.Verbose = getenv("VERBOSE") != "" && getenv("VERBOSE") != "false" && getenv("VERBOSE") != "0"
-	if err := errors.Join(v.errs...); err != nil {
-		return Config{}, fmt.Errorf("from the environment (MAGIC_IP, SELECTOR, NAMESPACE, …): %w", err)
-	}
-	return config, nil
+	return config, v.err()
 }
 
 // validator turns the raw configuration into the validated one and collects the errors.
 type validator struct {
 	document *yaml.Node // nil: errors name no line
 	noAPI    bool
-	errs     []error
+	errs     []lineError
+	// misshapen are the paths whose values are of a wrong type, or have a wrong key: nothing more is to be said of them.
+	misshapen [][]any
 	// namespaces is the pattern of allowed namespaces, compiled once: there may be thousands of magic IPs.
 	namespaces *regexp.Regexp
 	// reserved are the operator's reservedAddresses.
 	reserved []netip.Prefix
 }
 
-// bad adds an error at a path of mapping keys (string) and list positions (int).
+// lineError is an error in a line of the document; 0 without a document.
+type lineError struct {
+	line int
+	error
+}
+
+// err is all errors in the order of their lines.
+func (v *validator) err() error {
+	slices.SortStableFunc(v.errs, func(a, b lineError) int { return a.line - b.line })
+	all := make([]error, len(v.errs))
+	for i, e := range v.errs {
+		all[i] = e.error
+	}
+	return errors.Join(all...)
+}
+
+// bad adds an error at a path of mapping keys (string) and list positions (int), unless there is one of its shape.
 func (v *validator) bad(path []any, format string, args ...any) {
+	if !v.isMisshapen(path, 0) {
+		v.badAt(lineOf(v.document, path), path, format, args...)
+	}
+}
+
+// badAt adds an error at a path, in a line.
+func (v *validator) badAt(line int, path []any, format string, args ...any) {
 	var text strings.Builder
 	for _, step := range path {
 		switch s := step.(type) {
@@ -295,10 +331,13 @@ func (v *validator) bad(path []any, format string, args ...any) {
 		}
 	}
 	location := ""
-	if line := lineOf(v.document, path); line > 0 {
+	if line > 0 {
 		location = fmt.Sprintf("line %d: ", line)
 	}
-	v.errs = append(v.errs, fmt.Errorf("%s%s: %s", location, text.String(), fmt.Sprintf(format, args...)))
+	if text.Len() > 0 {
+		text.WriteString(": ")
+	}
+	v.errs = append(v.errs, lineError{line, fmt.Errorf("%s%s%s", location, text.String(), fmt.Sprintf(format, args...))})
 }
 
 // lineOf finds the line of a path, or of its longest prefix in the document; 0 without a document.

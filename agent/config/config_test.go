@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
@@ -38,9 +40,17 @@ func TestParseErrors(t *testing.T) {
 		{"empty", validConfig, "", "the file is empty"},
 		{"no YAML", validConfig, "{", "line 1"},
 		{"two documents", "name:", "name: x\n---\nname:", "more than one YAML document"},
-		{"unknown key", "magicIPs:", "magicIps:", `line 2: unknown key "magicIps"`},
-		{"unknown key of a port", "targetPort", "target", `line 6: unknown key "target"`},
-		{"wrong type", "port: 9200", "port: x", "line 6: cannot unmarshal"},
+		{"unknown key", "magicIPs:", "magicIps:", `line 2: unknown key "magicIps"; did you mean magicIPs?`},
+		{"unknown key of a port", "targetPort", "target", `line 6: magicIPs[0].ports[0]: unknown key "target"; did you mean targetPort?`},
+		{"unknown key that is near none", "targetPort", "ttl", `line 6: magicIPs[0].ports[0]: unknown key "ttl"; allowed: port, targetPort, protocol`},
+		{"a key twice", "  selector:", "  namespace: x\n  selector:", "line 5: magicIPs[0].namespace: is there twice, first in line 4; allowed: once"},
+		{"text for a number", "port: 9200", "port: x", `line 6: magicIPs[0].ports[0].port: "x" is not allowed; allowed: a whole number`},
+		{"text for a list", "[{port: 9200, targetPort: 8080}]", "9200", `line 6: magicIPs[0].ports: "9200" is not allowed; allowed: a list`},
+		{"text for an entry", "{port: 9200, targetPort: 8080}", "9200", `line 6: magicIPs[0].ports[0]: "9200" is not allowed; allowed: a mapping`},
+		{"text for yes or no", "  ports:", "  hostClients: maybe\n  ports:", `line 6: magicIPs[0].hostClients: "maybe" is not allowed; allowed: true or false`},
+		{"mapping for text", "selector: app=echo", "selector: {app: echo}", "line 5: magicIPs[0].selector: a mapping is not allowed; allowed: a single value, and no list or mapping"},
+		{"list for the file", validConfig, "- name: a\n", "line 1: a list is not allowed; allowed: a mapping"},
+		{"merged keys", "  selector:", "  <<: {nonsense: 1}\n  selector:", `line 5: magicIPs[0]: unknown key "nonsense"; allowed: ipAddress`},
 		{"name", "default.magic-ip", "Default_", `line 1: name: "Default_" is not allowed; allowed: 1 to 117 of a-z`},
 		{"long name", "default.magic-ip", long, "line 1: name:"},
 		{"poll interval", "magicIPs:", "pollInterval: 5\nmagicIPs:", `line 2: pollInterval: "5" is not allowed; allowed: a duration from 1s to 1h`},
@@ -66,7 +76,7 @@ func TestParseErrors(t *testing.T) {
 		{"target port", "8080", "0", `ports[0].targetPort: "0" is not allowed`},
 		{"target port name", "8080", "Http", `ports[0].targetPort: "Http" is not allowed`},
 		{"target port name without the API", "8080", "http", `the name "http" needs the Kubernetes API`},
-		{"target port of another kind", "8080", "[1]", "line 6: targetPort is a number"},
+		{"target port of another kind", "8080", "[1]", "line 6: magicIPs[0].ports[0].targetPort: a list is not allowed; allowed: 1 to 65535, or the name of a container port"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			text := strings.Replace(validConfig, tt.old, tt.new, 1)
@@ -76,6 +86,51 @@ func TestParseErrors(t *testing.T) {
 			_, err := Parse(strings.NewReader(text), true)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got error %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestAllParseErrors: wrong keys, types and values are reported together, in the order of their lines, and each once.
+func TestAllParseErrors(t *testing.T) {
+	for _, tt := range []struct{ name, text, want string }{
+		{"keys, types and values", `nmae: a
+pollInterval: [5s]
+magicIPs:
+- ipAddress: 169.254.210
+  Namespace: default
+  selektor: app=echo
+  excludeTarget: si
+  ports: [{port: 9200, protocol: icmp}, {port: x, targetport: http, targetPort: 0}]
+`, `line 1: unknown key "nmae"; did you mean name?
+line 2: pollInterval: a list is not allowed; allowed: a single value, and no list or mapping
+line 4: magicIPs[0].ipAddress: "169.254.210" is not allowed; allowed: an IPv4 or IPv6 address such as 169.254.210.210 or fd00:a9fe:d2d2::1
+line 5: magicIPs[0]: unknown key "Namespace"; did you mean namespace?
+line 6: magicIPs[0]: unknown key "selektor"; did you mean selector?
+line 7: magicIPs[0].excludeTarget: "si" is not allowed; allowed: true or false
+line 8: magicIPs[0].ports[1].port: "x" is not allowed; allowed: a whole number
+line 8: magicIPs[0].ports[1]: unknown key "targetport"; did you mean targetPort?
+line 8: magicIPs[0].ports[0].protocol: "icmp" is not allowed; allowed: tcp, udp, sctp`},
+		// The second entry would be taken for the first.
+		{"an entry of a wrong type", `name: a
+magicIPs:
+- 169.254.210.210
+- {ipAddress: x, nonsense: 1}
+`, `line 3: magicIPs[0]: "169.254.210.210" is not allowed; allowed: a mapping
+line 4: magicIPs[1]: unknown key "nonsense"; allowed: ipAddress, namespace, selector, owner, serviceAccount, hostInterface, ports, readiness, distribution, noEndpoint, holdFor, hostClients, excludeTarget, allowReserved`},
+		{"aliases", `name: a
+magicIPs:
+- {ipAddress: 169.254.210.210, namespace: &n [default], selector: *n, ports: [{port: 1}]}
+`, `line 3: magicIPs[0].namespace: a list is not allowed; allowed: a single value, and no list or mapping
+line 3: magicIPs[0].selector: a list is not allowed; allowed: a single value, and no list or mapping`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := Parse(strings.NewReader(tt.text), true)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			if diff := cmp.Diff(strings.Split(tt.want, "\n"), strings.Split(err.Error(), "\n")); diff != "" {
+				t.Errorf("errors (-want +got):\n%s", diff)
 			}
 		})
 	}
@@ -107,6 +162,10 @@ func TestFromEnv(t *testing.T) {
 		port.SelectorText != "app=apm-server" || len(port.HostInterface) != 1 || port.HostInterface[0] != "cni0" {
 		t.Errorf("got %+v", config)
 	}
+	_, err = FromEnv(func(string) string { return "" }, true)
+	if err == nil || !strings.HasPrefix(err.Error(), "--config FILE is missing.") {
+		t.Errorf("with nothing set: %v, want the flag first", err)
+	}
 	for name, broken := range map[string]string{"PORT": "http", "POLL_INTERVAL": "0", "SELECTOR": "app in", "MAGIC_IP": "x", "PROTOCOL": "icmp"} {
 		_, err := FromEnv(func(asked string) string {
 			if asked == name {
@@ -114,8 +173,8 @@ func TestFromEnv(t *testing.T) {
 			}
 			return env[asked]
 		}, true)
-		if err == nil {
-			t.Errorf("%s=%s: no error", name, broken)
+		if err == nil || !strings.HasPrefix(err.Error(), "without --config, ") {
+			t.Errorf("%s=%s: %v, want an error that says where this comes from", name, broken, err)
 		}
 	}
 }
@@ -126,11 +185,12 @@ func FuzzParse(f *testing.F) {
 	f.Add(validConfig+"  hostInterface: cali+,eth0\n  noEndpoint: hold\n", false)
 	f.Add("name: a\nmagicIPs: [{ipAddress: 'fd00::1', namespace: '*', selector: '!a', ports: [{port: 1}, {port: 1}]}]", true)
 	f.Add("a: &a [*a]", true)
+	f.Add("name: [a]\nmagicIPs: &m [{<<: {port: 1}, ports: x}, &n {<<: *n}]", true)
 	f.Fuzz(func(t *testing.T, text string, noAPI bool) {
 		config, err := Parse(strings.NewReader(text), noAPI)
 		if err != nil {
-			if err.Error() == "" {
-				t.Error("an error without text")
+			if err.Error() == "" || strings.Contains(err.Error(), "config.raw") {
+				t.Errorf("an error without text, or in the terms of the source: %v", err)
 			}
 			return
 		}
