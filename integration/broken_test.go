@@ -140,7 +140,7 @@ func brokenNodes() []brokenNode {
 			w.addPod("bridge", lab.Pod{Name: "unlabelled"})
 			w.awaitStatus("no labels that are known")
 		},
-			status: "the labels of 1 pods of namespace default on this node are not known", level: "warn", verdict: "no labels that are known", probe: "rejected for want of an endpoint"},
+			status: "the labels of 1 pod of namespace default on this node are not known", level: "warn", verdict: "no labels that are known", probe: "rejected for want of an endpoint"},
 		{name: "only the other family", network: "ptp", breaks: func(w *world) {
 			w.delTarget("echo")
 			w.run("sed -i 's/, \\[{\"subnet\": \"fd00:10:244:2::\\/64\"}\\]//' /run/cni/net.d/20-ptp.conflist")

@@ -157,9 +157,9 @@ func (s *site) serves() {
 // confined starts the agent's binary as root with no capabilities but these, as the containers of the pod have them.
 func (s *site) confined(capabilities string, args ...string) *lab.Process {
 	s.t.Helper()
-	binary := os.Getenv("MAGIC_IP_AGENT")
-	if binary == "" {
-		binary = filepath.Join(s.root, "bin", "magic-ip-agent")
+	binary, err := filepath.Abs(agentBinary())
+	if err != nil {
+		s.t.Fatal(err)
 	}
 	process, err := s.Start("setpriv", append([]string{"--bounding-set=" + capabilities, "--inh-caps=-all", "--no-new-privs", "--", binary}, args...)...)
 	if err != nil {

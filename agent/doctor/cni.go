@@ -24,11 +24,11 @@ func (e *examination) cni() {
 	const check = "conflist"
 	directory, err := conflist.Read(e.ConfDir, conflist.Options{Runtime: e.Runtime, BinDir: e.BinDir})
 	if errors.Is(err, fs.ErrNotExist) {
-		e.add(Hidden, check, e.ConfDir+" is not visible from here", "on the node, or with --cni-conf-dir")
+		e.add(Hidden, check, e.ConfDir+" is not visible from here", "run this on the node, or in the installer's container; --cni-conf-dir names another directory")
 		return
 	}
 	if err != nil {
-		e.add(Fail, check, err.Error(), "run this as root")
+		e.add(unreadable(err), check, err.Error(), "run this as root")
 		return
 	}
 	view := directory.View()
@@ -131,7 +131,7 @@ func (e *examination) binary() {
 	const check = "plugin binary"
 	path := filepath.Join(e.BinDir, entry.Type)
 	if _, err := os.Stat(e.BinDir); errors.Is(err, fs.ErrNotExist) {
-		e.add(Hidden, check, e.BinDir+" is not visible from here", "on the node, or with --cni-bin-dir")
+		e.add(Hidden, check, e.BinDir+" is not visible from here", "run this on the node, or in the installer's container; --cni-bin-dir names another directory")
 		return
 	}
 	info, err := os.Stat(path)

@@ -46,13 +46,14 @@ func (e *examination) add(level Level, check, text, next string) {
 // Examine runs all checks.
 func Examine(ctx context.Context, options Options) *Report {
 	e := &examination{Options: options, now: time.Now()}
+	e.rights()
 	e.versions(ctx)
 	e.runtimeDir()
 	e.stateFile()
 	e.liveAgents()
 	e.pluginLog()
 	e.cni()
-	if mayLook() {
+	if NetAdmin() {
 		e.backend(ctx)
 		e.rules(ctx)
 		e.foreignRules(ctx)

@@ -16,6 +16,13 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
+// rights comes first: what a user may not read looks as if it were not there.
+func (e *examination) rights() {
+	if uid := os.Geteuid(); uid != 0 {
+		e.add(Hidden, "rights", fmt.Sprintf("this runs as user %d, and files and rules are root's", uid), "run this as root")
+	}
+}
+
 func (e *examination) runtimeDir() {
 	const check = "runtime directory"
 	info, err := os.Stat(e.RuntimeDir)
@@ -70,7 +77,7 @@ func (e *examination) stateFile() {
 	case err != nil:
 		e.add(Fail, check, err.Error(), "nothing: the plugin sets it aside with the next pod. If it happens again, check the disk, and which process writes "+path)
 	default:
-		e.add(OK, check, fmt.Sprintf("%s, %d records", path, len(e.records)), "")
+		e.add(OK, check, fmt.Sprintf("%s, %s", path, counted(len(e.records), "record")), "")
 	}
 	if aside, at, ok := runtimedir.New(e.RuntimeDir).SetAside(); ok {
 		e.add(Warn, check, fmt.Sprintf("a corrupt one was set aside at %s", at.Format(time.RFC3339)), "look at "+aside+", then remove it")
@@ -153,7 +160,7 @@ func (e *examination) magicIPs() {
 		e.add(Warn, "magic IPs", fmt.Sprintf("%d more without an endpoint, or refused", named-most), "magic-ip-agent status")
 	}
 	if served > 0 {
-		e.add(OK, "magic IPs", fmt.Sprintf("%d ports with an endpoint", served), "")
+		e.add(OK, "magic IPs", counted(served, "port")+" with an endpoint", "")
 	}
 }
 
@@ -176,7 +183,7 @@ func (e *examination) pluginLog() {
 		e.add(OK, check, "no warnings", "")
 		return
 	case err != nil:
-		e.add(Fail, check, err.Error(), "run this as root")
+		e.add(unreadable(err), check, err.Error(), "run this as root")
 		return
 	}
 	var lines []string
@@ -197,5 +204,5 @@ func (e *examination) pluginLog() {
 		e.add(OK, check, "no warnings for a day", "")
 		return
 	}
-	e.add(Warn, check, fmt.Sprintf("%d warnings of the plugin within a day, the last: %s", count, strings.Join(lines, " | ")), "look at "+dir.LogPath())
+	e.add(Warn, check, fmt.Sprintf("%s of the plugin within a day, the last: %s", counted(count, "warning"), strings.Join(lines, " | ")), "look at "+dir.LogPath())
 }

@@ -31,8 +31,8 @@ func (e *examination) versions(ctx context.Context) {
 	e.add(OK, "versions", fmt.Sprintf("magic-ip-agent %s, Linux %s, %s", e.Version, kernel, tools), "")
 }
 
-// mayLook says whether this process has CAP_NET_ADMIN: nft and iptables-save need it to read, too.
-func mayLook() bool {
+// NetAdmin says whether this process has CAP_NET_ADMIN, which nft and iptables need to change rules, and to read them.
+func NetAdmin() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	err := unix.Capget(&header, &data[0])

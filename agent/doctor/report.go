@@ -99,19 +99,32 @@ func (r *Report) judge() {
 	}
 }
 
-// WriteTable prints the report for people. Nothing that the checks have read reaches the terminal unquoted.
-func (r *Report) WriteTable(w io.Writer) error {
+// counted is how many of something, in words that fit the number.
+func counted(n int, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}
+
+// WriteTable prints the report for people, the levels with colours if wanted. Nothing that the checks have read reaches the
+// terminal unquoted.
+func (r *Report) WriteTable(w io.Writer, colours bool) error {
 	var out strings.Builder
+	mark := func(level Level, format string) string {
+		colour := map[Level]quote.Colour{OK: quote.Green, Warn: quote.Yellow, Fail: quote.Red, Hidden: quote.Faint}[level]
+		return colour.Paint(colours, fmt.Sprintf(format, level.mark()))
+	}
 	count := map[Level]int{}
 	for _, f := range r.Findings {
 		count[f.Level]++
-		fmt.Fprintf(&out, "%-4s  %s: %s\n", f.Level.mark(), quote.Terminal(f.Check), quote.Terminal(f.Text))
+		fmt.Fprintf(&out, "%s  %s: %s\n", mark(f.Level, "%-4s"), quote.Terminal(f.Check), quote.Terminal(f.Text))
 		if f.Next != "" {
 			fmt.Fprintf(&out, "      → %s\n", quote.Terminal(f.Next))
 		}
 	}
-	fmt.Fprintf(&out, "%d ok, %d warnings, %d failed, %d not visible from here\n", count[OK], count[Warn], count[Fail], count[Hidden])
-	fmt.Fprintf(&out, "Verdict: %s: %s\n", r.Verdict.Level.mark(), quote.Terminal(r.Verdict.Text))
+	fmt.Fprintf(&out, "%d ok, %s, %d failed, %d not visible from here\n", count[OK], counted(count[Warn], "warning"), count[Fail], count[Hidden])
+	fmt.Fprintf(&out, "Verdict: %s: %s\n", mark(r.Verdict.Level, "%s"), quote.Terminal(r.Verdict.Text))
 	_, err := io.WriteString(w, out.String())
 	return err
 }

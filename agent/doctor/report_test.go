@@ -3,6 +3,7 @@ package doctor
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"reflect"
 	"regexp"
@@ -35,7 +36,7 @@ func TestVerdict(t *testing.T) {
 	} {
 		r := reportOf(test.findings...)
 		var out bytes.Buffer
-		if err := r.WriteTable(&out); err != nil {
+		if err := r.WriteTable(&out, false); err != nil {
 			t.Fatal(err)
 		}
 		lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
@@ -45,12 +46,28 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
+// Colours are added to the levels, and to nothing else.
+func TestColours(t *testing.T) {
+	r := reportOf(Finding{Level: OK, Check: "a", Text: "fine"}, Finding{Level: Warn, Check: "b", Text: "careful"}, Finding{Level: Hidden, Check: "c", Text: "dark"}, Finding{Level: Fail, Check: "d", Text: "broken"})
+	var plain, coloured bytes.Buffer
+	if err := errors.Join(r.WriteTable(&plain, false), r.WriteTable(&coloured, true)); err != nil {
+		t.Fatal(err)
+	}
+	sequence := regexp.MustCompile("\x1b\\[[0-9]+m")
+	if n := len(sequence.FindAllString(coloured.String(), -1)); n != 10 || sequence.ReplaceAllString(coloured.String(), "") != plain.String() {
+		t.Errorf("%d sequences in\n%q\nplain:\n%s", n, &coloured, &plain)
+	}
+	if !strings.Contains(plain.String(), "\n1 ok, 1 warning, 1 failed, 1 not visible from here\n") {
+		t.Errorf("numbers of one:\n%s", &plain)
+	}
+}
+
 // What a pod, another agent or a rule is called does not reach the terminal.
 func TestReportIsQuoted(t *testing.T) {
 	const evil = "\x1b[2J\u009b1m\nok    agent: fine \u202e"
 	r := reportOf(Finding{Level: Fail, Check: evil, Text: evil, Next: evil})
 	var table, data bytes.Buffer
-	if err := r.WriteTable(&table); err != nil {
+	if err := r.WriteTable(&table, false); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.WriteJSON(&data); err != nil {

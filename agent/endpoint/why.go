@@ -43,23 +43,31 @@ func (i *Index) Why(s Selection) (reasons []string) {
 	}
 	slices.Sort(reasons)
 	if more := len(reasons) - maxReasons; more > 0 {
-		reasons = append(reasons[:maxReasons], fmt.Sprintf("%d more pods match the selector and are excluded", more))
+		reasons = append(reasons[:maxReasons], fmt.Sprintf("excluded as well: %d more that the selector matches", more))
 	}
 	where := "namespace " + s.Namespace
 	if s.Namespace == inventory.AllNamespaces {
 		where = "any namespace"
 	}
 	if unlabelled > 0 {
-		reasons = append(reasons, fmt.Sprintf("the labels of %d pods of %s on this node are not known", unlabelled, where))
+		reasons = append(reasons, fmt.Sprintf("the labels of %s of %s on this node are not known", pods(unlabelled), where))
 	}
 	switch {
 	case len(reasons) > 0:
 	case inNamespace == 0:
 		reasons = []string{"no pod of " + where + " is known on this node"}
 	default:
-		reasons = []string{fmt.Sprintf("none of the %d pods of %s on this node matches the selector", inNamespace, where)}
+		reasons = []string{fmt.Sprintf("%s of %s on this node, and none matches the selector", pods(inNamespace), where)}
 	}
 	return reasons
+}
+
+// pods is how many, in words that fit the number.
+func pods(n int) string {
+	if n == 1 {
+		return "1 pod"
+	}
+	return fmt.Sprintf("%d pods", n)
 }
 
 func (s *Selection) inNamespace(t *inventory.Target) bool {

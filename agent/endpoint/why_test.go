@@ -33,10 +33,10 @@ func TestWhy(t *testing.T) {
 		want   []string
 	}{
 		"nothing known":            {sources{}, nil, []string{"no pod of namespace default is known on this node"}},
-		"no pod matches":           {of("ready", func(p *inventory.Pod) { p.Labels = map[string]string{"app": "other"} }), nil, []string{"none of the 1 pods of namespace default on this node matches the selector"}},
+		"no pod matches":           {of("ready", func(p *inventory.Pod) { p.Labels = map[string]string{"app": "other"} }), nil, []string{"1 pod of namespace default on this node, and none matches the selector"}},
 		"another namespace":        {of("ready", namespace("other")), nil, []string{"pod other/a is in another namespace than default"}},
 		"in no namespace":          {sources{}, func(s *endpoint.Selection) { s.Namespace = inventory.AllNamespaces }, []string{"no pod of any namespace is known on this node"}},
-		"labels not known":         {sources{Records: []runtimedir.Attachment{unlabelled}}, nil, []string{"the labels of 1 pods of namespace default on this node are not known"}},
+		"labels not known":         {sources{Records: []runtimedir.Attachment{unlabelled}}, nil, []string{"the labels of 1 pod of namespace default on this node are not known"}},
 		"not ready":                {of(""), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, []string{"pod default/a is not ready, and readiness is require"}},
 		"terminating":              {of("terminating"), func(s *endpoint.Selection) { s.Readiness = endpoint.Require }, []string{"pod default/a is terminating and not ready, and readiness is require"}},
 		"pending":                  {of("pending"), nil, []string{"pod default/a does not run yet"}},
@@ -50,7 +50,7 @@ func TestWhy(t *testing.T) {
 		"a special address":        {of("ready", func(p *inventory.Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("127.0.0.1")} }), nil, []string{"pod default/a has only an address that cannot be an endpoint: 127.0.0.1 is loopback"}},
 		"a selector with no label": {of("finished"), func(s *endpoint.Selection) { s.Selector, _ = endpoint.ParseSelector("app") }, []string{"pod default/a has finished"}},
 		"many": {many, nil, []string{"pod default/a has finished", "pod default/b has finished", "pod default/c has finished", "pod default/d has finished", "pod default/e has finished",
-			"3 more pods match the selector and are excluded"}},
+			"excluded as well: 3 more that the selector matches"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			selector, err := endpoint.ParseSelector("app=echo")

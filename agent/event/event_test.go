@@ -271,7 +271,7 @@ func TestUnserved(t *testing.T) {
 		}
 		w.publish(now)
 		equal(t, "all of them", w.wait(time.Hour),
-			"Warning Unserved: 169.254.210.210:80/udp is not served: it is claimed by agent b; 8 others are not served either, see `magic-ip-agent status`")
+			"Warning Unserved: 169.254.210.210:80/udp is not served: it is claimed by agent b; not served either: 8 more, see `magic-ip-agent status`")
 		w.is("a")
 		w.wait(time.Hour)
 		w.publish(now)

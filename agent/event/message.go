@@ -23,7 +23,7 @@ func (r *Reporter) describe(reason string, group []*frontend) *Event {
 	case Unserved:
 		e.Message = names[0] + " is not served: " + f.Reason
 		if others := len(group) - 1; others > 0 {
-			e.Message += fmt.Sprintf("; %d others are not served either, see `magic-ip-agent status`", others)
+			e.Message += fmt.Sprintf("; not served either: %d more, see `magic-ip-agent status`", others)
 		}
 	case EndpointLost:
 		e.Message = about + "no endpoint for a minute, the last was pod " + f.last + "; " + fate(f.MagicIP) + ". " + r.command(f.MagicIP)

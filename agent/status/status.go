@@ -54,6 +54,7 @@ func Read(dir runtimedir.Dir, name string) (Status, error) {
 		default:
 			a.Status = *read
 		}
+		a.fillLists()
 		if a.Installed, err = dir.Installer(name).ReadRecord(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			a.Installed = &runtimedir.Record{LastError: err.Error()}
 		} else if err != nil {
@@ -65,6 +66,18 @@ func Read(dir runtimedir.Dir, name string) (Status, error) {
 		status.Agents = append(status.Agents, a)
 	}
 	return status, nil
+}
+
+// fillLists makes lists of those that are nil, which JSON has as null.
+func (a *Agent) fillLists() {
+	if a.MagicIPs == nil {
+		a.MagicIPs = []runtimedir.MagicIP{}
+	}
+	for i := range a.MagicIPs {
+		if a.MagicIPs[i].Endpoints == nil {
+			a.MagicIPs[i].Endpoints = []runtimedir.Endpoint{}
+		}
+	}
 }
 
 // Unhealthy is an error where an agent of the node does not do its work, or where there is none.
@@ -98,7 +111,7 @@ func (a Agent) Unhealthy(now time.Time) string {
 	return ""
 }
 
-func (a Agent) writeInstalled(out *bytes.Buffer) {
+func (a Agent) writeInstalled(out *bytes.Buffer, labelled func(colour quote.Colour, label, text string)) {
 	if a.Installed == nil {
 		return
 	}
@@ -106,15 +119,15 @@ func (a Agent) writeInstalled(out *bytes.Buffer) {
 		fmt.Fprintf(out, "installed: %s since %s\n", quote.Terminal(a.Installed.Conflist), a.Installed.InstalledAt.Format(time.RFC3339))
 	}
 	if a.Installed.LastError != "" {
-		fmt.Fprintf(out, "installer's error: %s\n", quote.Terminal(a.Installed.LastError))
+		labelled(quote.Red, "installer's error", a.Installed.LastError)
 	}
 	for _, note := range a.Installed.Notes {
-		fmt.Fprintf(out, "installer's note: %s\n", quote.Terminal(note))
+		labelled(quote.Yellow, "installer's note", note)
 	}
 }
 
-// Write prints the status as a table for people.
-func (s Status) Write(w io.Writer, now time.Time) error {
+// Write prints the status as a table for people, with colours if wanted.
+func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 	var out bytes.Buffer
 	if len(s.Agents) == 0 {
 		out.WriteString("no agent has a status file\n")
@@ -123,18 +136,21 @@ func (s Status) Write(w io.Writer, now time.Time) error {
 		if i > 0 {
 			out.WriteByte('\n')
 		}
-		health := a.Unhealthy(now)
+		health, colour := a.Unhealthy(now), quote.Red
 		if health == "" {
-			health = fmt.Sprintf("running since %s, backend %s", a.StartedAt.Format(time.RFC3339), a.Backend)
+			health, colour = fmt.Sprintf("running since %s, backend %s", a.StartedAt.Format(time.RFC3339), a.Backend), quote.Green
 		}
-		fmt.Fprintf(&out, "agent %s: %s\n", quote.Terminal(a.Name), quote.Terminal(health))
+		fmt.Fprintf(&out, "agent %s: %s\n", quote.Terminal(a.Name), colour.Paint(colours, quote.Terminal(health)))
+		labelled := func(colour quote.Colour, label, text string) {
+			fmt.Fprintf(&out, "%s %s\n", colour.Paint(colours, label+":"), quote.Terminal(text))
+		}
 		if a.LastError != "" {
-			fmt.Fprintf(&out, "error: %s\n", quote.Terminal(a.LastError))
+			labelled(quote.Red, "error", a.LastError)
 		}
 		for _, note := range a.Notes {
-			fmt.Fprintf(&out, "note: %s\n", quote.Terminal(note))
+			labelled(quote.Yellow, "note", note)
 		}
-		a.writeInstalled(&out)
+		a.writeInstalled(&out, labelled)
 		table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 		row := func(cells ...string) {
 			for i, cell := range cells {

@@ -53,7 +53,7 @@ func TestStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out strings.Builder
-	if err := read.Write(&out, at.Add(time.Second)); err != nil {
+	if err := read.Write(&out, at.Add(time.Second), false); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
@@ -91,7 +91,7 @@ func TestWriteLinks(t *testing.T) {
 		{Names: []string{"a\x1b[2J"}, Kind: "veth", Role: "other", Reason: "both of its ends are on the node"},
 	}}}}}
 	var out strings.Builder
-	if err := read.Write(&out, time.Now()); err != nil {
+	if err := read.Write(&out, time.Now(), false); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strings"
 	"time"
 
@@ -28,6 +29,8 @@ not see which pod has accepted. While an outcome is wrong, it asks again; exit s
 
 With --nodes it asks nothing itself: it waits until the pods of a DaemonSet, which run this command on their nodes, have ended,
 and prints their results.`,
+		Example: `  magic-ip-agent ask --name default.magic-ip
+  magic-ip-agent ask --nodes kube-system/asker --timeout 2m`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
@@ -46,6 +49,7 @@ and prints their results.`,
 	f.DurationVar(&timeout, "timeout", 30*time.Second, "how long to ask again, or to wait for the nodes")
 	command.MarkFlagsMutuallyExclusive("name", "nodes")
 	command.MarkFlagsOneRequired("name", "nodes")
+	completedNames(command, &runtimeDir)
 	return command
 }
 
@@ -53,7 +57,7 @@ and prints their results.`,
 func askHere(ctx context.Context, out io.Writer, agent runtimedir.Agent) error {
 	for {
 		outcomes, err := askOnce(context.WithoutCancel(ctx), agent)
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || errors.Is(err, fs.ErrPermission) {
 			for _, o := range outcomes {
 				fmt.Fprintln(out, o)
 			}
@@ -84,7 +88,7 @@ func askOnce(ctx context.Context, agent runtimedir.Agent) ([]ask.Outcome, error)
 		}
 	}
 	if len(wrong) > 0 {
-		err = fmt.Errorf("%d of %d ports are not as the status of the agent says", len(wrong), len(status.MagicIPs))
+		err = fmt.Errorf("not as the status of the agent says: %d of %d ports", len(wrong), len(status.MagicIPs))
 	}
 	return append(right, wrong...), err
 }
@@ -105,7 +109,7 @@ func askNodes(ctx context.Context, out io.Writer, kubeconfig, daemonSet string) 
 		fmt.Fprintf(out, "FAIL  %s\n      %s\n", r.Node, strings.ReplaceAll(quote.Lines(r.Message), "\n", "\n      "))
 	}
 	if err == nil && failed > 0 {
-		err = fmt.Errorf("%d of %d nodes failed", failed, len(results))
+		err = fmt.Errorf("failed: %d of %d nodes", failed, len(results))
 	}
 	return err
 }

@@ -19,7 +19,11 @@ func doctorCommand() *cobra.Command {
 
 Each line begins with ok, warn, FAIL, or -- for what cannot be seen from where it runs; the last line names the first cause.
 Exit status: 0 nothing failed, 1 a check failed, 2 the command line is wrong, 3 nothing failed and a check could not look.
-Run it as root on the node, or in the agent's container, which sees less.`,
+Run it as root on the node, or in the agent's or the installer's container, which see less.
+With -o json it prints one object; docs/doctor.schema.json is its schema.`,
+		Example: `  magic-ip-agent doctor
+  magic-ip-agent doctor --from-pod default/client
+  magic-ip-agent doctor -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := oneOf("--output", output, "table", "json"); err != nil {
@@ -30,11 +34,13 @@ Run it as root on the node, or in the agent's container, which sees less.`,
 				return fmt.Errorf("--runtime: %w", err)
 			}
 			report := doctor.Examine(cmd.Context(), options)
-			write := report.WriteTable
+			out := cmd.OutOrStdout()
 			if output == "json" {
-				write = report.WriteJSON
+				err = report.WriteJSON(out)
+			} else {
+				err = report.WriteTable(out, coloured(out))
 			}
-			if err := write(cmd.OutOrStdout()); err != nil {
+			if err != nil {
 				return err
 			}
 			return exitCode(report.Verdict.ExitCode)
@@ -43,12 +49,14 @@ Run it as root on the node, or in the agent's container, which sees less.`,
 	f := command.Flags()
 	f.StringVar(&options.RuntimeDir, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
 	f.StringVar(&options.Name, "name", "", "only the agent called `NAME`")
-	f.StringVar(&options.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the CNI configuration")
-	f.StringVar(&options.BinDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins")
+	f.StringVar(&options.ConfDir, "cni-conf-dir", cniConfDir(), "`DIR` of the CNI configuration")
+	f.StringVar(&options.BinDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins")
 	runtimeFlag(f, &runtime)
 	f.StringVar(&options.FromPod, "from-pod", "", "probe from the network namespace of this pod, `NAMESPACE/NAME`; needs CAP_SYS_ADMIN")
 	f.StringVar(&options.NetNS, "netns", "", "probe from the network namespace at this `PATH`; needs CAP_SYS_ADMIN")
 	command.MarkFlagsMutuallyExclusive("from-pod", "netns")
 	f.StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
+	completed(command, "output", "table", "json")
+	completedNames(command, &options.RuntimeDir)
 	return command
 }

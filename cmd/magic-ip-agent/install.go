@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,8 +27,13 @@ type directories struct{ runtime, conf string }
 
 func (d *directories) flags(f *pflag.FlagSet) {
 	f.StringVar(&d.runtime, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
-	f.StringVar(&d.conf, "cni-conf-dir", "/etc/cni/net.d", "`DIR` of the network configurations that the container runtime reads")
+	f.StringVar(&d.conf, "cni-conf-dir", cniConfDir(), "`DIR` of the network configurations that the container runtime reads")
 }
+
+// cniConfDir and cniBinDir are the directories of the node that the environment names, or the usual ones: the commands that are
+// started in the installer's container look where it does.
+func cniConfDir() string { return cmp.Or(os.Getenv("CNI_CONF_DIR"), "/etc/cni/net.d") }
+func cniBinDir() string  { return cmp.Or(os.Getenv("CNI_BIN_DIR"), "/opt/cni/bin") }
 
 // runtimeFlag is whose rules decide which file is loaded.
 func runtimeFlag(f *pflag.FlagSet, runtime *string) {
@@ -53,13 +59,15 @@ Without --config the configuration comes from the environment, as for run.
 
 With --watch it is kept so, until SIGTERM: when the primary CNI writes its file anew, when the plugin goes, when
 the configuration changes. With --daemonset, it is taken out again when that DaemonSet is deleted.`,
+		Example: `  magic-ip-agent install --config config.yaml
+  magic-ip-agent install --watch --config config.yaml --plugin bin/magic-ip-address`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
 	}
 	f := command.Flags()
 	flags.flags(f)
 	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML)")
-	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins that the container runtime runs")
+	f.StringVar(&flags.binDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins that the container runtime runs")
 	f.StringVar(&flags.plugin, "plugin", "/usr/local/bin/"+entry.Type, "the plugin `FILE` to install")
 	runtimeFlag(f, &flags.runtimeName)
 	f.BoolVar(&flags.watch, "watch", false, "keep it so, until SIGTERM")
@@ -68,6 +76,8 @@ the configuration changes. With --daemonset, it is taken out again when that Dae
 	f.BoolVar(&flags.noAPI, "no-api", false, "the agent does without the Kubernetes API: what only that can tell is an error in the configuration")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
+	completed(command, "runtime", string(conflist.Auto), string(conflist.Containerd), string(conflist.CRIO))
+	completed(command, "log-level", "debug", "info", "warn", "error")
 	return command
 }
 
@@ -135,6 +145,8 @@ func uninstallCommand() *cobra.Command {
 
 The plugin stays where it is: runtimes may still call it for pods that they have added with it, and it does nothing then.
 Stop the agent and its installer first.`,
+		Example: `  magic-ip-agent uninstall --name default.magic-ip
+  magic-ip-agent uninstall --config config.yaml --force`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
 	}
@@ -143,11 +155,13 @@ Stop the agent and its installer first.`,
 	f.StringVar(&flags.config, "config", "", "configuration `FILE` of the agent (YAML), for its name")
 	f.StringVar(&flags.name, "name", "", "`NAME` of the agent")
 	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
-	f.StringVar(&flags.binDir, "cni-bin-dir", "/opt/cni/bin", "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
+	f.StringVar(&flags.binDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
 	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs: it puts back what it can")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("config", "name")
 	command.MarkFlagsOneRequired("config", "name")
+	completed(command, "backend", backend.Auto, backend.NFTables, backend.IPTables)
+	completedNames(command, &flags.runtime)
 	return command
 }
 

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"runtime"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // version is set by the linker.
@@ -32,14 +35,21 @@ func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "magic-ip-agent",
 		Short:         "Keeps a node's magic IPs leading to the node's own pods",
+		Long: `Keeps a node's magic IPs leading to the node's own pods.
+
+Exit status of all commands: 0 for success, 1 for a failure, 2 for a wrong command line. doctor has one more.`,
+		Example: `  magic-ip-agent run --config /etc/magic-ip-address/config.yaml
+  magic-ip-agent status
+  magic-ip-agent doctor`,
+		Version:       fmt.Sprintf("%s %s %s/%s", version, runtime.Version(), runtime.GOOS, runtime.GOARCH),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetVersionTemplate("magic-ip-agent {{.Version}}\n")
 	root.AddCommand(runCommand(), installCommand(), uninstallCommand(), statusCommand(), doctorCommand(), askCommand(), &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "magic-ip-agent %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(cmd.OutOrStdout(), "magic-ip-agent %s\n", root.Version)
 		},
 	})
 	return root
@@ -66,9 +76,43 @@ func execute(ctx context.Context, root *cobra.Command) int {
 		code.code = exitUsage
 	}
 	if code.error != nil {
-		fmt.Fprintln(root.ErrOrStderr(), "magic-ip-agent:", quote.Lines(err.Error()))
+		fmt.Fprintf(root.ErrOrStderr(), "magic-ip-agent: %s%s\n", needsRoot(err), quote.Lines(strings.ReplaceAll(err.Error(), "\n\t", "\n    ")))
 	}
 	return code.code
+}
+
+// needsRoot begins the message of an error whose cause is the user; empty where it is another.
+func needsRoot(err error) string {
+	if uid := os.Geteuid(); uid != 0 && errors.Is(err, fs.ErrPermission) {
+		return fmt.Sprintf("this needs root, and runs as user %d: ", uid)
+	}
+	return ""
+}
+
+// coloured says whether a person reads at a terminal that shows colours (see no-color.org).
+func coloured(out io.Writer) bool {
+	file, ok := out.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// completed has a shell complete the value of a flag by words.
+func completed(command *cobra.Command, flag string, words ...string) {
+	_ = command.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)) // fails without the flag
+}
+
+// completedNames has a shell complete --name by the agents of the node.
+func completedNames(command *cobra.Command, runtimeDir *string) {
+	_ = command.RegisterFlagCompletionFunc("name", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		names, err := runtimedir.New(*runtimeDir).Agents()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}) // fails without the flag
 }
 
 // exitUsage is the exit status where the command line is wrong.

@@ -15,6 +15,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
+	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
@@ -36,7 +37,12 @@ func runCommand() *cobra.Command {
 		Long: `Keep the rules of this node in step with its pods, until SIGTERM; the rules then stay in place.
 
 Without --config the configuration comes from the environment: MAGIC_IP, SELECTOR, NAMESPACE,
-HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds) and VERBOSE.`,
+HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds) and VERBOSE.
+
+It needs root, or CAP_NET_ADMIN in the network namespace of the node.`,
+		Example: `  magic-ip-agent run --config /etc/magic-ip-address/config.yaml
+  magic-ip-agent run --config config.yaml --no-api --log-level debug
+  SELECTOR=app=apm-server PORT=8200 magic-ip-agent run`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return flags.run(cmd.Context()) },
 	}
@@ -52,6 +58,8 @@ HOST_INTERFACE, PORT, MAGIC_PORT, TARGET_PORT, PROTOCOL, POLL_INTERVAL (seconds)
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("kubeconfig", "no-api")
 	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
+	completed(command, "backend", backend.Auto, backend.NFTables, backend.IPTables)
+	completed(command, "log-level", "debug", "info", "warn", "error")
 	return command
 }
 
@@ -64,6 +72,9 @@ func (f *runFlags) run(ctx context.Context) error {
 	log, err := newLogger(f.logLevel, initial.Verbose)
 	if err != nil {
 		return err
+	}
+	if !doctor.NetAdmin() {
+		return fmt.Errorf("run needs root, or CAP_NET_ADMIN in the network namespace of the node; this is user %d without it", os.Geteuid())
 	}
 	selected, err := backend.Select(ctx, f.backend, initial.Name)
 	if err != nil {

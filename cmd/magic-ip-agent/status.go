@@ -20,7 +20,12 @@ func statusCommand() *cobra.Command {
 		Short: "Show what this node's agents serve, and whether they run",
 		Long: `Show what this node's agents serve, and whether they run.
 
-The exit status is 0 where all of them run and have polled within three intervals, else 1; 2 where the command line is wrong.`,
+Exit status: 0 all of them run and have polled within three intervals, 1 one does not, or none is there, 2 the command line is wrong.
+With -o json it prints one object; docs/status.schema.json is its schema.`,
+		Example: `  magic-ip-agent status
+  magic-ip-agent status --watch
+  magic-ip-agent status -o json
+  magic-ip-agent status --probe --name default.magic-ip`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := oneOf("--output", output, "table", "json"); err != nil {
@@ -37,7 +42,7 @@ The exit status is 0 where all of them run and have polled within three interval
 				case output == "json":
 					err = writeJSON(cmd.OutOrStdout(), read)
 				default:
-					err = read.Write(cmd.OutOrStdout(), time.Now())
+					err = read.Write(cmd.OutOrStdout(), time.Now(), coloured(cmd.OutOrStdout()))
 				}
 				if err != nil {
 					return err
@@ -61,6 +66,8 @@ The exit status is 0 where all of them run and have polled within three interval
 	f.StringVar(&name, "name", "", "only the agent called `NAME`")
 	f.StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
 	f.BoolVar(&watch, "watch", false, "again every second")
+	completed(command, "output", "table", "json")
+	completedNames(command, &runtimeDir)
 	f.BoolVar(&probe, "probe", false, "print nothing where all is well, else the reason, with exit status 1: for a kubelet's exec probe")
 	return command
 }

@@ -22,6 +22,15 @@
 {{- if and .Values.appArmorProfile (semverCompare "<1.30-0" .Capabilities.KubeVersion.Version) -}}
   {{- fail (printf "appArmorProfile needs Kubernetes 1.30, this is %s; leave it out: the container runtime applies its default profile" .Capabilities.KubeVersion.Version) -}}
 {{- end -}}
+{{- if include "magic-ip-address.installs" . -}}
+{{- range $dir := include "magic-ip-address.cniDirs" . | fromJson | values | sortAlpha -}}
+  {{- range $own := list "/usr/local/bin/" "/etc/magic-ip-address/" "/var/run/secrets/kubernetes.io/serviceaccount/" (print $.Values.runtimeDir "/") -}}
+    {{- if or (eq $dir "/") (hasPrefix (print (trimSuffix "/" $dir) "/") $own) (hasPrefix $own $dir) -}}
+      {{- fail (printf "the CNI directory %s of the node has the same path in the installer's container, where %s is needed; allowed: a directory that is apart from it" $dir (trimSuffix "/" $own)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
 {{- $variables := include "magic-ip-address.oldVariables" . | fromYaml -}}
 {{- range $name, $value := .Values.extraVars -}}
   {{- with get $variables $name -}}
