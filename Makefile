@@ -29,9 +29,11 @@ tools: ## cnitool and the upstream CNI plugins that tests, demo and bench chain 
 	CGO_ENABLED=0 go build -C tools $(STATIC) -o ../bin/cnitool github.com/containernetworking/cni/cnitool
 
 .PHONY: demo
-demo: build tools ## a node made of namespaces: pods, a magic IP, a rollout (needs root)
-	integration/prerequisites nft iptables conntrack ip nsenter
-	go run ./integration/demo
+demo: ## a node made of namespaces: pods, a magic IP, a rollout (needs root; DEMO=--rules shows the rules too)
+	@echo "Building the agent and the CNI plugin of this project, and cnitool, bridge, ptp, host-local and tuning from upstream (a minute the first time)"
+	@$(MAKE) --silent build tools
+	@integration/prerequisites nft iptables conntrack ip nsenter
+	@go run ./integration/demo $(DEMO)
 
 .PHONY: test
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing

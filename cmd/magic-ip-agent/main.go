@@ -33,8 +33,8 @@ func run() int {
 
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "magic-ip-agent",
-		Short:         "Keeps a node's magic IPs leading to the node's own pods",
+		Use:   "magic-ip-agent",
+		Short: "Keeps a node's magic IPs leading to the node's own pods",
 		Long: `Keeps a node's magic IPs leading to the node's own pods.
 
 Exit status of all commands: 0 for success, 1 for a failure, 2 for a wrong command line. doctor has one more.`,

@@ -7,6 +7,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,9 +21,11 @@ import (
 func main() { os.Exit(run()) }
 
 func run() int {
+	rules := flag.Bool("rules", false, "show the rules in the kernel at the end")
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := demo(ctx, newStory(os.Stdout))
+	err := demo(ctx, newStory(os.Stdout), *rules)
 	switch {
 	case err == nil:
 		return 0
@@ -45,7 +48,7 @@ func interrupted(err error) bool {
 	return ok && status.Signaled() && status.Signal() == syscall.SIGINT
 }
 
-func demo(ctx context.Context, s *story) (err error) {
+func demo(ctx context.Context, s *story, rules bool) (err error) {
 	root, err := lab.ModuleRoot()
 	if err != nil {
 		return err
@@ -56,7 +59,7 @@ func demo(ctx context.Context, s *story) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
-	t := &tour{story: s, node: node, agent: agent}
+	t := &tour{story: s, node: node, agent: agent, rules: rules}
 	for _, step := range []func(context.Context) error{
 		t.setUp, t.firstTarget, t.whoIsServed, t.replaced, t.vanished, t.nobody, t.lookInside,
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
@@ -16,6 +17,21 @@ type measured struct {
 	// what the pods themselves cost. Zero where the new process never answered; see answered.
 	excess   time.Duration
 	answered bool
+}
+
+// What bars are made of: the pods' own part of a gap, and what the network adds to it.
+const (
+	pods   = '░'
+	excess = '█'
+)
+
+// bar draws the gap as long as it is in proportion to the widest of all, which has 24 characters, and begun ones of the excess.
+func (m measured) bar(widest time.Duration) string {
+	const length = 24
+	part := func(d time.Duration) int { return int((d*length + widest - 1) / widest) }
+	all := part(m.gap)
+	network := min(all, part(m.excess))
+	return strings.Repeat(string(pods), all-network) + strings.Repeat(string(excess), network)
 }
 
 // measure looks at the outcomes of a client; the process called server listened from listening on.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +23,11 @@ func TestMeasure(t *testing.T) {
 	want := measured{sent: 6, failed: 3, failedAfter: 1, gap: 34 * time.Millisecond, excess: 5 * time.Millisecond, answered: true}
 	if got != want {
 		t.Errorf("got %+v, want %+v", got, want)
+	}
+	for widest, want := range map[time.Duration]string{34 * time.Millisecond: strings.Repeat("░", 20) + "████", 240 * time.Millisecond: "░░░█"} {
+		if got := got.bar(widest); got != want {
+			t.Errorf("of %s: %q, want %q", widest, got, want)
+		}
 	}
 	if got := measure(outcomes, "other", start); got.answered || got.excess != 0 {
 		t.Errorf("a server that never answered: %+v", got)

@@ -47,6 +47,7 @@ type tour struct {
 	*story
 	node  *lab.Node
 	agent string // path of the program
+	rules bool   // to be shown
 
 	client netip.Addr // of the pod "client"
 	target string     // name of the pod that serves
@@ -237,18 +238,23 @@ func (t *tour) underLoad(ctx context.Context, next string, remove func(context.C
 		return err
 	}
 
-	rows := [][]string{{"client", "requests", "failed", "failed once " + next + " listened", "longest gap", "excess"}}
-	good := true
+	results, widest := make([]measured, len(probes)), time.Duration(0)
 	for i, probe := range probes {
-		m := measure(probe.Stop(), next, listening)
+		results[i] = measure(probe.Stop(), next, listening)
+		widest = max(widest, results[i].gap)
+	}
+	rows := [][]string{{"client", "failed once " + next + " listened", "failed before", "requests", "excess", "longest gap", ""}}
+	good := true
+	for i, m := range results {
 		rows = append(rows, []string{
-			string(clients[i].Kind), strconv.Itoa(m.sent), strconv.Itoa(m.failed), strconv.Itoa(m.failedAfter), ms(m.gap), ms(m.excess),
+			string(clients[i].Kind), strconv.Itoa(m.failedAfter), strconv.Itoa(m.failed - m.failedAfter), strconv.Itoa(m.sent), ms(m.excess),
+			ms(m.gap), m.bar(widest),
 		})
 		good = good && m.answered && m.failedAfter == 0
 	}
 	t.table(rows...)
-	t.tell("From the end of %s to %s listening: %s. That is the pods' own gap; no network can close it.", former, next, ms(listening.Sub(ended)))
-	t.tell("Excess is what comes on top: from %s listening to the client's first answer. In it is the client's own", next)
+	t.tell("%c is the pods' own gap, which no network can close: %s from the end of %s to %s listening.", pods, ms(listening.Sub(ended)), former, next)
+	t.tell("%c is the excess that comes on top: from %s listening to the client's first answer. In it is the client's own", excess, next)
 	t.tell("pause, up to %s between two requests, and %s for a datagram that nobody can have answered.", ms(interval), ms(datagramTimeout))
 	t.outcome(good, "%s", map[bool]string{
 		true: "every request sent once " + next + " listened was answered", false: "requests failed although " + next + " listened",
@@ -314,10 +320,14 @@ func (t *tour) lookInside(ctx context.Context) error {
 	}
 	t.tell("With a target again, echo-4:")
 	for _, command := range [][]string{
-		{"nft", "list", "table", "ip", table},
-		{"cat", runtimedir.New(lab.RuntimeDir).StatePath()},
 		{t.agent, "status"},
+		{"cat", runtimedir.New(lab.RuntimeDir).StatePath()},
+		{"nft", "list", "table", "ip", table},
 	} {
+		if command[0] == "nft" && !t.rules {
+			t.tell("The rules in the kernel, some 200 lines, are shown by: make demo DEMO=--rules")
+			break
+		}
 		t.command("%s %s", filepath.Base(command[0]), strings.Join(command[1:], " "))
 		out, err := t.node.Run(ctx, command[0], command[1:]...)
 		if err != nil {
