@@ -94,7 +94,7 @@ func TestParseErrors(t *testing.T) {
 // TestAllParseErrors: wrong keys, types and values are reported together, in the order of their lines, and each once.
 func TestAllParseErrors(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
-		{"keys, types and values", `nmae: a
+		{"keys, types and values", `names: a
 pollInterval: [5s]
 magicIPs:
 - ipAddress: 169.254.210
@@ -102,7 +102,7 @@ magicIPs:
   selektor: app=echo
   excludeTarget: si
   ports: [{port: 9200, protocol: icmp}, {port: x, targetport: http, targetPort: 0}]
-`, `line 1: unknown key "nmae"; did you mean name?
+`, `line 1: unknown key "names"; did you mean name?
 line 2: pollInterval: a list is not allowed; allowed: a single value, and no list or mapping
 line 4: magicIPs[0].ipAddress: "169.254.210" is not allowed; allowed: an IPv4 or IPv6 address such as 169.254.210.210 or fd00:a9fe:d2d2::1
 line 5: magicIPs[0]: unknown key "Namespace"; did you mean namespace?

@@ -21,6 +21,9 @@ import (
 func TestConflistRewritten(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues()...)
+	for _, n := range cluster.Nodes {
+		w.pathsOfTheNode(n)
+	}
 	original := func(n *whole.Node) []byte {
 		return []byte(pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)])
 	}
@@ -51,6 +54,27 @@ func TestConflistRewritten(t *testing.T) {
 			}
 			w.served(n, magic, pod)
 			w.removePod(system, pod)
+		}
+	}
+}
+
+// pathsOfTheNode: what is installed has the paths of the node in both containers, and doctor sees it in the installer's.
+func (w *world) pathsOfTheNode(n *whole.Node) {
+	w.Helper()
+	pod := w.podOn(n, system, daemonSet)
+	if printed := w.agent(pod, "status"); !strings.Contains(printed, "\ninstalled: "+whole.ConflistFile+" since ") {
+		w.Errorf("status does not name %s:\n%s", whole.ConflistFile, printed)
+	}
+	printed, err := cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "installer", "--", "magic-ip-agent", "doctor")
+	if err != nil && !strings.Contains(err.Error(), "exit code 3") { // rules cannot be seen from there
+		w.Fatal(err)
+	}
+	for _, want := range []string{
+		"\nok    plugin binary: " + whole.CNIBinDir + "/magic-ip-address\n",
+		"\nok    conflist: " + whole.ConflistFile + " has the selectors of agent " + agentName + "\n",
+	} {
+		if !strings.Contains(printed, want) {
+			w.Errorf("doctor in the installer's container does not say %q:\n%s", want, printed)
 		}
 	}
 }
