@@ -19,6 +19,18 @@ func TestLayouts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var names string
+	for _, file := range archive.Files {
+		names += file.Name + "\n"
+	}
+	for _, word := range []string{
+		"kind:", "k3s", "bridge plugin", "ptp plugin", "Calico", "AWS", "Azure CNI, transparent", "Azure CNI, bridge mode", "Cilium", "OVN-Kubernetes", "Antrea",
+		"Kube-OVN", "macvlan", "ipvlan", "VPN", "WireGuard", "bonding", "VLAN", "DHCP renewal", "egress gateway", "several network interfaces", "VRF", "SR-IOV",
+	} {
+		if !strings.Contains(names, word) {
+			t.Errorf("no layout of %s", word)
+		}
+	}
 	for _, file := range archive.Files {
 		t.Run(file.Name, func(t *testing.T) {
 			snapshot, known, want := nodetest.Layout(t, string(file.Data))
