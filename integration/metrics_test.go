@@ -24,6 +24,16 @@ func (w *world) scrape(address string) (string, error) {
 	return string(body), err
 }
 
+// TestNoPort: without an address for metrics, neither the agent nor a pod's ADD listens anywhere.
+func TestNoPort(t *testing.T) {
+	t.Parallel()
+	w := serving(t, "nftables", "bridge", config())
+	w.addTarget("echo")
+	if sockets := w.run("ss -Hlntup; ss -Hlxp | grep magic-ip || true"); sockets != "" {
+		t.Errorf("listening on the node:\n%s", sockets)
+	}
+}
+
 // TestMetrics: what Prometheus is told of a node's agent, and that the next process of that name takes the port over.
 func TestMetrics(t *testing.T) {
 	t.Parallel()

@@ -74,6 +74,8 @@ func TestSelectRemovesWhatAnotherBackendLeft(t *testing.T) {
 		{IPTables, "iptables-nft", "iptables-nft"},
 		{IPTables, "iptables-legacy", "iptables-legacy"},
 		{Auto, "", "nftables"},
+		{Auto, "iptables-legacy", "nftables"}, // which kubelet uses
+		{Auto, "iptables-nft", "nftables"},
 		{IPTables, "iptables-nft", "iptables-nft"},
 		{NFTables, "", "nftables"},
 	} {
