@@ -74,12 +74,14 @@ func TestCommands(t *testing.T) {
 							}
 						}
 					}
+					exists(words, "--values", bad)
 				case "kubectl":
 					if !slices.ContainsFunc(words, func(w string) bool {
 						return slices.Contains([]string{"apply", "debug", "exec", "get", "rollout", "run"}, w)
 					}) {
 						bad("not a command that these tests know")
 					}
+					exists(words, "--filename", bad)
 				default:
 					if !slices.Contains(others(), name) {
 						bad("not a command that these tests know")
@@ -91,6 +93,17 @@ func TestCommands(t *testing.T) {
 	for name, least := range map[string]int{"make": 8, "magic-ip-agent": 12, "helm": 8, "kubectl": 8} {
 		if seen[name] < least {
 			t.Errorf("found %d commands of %s, fewer than %d", seen[name], name, least)
+		}
+	}
+}
+
+// exists reports files of the repository that a flag names and that are not there.
+func exists(words []string, flag string, bad func(format string, args ...any)) {
+	for i, word := range words[1:] {
+		if words[i] == flag && word != "-" {
+			if _, err := os.Stat(filepath.Join(root, word)); err != nil {
+				bad("%v", err)
+			}
 		}
 	}
 }

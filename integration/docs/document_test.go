@@ -43,6 +43,11 @@ func documents(t *testing.T) (all []document) {
 	if err != nil || len(paths) < 10 {
 		t.Fatalf("%d documents: %v", len(paths), err)
 	}
+	examples, err := filepath.Glob(root + "/examples/*/README.md")
+	if err != nil || len(examples) < 7 {
+		t.Fatalf("%d examples: %v", len(examples), err)
+	}
+	paths = append(paths, examples...)
 	paths = append(paths, "README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "cni-conf/README.md", "charts/magic-ip-address/README.md")
 	for _, path := range paths {
 		all = append(all, open(t, strings.TrimPrefix(path, root+"/")))
@@ -120,6 +125,20 @@ func (d document) anchors() map[string]bool {
 		anchors[strings.ReplaceAll(heading, " ", "-")] = true
 	}
 	return anchors
+}
+
+// TestExamplesAreLinked: README leads to each example.
+func TestExamplesAreLinked(t *testing.T) {
+	examples, err := filepath.Glob(root + "/examples/*/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme := open(t, "README.md").text
+	for _, path := range examples {
+		if link := "](" + strings.TrimPrefix(path, root+"/") + ")"; !strings.Contains(readme, link) {
+			t.Errorf("README.md has no link %s", link)
+		}
+	}
 }
 
 // TestLinks: what a link in the repository leads to exists, heading included.
