@@ -116,7 +116,7 @@ func exampleClient(t *testing.T, manifest string, parsed config.Config) {
 	for _, port := range parsed.Ports {
 		ports[fmt.Sprint(port.Port)] = true
 	}
-	asked := regexp.MustCompile(regexp.QuoteMeta(address) + `:(\d+)|_PORT: "(\d+)"`).FindAllStringSubmatch(manifest, -1)
+	asked := regexp.MustCompile(regexp.QuoteMeta(address)+`:(\d+)|_PORT: "(\d+)"`).FindAllStringSubmatch(manifest, -1)
 	for _, match := range asked {
 		if port := match[1] + match[2]; !ports[port] {
 			t.Errorf("the client asks port %s, which is none of %s", port, address)
