@@ -284,6 +284,7 @@ func attackRows() []attackRow {
 			}
 			return errors.Join(a.neverReachesTarget(send), a.neverLeaves(send))
 		}},
+		{by: "Pod with NET_RAW", how: "source routing by way of a node that accepts it", must: "can: leave the node (IPv4)", from: pods, packets: (*arena).sourceRoutingAccepted},
 		{by: "Pod with NET_RAW", how: "packet to a magic IP in one of a tunnel to the node", must: "cannot: reach the target, leave the node", from: everybody, packets: func(a *arena, who string) error {
 			send := func() { a.tunnelled(who, a.magic(), attack) }
 			mark := func() { a.tunnelled(who, at(a.target, 9), marker) }
@@ -330,6 +331,11 @@ func attackRows() []attackRow {
 		{by: "Pod with NET_ADMIN", how: "default route of the node by its link", must: "cannot: silence pods", row: strayDefault},
 		{by: "Pod with NET_ADMIN", how: "link that comes while the agent is dead", must: "can: be served (iptables: cannot)", row: newVeth},
 
+		{by: "Pod with NET_ADMIN", how: "its link goes down and up all the time", must: "cannot: keep the agent from its work", test: flappingLink},
+
+		{by: "User of another namespace", how: "Service with the magic IP as its external IP (CVE-2020-8554), before the agent", must: "cannot: become the target", row: leftover},
+		{by: "User of another namespace", how: "the same, while the agent runs", must: "cannot: become the target (iptables: for more than a moment)", from: []string{mate}, packets: (*arena).externalIP},
+
 		{by: "Host on the uplink", how: "magic IP by way of the node", must: "cannot: be answered", row: uplinkDropped},
 		{by: "Host on the uplink", how: "magic IP without an endpoint", must: "cannot: be answered", row: noneUplink},
 		{by: "Host on the uplink", how: "the default route is away", must: "cannot: be answered", row: awayUplink},
@@ -361,6 +367,7 @@ func attackRows() []attackRow {
 		{by: "Host on the uplink", how: "sources that no host has", must: "cannot: reach the target", from: []string{host}, packets: func(a *arena, who string) error {
 			return a.neverReachesTarget(func() { a.strangeSources(who) })
 		}},
+		{by: "Host on the uplink", how: "router advertisement that the target is on its link, to a node that believes them", must: "cannot: get a packet of a client", from: []string{host}, packets: (*arena).prefixAdvertisement},
 		{by: "Host on a second network, VPN peer, container on a bridge with such a port", how: "magic IP by way of the node", must: "cannot: be answered", row: linksOfOthers},
 		{by: "Host on a second network, VPN peer, container on a bridge with such a port", how: "with any default route", must: "cannot: be answered", row: otherNetworks},
 		{by: "Host on a second network, VPN peer, container on a bridge with such a port", how: "with no default route", must: "cannot: be answered", row: nicDropped},
@@ -528,6 +535,45 @@ func (a *arena) claimTarget(who string) error {
 	return errors.Join(err, a.want(lab.Host, a.magic(), "answered by echo"))
 }
 
+// advertise has the node believe a router advertisement (RFC 4861) that an attacker sends to it alone, by this link of the node, until it has a
+// route that ip prints so.
+func (a *arena) advertise(who, link string, lifetime uint32, options []byte, route string) (end func(), err error) {
+	a.t.Helper()
+	accept := func(value string) {
+		if err := a.Sysctl(lab.Host, "ipv6/conf/"+link+"/accept_ra", value); err != nil {
+			a.t.Fatal(err)
+		}
+	}
+	accept("2") // that of a router
+	router, all := netip.MustParseAddr("fe80::bad"), netip.MustParseAddr("ff02::1")
+	protocol, data := icmpError(router, all, 134, 0, 64<<24|8<<16|lifetime, append(make([]byte, 8), options...)) // of high preference
+	p := packet(router, all, protocol, data)
+	p[7] = 255
+	node, err := net.ParseMAC(strings.TrimSpace(a.run("cat /sys/class/net/" + link + "/address")))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.sendFrame(who, node, unix.ETH_P_IPV6, p)
+	end = func() {
+		a.t.Helper()
+		accept("0")
+		a.run("ip -6 route delete " + route)
+	}
+	return end, lab.Eventually(patience(a.t), func() error {
+		if routes := a.run("ip -6 route show"); !strings.Contains(routes, route) {
+			return fmt.Errorf("the node has the routes %s", routes)
+		}
+		return nil
+	})
+}
+
+// seen waits until the agent has seen the node's routes: it serves a pod that comes later.
+func (a *arena) seen() error {
+	later := lab.Pod{Name: fmt.Sprint("later", a.port), Namespace: "elsewhere"}
+	a.addPod("ptp", later)
+	return lab.Eventually(patience(a.t), func() error { return a.want(later.Name, magic(false), "answered by echo") })
+}
+
 func (a *arena) routerAdvertisement(who string) error {
 	if !a.six {
 		return nil // there is no such thing
@@ -536,37 +582,49 @@ func (a *arena) routerAdvertisement(who string) error {
 	if who == routed {
 		link = hostInterface(a.t, a.Node, routed).Name
 	}
-	accept := func(value string) {
-		if err := a.Sysctl(lab.Host, "ipv6/conf/"+link+"/accept_ra", value); err != nil {
-			a.t.Fatal(err)
-		}
-	}
-	accept("2")
-	defer accept("0")
-	router, all := netip.MustParseAddr("fe80::bad"), netip.MustParseAddr("ff02::1")
-	protocol, data := icmpError(router, all, 134, 0, 64<<24|8<<16|1800, make([]byte, 8)) // of high preference
-	p := packet(router, all, protocol, data)
-	p[7] = 255
-	node, err := net.ParseMAC(strings.TrimSpace(a.run("cat /sys/class/net/" + link + "/address"))) // to it alone: pods believe them too
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	a.sendFrame(who, node, unix.ETH_P_IPV6, p)
-	err = lab.Eventually(patience(a.t), func() error {
-		if routes := a.run("ip -6 route show default"); !strings.Contains(routes, "via fe80::bad dev "+link) {
-			return fmt.Errorf("the node has the routes %s", routes)
-		}
-		return nil
-	})
+	end, err := a.advertise(who, link, 1800, nil, "default via fe80::bad dev "+link)
 	if err != nil {
 		return err
 	}
-	// The agent has seen it when it serves a pod that comes later.
-	later := lab.Pod{Name: fmt.Sprint("later", a.port), Namespace: "elsewhere"}
-	a.addPod("ptp", later)
-	err = lab.Eventually(patience(a.t), func() error { return a.want(later.Name, a.magic(), "answered by echo") })
-	err = errors.Join(err, a.want("client", a.magic(), "answered by echo"), a.want(who, a.magic(), "answered by echo"), a.want(host, a.magic(), "silence"))
-	a.run("ip -6 route delete default via fe80::bad dev " + link)
+	defer end()
+	return errors.Join(a.seen(), a.want("client", a.magic(), "answered by echo"), a.want(who, a.magic(), "answered by echo"), a.want(host, a.magic(), "silence"))
+}
+
+func (a *arena) prefixAdvertisement(who string) error {
+	if !a.six {
+		return nil
+	}
+	prefix := slices.Concat([]byte{3, 4, 128, 0x80, 0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0}, a.target.AsSlice())
+	end, err := a.advertise(who, "eth0", 0, prefix, a.target.String()+" dev eth0")
+	if err != nil {
+		return err
+	}
+	getsNothing := func() error {
+		return a.neverArrives(host,
+			func() { a.datagram("client", at(a.client, a.port), a.magic(), attack) },
+			func() { a.datagram("client", at(a.client, a.port), at(a.far(), 9), marker) })
+	}
+	err = errors.Join(getsNothing(), a.seen(), getsNothing())
+	end()
+	return errors.Join(err, lab.Eventually(patience(a.t), func() error { return a.want("client", a.magic(), "answered by echo") }))
+}
+
+// externalIP puts the rule that kube-proxy would make before all others.
+func (a *arena) externalIP(who string) error {
+	_, variant, isIPTables := strings.Cut(a.backend, "-")
+	if !isIPTables {
+		variant = "nft"
+	}
+	tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[a.six] + variant
+	rule := fmt.Sprintf(" PREROUTING -d %s -p tcp -j DNAT --to-destination %s", a.magic().Addr(), at(a.address(who), port))
+	impostor := a.echoAt(who, "impostor", at(a.address(who), port).String())
+	defer func() { _ = impostor.Close() }()
+	a.run(tool + " -t nat -I" + rule)
+	defer a.run(tool + " -t nat -D" + rule)
+	err := a.want("client", a.magic(), "answered by echo")
+	if isIPTables {
+		err = lab.Eventually(patience(a.t), func() error { return a.want("client", a.magic(), "answered by echo") })
+	}
 	return err
 }
 
@@ -610,6 +668,23 @@ func (a *arena) sourceRouted(who string) {
 		header := append([]byte{unix.IPPROTO_UDP, 2, kind, 1, 0, 0, 0, 0}, a.magic().Addr().AsSlice()...)
 		a.inject(who, a.address(who), a.node, 43, append(header, d...))
 	}
+}
+
+// sourceRoutingAccepted: the kernel puts the next address into the packet behind the forward hook (ip_forward_finish).
+func (a *arena) sourceRoutingAccepted(who string) error {
+	if a.six {
+		return nil
+	}
+	accept := func(value string) {
+		a.run("for accept in /proc/sys/net/ipv4/conf/*/accept_source_route; do echo " + value + " >$accept; done")
+	}
+	accept("1")
+	defer accept("0")
+	left, err := a.leaves(func() { a.sourceRouted(who) })
+	if left == nil && err == nil {
+		err = errors.New("it did not leave")
+	}
+	return err
 }
 
 // fragments sends datagrams in fragments: one whose ports are in the second, the second alone, and two that overlap.
@@ -841,6 +916,27 @@ func olderClaim(t *testing.T) {
 			return m.Frontend == frontend && strings.Contains(m.Reason, "is claimed by agent "+otherName)
 		})
 	})
+}
+
+// flappingLink: the node's end of a pod's link changes with the pod's, and the kernel reports it each time.
+func flappingLink(t *testing.T) {
+	t.Parallel()
+	w := serving(t, "nftables", "ptp", config())
+	w.addClient()
+	flapping, err := w.Start("ip", "netns", "exec", "client", "sh", "-c", "while :; do ip link set eth0 down; ip link set eth0 up; done")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flapping.Kill()
+	for i := range 5 {
+		name := fmt.Sprint("echo-", i)
+		w.addPod("ptp", lab.Pod{Name: "asks-" + name, Namespace: "elsewhere"})
+		w.addTarget(name)
+		w.echo(name)
+		if err := w.want("asks-"+name, magic(false), "answered by "+name); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // manyLabels: the runtime passes them to the plugin, which keeps those that selectors ask for.
