@@ -37,7 +37,7 @@ demo: ## a node made of namespaces: pods, a magic IP, a rollout (needs root; DEM
 
 .PHONY: test
 test: build tools ## all tests with the race detector, cnitool and packets included (needs root), then short fuzzing
-	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc curl python3
+	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc curl python3 ipset
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
 	go test -C integration/conflist -count=1 ./... # with -race, go-cni swaps its locks for a detector that reports deadlocks where there are none
@@ -54,6 +54,15 @@ e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, 
 	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 40m -tags e2e ./integration/cluster/release ./integration/cluster/...
+
+.PHONY: e2e-cilium-binaries
+e2e-cilium-binaries: e2e-binaries ## Cilium and what it needs, from source (9 minutes, once)
+	integration/cluster/binaries cilium
+
+.PHONY: e2e-cilium
+e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cilium, with all settings that matter (needs root; CILIUM='-run …' for less)
+	integration/prerequisites nft iptables conntrack ip nsenter ipset
+	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
 
 .PHONY: compare
 compare: build e2e-binaries e2e-image ## what an update costs clients by a magic IP and by a Service, on a whole cluster (needs root; 12 minutes)
@@ -92,7 +101,7 @@ e2e-bench: build tools e2e-binaries ## measure the agent and the API server, eac
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
-	bin/golangci-lint run --build-tags e2e ./...
+	bin/golangci-lint run --build-tags e2e,cilium ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	go test -count=1 -v -run '^TestHouse$$' ./integration
@@ -116,6 +125,6 @@ docs: build tools ## write what comes from programs in the documents: keys, comm
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
+	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning

@@ -121,6 +121,12 @@ func (b *Backend) Exists(ctx context.Context) (bool, error) {
 			continue
 		}
 		for _, table := range []string{"nat", "filter", "mangle"} {
+			if !b.Variant.Legacy { // there are no jumps without the chain
+				if exists, err := nftables.HasChain(f.family, table, f.prefix); err != nil || exists {
+					return exists, err
+				}
+				continue
+			}
 			if there, err := f.list(ctx, table); err != nil || !there.empty(f.prefix) {
 				return err == nil, err
 			}

@@ -412,3 +412,29 @@ echo "$rules" | $real "$@"`, tt.says, tt.exit))
 		wantIntact(t, backend)
 	})
 }
+
+// TestExistsWithoutRawSockets: rules of others that match by ipset, as Cilium's do, keep iptables-nft-save from all rules where the
+// process has no CAP_NET_RAW, as the agent's container. Whether there are chains of ours is known all the same.
+func TestExistsWithoutRawSockets(t *testing.T) {
+	inIPTablesNamespace(t)
+	nodetest.Run(t, "ipset", "create", "nodes", "hash:net")
+	nodetest.Run(t, "iptables-nft", "-t", "nat", "-A", "POSTROUTING", "-m", "set", "!", "--match-set", "nodes", "dst", "-j", "MASQUERADE")
+	if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0); err != nil { // of this thread, which ends with the test
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("iptables-nft-save", "-t", "nat").CombinedOutput(); err == nil {
+		t.Fatalf("iptables-nft-save does without a raw socket:\n%s", out)
+	}
+	backend := New(testAgent, Variant{suffix: "-nft"})
+	want := func(when string, want bool) {
+		t.Helper()
+		if exists, err := backend.Exists(t.Context()); err != nil || exists != want {
+			t.Errorf("%s: %t, %v; want %t", when, exists, err, want)
+		}
+	}
+	want("nothing of ours", false)
+	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", Prefix("another.agent")+"pods")
+	want("chains of another agent", false)
+	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", Prefix(testAgent)+"pods")
+	want("a chain of ours", true)
+}

@@ -108,6 +108,17 @@ func (r *reader) listTable(family plan.Family, name string, known []set) (*listi
 	return l, err
 }
 
+// HasChain says whether a table of a family has a chain whose name begins with prefix. It reads tables of iptables-nft too, also where
+// iptables-nft-save cannot: that loads the library of each match, and the one of ipset wants a raw socket (CAP_NET_RAW).
+func HasChain(family plan.Family, table, prefix string) (bool, error) {
+	var r reader
+	l, err := r.listTable(family, table, nil)
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(l.objects, func(o object) bool { return o.kind == "chain" && strings.HasPrefix(o.name, prefix) }), nil
+}
+
 // Attributes that x/sys does not name.
 const (
 	nftaChainFlags    = 10
