@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -48,6 +49,10 @@ type Node interface {
 	Snapshot() (node.Snapshot, error)
 	// SetHairpin switches hairpin mode of a bridge port, by its ifindex; a port that is gone is not an error.
 	SetHairpin(port int, on bool) error
+	// AddLocalRoute adds a local route, or gives it another source.
+	AddLocalRoute(route node.LocalRoute) error
+	// RemoveLocalRoute removes one; one that is gone is not an error.
+	RemoveLocalRoute(route node.LocalRoute) error
 }
 
 // API is the Kubernetes API.
@@ -85,8 +90,9 @@ const (
 	Rules                         // the kernel's rules were externally modified
 	Pods                          // the Kubernetes API
 	Notes                         // Options.Notes
+	DataPlane                     // Cilium's settings
 	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Rules | Pods | Notes | Poll
+	allSources = Records | Network | Others | Settings | Rules | Pods | Notes | DataPlane | Poll
 )
 
 // Task runs beside the loop until ctx ends; an error ends the agent. wake tells the loop that a source may have changed.
@@ -102,7 +108,9 @@ type Options struct {
 	BackendNote string
 	Flows       Flows
 	Node        Node
-	API         API // nil: what the CNI plugin records is all that is known
+	// Cilium reads Cilium's settings: fs.ErrNotExist where it has written none.
+	Cilium func() (dataplane.Settings, error)
+	API    API // nil: what the CNI plugin records is all that is known
 	// Uptime is the time since the node was started (CLOCK_BOOTTIME): what is measured over a restart of the agent.
 	Uptime func() time.Duration
 	// Notes are shown in the status beside the agent's own; they are asked for each time.
@@ -130,6 +138,7 @@ type agent struct {
 	sources   sources
 	pods      *inventory.Inventory
 	services  services
+	plane     dataplane.Choice
 	kernel    kernel
 	files     files
 	// keep: the kernel has rules of this agent, of which it remembers nothing. They stay until all sources are synced.

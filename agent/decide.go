@@ -176,6 +176,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		HostAddresses: network.Addresses,
 		Sandboxes:     a.pods.Sandboxes(),
 		Settled:       a.pods.AllSynced(),
+		Detour:        a.plane.Detour,
 		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}
 	for i, port := range a.config.Ports {

@@ -3,10 +3,13 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
@@ -26,7 +29,7 @@ type kernel struct {
 	hairpins []int
 
 	syncErr, verifyErr, sweepErr error
-	hairpinErrs                  []problem
+	hairpinErrs, routeErrs       []problem
 }
 
 // restorePause keeps the agent from fighting with another program that changes its rules again and again.
@@ -70,7 +73,64 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 		}
 	}
 	k.hairpin()
+	k.routes()
 	return next
+}
+
+// routes makes magic IPs addresses of the node where the plan in the kernel wants that: after the rules, without which the node
+// refuses what comes by them. Those of other agents stay, whether they run or not.
+func (k *kernel) routes() {
+	k.routeErrs = nil
+	if k.applied == nil {
+		return
+	}
+	network := &k.agent.sources.network
+	there := map[netip.Addr]node.LocalRoute{}
+	for _, route := range network.LocalRoutes {
+		there[route.Address] = route
+	}
+	network.LocalRoutes = nil // as they are after this
+	wanted := map[netip.Addr]bool{}
+	for _, address := range k.applied.LocalAddresses() {
+		route := node.LocalRoute{Address: address, Source: network.Sources[plan.FamilyOf(address)]}
+		wanted[address] = true
+		if there[address] == route {
+			network.LocalRoutes = append(network.LocalRoutes, route)
+			continue
+		}
+		if !route.Source.IsValid() {
+			k.routeErrs = append(k.routeErrs, problem{"local routes", fmt.Errorf("local route for %s: no uplink of the node has an address of its family that processes of the node could connect from", address)})
+			continue
+		}
+		if err := k.agent.Node.AddLocalRoute(route); err != nil {
+			k.routeErrs = append(k.routeErrs, problem{"local routes", err})
+			continue
+		}
+		network.LocalRoutes = append(network.LocalRoutes, route)
+		k.agent.Log.Info("local route added, so that packets of pods come to the rules", "magicIP", address, "source", route.Source)
+	}
+	k.removeRoutes(slices.Collect(maps.Values(there)), wanted)
+}
+
+// removeRoutes removes local routes of agents that are not wanted, but for those that another agent wants.
+func (k *kernel) removeRoutes(routes []node.LocalRoute, wanted map[netip.Addr]bool) {
+	network := &k.agent.sources.network
+	for _, other := range k.agent.sources.others {
+		for _, c := range other.claims {
+			wanted[c.Address] = wanted[c.Address] || c.LocalRoute
+		}
+	}
+	for _, route := range routes {
+		if wanted[route.Address] {
+			continue
+		}
+		if err := k.agent.Node.RemoveLocalRoute(route); err != nil {
+			k.routeErrs = append(k.routeErrs, problem{"local routes", err})
+			network.LocalRoutes = append(network.LocalRoutes, route)
+			continue
+		}
+		k.agent.Log.Info("local route removed", "magicIP", route.Address)
+	}
 }
 
 // verify says whether our rules were externally modified.
@@ -133,11 +193,11 @@ func (k *kernel) endHairpins() {
 }
 
 // synced says whether nothing is left to be done.
-func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil }
+func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil && len(k.routeErrs) == 0 }
 
 func (k *kernel) problems() []problem {
 	backend := k.agent.Backend.Name()
-	problems := slices.Clone(k.hairpinErrs)
+	problems := slices.Concat(k.hairpinErrs, k.routeErrs)
 	for about, err := range map[string]error{backend: k.syncErr, backend + " verify": k.verifyErr, "conntrack": k.sweepErr} {
 		if err != nil {
 			problems = append(problems, problem{about, err})

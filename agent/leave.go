@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net/netip"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -69,6 +70,17 @@ func (a *agent) installerLeft(ctx context.Context) bool {
 	}
 }
 
+// endRoutes removes the local routes that no other agent wants.
+func (a *agent) endRoutes() {
+	a.readNetwork()
+	a.readOthers()
+	a.kernel.routeErrs = nil
+	a.kernel.removeRoutes(a.sources.snapshot.LocalRoutes, map[netip.Addr]bool{})
+	for _, p := range a.kernel.routeErrs {
+		a.Log.Warn("a local route stays: pods are refused at that address", "error", p.err)
+	}
+}
+
 func (a *agent) removeRules(ctx context.Context) error {
 	for {
 		err := a.Uninstall.Rules(ctx)
@@ -83,6 +95,7 @@ func (a *agent) removeRules(ctx context.Context) error {
 		}
 	}
 	a.kernel.endHairpins()
+	a.endRoutes()
 	applied := a.kernel.applied
 	if applied == nil {
 		return nil

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -17,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -31,6 +33,7 @@ type leaving struct {
 	failing int // how often the rules cannot be removed yet
 	swept   plan.Change
 	hairpin bool
+	routes  []node.LocalRoute
 	deleted chan struct{}
 	log     bytes.Buffer
 	ended   chan error
@@ -75,6 +78,7 @@ magicIPs:
 			RuntimeDir: l.dir.Path(), Backend: l.backend, Flows: l, Node: l, Log: slog.New(slog.NewTextHandler(&l.log, nil)),
 			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
 			Uptime: func() time.Duration { return time.Hour },
+			Cilium: func() (dataplane.Settings, error) { return dataplane.Settings{IPv4: true}, nil }, // BPF host routing
 			Uninstall: Uninstall{
 				Wanted: func(ctx context.Context) bool {
 					select {
@@ -103,12 +107,17 @@ magicIPs:
 	}
 }
 
-// Snapshot and SetHairpin make it the Node: cni0 with the target's link, and a link where hairpin mode is on already.
+// Snapshot and the rest make it the Node: cni0 with the target's link, a link where hairpin mode is on already, and Cilium.
 func (l *leaving) Snapshot() (node.Snapshot, error) {
-	return node.Snapshot{Links: []node.LinkState{
+	return node.Snapshot{LocalRoutes: slices.Clone(l.routes), Addresses: []node.Address{{Link: 2, Prefix: netip.MustParsePrefix("192.0.2.2/24")}}, Routes: []node.Route{
+		{Link: 2, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254},
+	}, Links: []node.LinkState{
+		{Index: 2, Name: "eth0"},
 		{Index: 3, Name: "cni0", Kind: "bridge"},
 		{Index: 4, Name: "veth1", Kind: "veth", Elsewhere: true, Master: 3, Hairpin: l.hairpin},
 		{Index: 5, Name: "veth2", Kind: "veth", Elsewhere: true, Master: 3, Hairpin: true},
+		{Index: 6, Name: "cilium_net", Kind: "veth", Lower: 7},
+		{Index: 7, Name: "cilium_host", Kind: "veth", Lower: 6},
 	}}, nil
 }
 
@@ -117,6 +126,16 @@ func (l *leaving) SetHairpin(port int, on bool) error {
 		l.Errorf("hairpin mode of link %d switched to %v", port, on)
 	}
 	l.hairpin = on
+	return nil
+}
+
+func (l *leaving) AddLocalRoute(route node.LocalRoute) error {
+	l.routes = append(l.routes, route)
+	return nil
+}
+
+func (l *leaving) RemoveLocalRoute(route node.LocalRoute) error {
+	l.routes = slices.DeleteFunc(l.routes, func(r node.LocalRoute) bool { return r == route })
 	return nil
 }
 
@@ -142,6 +161,9 @@ func (l *leaving) want(when string, rules bool, files ...string) {
 	l.Helper()
 	if l.rules() != rules {
 		l.Errorf("%s: rules there: %t, want %t", when, !rules, rules)
+	}
+	if (len(l.routes) > 0) != rules {
+		l.Errorf("%s: the local routes are %v, want any: %t", when, l.routes, rules)
 	}
 	if diff := cmp.Diff(files, l.files()); diff != "" {
 		l.Errorf("%s: runtime dir (-want +got):\n%s", when, diff)

@@ -106,9 +106,16 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 
 func (f *files) publishClaims() {
 	claims := []runtimedir.Claim{}
+	var local map[netip.Addr]bool
+	if f.agent.plane.LocalRoutes {
+		wanted := f.agent.plan(time.Now())
+		local = addressSet(wanted.LocalAddresses())
+	}
 	for i, s := range f.agent.services.inOrder {
 		if s != nil && f.agent.config.Ports[i].Unserved == "" {
-			claims = append(claims, runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""})
+			claim := runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""}
+			claim.LocalRoute = claim.Served && local[claim.Address]
+			claims = append(claims, claim)
 		}
 	}
 	f.claims.put(claims, slices.Equal, f.agent.own.WriteClaims)
@@ -118,7 +125,7 @@ func (f *files) publishClaims() {
 func (a *agent) status(now time.Time) runtimedir.Status {
 	status := runtimedir.Status{
 		Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.kernel.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
 		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)), Links: links(a.sources.network.Links),
 	}
 	for i, port := range a.config.Ports {
@@ -134,6 +141,20 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 			m.Endpoints = append(m.Endpoints, chosenEndpoints(s.endpoints)...)
 		}
 		status.MagicIPs = append(status.MagicIPs, m)
+	}
+	return status
+}
+
+// dataPlane is how packets of pods are brought to the rules.
+func (a *agent) dataPlane() runtimedir.DataPlane {
+	status := runtimedir.DataPlane{Configured: string(a.config.DataPlane), Name: string(a.plane.Plane), Reason: a.plane.Reason}
+	if p := a.kernel.applied; p != nil {
+		status.LocalRoutes = p.LocalAddresses()
+		for _, family := range plan.Families() {
+			if p.Detour.Masquerade(family) && p.Has(family) {
+				status.Masquerade = append(status.Masquerade, string(family))
+			}
+		}
 	}
 	return status
 }
@@ -186,7 +207,7 @@ func (a *agent) labels() []runtimedir.PodLabels {
 
 // memory is what the agent goes on with after a restart, beside its status and claims.
 func (a *agent) memory(keys map[string]bool) runtimedir.Memory {
-	m := runtimedir.Memory{Uplinks: a.sources.uplinks, Hairpins: slices.Clone(a.kernel.hairpins), Namespace: a.sources.namespace}
+	m := runtimedir.Memory{Uplinks: a.sources.uplinks, Hairpins: slices.Clone(a.kernel.hairpins), Namespace: a.sources.namespace, Cilium: a.sources.cilium}
 	endpoints := map[netip.Addr]bool{}
 	for i, s := range a.services.inOrder {
 		if s == nil {
@@ -219,7 +240,7 @@ func (a *agent) restore(ctx context.Context) {
 	if pods, err := a.own.ReadPods(); err == nil {
 		labels = pods.Labels
 	}
-	a.sources.uplinks, a.kernel.hairpins, a.sources.namespace = memory.Uplinks, memory.Hairpins, memory.Namespace
+	a.sources.uplinks, a.kernel.hairpins, a.sources.namespace, a.sources.cilium = memory.Uplinks, memory.Hairpins, memory.Namespace, memory.Cilium
 	a.pods = inventory.New(a.API != nil, *memory, labels, now)
 	a.services.byFrontend = map[plan.Frontend]*service{}
 	if claims, err := a.own.ReadClaims(); err == nil {
@@ -285,6 +306,7 @@ func (a *agent) notes() []string {
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
 	}
 	notes = append(notes, a.sources.network.Notes...)
+	notes = append(notes, a.planeNotes()...)
 	if unlabelled := a.pods.Unlabelled(); a.API == nil && unlabelled > 0 {
 		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
 			"CNI plugins (containerd does not), and without the Kubernetes API nothing else reports them", unlabelled))
@@ -292,6 +314,17 @@ func (a *agent) notes() []string {
 	notes = append(notes, a.unrecordedEndpoints()...)
 	for _, more := range a.Notes {
 		notes = append(notes, more()...)
+	}
+	return notes
+}
+
+// planeNotes are notes about a data plane by which magic IPs do not work, or may not.
+func (a *agent) planeNotes() (notes []string) {
+	if a.plane.Broken != "" {
+		notes = append(notes, a.plane.Reason+": "+a.plane.Broken+"; set dataPlane to auto")
+	}
+	if a.plane.Unknown != "" {
+		notes = append(notes, a.plane.Reason+"; it is not known "+a.plane.Unknown+". Mount that directory, or set dataPlane to cilium")
 	}
 	return notes
 }

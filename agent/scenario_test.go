@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -22,6 +23,7 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
@@ -59,13 +61,20 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	flush                              all rules are flushed
 //	wait DURATION                      time passes
 //	reboot                             the node's uptime begins anew, and the agent with it
-//	other NAME FRONTEND DURATION       another agent claims a frontend since so long before now
+//	other NAME FRONTEND DURATION [local]
+//	                                   another agent claims a frontend since so long before now; local: with a local route
 //	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage; it leaves
 //	config FILE                        the configuration becomes that section
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
 //	want FRONTEND unserved: REASON     part of the reason
 //	kernel FRONTEND ACTION             what becomes of new packets, whatever the status says: "no rule" without one
 //	swept FLOWS                        the frontends and gone addresses swept since the last time
+//	cilium SETTING …                   Cilium is on the node, and has written its settings: bpf or legacy, and endpoint-routes, bpf-masquerade,
+//	                                   no-masquerade; or unreadable
+//	no-cilium                          its link is gone
+//	alien-route ADDR, unroute ADDR     another program has a local route for a magic IP from now on; that of an agent is removed
+//	local ADDR@SOURCE …                the local routes of agents; none
+//	plane TEXT                         part of what the status says of the data plane
 //	hairpin NAME …                     the links whose hairpin mode is on; none
 //	role NAME ROLE: REASON             what the status says of a link
 //	default NAME [other], no-default NAME [other]
@@ -124,6 +133,8 @@ type stage struct {
 	sweeps  fakeFlows
 	network node.Snapshot
 	links   int                     // how many there have been
+	cilium  *dataplane.Settings     // nil: it cannot be read
+	alien   netip.Addr              // another program has a local route for it
 	records []runtimedir.Attachment // of the pods that are there
 	api     *fakeAPI                // nil: the API is not asked
 	failing sync.Map                // errors, by what fails
@@ -190,7 +201,13 @@ func (s *stage) start() {
 		Backend:    s.backend,
 		Flows:      &s.sweeps,
 		Node:       s,
-		Uptime:     func() time.Duration { return time.Since(s.booted) },
+		Cilium: func() (dataplane.Settings, error) {
+			if s.cilium == nil {
+				return dataplane.Settings{}, &fs.PathError{Op: "open", Path: "agent-runtime-config.json", Err: fs.ErrNotExist}
+			}
+			return *s.cilium, s.failure("cilium")
+		},
+		Uptime: func() time.Duration { return time.Since(s.booted) },
 		Tasks: []Task{func(ctx context.Context, wake func(Source)) error {
 			s.wake = wake
 			close(ready)
@@ -229,7 +246,7 @@ func (s *stage) Snapshot() (node.Snapshot, error) {
 		return node.Snapshot{}, err
 	}
 	snapshot := s.network
-	snapshot.Links = slices.Clone(snapshot.Links)
+	snapshot.Links, snapshot.LocalRoutes = slices.Clone(snapshot.Links), slices.Clone(snapshot.LocalRoutes)
 	if s.failure("torn") != nil { // the last link is missing
 		snapshot.Torn, snapshot.Links = []string{"links"}, snapshot.Links[:len(snapshot.Links)-1]
 	}
@@ -265,6 +282,24 @@ func (s *stage) SetHairpin(port int, on bool) error {
 		}
 	}
 	return s.failure("hairpin")
+}
+
+func (s *stage) AddLocalRoute(route node.LocalRoute) error {
+	if s.alien == route.Address {
+		return fmt.Errorf("another program has made one for %s", route.Address)
+	}
+	s.removeRoute(route.Address)
+	s.network.LocalRoutes = append(s.network.LocalRoutes, route)
+	return nil
+}
+
+func (s *stage) RemoveLocalRoute(route node.LocalRoute) error {
+	s.removeRoute(route.Address)
+	return nil
+}
+
+func (s *stage) removeRoute(address netip.Addr) {
+	s.network.LocalRoutes = slices.DeleteFunc(slices.Clone(s.network.LocalRoutes), func(r node.LocalRoute) bool { return r.Address == address })
 }
 
 func (s *stage) event(sections map[string]string, verb string, args []string) error {
@@ -346,6 +381,29 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		s.removeLink("port-of-" + args[0])
 		s.addBridge(node.LinkState{Name: args[0], Unfiltered4: true, Unfiltered6: true})
 		s.wake(Network)
+	case "cilium":
+		if !slices.ContainsFunc(s.network.Links, func(l node.LinkState) bool { return l.Name == node.CiliumLink }) {
+			s.addLink(node.LinkState{Name: node.CiliumLink, Kind: "veth", Lower: s.links + 2})
+			s.addLink(node.LinkState{Name: "cilium_net", Kind: "veth", Lower: s.links})
+		}
+		is := func(setting string) bool { return slices.Contains(args, setting) }
+		s.cilium = &dataplane.Settings{
+			IPv4: true, IPv6: true,
+			LegacyHostRouting: is("legacy"), EndpointRoutes: is("endpoint-routes"), BPFMasquerade: is("bpf-masquerade"),
+			IPv4Masquerade: !is("no-masquerade"), IPv6Masquerade: !is("no-masquerade"),
+		}
+		if is("unreadable") {
+			s.cilium = nil
+		}
+		s.wake(DataPlane | Network)
+	case "no-cilium":
+		s.removeLink(node.CiliumLink)
+		s.wake(Network)
+	case "alien-route":
+		s.alien = netip.MustParseAddr(args[0])
+	case "unroute":
+		s.removeRoute(netip.MustParseAddr(args[0]))
+		s.wake(Network)
 	case "no-ipv6":
 		s.network.IPv6 = false
 		s.wake(Network)
@@ -425,6 +483,23 @@ func (s *stage) expect(verb string, args []string) error {
 		}
 		if why := strings.Join(status.MagicIPs[0].Why, "\n"); !strings.Contains(why, text) {
 			return fmt.Errorf("it says %q", why)
+		}
+	case "local":
+		var got []string
+		for _, r := range s.network.LocalRoutes {
+			got = append(got, fmt.Sprintf("%s@%s", r.Address, r.Source))
+		}
+		slices.Sort(got)
+		if strings.Join(got, " ") != strings.Replace(text, "none", "", 1) {
+			return fmt.Errorf("the local routes are %v", got)
+		}
+	case "plane":
+		status, err := s.dir.Agent("default.magic-ip").ReadStatus()
+		if err != nil {
+			return err
+		}
+		if got := fmt.Sprintf("%s %s %v %v", status.DataPlane.Name, status.DataPlane.Reason, status.DataPlane.LocalRoutes, status.DataPlane.Masquerade); !strings.Contains(got, text) {
+			return fmt.Errorf("the data plane is %q", got)
 		}
 	case "hairpin":
 		var got []string
@@ -556,7 +631,7 @@ func (s *stage) other(args []string) error {
 	}()
 	other := s.dir.Agent(args[0])
 	return errors.Join(
-		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: true}}),
+		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: true, LocalRoute: len(args) > 3}}),
 		other.WriteStatus(runtimedir.Status{}))
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -30,6 +31,10 @@ type sources struct {
 	namespace    string
 	others       []other
 	othersSynced bool
+	// cilium are Cilium's settings as read last; nil: they have not been read since the node was started. ciliumErr is why they cannot
+	// be read now.
+	cilium    *dataplane.Settings
+	ciliumErr error
 
 	settingsErr, recordsErr, networkErr, apiErr error
 	othersErrs                                  []problem
@@ -43,7 +48,7 @@ type other struct {
 
 // failing says whether a source of the node itself is to be read again soon.
 func (s *sources) failing() bool {
-	return s.recordsErr != nil || s.networkErr != nil || len(s.othersErrs) > 0
+	return s.recordsErr != nil || s.networkErr != nil || len(s.othersErrs) > 0 || s.ciliumErr != nil && !errors.Is(s.ciliumErr, fs.ErrNotExist)
 }
 
 func (s *sources) problems() (problems []problem) {
@@ -54,8 +59,14 @@ func (s *sources) problems() (problems []problem) {
 			problems = append(problems, p)
 		}
 	}
+	if s.ciliumErr != nil && !errors.Is(s.ciliumErr, fs.ErrNotExist) {
+		problems = append(problems, problem{"Cilium's settings", s.ciliumErr})
+	}
 	return append(problems, s.othersErrs...)
 }
+
+// hasLink says whether the node has a link of this name.
+func (s *sources) hasLink(name string) bool { return s.network.IfIndex[name] != 0 }
 
 // read takes in the sources that have changed, and says whether there can be news. What a source that cannot be read
 // reported before counts on, and it is read again each time.
@@ -84,6 +95,9 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 	}
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
+	}
+	if changed&(DataPlane|Network|Poll|Settings) != 0 || s.ciliumErr != nil {
+		a.readDataPlane()
 	}
 	if changed&(Pods|Poll|Settings) != 0 && a.API != nil { // the configuration names the namespaces
 		if changed&Poll != 0 {
@@ -117,9 +131,10 @@ func (a *agent) readNetwork() {
 		}
 		snapshot.Addresses = append(snapshot.Addresses, s.snapshot.Addresses...)
 		snapshot.Routes = append(snapshot.Routes, s.snapshot.Routes...)
+		snapshot.LocalRoutes = append(snapshot.LocalRoutes, s.snapshot.LocalRoutes...)
 	}
 	if s.namespace != snapshot.Namespace {
-		s.namespace, s.uplinks, a.kernel.hairpins = snapshot.Namespace, nil, nil
+		s.namespace, s.uplinks, s.cilium, a.kernel.hairpins = snapshot.Namespace, nil, nil, nil
 	}
 	gone := func(port int) bool {
 		return !slices.ContainsFunc(snapshot.Links, func(l node.LinkState) bool { return l.Index == port })
@@ -131,6 +146,30 @@ func (a *agent) readNetwork() {
 		links[l.Name] = l.Index
 	}
 	a.pods.SetLinks(links)
+}
+
+// readDataPlane reads Cilium's settings, and chooses what brings packets of pods to the rules. While the file cannot be read, what it
+// said before counts: Cilium's agent writes it anew at each start.
+func (a *agent) readDataPlane() {
+	s := &a.sources
+	s.ciliumErr = nil
+	if !s.networkSynced {
+		return
+	}
+	known := dataplane.Known{Link: s.hasLink(node.CiliumLink)}
+	if known.Link || a.config.DataPlane == dataplane.Cilium {
+		settings, err := a.Cilium()
+		if s.ciliumErr = err; err == nil {
+			s.cilium = &settings
+		}
+		known.Settings, known.Unreadable = s.cilium, err
+	}
+	choice := dataplane.Choose(a.config.DataPlane, known)
+	if choice != a.plane {
+		a.Log.Info("data plane", "dataPlane", choice.Plane, "reason", choice.Reason, "localRoutes", choice.LocalRoutes,
+			"masquerade", choice.Masquerade4 || choice.Masquerade6)
+	}
+	a.plane = choice
 }
 
 // logLinks logs which links have another role than before, or another reason for it. That a pod's new link is served is no
@@ -218,9 +257,8 @@ func (a *agent) readOthers() (news bool) {
 	return news
 }
 
-// WatchFiles watches the plugin's state file, the agents' claims and the configuration file (none where
-// empty). It watches their directories, since all of them are replaced by rename.
-func WatchFiles(runtimeDir, configFile string) Task {
+// WatchFiles watches the plugin's state file, the agents' claims, the configuration file (none where empty) and Cilium's file. It watches their directories, since all of them are replaced by rename.
+func WatchFiles(runtimeDir, configFile, ciliumStateDir string) Task {
 	dir := runtimedir.New(runtimeDir)
 	return func(ctx context.Context, wake func(Source)) error {
 		watcher, err := fsnotify.NewWatcher()
@@ -231,7 +269,7 @@ func WatchFiles(runtimeDir, configFile string) Task {
 		// A directory that was replaced, or is there only now, is watched within a second. What happened before is
 		// read by then too, or by the next poll.
 		arm := func() (added bool) {
-			folders := dir.Folders()
+			folders := append(dir.Folders(), ciliumStateDir)
 			if configFile != "" {
 				folders = append(folders, filepath.Dir(configFile))
 			}
@@ -242,7 +280,7 @@ func WatchFiles(runtimeDir, configFile string) Task {
 			return added
 		}
 		arm()
-		wake(Records | Others | Settings)
+		wake(Records | Others | Settings | DataPlane)
 		rearm := time.NewTicker(time.Second)
 		defer rearm.Stop()
 		for {
@@ -251,18 +289,22 @@ func WatchFiles(runtimeDir, configFile string) Task {
 				return nil
 			case <-rearm.C:
 				if arm() {
-					wake(Records | Others | Settings)
+					wake(Records | Others | Settings | DataPlane)
 				}
 			case _, open := <-watcher.Errors: // an overflow of the queue, or a directory that is gone
 				if !open {
 					return nil
 				}
-				wake(Records | Others | Settings)
+				wake(Records | Others | Settings | DataPlane)
 			case event := <-watcher.Events:
 				if event.Op == fsnotify.Chmod {
 					continue // a heartbeat
 				}
 				switch {
+				case filepath.Dir(event.Name) == filepath.Clean(ciliumStateDir):
+					if filepath.Base(event.Name) == dataplane.File {
+						wake(DataPlane)
+					}
 				case dir.IsState(event.Name):
 					wake(Records)
 				case event.Has(fsnotify.Create) && arm(): // a directory that is watched from now on

@@ -157,19 +157,7 @@ func (w *world) doctorOfCNI() {
 
 func (w *world) doctorOfNetwork(backend string) {
 	w.t.Helper()
-	w.run("ip link add cilium_net type veth peer name cilium_host")
-	w.finds("warn", "data plane", "Cilium", "Local Redirect Policy")
-	w.agent.Kill()
-	w.start(config())
-	w.awaitEndpoint("echo")
-	const noticed = "Cilium is on this node"
-	w.await("to notice, and to log it", func(a *runtimedir.Status) bool { // what the killed one has published may be there still
-		return strings.Contains(strings.Join(a.Notes, "\n"), noticed) && strings.Contains(w.agent.Log(), noticed)
-	})
-	w.run("ip link delete cilium_net")
-	w.agent.Kill()
-	w.start(config())
-	w.awaitEndpoint("echo")
+	w.doctorOfCilium()
 
 	filter := func(value string) {
 		for _, key := range []string{"bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"} {
@@ -220,6 +208,37 @@ func (w *world) doctorOfNetwork(backend string) {
 }
 
 // doctorOfRules has the agent not run, so that nobody mends them.
+// doctorOfCilium: each of its settings has a sentence of its own, and what it costs.
+func (w *world) doctorOfCilium() {
+	w.t.Helper()
+	const check = "data plane"
+	w.run("ip link add cilium_net type veth peer name cilium_host")
+	w.finds("--", check, "Cilium is on this node, and its settings cannot be read", "it is not known whether packets of pods bypass the rules")
+	const noticed = "Cilium is on this node, and its settings cannot be read"
+	w.await("to notice, and to log it", func(a *runtimedir.Status) bool {
+		return strings.Contains(strings.Join(a.Notes, "\n"), noticed) && strings.Contains(w.agent.Log(), noticed)
+	})
+	w.cilium(false, false)
+	w.awaitDetour(agentName, "cilium", 2, true)
+	w.finds("warn", check, "Cilium with BPF host routing: local routes bring packets of pods to the rules", "egress policies see the magic IP", "endpointRoutes.enabled=true")
+	w.finds("ok", "local routes", "are in the kernel (2)")
+	w.freeze()
+	w.run("ip -4 route flush table local proto 109")
+	w.finds("FAIL", "local routes", "has made one for 169.254.210.210, and it is gone", "find out what removes them")
+	if err := w.agent.Thaw(); err != nil {
+		w.t.Fatal(err)
+	}
+	w.cilium(true, false)
+	w.awaitDetour(agentName, "cilium", 0, true)
+	w.finds("warn", check, "Cilium with legacy host routing, without endpoint routes: masquerade brings replies to pods back to the rules", "endpointRoutes.enabled=true")
+	w.cilium(true, true)
+	w.awaitDetour(agentName, "cilium", 0, false)
+	w.finds("ok", check, "Cilium with legacy host routing and endpoint routes: packets of pods pass the rules both ways")
+	w.run("ip link delete cilium_net; rm /run/cilium/state/*")
+	w.awaitDetour(agentName, "netfilter", 0, false)
+	w.finds("ok", check, "no eBPF program sees the packets of pods before netfilter")
+}
+
 func (w *world) doctorOfRules(backend string) {
 	w.t.Helper()
 	w.agent.Kill()

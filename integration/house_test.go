@@ -18,7 +18,7 @@ func floors() [][]string {
 	return [][]string{
 		{"plugin/runtimedir", "plugin/conflist/entry", "agent/quote"},
 		{"plugin/conflist", "agent/inventory", "agent/plan", "agent/ask"},
-		{"agent/endpoint", "agent/conntrack", "agent/nftables", "agent/node", "agent/event", "agent/status", "agent/ruleset"},
+		{"agent/endpoint", "agent/conntrack", "agent/nftables", "agent/node", "agent/event", "agent/status", "agent/ruleset", "agent/dataplane"},
 		{"plugin", "plugin/install", "agent/config", "agent/iptables", "agent/kube", "agent/doctor/probe"},
 		{"agent/backend", "agent/foreign", "agent/metrics"},
 		{"agent", "agent/doctor"},

@@ -18,6 +18,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/endpoint"
 	"github.com/magic-ip-address/magic-ip-address/agent/inventory"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -30,6 +31,8 @@ type Config struct {
 	PollInterval time.Duration
 	// Ports are the ports of all magic IPs, in the order of the file.
 	Ports []Port
+	// DataPlane is what carries the packets of pods.
+	DataPlane dataplane.Mode
 	// Verbose enables debug logs (VERBOSE of the original tool).
 	Verbose bool
 }
@@ -105,6 +108,10 @@ type rawConfig struct {
 	Name string `yaml:"name"`
 	// Default `5s`. `1s` to `1h`: how often records, links and rules are compared although no change was reported
 	PollInterval string `yaml:"pollInterval"`
+	// Default `auto`. What carries the packets of pods: `auto` (on nodes with Cilium, its settings in force are read and followed),
+	// `netfilter` (neither local routes nor masquerade, whatever is there) or `cilium` (as `auto`, and while Cilium's settings cannot be
+	// read, they are taken for BPF host routing)
+	DataPlane string `yaml:"dataPlane"`
 	// Default none. A list of addresses and prefixes that no magic IP may have, besides the [known ones](#reserved-addresses)
 	Reserved []string `yaml:"reservedAddresses"`
 	// Required. A list with one or more of the following
@@ -407,6 +414,7 @@ func (v *validator) config(raw rawConfig) Config {
 		}
 		config.PollInterval = d
 	}
+	config.DataPlane = oneOf(v, raw.DataPlane, []any{"dataPlane"}, dataplane.Auto, dataplane.Netfilter, dataplane.Cilium)
 	for i, text := range raw.Reserved {
 		prefix, err := parsePrefix(text)
 		if err != nil {

@@ -55,8 +55,8 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
 	frontends := slices.Concat(change.Frontends, change.Removed)
-	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 {
-		families := map[uint8]bool{}
+	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 || !change.Bypassed.None() {
+		families := map[uint8]bool{unix.AF_INET: change.Bypassed.Masquerade4, unix.AF_INET6: change.Bypassed.Masquerade6}
 		for _, bridge := range change.Bridges {
 			families[unix.AF_INET] = families[unix.AF_INET] || bridge.Unfiltered4
 			families[unix.AF_INET6] = families[unix.AF_INET6] || bridge.Unfiltered6

@@ -20,6 +20,8 @@ type Options struct {
 	BinDir     string // of the CNI plugins
 	Runtime    conflist.Runtime
 	Version    string
+	// CiliumStateDir is where Cilium's agent keeps its state.
+	CiliumStateDir string
 	// FromPod ("namespace/name") and NetNS (a path) say which network namespace to probe from; without them it is one that
 	// is made for it.
 	FromPod, NetNS string
@@ -57,7 +59,7 @@ func Examine(ctx context.Context, options Options) *Report {
 		e.backend(ctx)
 		e.rules(ctx)
 		e.foreignRules(ctx)
-		e.bypasses()
+		e.dataPlane()
 	} else {
 		e.add(Hidden, "rules", "they, and eBPF programs, cannot be looked at without CAP_NET_ADMIN", "run this as root, or in the agent's container")
 	}

@@ -12,7 +12,6 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
-	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -149,16 +148,5 @@ func (e *examination) foreignRules(ctx context.Context) {
 	}
 	if len(found)+len(hidden) == 0 {
 		e.add(OK, check, "none translates a magic IP; looked for: "+foreign.Kinds, "")
-	}
-}
-
-func (e *examination) bypasses() {
-	const check = "data plane"
-	found := node.Bypasses()
-	for _, bypass := range found {
-		e.add(Warn, check, bypass, "")
-	}
-	if len(found) == 0 {
-		e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 	}
 }

@@ -50,6 +50,7 @@ const (
 	translated    = "dnat"   // nat PREROUTING
 	translatedOut = "local"  // nat OUTPUT
 	masqueraded   = "snat"   // nat POSTROUTING
+	detoured      = "detour" // nat: flows of pods whose replies would bypass this node
 )
 
 // ChainPrefix begins the name of every chain of every agent of this kind.
@@ -418,6 +419,13 @@ func (b *builder) nat() table {
 	dispatch(b, replies, "-d %s", hairpins, identity, func(chain string, a netip.Addr) {
 		b.add(chain, "-s", one(a), "-d", one(a), "-m conntrack --ctstate DNAT", b.note(a.String()+" talks to itself"), "-j MASQUERADE")
 	})
+	if b.plan.Detour.Masquerade(b.family) {
+		detour := b.chain(detoured)
+		b.add(replies, "-m conntrack --ctstate DNAT -m addrtype ! --src-type LOCAL -g", detour)
+		dispatch(b, detour, "-m conntrack --ctorigdst %s", b.addresses, byAddress, func(chain string, a addressRules) {
+			b.add(chain, "-m conntrack --ctorigdst", a.address.String(), b.note("replies of "+a.address.String()+" would bypass this node"), "-j MASQUERADE")
+		})
+	}
 	return b.table
 }
 

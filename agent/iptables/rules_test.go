@@ -65,6 +65,14 @@ func cases() map[string]plan.Input {
 			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}, {Name: "docker0", Unfiltered4: true}},
 		},
 		"many": many,
+		"detour": {
+			Services: []plan.Service{
+				{Frontend: frontend("169.254.210.210", plan.TCP, 9200), HostClients: true, Endpoints: addrPorts("10.244.1.7:8200")},
+				{Frontend: frontend("fd00:a91c::1", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("[fd00:10:244::7]:2")},
+			},
+			PodInterfaces: []string{"lxc1"},
+			Detour:        plan.Detour{LocalRoutes: true, Masquerade4: true},
+		},
 	}
 }
 
@@ -82,7 +90,7 @@ func TestRender(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := plan.Build(input)
 			got := everything(&p, plan.IPv4, "kube-system.apm")
-			if name == "every-policy" {
+			if name == "every-policy" || name == "detour" { // of which IPv6 is not masqueraded
 				got += everything(&p, plan.IPv6, "kube-system.apm")
 			}
 			golden := filepath.Join("testdata", name+".rules")

@@ -112,6 +112,18 @@ func TestNFTablesInKernel(t *testing.T) {
 			t.Errorf("after %q and a sync: %v", damage.command, differs)
 		}
 	}
+	for _, detour := range []plan.Detour{{LocalRoutes: true, Masquerade4: true}, {}} {
+		input.Detour = detour
+		if !sync(input) || sync(input) {
+			t.Errorf("%+v: want a change by the first sync and none by the second", detour)
+		}
+		for _, family := range plan.Families() {
+			chain := nodetest.Run(t, "nft", "list", "chain", string(family), "magic-ip-kube-system.a-1", "masquerade-replies")
+			if got := strings.Contains(chain, "fib saddr type != local masquerade"); got != detour.Masquerade(family) {
+				t.Errorf("%+v: family %s: %s", detour, family, chain)
+			}
+		}
+	}
 	if !sync(plan.Input{}) || sync(plan.Input{}) {
 		t.Error("no magic IP left: want a change by the first sync and none by the second")
 	}

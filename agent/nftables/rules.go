@@ -207,6 +207,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			c.rules = []string{"tcp flags & rst == 0 goto " + rejectChain, "drop"}
 		case c.name == "invalid":
 			c.rules = []string{"drop"}
+		case c.name == "masquerade-replies" && p.Detour.Masquerade(family):
+			c.rules = append(c.rules, "fib saddr type != local masquerade") // processes of this node get their replies anyway
 		}
 	}
 	for i, clients := range p.Clients {

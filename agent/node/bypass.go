@@ -2,7 +2,6 @@ package node
 
 import (
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"unsafe"
@@ -11,19 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// CiliumLink is a link that Cilium has on each node, whatever its settings are.
+const CiliumLink = "cilium_host"
+
 // instead is what to use where netfilter is bypassed.
-const instead = "Cilium's Local Redirect Policy does the same there; elsewhere use a Service with internalTrafficPolicy: Local"
+const instead = "use a Service with internalTrafficPolicy: Local"
 
 // Bypasses names, one sentence each, the data planes of this node that may forward packets of pods past netfilter, and so
-// past the rules. It names nothing where the kernel does not answer. It reads the network namespace of the calling thread.
+// past the rules: not Cilium, of which package dataplane knows more. It names nothing where the kernel does not answer. It reads the network namespace of the calling thread.
 func Bypasses() []string {
 	snapshot, err := Kernel{}.Snapshot()
 	if err != nil {
 		return nil
 	}
-	maps, _ := filepath.Glob("/sys/fs/bpf/tc/globals/cilium_*")
 	network := Classify(snapshot, Known{})
-	if found := dataPlanes(network, len(maps) > 0); len(found) > 0 {
+	if found := dataPlanes(network); len(found) > 0 || network.IfIndex[CiliumLink] != 0 {
 		return found // the programs below are theirs
 	}
 	var programs []string
@@ -40,14 +41,9 @@ func Bypasses() []string {
 		"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead)}
 }
 
-// dataPlanes names the known ones by their links; Cilium by its maps too.
-func dataPlanes(network Network, ciliumMaps bool) (found []string) {
-	is := func(name string) bool { return network.IfIndex[name] != 0 }
-	switch {
-	case is("cilium_host") || is("cilium_net") || ciliumMaps:
-		found = append(found, "Cilium is on this node: with eBPF host routing (the default of its kube-proxy replacement) packets of pods bypass the rules. "+
-			"Set bpf.hostLegacyRouting=true, or use something else: "+instead)
-	case is("bpfin.cali") || is("bpfout.cali"):
+// dataPlanes names the known ones by their links.
+func dataPlanes(network Network) (found []string) {
+	if network.IfIndex["bpfin.cali"] != 0 || network.IfIndex["bpfout.cali"] != 0 {
 		found = append(found, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or something else: "+instead)
 	}
 	for _, link := range network.Links {

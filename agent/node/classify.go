@@ -429,7 +429,7 @@ func defaultRoute(l *link) string {
 
 // network collects what was decided.
 func (c *classifier) network(s Snapshot) Network {
-	n := Network{IfIndex: map[string]int{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, StrictTCP: s.StrictTCP, Torn: s.Torn}
+	n := Network{IfIndex: map[string]int{}, PodPorts: map[int]bool{}, IPv6: s.IPv6, StrictTCP: s.StrictTCP, Torn: s.Torn, LocalRoutes: s.LocalRoutes}
 	for _, l := range c.links {
 		n.IfIndex[l.Name] = l.Index
 		if l.Loopback {
@@ -463,7 +463,22 @@ func (c *classifier) network(s Snapshot) Network {
 	for _, a := range s.Addresses {
 		n.Addresses = append(n.Addresses, a.Prefix.Addr())
 	}
+	n.Sources = c.sources(s.Addresses)
 	return n
+}
+
+// sources are the first address of each family on an uplink, those with a default route of the main table before others.
+func (c *classifier) sources(addresses []Address) map[plan.Family]netip.Addr {
+	sources := map[plan.Family]netip.Addr{}
+	for _, inMain := range []bool{true, false} {
+		for _, a := range addresses {
+			l, family := c.byIndex[a.Link], plan.FamilyOf(a.Prefix.Addr())
+			if l != nil && l.role == Uplink && (l.defaultTable == mainTable) == inMain && !a.Prefix.Addr().IsLinkLocalUnicast() && !sources[family].IsValid() {
+				sources[family] = a.Prefix.Addr()
+			}
+		}
+	}
+	return sources
 }
 
 // onLink are the prefixes that the node's addresses on a link have in common with hosts there.

@@ -57,8 +57,13 @@ type Network struct {
 	PodPorts map[int]bool
 	// IfIndex are the ifindexes of all links by name.
 	IfIndex map[string]int
-	// Addresses are the node's own.
+	// Addresses are the node's own. Those of LocalRoutes are not among them.
 	Addresses []netip.Addr
+	// Sources are what processes of the node connect from to addresses outside, by family: where there is none, the node has no
+	// uplink with an address of it.
+	Sources map[plan.Family]netip.Addr
+	// LocalRoutes are those of the agents of this node.
+	LocalRoutes []LocalRoute
 	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
 	IPv6 bool
 	// Bridges are the node's Linux bridges, and under their own names the links by which the node is in a bridge beside it.

@@ -94,6 +94,10 @@ func snapshot(dump dumper) (Snapshot, error) {
 		if route.skip {
 			return
 		}
+		if route.ours {
+			s.LocalRoutes = append(s.LocalRoutes, LocalRoute{Address: route.Destination.Addr(), Source: route.source})
+			return
+		}
 		s.IPv6 = s.IPv6 || route.Destination.Addr().Is6() && (route.Default() && !route.local || route.Destination.Addr().IsGlobalUnicast())
 		switch {
 		case route.local:
@@ -250,6 +254,8 @@ type routeMessage struct {
 	// gateway: there is one, or several next hops.
 	gateway bool
 	local   bool // of the local table: no route to another
+	ours    bool // a LocalRoute of an agent, with this source
+	source  netip.Addr
 	skip    bool // leads nowhere, or is no route
 }
 
@@ -276,6 +282,8 @@ func parseRoute(message []byte) (r routeMessage) {
 			}
 		case unix.RTA_TABLE:
 			r.Table = number(value)
+		case unix.RTA_PREFSRC:
+			r.source, _ = netip.AddrFromSlice(value)
 		case unix.RTA_OIF:
 			r.links = append(r.links, number(value))
 		case unix.RTA_GATEWAY, unix.RTA_VIA:
@@ -287,6 +295,7 @@ func parseRoute(message []byte) (r routeMessage) {
 		}
 	}
 	r.local = kind == unix.RTN_LOCAL || r.Table == unix.RT_TABLE_LOCAL
+	r.ours = r.local && message[5] == routeProtocol
 	return r
 }
 

@@ -8,6 +8,8 @@ type Snapshot struct {
 	Addresses []Address
 	// Routes are the unicast routes of all tables but the local one.
 	Routes []Route
+	// LocalRoutes are those of the agents of this node.
+	LocalRoutes []LocalRoute
 	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
 	IPv6 bool
 	// StrictTCP: net.netfilter.nf_conntrack_tcp_loose is 0.

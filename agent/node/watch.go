@@ -85,5 +85,5 @@ func matters(message netlink.Message) bool {
 		return true
 	}
 	route := parseRoute(message.Data)
-	return !route.skip && !route.local && (route.Default() || !route.gateway)
+	return !route.skip && (route.ours || !route.local && (route.Default() || !route.gateway))
 }

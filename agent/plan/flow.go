@@ -33,7 +33,8 @@ type Flow struct {
 //     and of clients with a connection for each request there are more of them than of all others.
 //   - Flows that are exempt on purpose stay, and what a removed frontend never translated.
 //   - A flow between two pods of a bridge whose frames have ceased to pass netfilter goes: its replies are no longer translated
-//     back. The next one is masqueraded.
+//     back. The next one is masqueraded. The same holds for all flows of pods where the data plane has become one whose replies bypass
+//     netfilter.
 //   - A flow from a frontend is one the wrong way round: an answer that was on its way when the flow was deleted
 //     that it belonged to. All that its client sends is taken for replies and never translated: it goes.
 //
@@ -74,7 +75,10 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 // bypassed says whether the replies of a translated flow no longer pass netfilter.
 func (p *Plan) bypassed(f Flow, change Change) bool {
 	client, server := f.Source.Addr(), f.Server.Addr()
-	return f.ReplyTo == client && !contains(p.HostAddresses, client) && slices.ContainsFunc(change.Bridges, func(b Bridge) bool {
+	if f.ReplyTo != client || contains(p.HostAddresses, client) {
+		return false
+	}
+	return change.Bypassed.Masquerade(FamilyOf(client)) || slices.ContainsFunc(change.Bridges, func(b Bridge) bool {
 		return b.Unfiltered(FamilyOf(client)) && b.has(client) && b.has(server)
 	})
 }
@@ -94,11 +98,13 @@ type Change struct {
 	Gone []netip.Addr
 	// Bridges are those whose frames of a family pass netfilter no more.
 	Bridges []Bridge
+	// Bypassed are the families of which the replies to pods pass netfilter no more.
+	Bypassed Detour
 }
 
 // Empty says that no flow can have become stale.
 func (c Change) Empty() bool {
-	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone)+len(c.Bridges) == 0
+	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone)+len(c.Bridges) == 0 && c.Bypassed.None()
 }
 
 // Add makes c what has changed in c or in d.
@@ -108,6 +114,7 @@ func (c *Change) Add(d Change) {
 	c.Untranslated = append(c.Untranslated, d.Untranslated...)
 	c.Gone = append(c.Gone, d.Gone...)
 	c.Bridges = append(c.Bridges, d.Bridges...)
+	c.Bypassed = c.Bypassed.plus(d.Bypassed)
 }
 
 // Plus is where flows may have become stale by either change.
@@ -118,6 +125,7 @@ func (c Change) Plus(d Change) Change {
 		Untranslated: sortedSet(slices.Concat(c.Untranslated, d.Untranslated), Frontend.Compare),
 		Gone:         sortedSet(slices.Concat(c.Gone, d.Gone), netip.Addr.Compare),
 		Bridges:      slices.Concat(c.Bridges, d.Bridges),
+		Bypassed:     c.Bypassed.plus(d.Bypassed),
 	}
 }
 
@@ -149,6 +157,8 @@ func (p *Plan) Since(before *Plan) Change {
 			change.Bridges = append(change.Bridges, bridge)
 		}
 	}
+	change.Bypassed.Masquerade4 = p.Detour.Masquerade4 && !before.Detour.Masquerade4
+	change.Bypassed.Masquerade6 = p.Detour.Masquerade6 && !before.Detour.Masquerade6
 	for _, address := range before.Sandboxes {
 		if !contains(p.Sandboxes, address) {
 			change.Gone = append(change.Gone, address)

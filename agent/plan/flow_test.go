@@ -208,6 +208,8 @@ func TestEqual(t *testing.T) {
 			switch {
 			case field.Type() == reflect.TypeFor[time.Time]():
 				field.Set(reflect.ValueOf(time.Unix(1, 0)))
+			case field.Type() == reflect.TypeFor[plan.Detour]():
+				field.Set(reflect.ValueOf(plan.Detour{Masquerade6: true}))
 			case field.Kind() == reflect.Slice:
 				field.Set(reflect.MakeSlice(field.Type(), field.Len()+1, field.Len()+1))
 			case field.IsZero() && field.Kind() == reflect.Bool:

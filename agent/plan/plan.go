@@ -135,6 +135,7 @@ type Input struct {
 	HostAddresses, Sandboxes []netip.Addr
 	// Settled: every source has spoken, so that a sandbox that is not among Sandboxes does not stand.
 	Settled bool
+	Detour  Detour
 }
 
 // Clients is a distinct hostInterface setting.
@@ -180,6 +181,7 @@ type Plan struct {
 	// HostAddresses, Sandboxes (both in order) and Settled decide which flows are stale; see Stale.
 	HostAddresses, Sandboxes []netip.Addr
 	Settled                  bool
+	Detour                   Detour
 }
 
 // Build makes the plan. Services must be distinct in their frontends.
@@ -189,6 +191,7 @@ func Build(in Input) Plan {
 		HostAddresses: sortedSet(in.HostAddresses, netip.Addr.Compare),
 		Sandboxes:     sortedSet(in.Sandboxes, netip.Addr.Compare),
 		Settled:       in.Settled,
+		Detour:        in.Detour,
 	}
 	for _, bridge := range in.Bridges {
 		if !Nameable(bridge.Name) {
@@ -273,7 +276,7 @@ func (p *Plan) Inherit(before *Plan) {
 // Equal says whether nothing differs.
 func (p *Plan) Equal(q *Plan) bool {
 	ofP, ofQ := Apart(p, q)
-	return p.Settled == q.Settled && len(ofP)+len(ofQ) == 0 &&
+	return p.Settled == q.Settled && p.Detour == q.Detour && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
 		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) && slices.Equal(p.AllBridges, q.AllBridges) &&

@@ -144,6 +144,9 @@ func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 		labelled := func(colour quote.Colour, label, text string) {
 			fmt.Fprintf(&out, "%s %s\n", colour.Paint(colours, label+":"), quote.Terminal(text))
 		}
+		if a.DataPlane.Name != "" {
+			fmt.Fprintf(&out, "data plane: %s\n", quote.Terminal(dataPlane(a.DataPlane)))
+		}
 		if a.LastError != "" {
 			labelled(quote.Red, "error", a.LastError)
 		}
@@ -193,6 +196,22 @@ func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 	}
 	_, err := out.WriteTo(w)
 	return err
+}
+
+// dataPlane is how packets of pods are brought to the rules, in one line.
+func dataPlane(d runtimedir.DataPlane) string {
+	text := d.Name + " (" + d.Reason + ")"
+	if len(d.LocalRoutes) > 0 {
+		addresses := make([]string, len(d.LocalRoutes))
+		for i, a := range d.LocalRoutes {
+			addresses[i] = a.String()
+		}
+		text += "; local routes for " + few(addresses)
+	}
+	if len(d.Masquerade) > 0 {
+		text += "; flows of pods are masqueraded (" + strings.Join(d.Masquerade, ", ") + ")"
+	}
+	return text
 }
 
 // few are the names, or the first of many.

@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 )
@@ -51,6 +52,7 @@ With -o json it prints one object; docs/doctor.schema.json is its schema.`,
 	f.StringVar(&options.Name, "name", "", "only the agent called `NAME`")
 	f.StringVar(&options.ConfDir, "cni-conf-dir", cniConfDir(), "`DIR` of the CNI configuration")
 	f.StringVar(&options.BinDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins")
+	f.StringVar(&options.CiliumStateDir, "cilium-state-dir", dataplane.StateDir, "`DIR` that Cilium's agent keeps its state in")
 	runtimeFlag(f, &runtime)
 	f.StringVar(&options.FromPod, "from-pod", "", "probe from the network namespace of this pod, `NAMESPACE/NAME`; needs CAP_SYS_ADMIN")
 	f.StringVar(&options.NetNS, "netns", "", "probe from the network namespace at this `PATH`; needs CAP_SYS_ADMIN")

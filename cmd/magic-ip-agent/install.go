@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 
@@ -252,11 +254,43 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if err := endHairpins(dir.Agent(name)); err != nil {
 		log.Warn("hairpin mode stays on at ports of pods; it has no effect on other traffic than a pod's to itself", "error", err)
 	}
+	if err := endLocalRoutes(dir, name); err != nil {
+		log.Warn("local routes stay: pods are refused at these addresses", "error", err)
+	}
 	if err := errors.Join(install.RemoveFiles(f.conf, dir, name), dir.Agent(name).Leave()); err != nil {
 		return err
 	}
 	fmt.Fprintf(os.Stdout, "agent %s is uninstalled; the plugin stays, and does nothing\n", name)
 	return nil
+}
+
+// endLocalRoutes removes the local routes that no other agent wants.
+func endLocalRoutes(dir runtimedir.Dir, name string) error {
+	kernel := node.Kernel{}
+	snapshot, err := kernel.Snapshot()
+	if err != nil || len(snapshot.LocalRoutes) == 0 {
+		return err
+	}
+	names, err := dir.Agents()
+	if err != nil {
+		return err
+	}
+	wanted := map[netip.Addr]bool{}
+	for _, other := range names {
+		claims, err := dir.Agent(other).ReadClaims()
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, c := range claims {
+			wanted[c.Address] = wanted[c.Address] || c.LocalRoute && other != name
+		}
+	}
+	for _, route := range snapshot.LocalRoutes {
+		if !wanted[route.Address] {
+			err = errors.Join(err, kernel.RemoveLocalRoute(route))
+		}
+	}
+	return err
 }
 
 // endHairpins switches hairpin mode off where the agent had switched it on.

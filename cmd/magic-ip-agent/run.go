@@ -15,6 +15,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
+	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
@@ -24,7 +25,7 @@ const defaultRuntimeDir = "/run/magic-ip-address"
 
 type runFlags struct {
 	config, runtimeDir, nodeName, kubeconfig, backend, logLevel string
-	metricsAddress                                              string
+	metricsAddress, ciliumStateDir                              string
 	noAPI                                                       bool
 	daemonSet                                                   string
 }
@@ -55,6 +56,7 @@ It needs root, or CAP_NET_ADMIN in the network namespace of the node.`,
 	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are made with: auto, nftables or iptables; auto takes iptables only where nftables cannot be used")
 	f.StringVar(&flags.daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that this agent belongs to; when it is deleted, rules and files go")
 	f.StringVar(&flags.metricsAddress, "metrics-address", "", "`HOST:PORT` to serve metrics for Prometheus at, /metrics; nowhere where empty")
+	f.StringVar(&flags.ciliumStateDir, "cilium-state-dir", dataplane.StateDir, "`DIR` that Cilium's agent keeps its state in, for its settings; it need not be there")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("kubeconfig", "no-api")
 	command.MarkFlagsMutuallyExclusive("daemonset", "no-api")
@@ -88,9 +90,10 @@ func (f *runFlags) run(ctx context.Context) error {
 		BackendNote: selected.Reason,
 		Flows:       conntrack.Table{},
 		Node:        node.Kernel{},
+		Cilium:      func() (dataplane.Settings, error) { return dataplane.Read(f.ciliumStateDir) },
 		Uptime:      uptime,
 		Tasks: []agent.Task{
-			agent.WatchFiles(f.runtimeDir, f.config),
+			agent.WatchFiles(f.runtimeDir, f.config, f.ciliumStateDir),
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return node.Watch(ctx, func() { wake(agent.Network) }, func(err error) {
 					log.Error("changes of links, addresses and routes are seen by polling only until the kernel reports them again", "error", err)

@@ -38,6 +38,7 @@ const (
 const everything = `
 config:
   reservedAddresses: [10.1.2.3, fd00:1::/64]
+  dataPlane: cilium
   magicIPs:
     - ipAddress: fd00:a9fe:d2d2::1
       namespace: "*"

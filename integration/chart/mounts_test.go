@@ -39,6 +39,10 @@ func TestMounts(t *testing.T) {
 			"agent":     append([]string{"rw /run/xtables.lock"}, withAPI["agent"]...),
 			"installer": withAPI["installer"],
 		}},
+		"on Cilium": {"config.dataPlane=cilium", map[string][]string{
+			"agent":     append([]string{"ro /run/cilium/state"}, withAPI["agent"]...),
+			"installer": withAPI["installer"],
+		}},
 		"elsewhere": {"runtimeDir=/run/else,config.name=me,cni.preset=k3s", map[string][]string{
 			"agent": {"rw /run/else/agents/me", "ro /run/else", "ro api-access", "ro config"},
 			"installer": {

@@ -45,6 +45,7 @@ type Status struct {
 	LastError   string    `json:"lastError,omitempty"`
 	Backend     string    `json:"backend,omitempty"`
 	BackendNote string    `json:"backendNote,omitempty"`
+	DataPlane   DataPlane `json:"dataPlane,omitzero"`
 	// PollInterval is a Go duration. The agent renews the file's modification time, its heartbeat, that often.
 	PollInterval string    `json:"pollInterval"`
 	MagicIPs     []MagicIP `json:"magicIPs"`
@@ -52,6 +53,17 @@ type Status struct {
 	Links []Links `json:"links,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
+}
+
+// DataPlane is how packets of pods are brought to the rules.
+type DataPlane struct {
+	Configured string `json:"configured"` // auto, netfilter or cilium
+	Name       string `json:"name"`       // netfilter or cilium
+	Reason     string `json:"reason"`
+	// LocalRoutes are the magic IPs that are addresses of the node by a route, so that packets of pods come to the rules.
+	LocalRoutes []netip.Addr `json:"localRoutes,omitempty"`
+	// Masquerade are the families (ip, ip6) of which flows of pods are masqueraded, so that replies come to the rules.
+	Masquerade []string `json:"masquerade,omitempty"`
 }
 
 // MagicIP is one frontend of an agent's configuration, and what becomes of packets to it.
@@ -155,6 +167,8 @@ type Claim struct {
 	Frontend
 	ClaimedAt time.Time `json:"claimedAt,omitzero"`
 	Served    bool      `json:"served"`
+	// LocalRoute: the agent wants a local route for the address. An agent of a version without them does not.
+	LocalRoute bool `json:"localRoute,omitempty"`
 }
 
 func (c *Claims) version() *int { return &c.Version }
@@ -188,6 +202,8 @@ type Memory struct {
 	Uplinks   []int  `json:"uplinks,omitempty"`
 	Hairpins  []int  `json:"hairpins,omitempty"`
 	Namespace string `json:"namespace,omitempty"`
+	// Cilium are Cilium's settings as they were last read; nil where they were not.
+	Cilium *CiliumSettings `json:"cilium,omitempty"`
 	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
 	// Lost those from lists before that one which still count.
 	Records      []Attachment `json:"records,omitempty"`
@@ -197,6 +213,22 @@ type Memory struct {
 	Pods []Pod `json:"pods,omitempty"`
 	// Withdrawn are the addresses that DEL has taken from a pod, and that the API may still report.
 	Withdrawn []Withdrawn `json:"withdrawn,omitempty"`
+}
+
+// CiliumSettings are those settings of Cilium that decide by which way packets of pods go.
+type CiliumSettings struct {
+	// IPv4 and IPv6 are the families of pods' addresses.
+	IPv4 bool `json:"ipv4"`
+	IPv6 bool `json:"ipv6"`
+	// LegacyHostRouting: packets of pods pass the node's network stack, instead of being redirected past it by eBPF.
+	LegacyHostRouting bool `json:"legacyHostRouting"`
+	// EndpointRoutes: the node has a route to each pod by the pod's own link.
+	EndpointRoutes bool `json:"endpointRoutes"`
+	// BPFMasquerade: Cilium masquerades by eBPF, not by iptables.
+	BPFMasquerade bool `json:"bpfMasquerade"`
+	// IPv4Masquerade and IPv6Masquerade: packets of pods that leave the node are masqueraded.
+	IPv4Masquerade bool `json:"ipv4Masquerade"`
+	IPv6Masquerade bool `json:"ipv6Masquerade"`
 }
 
 // Hold is a frontend without an endpoint.

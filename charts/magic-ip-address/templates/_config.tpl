@@ -7,7 +7,7 @@ What is empty is left out. Numbers and booleans may have come as strings (--set-
 {{- $config := include "magic-ip-address.effectiveConfig" . | fromJson -}}
 {{- $listed := default list $config.magicIPs -}}
 {{- if or (not $listed) (ne (toString $config.selector) "app=myapp") -}}
-{{- $flat := omit $config "magicIPs" "reservedAddresses" "name" "pollInterval" "verbose" "port" "targetPort" "protocol" -}}
+{{- $flat := omit $config "magicIPs" "reservedAddresses" "dataPlane" "name" "pollInterval" "verbose" "port" "targetPort" "protocol" -}}
 {{- $listed = prepend $listed (set $flat "ports" (list (pick $config "port" "targetPort" "protocol"))) -}}
 {{- end -}}
 {{- $magicIPs := list -}}
@@ -80,6 +80,9 @@ ReplicaSets, whose names are not known before.
 {{- define "magic-ip-address.config" -}}
 name: {{ include "magic-ip-address.agentName" . | quote }}
 pollInterval: {{ (include "magic-ip-address.effectiveConfig" . | fromJson).pollInterval | default 5 | int }}s
+{{- if ne .Values.config.dataPlane "auto" }}
+dataPlane: {{ .Values.config.dataPlane }}
+{{- end }}
 {{- with .Values.config.reservedAddresses }}
 reservedAddresses:
 {{ toYaml . | indent 2 }}

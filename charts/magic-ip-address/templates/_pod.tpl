@@ -53,6 +53,14 @@ only file is that of Multus, one plugin and no chain; and no plugin of /etc/cni/
 {{- end }}
 {{- end -}}
 
+{{/*
+Whether Cilium's settings are mounted. No type of hostPath leaves a missing directory alone, and a pod that needs it would not start
+without Cilium: hence not in clusters without Cilium. /run, which is there always, has the sockets of the container runtime.
+*/}}
+{{- define "magic-ip-address.ciliumState" -}}
+{{- if and .Values.ciliumStateDir (or (eq .Values.config.dataPlane "cilium") (and (eq .Values.config.dataPlane "auto") (.Capabilities.APIVersions.Has "cilium.io/v2"))) -}}true{{- end -}}
+{{- end -}}
+
 {{- define "magic-ip-address.tokenMount" -}}
 - name: api-access
   mountPath: /var/run/secrets/kubernetes.io/serviceaccount
