@@ -19,11 +19,15 @@ func main() { os.Exit(run()) }
 func run() (code int) {
 	nodes := flag.String("nodes", "containerd1,containerd2", "`RUNTIMES` of the nodes")
 	proxy := flag.String("proxy", whole.NFTables, "`MODE` of kube-proxy: nftables or iptables")
+	cilium := flag.Bool("cilium", false, "Cilium on the first node, with its kube-proxy replacement and BPF host routing")
 	name := flag.String("name", "cluster", "`NAME` of the folder of the logs in bin/logs")
 	flag.Parse()
 	options := whole.Options{Name: *name, ProxyMode: *proxy, Images: flag.Args()}
 	for runtime := range strings.SplitSeq(*nodes, ",") {
 		options.Nodes = append(options.Nodes, whole.NodeOptions{Runtime: whole.Runtime(runtime)})
+	}
+	if *cilium {
+		options.Nodes[0].Cilium = &whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

@@ -78,6 +78,8 @@ type Options struct {
 // NodeOptions are the things that nodes differ in.
 type NodeOptions struct {
 	Runtime Runtime
+	// Cilium is the primary CNI where it is set; else the bridge plugin.
+	Cilium *Cilium
 }
 
 // Cluster is a cluster that is up. Its methods may be called from several goroutines.

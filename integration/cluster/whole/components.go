@@ -54,9 +54,11 @@ func (n *Node) prepare(serviceAccountKey []byte) error {
 		keys + "/" + Kubelet + ".kubeconfig": n.cluster.ca.Kubeconfig(apiEndpoint, kubelet),
 		keys + "/kubelet.yaml":               []byte(kubeletConfig),
 		runtimeFile:                          []byte(strings.ReplaceAll(runtimeConfig[n.options.Runtime], "RUNC", n.program("runc"))),
-		ConflistFile:                         conflist,
 	}
 	users := map[string]string{KubeProxy: "system:kube-proxy"}
+	if n.options.Cilium == nil {
+		files[ConflistFile] = conflist
+	}
 	if n.index == 0 {
 		server, err := n.cluster.ca.Server(apiAddress, apiService, "127.0.0.1")
 		if err != nil {
@@ -73,6 +75,13 @@ func (n *Node) prepare(serviceAccountKey []byte) error {
 			files[keys+"/"+name] = data
 		}
 		users[ControllerManager], users[Scheduler] = "system:"+ControllerManager, "system:"+Scheduler
+	}
+	if n.options.Cilium != nil {
+		pair, err := n.cluster.ca.Client("cilium", "system:masters")
+		if err != nil {
+			return err
+		}
+		files[keys+"/cilium.kubeconfig"] = n.cluster.ca.Kubeconfig(apiEndpoint, pair)
 	}
 	for component, user := range users {
 		pair, err := n.cluster.ca.Client(user)
@@ -145,8 +154,11 @@ func (n *Node) command(component string) []string {
 // Start starts a component of the node, for the first time or again.
 func (n *Node) Start(component string) error {
 	program := filepath.Join(n.cluster.bin, "e2e", component)
-	if component == Containerd {
+	switch component {
+	case Containerd:
 		program = n.program(component)
+	case CiliumAgent:
+		program = n.cluster.ciliumFile(component)
 	}
 	logs := filepath.Join(n.cluster.logs, n.Name)
 	if err := os.MkdirAll(logs, 0o755); err != nil {
@@ -155,7 +167,11 @@ func (n *Node) Start(component string) error {
 	if _, err := os.Stat(program); err != nil {
 		return fmt.Errorf("%w: run `make e2e-binaries`", err)
 	}
-	process, err := n.StartProcess(component, append([]string{program}, n.command(component)...)...)
+	command := append([]string{program}, n.command(component)...)
+	if component == CiliumAgent {
+		command = n.ciliumCommand()
+	}
+	process, err := n.StartProcess(component, command...)
 	if err != nil {
 		return err
 	}
@@ -216,8 +232,22 @@ func (n *Node) startAll(ctx context.Context) error {
 		if err := errors.Join(n.Start(ControllerManager), n.Start(Scheduler)); err != nil {
 			return err
 		}
+		if err := n.cluster.prepareCilium(ctx); err != nil {
+			return err
+		}
 	}
-	return errors.Join(n.Start(Kubelet), n.Start(KubeProxy))
+	if err := n.Start(Kubelet); err != nil {
+		return err
+	}
+	if n.options.Cilium != nil {
+		if err := n.startCilium(ctx); err != nil {
+			return err
+		}
+		if n.options.Cilium.KubeProxyReplacement {
+			return nil
+		}
+	}
+	return n.Start(KubeProxy)
 }
 
 // loadImages waits for containerd, and gives it the images that it has not.

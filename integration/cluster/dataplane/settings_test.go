@@ -1,0 +1,334 @@
+//go:build cilium
+
+package dataplane_test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// setting is a row of docs/cilium.md.
+type setting struct {
+	name   string
+	cilium whole.Cilium
+	// local and masquerade are what the agent does; source: servers see the client's address.
+	local, masquerade, source bool
+	reason                    string // in status
+	doctor                    string // level and text
+	short                     bool
+}
+
+func settings() []setting {
+	kubeProxy := whole.Cilium{LegacyHostRouting: true}
+	bpf := whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}
+	legacy := bpf
+	legacy.LegacyHostRouting = true
+	endpointRoutes := func(c whole.Cilium) whole.Cilium { c.EndpointRoutes = true; return c }
+	vxlan := func(c whole.Cilium) whole.Cilium { c.VXLAN = true; return c }
+	const (
+		egress = "; egress policies see the magic IP, so they have to allow it"
+		price  = ". The price: servers see an address of the node instead of the client's"
+		both   = "local routes bring packets of pods to the rules, and masquerade their replies" + egress + price
+		reply  = "masquerade brings replies to pods back to the rules" + egress + price
+		none   = "packets of pods pass the rules both ways" + egress
+	)
+	all := []setting{
+		{name: "b", cilium: bpf, local: true, masquerade: true, reason: "Cilium with BPF host routing", doctor: "warn data plane " + both, short: true},
+		{name: "be", cilium: endpointRoutes(bpf), local: true, masquerade: true, reason: "Cilium with BPF host routing and endpoint routes", doctor: "warn data plane " + both, short: true},
+		{name: "bl", cilium: legacy, masquerade: true, reason: "Cilium with legacy host routing, without endpoint routes", doctor: "warn data plane " + reply, short: true},
+		{name: "ble", cilium: endpointRoutes(legacy), source: true, reason: "Cilium with legacy host routing and endpoint routes", doctor: "ok data plane " + none},
+		{name: "a", cilium: kubeProxy, reason: "Cilium with legacy host routing, without endpoint routes, with masquerade by iptables", doctor: "warn data plane " + none + price + ": Cilium itself masquerades"},
+		{name: "ae", cilium: endpointRoutes(kubeProxy), source: true, reason: "Cilium with legacy host routing and endpoint routes", doctor: "ok data plane " + none},
+	}
+	for _, s := range all {
+		s.name, s.cilium, s.short = s.name+" vxlan", vxlan(s.cilium), false
+		all = append(all, s)
+	}
+	exclusive := all[0]
+	exclusive.name, exclusive.cilium.CNIExclusive, exclusive.short = "b exclusive", true, false
+	return append(all, exclusive)
+}
+
+// TestSettings: the agent runs all the time, and follows.
+func TestSettings(t *testing.T) {
+	for _, s := range settings() {
+		if testing.Short() && !s.short {
+			continue
+		}
+		t.Run(s.name, func(t *testing.T) {
+			w := newWorld(t)
+			began := time.Now()
+			started := w.status().StartedAt
+			w.must(node.SetCilium(w.ctx, s.cilium))
+			w.follows(s)
+			if again := w.status().StartedAt; !again.Equal(started) {
+				t.Errorf("the agent was started again, at %v", again)
+			}
+			t.Logf("Cilium is set and the agent has followed after %v", time.Since(began).Round(100*time.Millisecond))
+			w.traffic(s)
+			w.rollout()
+			w.faults(s)
+			t.Logf("all of it: %v", time.Since(began).Round(100*time.Millisecond))
+		})
+	}
+}
+
+// TestNodeWithoutCilium: on the other node of the cluster nothing is different.
+func TestNodeWithoutCilium(t *testing.T) {
+	w := newWorld(t)
+	other := cluster.Nodes[1]
+	status, err := runtimedir.New(other.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+	w.must(err)
+	if d := status.DataPlane; d.Name != "netfilter" || d.Reason != "Cilium is not on this node" || len(d.LocalRoutes)+len(d.Masquerade) > 0 || status.LastError != "" {
+		t.Errorf("the agent says %+v, error %q", d, status.LastError)
+	}
+	out, err := other.Exec(w.ctx, "sh", "-ec", "ip route show table local proto 109; nft list chain ip magic-ip-"+agentName+" masquerade-replies")
+	w.must(err)
+	if strings.Contains(out, "proto 109") || strings.Contains(out, "fib saddr") {
+		t.Errorf("the node has\n%s", out)
+	}
+}
+
+// follows waits until the agent says what it is to do with the setting, does it, and doctor says what that means.
+func (w *world) follows(s setting) {
+	w.Helper()
+	w.awaitStatus("the data plane of "+s.name, func(status *runtimedir.Status) error {
+		d := status.DataPlane
+		if d.Name != "cilium" || d.Reason != s.reason || (len(d.LocalRoutes) == 2) != s.local || (len(d.Masquerade) == 1) != s.masquerade || status.LastError != "" {
+			return fmt.Errorf("the agent says %+v, error %q", d, status.LastError)
+		}
+		return nil
+	})
+	w.routes(s)
+	shown := w.agent("status")
+	if want := "data plane: cilium (" + s.reason + ")"; !strings.Contains(shown, want) {
+		w.Errorf("status does not say %q:\n%s", want, shown)
+	}
+	level, text, _ := strings.Cut(s.doctor, " ")
+	found := w.agent("doctor")
+	if !slices.ContainsFunc(strings.Split(found, "\n"), func(line string) bool {
+		words := strings.Join(strings.Fields(line), " ")
+		return strings.HasPrefix(words, level+" data plane") && strings.Contains(words, strings.TrimPrefix(text, "data plane ")) && strings.Contains(words, s.reason+":")
+	}) {
+		w.Errorf("doctor does not say %q of %q:\n%s", s.doctor, s.reason, found)
+	}
+	if strings.Contains(found, "FAIL data plane") || strings.Contains(found, "FAIL local routes") {
+		w.Errorf("doctor says:\n%s", found)
+	}
+}
+
+func (w *world) routes(s setting) {
+	w.Helper()
+	w.eventually("local routes", func() error {
+		for _, address := range []netip.Addr{magic.Addr(), unserved.Addr()} {
+			shown := w.exec("ip route show table local " + address.String())
+			if strings.Contains(shown, "proto 109") != s.local || s.local && !strings.Contains(shown, "src "+node.Address.String()) {
+				return fmt.Errorf("%s: %q", address, shown)
+			}
+		}
+		return nil
+	})
+}
+
+// traffic: every kind of client is answered, with the right source, and refused at once without an endpoint, while nothing leaves.
+func (w *world) traffic(s setting) {
+	w.Helper()
+	sniffer := listen(w.T)
+	client := w.pod(clients, "client", nil)
+	from := map[string]string{"a pod": w.netns(client), "the node": lab.Host}
+	w.awaitEndpoint("")
+	w.refused("without an endpoint", magic, from)
+	if !s.cilium.CNIExclusive {
+		w.chained()
+	}
+	server := w.pod("default", "echo", echoLabels)
+	w.awaitEndpoint("echo")
+	if !s.cilium.CNIExclusive { // else Cilium removes the entry, and the API alone knows the pod
+		w.recorded("echo")
+	}
+	from["the server itself"] = w.netns(server)
+	sources := w.served("with an endpoint", "echo", from)
+	if kept := sources["a pod"].String() == client.Status.PodIP; kept != s.source {
+		w.Errorf("the client is seen as %s, and is %s: kept %t, want %t", sources["a pod"], client.Status.PodIP, kept, s.source)
+	}
+	if seen := sources["the node"]; seen != node.Address {
+		w.Logf("processes of the node are seen as %s", seen)
+	}
+	w.Logf("%s: a pod is seen as %s, the node as %s, the server by itself as %s", s.name, sources["a pod"], sources["the node"], sources["the server itself"])
+	w.refused("a magic IP without a target", unserved, from)
+	w.refused("a port of no frontend", netip.AddrPortFrom(magic.Addr(), 22), from)
+	w.remove("default", "echo")
+	w.awaitEndpoint("")
+	delete(from, "the server itself")
+	w.refused("the endpoint is gone", magic, from)
+	sniffer.silent(w.T, "traffic")
+}
+
+// chained waits until the entry is in Cilium's file, which Cilium's agent writes anew at each start.
+func (w *world) chained() {
+	w.Helper()
+	w.eventually("the entry in Cilium's file", func() error {
+		data, err := node.ReadFile(whole.CiliumConflist)
+		if err == nil && !strings.Contains(string(data), `"type": "magic-ip-address"`) {
+			err = fmt.Errorf("it has %s", data)
+		}
+		return err
+	})
+}
+
+// recorded wants a pod recorded by the plugin.
+func (w *world) recorded(name string) {
+	w.Helper()
+	file, err := runtimedir.New(node.Path(lab.RuntimeDir)).ReadState()
+	if err != nil || !slices.ContainsFunc(file.Attachments, func(a runtimedir.Attachment) bool { return a.Name == name }) {
+		w.Errorf("pod %s is not recorded: %+v, %v", name, file, err)
+	}
+}
+
+// rollout rolls a DaemonSet with maxSurge; no new connection may fail.
+func (w *world) rollout() {
+	w.Helper()
+	client := w.ready(clients, "client")
+	pod := echoPod("default", "", echoLabels)
+	pod.Spec.NodeName, pod.Spec.NodeSelector = "", map[string]string{"kubernetes.io/hostname": node.Name}
+	grace := int64(5)
+	pod.Spec.TerminationGracePeriodSeconds = &grace
+	pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
+		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(8081)}},
+	}
+	one, none := intstr.FromInt32(1), intstr.FromInt32(0)
+	_, err := cluster.Admin.AppsV1().DaemonSets("default").Create(w.ctx, &appsv1.DaemonSet{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "echo"},
+		Spec: appsv1.DaemonSetSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: echoLabels}, Template: corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: echoLabels}, Spec: pod.Spec},
+			UpdateStrategy: appsv1.DaemonSetUpdateStrategy{
+				Type: appsv1.RollingUpdateDaemonSetStrategyType, RollingUpdate: &appsv1.RollingUpdateDaemonSet{MaxSurge: &one, MaxUnavailable: &none},
+			},
+		},
+	}, metav1.CreateOptions{})
+	w.must(err)
+	w.Cleanup(func() {
+		_, err := cluster.Kubectl(w.ctx, "delete", "--namespace", "default", "--cascade=foreground", "--wait", "daemonset/echo")
+		if err != nil {
+			w.Error(err)
+		}
+	})
+	_, err = cluster.Kubectl(w.ctx, "rollout", "status", "daemonset/echo")
+	w.must(err)
+	sniffer := listen(w.T)
+	probes := map[lab.Kind]*lab.Probe{}
+	for kind, load := range lab.Loads {
+		probes[kind] = node.Lab().StartProbe(lab.Client{Kind: kind, From: w.netns(client), To: magic, Timeout: load.Timeout}, 4*load.Interval)
+		defer probes[kind].Stop()
+		_, err := probes[kind].Await(w.ctx, func(o lab.Outcome) bool { return o.Err == nil })
+		w.must(err)
+	}
+	for _, command := range []string{"restart", "status"} {
+		_, err := cluster.Kubectl(w.ctx, "rollout", command, "daemonset/echo")
+		w.must(err)
+	}
+	time.Sleep(time.Second) // for what goes wrong afterwards
+	for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
+		o := probes[kind].Stop()
+		w.Logf("rollout: %s: %d of %d failed, longest gap %v, %d pods", kind, len(o.Failed()), len(o), o.LongestGap().Round(time.Millisecond), len(o.Servers()))
+		if kind == lab.NewConnection && len(o.Failed()) > 0 {
+			w.Errorf("rollout: %d of %d new connections failed, the first with %v", len(o.Failed()), len(o), o.Failed()[0].Err)
+		}
+		if len(o.Servers()) != 2 {
+			w.Errorf("rollout: %s was answered by %v, want the old pod and the new one", kind, o.Servers())
+		}
+	}
+	sniffer.silent(w.T, "rollout")
+}
+
+// faults: the agent is killed, rules and routes are removed, Cilium's agent is killed and comes back. Nothing leaves the node where
+// local routes keep it there, and everything is served again.
+func (w *world) faults(s setting) {
+	w.Helper()
+	client := w.ready(clients, "client")
+	from := map[string]string{"a pod": w.netns(client), "the node": lab.Host}
+	server := w.endpoint()
+	probe := node.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: from["a pod"], To: magic, Timeout: time.Second}, 10*time.Millisecond)
+	defer probe.Stop()
+	_, err := probe.Await(w.ctx, lab.AnsweredBy(server))
+	w.must(err)
+
+	// Another pod is there sooner than the container is started again, for which kubelet waits the longer the more often it ends.
+	killed := time.Now()
+	w.exec("kill -KILL " + w.agentPID())
+	_, err = cluster.Kubectl(w.ctx, "delete", "pod", "--namespace", "kube-system", "--field-selector", "spec.nodeName="+node.Name, "--selector", "app=magic-ip-address")
+	w.must(err)
+	w.eventually("the agent comes back", func() error {
+		if status := w.status(); status.StartedAt.Before(killed) || !runtimedir.New(node.Path(lab.RuntimeDir)).Agent(agentName).Live() {
+			return fmt.Errorf("it started at %v", status.StartedAt)
+		}
+		return nil
+	})
+	w.follows(s)
+	w.must(node.RestartCilium(w.ctx))
+	w.follows(s)
+	if failed := probe.Stop().Failed(); len(failed) > 0 {
+		w.Errorf("agents killed: %d requests failed, the first with %v", len(failed), failed[0].Err)
+	}
+	w.served("agents killed", server, from)
+
+	// The rules are flushed while the agent does not run.
+	pid := w.agentPID()
+	w.exec("kill -STOP " + pid + "; nft delete table ip magic-ip-" + agentName)
+	sniffer := listen(w.T)
+	if s.local {
+		w.refused("rules flushed", magic, from)
+		sniffer.silent(w.T, "rules flushed")
+	}
+	w.exec("kill -CONT " + pid)
+	w.eventually("rules restored", func() error {
+		_, err := w.ask(lab.NewConnection, from["a pod"], magic)
+		return err
+	})
+	w.served("rules restored", server, from)
+	if s.local {
+		w.exec("ip route del local " + magic.Addr().String() + " table local")
+		w.routes(s)
+		w.served("route restored", server, from)
+	}
+}
+
+// endpoint is the pod that traffic goes to.
+func (w *world) endpoint() (name string) {
+	w.Helper()
+	w.awaitStatus("an endpoint", func(status *runtimedir.Status) error {
+		for _, m := range status.MagicIPs {
+			if m.Address == magic.Addr() && len(m.Endpoints) == 1 {
+				name = strings.TrimPrefix(m.Endpoints[0].Pod, "default/")
+				return nil
+			}
+		}
+		return errors.New("there is none")
+	})
+	return name
+}
+
+// agentPID is the process of the agent's container.
+func (w *world) agentPID() string {
+	w.Helper()
+	out := w.exec("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^" + agent + " run ' && basename $p; done; true")
+	pids := strings.Fields(out)
+	if len(pids) != 1 {
+		w.Fatalf("processes of the agent: %v", pids)
+	}
+	return pids[0]
+}

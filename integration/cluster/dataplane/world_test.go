@@ -1,0 +1,317 @@
+//go:build cilium
+
+// Package dataplane_test runs magic IPs on a node with real Cilium, beside one with the bridge plugin, with every setting of Cilium that
+// decides by which way packets of pods go. With -short, those settings with which packets bypass netfilter.
+package dataplane_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// The plan: node1 has Cilium, node2 has not. Servers are pods with app=echo in the namespace default, port 8080; clients and a pod that
+// nobody selects are in the namespace clients. The release is called mip, in kube-system.
+const (
+	agentName = "kube-system.mip"
+	daemonSet = "mip-magic-ip-address"
+	port      = 8080
+	clients   = "clients"
+	chart     = "charts/magic-ip-address"
+	agent     = "/usr/local/bin/magic-ip-agent"
+	longest   = 5 * time.Minute // of one setting
+)
+
+var (
+	magic = netip.AddrPortFrom(netip.MustParseAddr("169.254.210.210"), port)
+	// unserved is a magic IP without any target, control no magic IP at all: a sniffer that hears a packet to it hears others too.
+	unserved = netip.AddrPortFrom(netip.MustParseAddr("169.254.210.211"), port)
+	control  = netip.AddrPortFrom(netip.MustParseAddr("203.0.113.99"), port)
+)
+
+var (
+	cluster *whole.Cluster
+	node    *whole.Node // the one with Cilium
+)
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	root, err := lab.ModuleRoot()
+	if err == nil {
+		err = os.Chdir(root)
+	}
+	if err == nil {
+		cluster, err = whole.New(ctx, whole.Options{Name: "dataplane", Images: []string{"bin/image.tar"}, Nodes: []whole.NodeOptions{
+			{Runtime: whole.Containerd1, Cilium: &whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}}, {Runtime: whole.Containerd2},
+		}})
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	fmt.Printf("the cluster was up after %v\n", cluster.Took.Round(100*time.Millisecond))
+	node = cluster.Nodes[0]
+	// What the kernel's limit on ICMP errors does to clients is not what is tested here.
+	_, err = node.Exec(ctx, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
+	code := 1
+	if err == nil {
+		err = furnish(ctx)
+	}
+	if err == nil {
+		code = m.Run()
+	}
+	if code != 0 {
+		err = errors.Join(err, errors.New(cluster.LogTails()))
+	}
+	if err = errors.Join(err, cluster.Close()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// furnish makes the namespace of the clients and installs the chart, with the values of the documentation.
+func furnish(ctx context.Context) error {
+	if err := cluster.Apply(ctx, "apiVersion: v1\nkind: Namespace\nmetadata: {name: "+clients+"}\n"); err != nil {
+		return err
+	}
+	err := lab.Eventually(ctx, func() error {
+		for _, namespace := range []string{"default", clients, "kube-system"} {
+			_, err := cluster.Admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
+			_, errRoot := cluster.Admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
+			if err := errors.Join(err, errRoot); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	_, err = cluster.Helm(ctx, "upgrade", "mip", chart, "--install", "--namespace", "kube-system", "--set", "minReadySeconds=0",
+		"--set-json", fmt.Sprintf(`config.magicIPs=[{"ipAddress":%q,"namespace":"default","selector":"app=echo","ports":[{"port":%d},{"port":%[2]d,"protocol":"udp"}]},`+
+			`{"ipAddress":%[3]q,"namespace":"default","selector":"app=none","ports":[{"port":%[2]d},{"port":%[2]d,"protocol":"udp"}]}]`, magic.Addr(), port, unserved.Addr()))
+	if err != nil {
+		return err
+	}
+	return lab.Eventually(ctx, func() error {
+		for _, n := range cluster.Nodes {
+			if status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus(); err != nil || status.LastSync.IsZero() {
+				return fmt.Errorf("%s: the agent has not made its rules yet: %w", n.Name, err)
+			}
+		}
+		return nil
+	})
+}
+
+// world is a test of one setting.
+type world struct {
+	*testing.T
+	ctx context.Context
+}
+
+func newWorld(t *testing.T) *world {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longest)
+	w := &world{T: t, ctx: ctx}
+	t.Cleanup(func() {
+		defer cancel()
+		if t.Failed() {
+			w.describe()
+		}
+	})
+	return w
+}
+
+func (w *world) must(err error) {
+	w.Helper()
+	if err != nil {
+		w.Fatal(err)
+	}
+}
+
+func (w *world) eventually(what string, condition func() error) {
+	w.Helper()
+	ctx, cancel := lab.Patience(w.ctx, time.Minute)
+	defer cancel()
+	if err := lab.Eventually(ctx, condition); err != nil {
+		w.Fatalf("%s: %v", what, err)
+	}
+}
+
+func (w *world) exec(script string) string {
+	w.Helper()
+	out, err := node.Exec(w.ctx, "sh", "-ec", script)
+	w.must(err)
+	return out
+}
+
+// describe is for people, after a failure.
+func (w *world) describe() {
+	for _, script := range []string{"ip route show table local proto 109", "bin/magic-ip-agent status", "bin/magic-ip-agent doctor"} {
+		root, _ := lab.ModuleRoot()
+		out, err := node.Exec(w.ctx, "sh", "-c", strings.Replace(script, "bin/", root+"/bin/", 1)+" 2>&1 || true")
+		w.Logf("%s:\n%s%v", script, out, err)
+	}
+	out, err := cluster.Kubectl(w.ctx, "logs", "-n", "kube-system", "-l", "app=magic-ip-address", "-c", "agent", "--prefix", "--tail=40")
+	w.Log(out, err)
+}
+
+// agent runs a command of the agent of the machine on the node, as root; doctor may find something.
+func (w *world) agent(command ...string) string {
+	w.Helper()
+	root, err := lab.ModuleRoot()
+	w.must(err)
+	out, err := node.Exec(w.ctx, "sh", "-c", root+"/bin/magic-ip-agent "+strings.Join(command, " ")+" || true")
+	w.must(err)
+	return out
+}
+
+func (w *world) status() *runtimedir.Status {
+	w.Helper()
+	status, err := runtimedir.New(node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+	w.must(err)
+	return status
+}
+
+// awaitStatus waits for what the agent of the node has published.
+func (w *world) awaitStatus(what string, wanted func(*runtimedir.Status) error) {
+	w.Helper()
+	w.eventually(what, func() error {
+		status, err := runtimedir.New(node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+		if err != nil {
+			return err
+		}
+		return wanted(status)
+	})
+}
+
+// awaitEndpoint waits until traffic goes to this pod; none where empty.
+func (w *world) awaitEndpoint(pod string) {
+	w.Helper()
+	w.awaitStatus("endpoint "+pod, func(status *runtimedir.Status) error {
+		for _, m := range status.MagicIPs {
+			if m.Address == magic.Addr() && (pod == "" && len(m.Endpoints) > 0 || pod != "" && (len(m.Endpoints) != 1 || m.Endpoints[0].Pod != "default/"+pod)) {
+				return fmt.Errorf("the agent has published %+v", m)
+			}
+		}
+		return nil
+	})
+}
+
+// echoPod is a pod on the node with Cilium that answers at port 8080.
+func echoPod(namespace, name string, labels map[string]string) *corev1.Pod {
+	grace := int64(1)
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: labels},
+		Spec: corev1.PodSpec{
+			NodeName: node.Name, TerminationGracePeriodSeconds: &grace, DNSPolicy: corev1.DNSDefault,
+			Containers: []corev1.Container{{
+				Name: "echo", Image: whole.ImageEcho, ImagePullPolicy: corev1.PullNever, Args: []string{"serve", "--drain", "500ms"},
+			}},
+		},
+	}
+}
+
+var echoLabels = map[string]string{"app": "echo"}
+
+// pod makes a pod of the node that is removed after the test, and waits until it is ready.
+func (w *world) pod(namespace, name string, labels map[string]string) *corev1.Pod {
+	w.Helper()
+	_, err := cluster.Admin.CoreV1().Pods(namespace).Create(w.ctx, echoPod(namespace, name, labels), metav1.CreateOptions{})
+	w.must(err)
+	w.Cleanup(func() { w.remove(namespace, name) })
+	return w.ready(namespace, name)
+}
+
+func (w *world) ready(namespace, name string) (pod *corev1.Pod) {
+	w.Helper()
+	w.eventually("pod "+name, func() (err error) {
+		if pod, err = cluster.Admin.CoreV1().Pods(namespace).Get(w.ctx, name, metav1.GetOptions{}); err != nil {
+			return err
+		}
+		ready := slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue })
+		if !ready {
+			return fmt.Errorf("it is not ready: %+v", pod.Status)
+		}
+		return nil
+	})
+	return pod
+}
+
+// remove removes a pod and waits until it is gone.
+func (w *world) remove(namespace, name string) {
+	w.Helper()
+	pods := cluster.Admin.CoreV1().Pods(namespace)
+	if err := pods.Delete(w.ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		w.Error(err)
+	}
+	w.eventually("the end of pod "+name, func() error {
+		if _, err := pods.Get(w.ctx, name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+			return fmt.Errorf("it is still there: %w", err)
+		}
+		return nil
+	})
+}
+
+func (w *world) netns(pod *corev1.Pod) string {
+	w.Helper()
+	path, err := node.PodNetNS(w.ctx, pod)
+	w.must(err)
+	return path
+}
+
+// ask asks once; refused is within a second.
+func (w *world) ask(kind lab.Kind, from string, to netip.AddrPort) (lab.Answer, error) {
+	return node.Lab().Ask(w.ctx, lab.Client{Kind: kind, From: from, To: to, Timeout: 2 * time.Second})
+}
+
+// refused wants each kind of client refused at once, from each namespace.
+func (w *world) refused(when string, to netip.AddrPort, from map[string]string) {
+	w.Helper()
+	for who, namespace := range from {
+		for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
+			began := time.Now()
+			answer, err := w.ask(kind, namespace, to)
+			if took := lab.WorkingTime(began, time.Now()); err == nil || took > time.Second {
+				w.Errorf("%s: %s from %s got %+v, %v after %v; want it refused at once", when, kind, who, answer, err, took)
+			}
+		}
+	}
+}
+
+// served wants each kind of client answered by the server, and returns the sources that it has seen.
+func (w *world) served(when, server string, from map[string]string) map[string]netip.Addr {
+	w.Helper()
+	sources := map[string]netip.Addr{}
+	for who, namespace := range from {
+		for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
+			answer, err := w.ask(kind, namespace, magic)
+			if err != nil || answer.Server != server {
+				w.Errorf("%s: %s from %s: answered by %q, %v; want %s", when, kind, who, answer.Server, err, server)
+				continue
+			}
+			if before, both := sources[who]; both && before != answer.Client.Addr() {
+				w.Errorf("%s: %s is seen as %s by one protocol and as %s by another", when, who, before, answer.Client.Addr())
+			}
+			sources[who] = answer.Client.Addr()
+		}
+	}
+	return sources
+}
