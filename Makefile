@@ -1,6 +1,8 @@
 # Everything that people and CI run. `make` alone lists the targets.
 
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+BIN      ?= bin/
+DIST     ?= dist
 FUZZTIME ?= 10000x
 MUTATE   ?= agent/plan agent/inventory agent/endpoint agent/config plugin/conflist plugin/runtimedir plugin
 
@@ -21,7 +23,7 @@ help: ## list the targets (default)
 
 .PHONY: build
 build: ## the CNI plugin and the agent, into bin/
-	CGO_ENABLED=0 go build $(RELEASE) -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build $(RELEASE) -o $(BIN) ./cmd/...
 
 .PHONY: tools
 tools: ## cnitool and the upstream CNI plugins that tests, demo and bench chain with
@@ -79,6 +81,19 @@ image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=,
 	$(BUILDER) build $(if $(PLATFORM),--platform $(PLATFORM)) --build-arg VERSION=$(VERSION) \
 	  $(foreach base,GO_IMAGE DEBIAN_IMAGE,$(if $($(base)),--build-arg $(base)=$($(base)))) --tag $(IMAGE) .
 
+.PHONY: dist
+dist: ## what a release has besides the image: programs for amd64 and arm64, chart, checksums (VERSION=, DIST=)
+	tools/release/dist $(VERSION) $(DIST)
+
+.PHONY: push-image
+push-image: ## the image for amd64 and arm64, with SBOM and provenance, to its registry, with docker buildx (IMAGE=, VERSION=, DIST=)
+	docker buildx build --platform linux/amd64,linux/arm64 --build-arg VERSION=$(VERSION) --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+	  --sbom=true --provenance=mode=max --metadata-file $(DIST)/image.json --output type=image,name=$(IMAGE),push=true,rewrite-timestamp=true .
+
+.PHONY: reproducible
+reproducible: ## build the same commit twice, and compare the digests of programs and chart (10 minutes)
+	tools/release/reproducible
+
 .PHONY: e2e-image
 e2e-image: ## the same image without a registry, into bin/image.tar (needs root)
 	integration/cluster/image
@@ -99,13 +114,15 @@ e2e-bench: build tools e2e-binaries ## measure the agent and the API server, eac
 	go test -count=1 -tags e2e -run '^$$' -bench . -benchtime 1x -timeout 30m ./integration/cluster
 
 .PHONY: lint
-lint: ## golangci-lint with .golangci.yml
+lint: ## golangci-lint with .golangci.yml, and actionlint
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/golangci-lint run --build-tags e2e,cilium ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	go test -count=1 -v -run '^TestHouse$$' ./integration
 	cd integration/conflist && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	go build -C tools -modfile=actionlint.mod -o ../bin/actionlint github.com/rhysd/actionlint/cmd/actionlint
+	bin/actionlint
 
 .PHONY: mutate
 mutate: ## change the pure rooms line by line, and see that a unit test fails each time (MUTATE=, slow)
@@ -125,6 +142,6 @@ docs: build tools ## write what comes from programs in the documents: keys, comm
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
+	go mod tidy && go -C tools mod tidy && go -C tools mod tidy -modfile=actionlint.mod && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning
