@@ -227,7 +227,7 @@ func (m *matrix) print(w io.Writer) (faults []string) {
 	return faults
 }
 
-// TestMain prints the matrix after the tests. A run of some of the tests may leave cases out.
+// TestMain prints the matrix, and what became of the attacks, after the tests. A run of some of the tests may leave cases out.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == lockAll {
 		fmt.Fprintln(os.Stderr, lockEverything(os.Args[2:]))
@@ -238,12 +238,16 @@ func TestMain(m *testing.M) {
 	for _, filter := range []string{"test.run", "test.skip"} {
 		whole = whole && flag.Lookup(filter).Value.String() == ""
 	}
+	var faults []string
 	if len(results.outcomes) > 0 || whole {
-		faults := append(results.print(os.Stdout), printAttacks(os.Stdout)...)
-		if whole && len(faults) > 0 {
-			fmt.Println("FAIL: " + strings.Join(faults, "\nFAIL: "))
-			code = max(code, 1)
-		}
+		faults = results.print(os.Stdout)
+	}
+	if len(attackOutcomes.m) > 0 || whole {
+		faults = append(faults, printAttacks(os.Stdout)...)
+	}
+	if whole && len(faults) > 0 {
+		fmt.Println("FAIL: " + strings.Join(faults, "\nFAIL: "))
+		code = max(code, 1)
 	}
 	os.Exit(code)
 }
