@@ -30,6 +30,7 @@ type setting struct {
 	reason                    string // in status
 	doctor                    string // level and text
 	short                     bool
+	backend                   string // auto where empty
 }
 
 func settings() []setting {
@@ -60,7 +61,9 @@ func settings() []setting {
 	}
 	exclusive := all[0]
 	exclusive.name, exclusive.cilium.CNIExclusive, exclusive.short = "b exclusive", true, false
-	return append(all, exclusive)
+	iptables := all[0]
+	iptables.name, iptables.backend, iptables.short = "b iptables", "iptables", false
+	return append(all, exclusive, iptables)
 }
 
 // TestSettings: the agent runs all the time, and follows.
@@ -71,6 +74,10 @@ func TestSettings(t *testing.T) {
 		}
 		t.Run(s.name, func(t *testing.T) {
 			w := newWorld(t)
+			if s.backend != "" {
+				w.must(release(w.ctx, "backend="+s.backend))
+				t.Cleanup(func() { w.must(release(w.ctx)) })
+			}
 			began := time.Now()
 			started := w.status().StartedAt
 			w.must(node.SetCilium(w.ctx, s.cilium))
@@ -100,6 +107,34 @@ func TestNodeWithoutCilium(t *testing.T) {
 	w.must(err)
 	if strings.Contains(out, "proto 109") || strings.Contains(out, "fib saddr") {
 		t.Errorf("the node has\n%s", out)
+	}
+}
+
+// TestNetfilterByForce is what happens without local routes, and what the sniffer hears then: doctor says it, and what to set.
+func TestNetfilterByForce(t *testing.T) {
+	if testing.Short() {
+		return // it is of `make e2e-cilium`
+	}
+	w := newWorld(t)
+	w.must(node.SetCilium(w.ctx, settings()[0].cilium))
+	w.must(release(w.ctx, "config.dataPlane=netfilter"))
+	t.Cleanup(func() { w.must(release(w.ctx)) })
+	client := w.pod(clients, "client", nil)
+	w.pod("default", "echo", echoLabels)
+	w.awaitEndpoint("echo")
+	w.routes(setting{})
+	found := w.agent("doctor")
+	if want := "dataPlane is netfilter; Cilium with BPF host routing: packets of pods to magic IPs bypass the rules and leave the node"; !strings.Contains(found, want) {
+		t.Errorf("doctor does not say %q:\n%s", want, found)
+	}
+	sniffer := listen(t)
+	answer, err := node.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: w.netns(client), To: magic, Timeout: 500 * time.Millisecond, ByClock: true})
+	if err == nil {
+		t.Errorf("a pod is answered by %s", answer.Server)
+	}
+	sniffer.end(t, "without local routes")
+	if len(sniffer.heard) == 0 {
+		t.Error("nothing has left the node, or the sniffer does not hear it")
 	}
 }
 
@@ -287,8 +322,13 @@ func (w *world) faults(s setting) {
 	w.served("agents killed", server, from)
 
 	// The rules are flushed while the agent does not run.
-	pid := w.agentPID()
-	w.exec("kill -STOP " + pid + "; nft delete table ip magic-ip-" + agentName)
+	pid, flush := w.agentPID(), "nft delete table ip magic-ip-"+agentName
+	if w.status().Backend == "iptables" {
+		flush = `for table in nat filter mangle; do for tool in iptables-nft iptables-legacy; do
+	$tool-save -t $table | sed -n 's/^-A \([A-Z]* .*MIP-.*\)/-D \1/p' | while read -r rule; do echo "$rule" | xargs $tool -t $table; done
+done; done`
+	}
+	w.exec("kill -STOP " + pid + "\n" + flush)
 	sniffer := listen(w.T)
 	if s.local {
 		w.refused("rules flushed", magic, from)

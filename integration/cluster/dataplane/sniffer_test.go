@@ -100,6 +100,15 @@ func (s *sniffer) note(link int, kind string, addresses ...[]byte) {
 // silent ends the sniffer: nothing about a magic IP may have been on the network, although the node's packets are heard.
 func (s *sniffer) silent(t *testing.T, when string) {
 	t.Helper()
+	s.end(t, when)
+	if len(s.heard) > 0 {
+		t.Errorf("%s: %d packets about magic IPs have left the node, the first: %s", when, len(s.heard), s.heard[0])
+	}
+}
+
+// end ends the sniffer once it has heard the node.
+func (s *sniffer) end(t *testing.T, when string) {
+	t.Helper()
 	ctx, cancel := lab.Patience(context.WithoutCancel(t.Context()), 10*time.Second)
 	defer cancel()
 	err := lab.Eventually(ctx, func() error {
@@ -122,7 +131,4 @@ func (s *sniffer) silent(t *testing.T, when string) {
 	s.stopping.Store(true)
 	<-s.done
 	_ = unix.Close(s.socket)
-	if len(s.heard) > 0 {
-		t.Errorf("%s: %d packets about magic IPs have left the node, the first: %s", when, len(s.heard), s.heard[0])
-	}
 }

@@ -105,16 +105,29 @@ func furnish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = cluster.Helm(ctx, "upgrade", "mip", chart, "--install", "--namespace", "kube-system", "--set", "minReadySeconds=0",
-		"--set-json", fmt.Sprintf(`config.magicIPs=[{"ipAddress":%q,"namespace":"default","selector":"app=echo","ports":[{"port":%d},{"port":%[2]d,"protocol":"udp"}]},`+
-			`{"ipAddress":%[3]q,"namespace":"default","selector":"app=none","ports":[{"port":%[2]d},{"port":%[2]d,"protocol":"udp"}]}]`, magic.Addr(), port, unserved.Addr()))
+	return release(ctx)
+}
+
+// release installs the chart or upgrades it, with these values beside the test's, and waits until the agents have made their rules.
+func release(ctx context.Context, values ...string) error {
+	began := time.Now()
+	args := []string{"upgrade", "mip", chart, "--install", "--namespace", "kube-system", "--set", "minReadySeconds=0"}
+	for _, value := range values {
+		args = append(args, "--set", value)
+	}
+	_, err := cluster.Helm(ctx, append(args, "--set-json", fmt.Sprintf(`config.magicIPs=[{"ipAddress":%q,"namespace":"default","selector":"app=echo","ports":[{"port":%d},{"port":%[2]d,"protocol":"udp"}]},`+
+		`{"ipAddress":%[3]q,"namespace":"default","selector":"app=none","ports":[{"port":%[2]d},{"port":%[2]d,"protocol":"udp"}]}]`, magic.Addr(), port, unserved.Addr()))...)
 	if err != nil {
 		return err
 	}
 	return lab.Eventually(ctx, func() error {
 		for _, n := range cluster.Nodes {
-			if status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus(); err != nil || status.LastSync.IsZero() {
-				return fmt.Errorf("%s: the agent has not made its rules yet: %w", n.Name, err)
+			status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+			if err == nil && (status.LastSync.IsZero() || status.StartedAt.Before(began)) {
+				err = errors.New("the agent has not made its rules yet")
+			}
+			if err != nil {
+				return fmt.Errorf("%s: %w", n.Name, err)
 			}
 		}
 		return nil
