@@ -47,6 +47,7 @@ var claims = map[string]string{
 	"nobody may touch CNI":                                       "TestWithoutCNI",
 	"The preset installs no CNI plugin":                          "cni_test.yaml: installs no plugin on OpenShift, and knows its SELinux",
 	"and its only file is `00-multus.conf`":                      "not tested",
+	"The directory has no sockets":                               "TestSettings",
 	"`netfilter` (neither local routes nor masquerade)":          "TestChoose",
 	"nothing restarts for it":                                    "pod_test.yaml: is the same pod whatever the configuration says, so that nothing restarts",
 	"only one of them serves metrics":                            "TestMetricsOfTwoReleases",

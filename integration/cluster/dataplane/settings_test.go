@@ -89,6 +89,9 @@ func TestSettings(t *testing.T) {
 			w.traffic(s)
 			w.rollout()
 			w.faults(s)
+			if sockets := w.exec("find /run/cilium/state -type s"); sockets != "" {
+				t.Errorf("sockets in the directory that is mounted into the agent: %s", sockets)
+			}
 			t.Logf("all of it: %v", time.Since(began).Round(100*time.Millisecond))
 		})
 	}
@@ -136,6 +139,23 @@ func TestNetfilterByForce(t *testing.T) {
 	if len(sniffer.heard) == 0 {
 		t.Error("nothing has left the node, or the sniffer does not hear it")
 	}
+}
+
+// TestUninstall: helm uninstall takes the local routes out with the rules.
+func TestUninstall(t *testing.T) {
+	w := newWorld(t)
+	w.must(node.SetCilium(w.ctx, settings()[0].cilium))
+	w.routes(settings()[0])
+	_, err := cluster.Helm(w.ctx, "uninstall", "mip", "--namespace", "kube-system")
+	w.must(err)
+	t.Cleanup(func() { w.must(release(w.ctx)) })
+	w.eventually("nothing is left", func() error {
+		left := w.exec("ip route show table local proto 109; nft list tables | grep magic-ip || true; ls " + lab.RuntimeDir + "/agents")
+		if left != "" {
+			return fmt.Errorf("the node has\n%s", left)
+		}
+		return nil
+	})
 }
 
 // follows waits until the agent says what it is to do with the setting, does it, and doctor says what that means.
