@@ -37,6 +37,9 @@ func TestOutput(t *testing.T) {
 	err := errors.Join(
 		full.WriteStatus(runtimedir.Status{
 			StartedAt: at, LastSync: at, LastError: "broken", Backend: "iptables", BackendNote: "a reason", PollInterval: "5s", Notes: []string{"a note"},
+			DataPlane: runtimedir.DataPlane{
+				Configured: "auto", Name: "cilium", Reason: "a reason", LocalRoutes: []netip.Addr{netip.MustParseAddr("169.254.210.210")}, Masquerade: []string{"ip"},
+			},
 			Links: []runtimedir.Links{{Names: []string{"eth0"}, Kind: "device", Role: "uplink", Reason: "a default route goes by it"}},
 			MagicIPs: []runtimedir.MagicIP{
 				{Frontend: frontend("169.254.210.210", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Action: "serve", HostInterface: []string{"cni0"}, Endpoints: []runtimedir.Endpoint{

@@ -58,7 +58,7 @@ Whether Cilium's settings are mounted. No type of hostPath leaves a missing dire
 without Cilium: hence not in clusters without Cilium. /run, which is there always, has the sockets of the container runtime.
 */}}
 {{- define "magic-ip-address.ciliumState" -}}
-{{- if and .Values.ciliumStateDir (or (eq .Values.config.dataPlane "cilium") (and (eq .Values.config.dataPlane "auto") (.Capabilities.APIVersions.Has "cilium.io/v2"))) -}}true{{- end -}}
+{{- if and .Values.ciliumStateDir (or (eq .Values.config.dataPlane "cilium") (.Capabilities.APIVersions.Has "cilium.io/v2")) -}}true{{- end -}}
 {{- end -}}
 
 {{- define "magic-ip-address.tokenMount" -}}

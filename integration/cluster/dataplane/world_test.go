@@ -120,6 +120,10 @@ func release(ctx context.Context, values ...string) error {
 	if err != nil {
 		return err
 	}
+	// New pods have a changed configuration at once.
+	if _, err := cluster.Kubectl(ctx, "delete", "pod", "--namespace", "kube-system", "--selector", "app=magic-ip-address"); err != nil {
+		return err
+	}
 	return lab.Eventually(ctx, func() error {
 		for _, n := range cluster.Nodes {
 			status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
