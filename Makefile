@@ -62,7 +62,7 @@ e2e-cilium-binaries: e2e-binaries ## Cilium and what it needs, from source (9 mi
 	integration/cluster/binaries cilium
 
 .PHONY: e2e-cilium
-e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cilium, with all settings that matter (needs root; CILIUM='-run …' for less)
+e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cilium, with all settings that matter (needs root; 12 minutes; CILIUM=-short for 2)
 	integration/prerequisites nft iptables conntrack ip nsenter ipset
 	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
 
