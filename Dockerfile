@@ -16,9 +16,9 @@ COPY agent agent
 ARG VERSION=dev
 ARG TARGETOS=linux
 ARG TARGETARCH
-# As `make build` does it.
+# As `make build` does it, without the plugin of kubectl.
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/...
+    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/magic-ip-agent ./cmd/magic-ip-address
 
 FROM --platform=$BUILDPLATFORM ${DEBIAN_IMAGE} AS tools
 ARG TARGETARCH

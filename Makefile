@@ -22,7 +22,7 @@ help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## the CNI plugin and the agent, into bin/
+build: ## the CNI plugin, the agent and the plugin of kubectl, into bin/
 	CGO_ENABLED=0 go build $(RELEASE) -o $(BIN) ./cmd/...
 
 .PHONY: tools

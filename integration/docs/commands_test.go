@@ -77,7 +77,7 @@ func TestCommands(t *testing.T) {
 					exists(words, "--values", bad)
 				case "kubectl":
 					if !slices.ContainsFunc(words, func(w string) bool {
-						return slices.Contains([]string{"apply", "debug", "exec", "get", "rollout", "run"}, w)
+						return slices.Contains([]string{"apply", "debug", "exec", "get", "magic-ip", "rollout", "run"}, w)
 					}) {
 						bad("not a command that these tests know")
 					}

@@ -1,0 +1,242 @@
+// Command kubectl-magic_ip is a plugin of kubectl: `kubectl magic-ip status` and `kubectl magic-ip doctor` show what the agents of
+// all nodes say, with the credentials that kubectl has.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/kube/fleet"
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+)
+
+// version is set by the linker.
+var version = "devel" //nolint:gochecknoglobals // -X needs a variable
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root, failed := rootCommand()
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "kubectl magic-ip:", quote.Lines(err.Error()))
+		return 2
+	}
+	if *failed {
+		return 1
+	}
+	return 0
+}
+
+func rootCommand() (root *cobra.Command, failed *bool) {
+	failed = new(bool)
+	var options fleet.Options
+	root = &cobra.Command{
+		Use:   "kubectl-magic_ip",
+		Short: "Show what the agents of all nodes say about magic IPs",
+		Long: `Show what the agents of all nodes say about magic IPs, nodes without an agent first.
+
+It needs the rights to list nodes and pods, and to create pods/exec in the namespaces of the agents.
+Exit status: 0 all is well on all nodes, 1 it is not, 2 the cluster could not be asked.`,
+		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl magic-ip"},
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	f := root.PersistentFlags()
+	f.StringVar(&options.Kubeconfig, "kubeconfig", "", "`FILE` with credentials; without it as kubectl has them")
+	f.StringVar(&options.Context, "context", "", "`NAME` of the context in it")
+	f.StringVarP(&options.Namespace, "namespace", "n", "", "`NAMESPACE` of the agents; all where empty")
+	f.StringVarP(&options.Selector, "selector", "l", "app.kubernetes.io/name=magic-ip-address", "label `SELECTOR` of the agents' pods")
+	f.DurationVar(&options.Timeout, "timeout", 30*time.Second, "how long a node may take to answer")
+	root.AddCommand(
+		command("status", "Show the magic IPs of all nodes, and whether the agents run", &options, failed, writeStatus),
+		command("doctor", "Have the agents of all nodes look at their nodes, and show the verdicts", &options, failed, writeDoctor),
+	)
+	return root, failed
+}
+
+// command shows what a command of the agent says on all nodes. write returns whether all is well.
+func command(name, short string, options *fleet.Options, failed *bool, write func(io.Writer, []answer) bool) *cobra.Command {
+	var output string
+	var watch bool
+	c := &cobra.Command{
+		Use: name, Short: short, Args: cobra.NoArgs,
+		Example: fmt.Sprintf("  kubectl magic-ip %[1]s\n  kubectl magic-ip %[1]s --watch\n  kubectl magic-ip %[1]s -o json", name),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return fmt.Errorf("--output %q is not allowed; allowed: table, json", output)
+			}
+			agents, err := fleet.Connect(*options)
+			if err != nil {
+				return err
+			}
+			for {
+				nodes, err := agents.Run(cmd.Context(), []string{"magic-ip-agent", name, "-o", "json"})
+				if err != nil {
+					return err
+				}
+				answers := make([]answer, len(nodes))
+				for i, n := range nodes {
+					answers[i] = newAnswer(n)
+				}
+				var out strings.Builder
+				*failed = !write(&out, answers)
+				if output == "json" {
+					out.Reset()
+					if err := writeJSON(&out, answers); err != nil {
+						return err
+					}
+				}
+				if watch && output == "table" {
+					fmt.Fprint(cmd.OutOrStdout(), "\x1b[H\x1b[2J") // the screen anew
+				}
+				fmt.Fprint(cmd.OutOrStdout(), out.String())
+				if !watch {
+					return nil
+				}
+				select {
+				case <-cmd.Context().Done():
+					return nil
+				case <-time.After(2 * time.Second):
+				}
+			}
+		},
+	}
+	c.Flags().StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
+	c.Flags().BoolVar(&watch, "watch", false, "again every two seconds, until Ctrl-C")
+	return c
+}
+
+// answer is what a node has said.
+type answer struct {
+	Node string `json:"node"`
+	// Pod is the agent's that was asked, namespace/name.
+	Pod string `json:"pod,omitempty"`
+	// Error is why there is no report.
+	Error    string `json:"error,omitempty"`
+	ExitCode int    `json:"exitCode"`
+	// Report is what the command has printed on the node as JSON.
+	Report json.RawMessage `json:"report,omitempty"`
+}
+
+func newAnswer(n fleet.Node) answer {
+	a := answer{Node: n.Name, Pod: n.Pod, ExitCode: n.ExitCode}
+	switch {
+	case n.Err != nil:
+		a.Error = n.Err.Error()
+	case !json.Valid(n.Output):
+		a.Error = "the agent answered no JSON"
+	default:
+		a.Report = n.Output
+	}
+	return a
+}
+
+func writeJSON(out io.Writer, answers []answer) error {
+	data, err := json.MarshalIndent(map[string]any{"nodes": answers}, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = out.Write(append(quote.JSON(data), '\n'))
+	return err
+}
+
+// row writes cells that a terminal shows as they are.
+func row(out io.Writer, cells ...string) {
+	for i, cell := range cells {
+		cells[i] = quote.Terminal(cell)
+	}
+	fmt.Fprintln(out, strings.Join(cells, "\t"))
+}
+
+// report is what is shown of docs/status.schema.json. It is not the agent's own type, which needs Linux.
+type report struct {
+	Agents []struct {
+		Name, LastError, Unreadable string
+		Live                        bool
+		MagicIPs                    []struct {
+			IPAddress, Protocol, Namespace, Selector, Reason, Action string
+			Port                                                     int
+			Endpoints                                                []struct{ Address, Pod string }
+		}
+	}
+}
+
+func writeStatus(out io.Writer, answers []answer) bool {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row(table, "NODE", "AGENT", "STATE", "MAGIC IP", "PROTOCOL", "ENDPOINT", "POD")
+	well := true
+	for _, a := range answers {
+		var r report
+		if a.Error == "" && json.Unmarshal(a.Report, &r) != nil {
+			a.Error = "the agent's answer has another format"
+		}
+		if a.Error != "" {
+			row(table, a.Node, "", a.Error)
+			well = false
+			continue
+		}
+		well = well && a.ExitCode == 0
+		for _, agent := range r.Agents {
+			state := "running"
+			switch {
+			case agent.Unreadable != "":
+				state = agent.Unreadable
+			case !agent.Live:
+				state = "not running"
+			case agent.LastError != "":
+				state, well = "error: "+agent.LastError, false
+			}
+			if len(agent.MagicIPs) == 0 {
+				row(table, a.Node, agent.Name, state)
+			}
+			for _, m := range agent.MagicIPs {
+				var addresses, pods []string
+				for _, e := range m.Endpoints {
+					addresses, pods = append(addresses, e.Address), append(pods, e.Pod)
+				}
+				endpoint := strings.Join(addresses, ",")
+				switch {
+				case m.Reason != "":
+					endpoint, well = "unserved: "+m.Reason, false
+				case len(addresses) == 0:
+					endpoint = "none: " + m.Action
+				}
+				row(table, a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, strings.Join(pods, ","))
+			}
+		}
+	}
+	_ = table.Flush() // into memory
+	return well
+}
+
+func writeDoctor(out io.Writer, answers []answer) bool {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row(table, "NODE", "VERDICT", "FIRST CAUSE")
+	well := true
+	for _, a := range answers {
+		var r struct{ Verdict struct{ Level, Text string } }
+		if a.Error == "" && json.Unmarshal(a.Report, &r) != nil {
+			a.Error = "the agent's answer has another format"
+		}
+		if a.Error != "" {
+			r.Verdict.Level, r.Verdict.Text = "fail", a.Error
+		}
+		well = well && r.Verdict.Level != "fail"
+		row(table, a.Node, r.Verdict.Level, r.Verdict.Text)
+	}
+	_ = table.Flush() // into memory
+	return well
+}

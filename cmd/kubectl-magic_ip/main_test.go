@@ -1,0 +1,66 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/kube/fleet"
+)
+
+// TestStatus: what a node says is in its rows; text of others is shown as text; whether all is well is the exit status.
+func TestStatus(t *testing.T) {
+	const endpoint = `{"ipAddress":"169.254.210.210","protocol":"tcp","port":80,"namespace":"default","selector":"app=echo","action":"serve","endpoints":[{"address":"10.244.1.2:8080","pod":"default/echo"}]}`
+	agent := func(magicIPs string) []byte {
+		return []byte(`{"agents":[{"version":1,"name":"a","live":true,"magicIPs":[` + magicIPs + `]}]}`)
+	}
+	for name, test := range map[string]struct {
+		node fleet.Node
+		row  string
+		well bool
+	}{
+		"served":      {fleet.Node{Pod: "p/q", Output: agent(endpoint)}, "n a running 169.254.210.210 port 80 tcp 10.244.1.2:8080 default/echo", true},
+		"no endpoint": {fleet.Node{Pod: "p/q", Output: agent(`{"ipAddress":"fd00::1","protocol":"udp","port":53,"action":"reject","endpoints":[]}`)}, "n a running fd00::1 port 53 udp none: reject", true},
+		"unserved":    {fleet.Node{Pod: "p/q", Output: agent(`{"ipAddress":"fd00::1","protocol":"udp","port":53,"reason":"reserved","endpoints":[]}`)}, "n a running fd00::1 port 53 udp unserved: reserved", false},
+		"stopped":     {fleet.Node{Pod: "p/q", ExitCode: 1, Output: []byte(`{"agents":[{"name":"a","live":false,"magicIPs":[]}]}`)}, "n a not running", false},
+		"error":       {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":[{"name":"a","live":true,"lastError":"\u001b[2Jbad","magicIPs":[]}]}`)}, `n a error: \x1b[2Jbad`, false},
+		"no agent":    {fleet.Node{Err: errors.New("no agent")}, "n no agent", false},
+		"no JSON":     {fleet.Node{Pod: "p/q", Output: []byte("oops")}, "n the agent answered no JSON", false},
+		"another":     {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":1}`)}, "n the agent's answer has another format", false},
+	} {
+		test.node.Name = "n"
+		var out strings.Builder
+		well := writeStatus(&out, []answer{newAnswer(test.node)})
+		lines := strings.Split(out.String(), "\n")
+		if row := strings.Join(strings.Fields(lines[1]), " "); row != test.row || well != test.well || len(lines) != 3 {
+			t.Errorf("%s: %q, well %v; want %q, %v", name, row, well, test.row, test.well)
+		}
+	}
+}
+
+func TestDoctor(t *testing.T) {
+	var out strings.Builder
+	well := writeDoctor(&out, []answer{
+		newAnswer(fleet.Node{Name: "n1", Err: errors.New("no agent")}),
+		newAnswer(fleet.Node{Name: "n2", Pod: "p/q", ExitCode: 3, Output: []byte(`{"verdict":{"level":"hidden","text":"nothing failed"}}`)}),
+	})
+	const want = "NODE  VERDICT  FIRST CAUSE\nn1    fail     no agent\nn2    hidden   nothing failed\n"
+	if out.String() != want || well {
+		t.Errorf("well %v:\n%s", well, &out)
+	}
+	if !writeDoctor(&out, []answer{newAnswer(fleet.Node{Name: "n2", Pod: "p/q", Output: []byte(`{"verdict":{"level":"hidden"}}`)})}) {
+		t.Error("what cannot be seen is taken for a fault")
+	}
+}
+
+func TestJSON(t *testing.T) {
+	var out strings.Builder
+	if err := writeJSON(&out, []answer{newAnswer(fleet.Node{Name: "n", Pod: "p/q", Output: []byte(`{"agents":[]}`)})}); err != nil {
+		t.Fatal(err)
+	}
+	var read struct{ Nodes []answer }
+	if err := json.Unmarshal([]byte(out.String()), &read); err != nil || len(read.Nodes) != 1 || read.Nodes[0].Node != "n" || read.Nodes[0].Pod != "p/q" {
+		t.Errorf("%v: %s", err, &out)
+	}
+}
