@@ -91,7 +91,7 @@ push-image: ## the image for amd64 and arm64, with SBOM and provenance, to its r
 	  --sbom=true --provenance=mode=max --metadata-file $(DIST)/image.json --output type=image,name=$(IMAGE),push=true,rewrite-timestamp=true .
 
 .PHONY: reproducible
-reproducible: ## build the same commit twice, and compare the digests of programs and chart (10 minutes)
+reproducible: ## build the same commit twice, and compare the digests of programs and chart (5 minutes of processor time)
 	tools/release/reproducible
 
 .PHONY: e2e-image

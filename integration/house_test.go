@@ -19,10 +19,10 @@ func floors() [][]string {
 		{"plugin/runtimedir", "plugin/conflist/entry", "agent/quote"},
 		{"plugin/conflist", "agent/inventory", "agent/plan", "agent/ask"},
 		{"agent/endpoint", "agent/conntrack", "agent/nftables", "agent/node", "agent/event", "agent/status", "agent/ruleset", "agent/dataplane"},
-		{"plugin", "plugin/install", "agent/config", "agent/iptables", "agent/kube", "agent/doctor/probe"},
+		{"plugin", "plugin/install", "agent/config", "agent/iptables", "agent/kube", "agent/kube/fleet", "agent/doctor/probe"},
 		{"agent/backend", "agent/foreign", "agent/metrics"},
 		{"agent", "agent/doctor"},
-		{"cmd/magic-ip-address", "cmd/magic-ip-agent"},
+		{"cmd/magic-ip-address", "cmd/magic-ip-agent", "cmd/kubectl-magic_ip"},
 	}
 }
 
