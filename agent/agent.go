@@ -35,7 +35,7 @@ type Backend interface {
 	Verify(ctx context.Context) (differs []string, err error)
 	// ModifiedBy names the processes that made what Verify found, where the kernel said it.
 	ModifiedBy() string
-	// Exists says whether the kernel has rules of this agent.
+	// Exists reports whether the kernel has rules of this agent.
 	Exists(ctx context.Context) (bool, error)
 }
 

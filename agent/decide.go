@@ -175,7 +175,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		StrictTCP:     network.StrictTCP,
 		HostAddresses: network.Addresses,
 		Sandboxes:     a.pods.Sandboxes(),
-		Settled:       a.pods.AllSynced(),
+		Synced:        a.pods.AllSynced(),
 		Detour:        a.plane.Detour,
 		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}

@@ -133,7 +133,7 @@ func (k *kernel) removeRoutes(routes []node.LocalRoute, wanted map[netip.Addr]bo
 	}
 }
 
-// verify says whether our rules were externally modified.
+// verify reports whether our rules were externally modified.
 func (k *kernel) verify(ctx context.Context, now time.Time) (damaged bool) {
 	differs, err := k.agent.Backend.Verify(ctx)
 	k.verifyErr = err
@@ -192,7 +192,7 @@ func (k *kernel) endHairpins() {
 	}
 }
 
-// synced says whether nothing is left to be done.
+// synced reports whether nothing is left to be done.
 func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil && len(k.routeErrs) == 0 }
 
 func (k *kernel) problems() []problem {

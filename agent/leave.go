@@ -101,7 +101,7 @@ func (a *agent) removeRules(ctx context.Context) error {
 		return nil
 	}
 	// A datagram must not find its old way for as long as its client keeps the flow alive. Established TCP may finish.
-	none := &plan.Plan{Sandboxes: applied.Sandboxes, HostAddresses: applied.HostAddresses, Settled: applied.Settled}
+	none := &plan.Plan{Sandboxes: applied.Sandboxes, HostAddresses: applied.HostAddresses, Synced: applied.Synced}
 	if _, err := a.Flows.Sweep(ctx, none, none.Since(applied).Plus(a.kernel.due)); err != nil {
 		a.Log.Warn("flows that the rules translated are still there: a UDP client that goes on sending reaches the endpoint of before", "error", err)
 	}

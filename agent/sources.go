@@ -46,7 +46,7 @@ type other struct {
 	claims []runtimedir.Claim
 }
 
-// failing says whether a source of the node itself is to be read again soon.
+// failing reports whether a source of the node itself is to be read again soon.
 func (s *sources) failing() bool {
 	return s.recordsErr != nil || s.networkErr != nil || len(s.othersErrs) > 0 || s.ciliumErr != nil && !errors.Is(s.ciliumErr, fs.ErrNotExist)
 }
@@ -65,10 +65,10 @@ func (s *sources) problems() (problems []problem) {
 	return append(problems, s.othersErrs...)
 }
 
-// hasLink says whether the node has a link of this name.
+// hasLink reports whether the node has a link of this name.
 func (s *sources) hasLink(name string) bool { return s.network.IfIndex[name] != 0 }
 
-// read takes in the sources that have changed, and says whether there can be news. What a source that cannot be read
+// read takes in the sources that have changed, and reports whether there can be news. What a source that cannot be read
 // reported before counts on, and it is read again each time.
 func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news bool) {
 	s := &a.sources
@@ -194,7 +194,7 @@ func (a *agent) logLinks(before []node.Link) {
 
 // attachments are the recorded ones, as evidence of which links are pods'.
 func (a *agent) attachments() (attachments []node.Attachment) {
-	for _, r := range a.pods.Standing() {
+	for _, r := range a.pods.Live() {
 		attachments = append(attachments, node.Attachment{HostInterface: r.HostInterface, HostIfIndex: r.Link, Addresses: r.IPs})
 	}
 	return attachments
@@ -229,7 +229,7 @@ func (a *agent) configure(c config.Config) {
 	}
 }
 
-// readOthers reads the claims of the other agents on this node, and says whether they are news.
+// readOthers reads the claims of the other agents on this node, and reports whether they are news.
 func (a *agent) readOthers() (news bool) {
 	s := &a.sources
 	names, err := a.dir.Agents()

@@ -131,7 +131,7 @@ func (a *arena) leaves(send func()) ([]byte, error) {
 	return found, nil
 }
 
-// onMagicIP says whether a packet's source or destination is a magic IP.
+// onMagicIP reports whether a packet's source or destination is a magic IP.
 func (a *arena) onMagicIP(packet []byte) bool {
 	start, length := 12, 4
 	if packet[0]>>4 == 6 {

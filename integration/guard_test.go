@@ -151,7 +151,7 @@ func testGuard(t *testing.T, w *world) {
 	}
 }
 
-// isReset says whether a packet without IP options is a TCP reset from a server.
+// isReset reports whether a packet without IP options is a TCP reset from a server.
 func isReset(packet []byte, from netip.AddrPort) bool {
 	header, protocol, source := 20, 9, 12
 	if from.Addr().Is6() {

@@ -150,7 +150,7 @@ func (m *matrix) lack(backend string, reason cannot) {
 	}
 }
 
-// of says whether a row was tried on a backend, and what went wrong.
+// of reports whether a row was tried on a backend, and what went wrong.
 func (m *matrix) of(row, backend string) (tried bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -522,7 +522,7 @@ func (m *model) targets(magic modelMagicIP) []netip.Addr {
 	return found
 }
 
-// stands says whether the link to the sandbox of a record is there.
+// stands reports whether the link to the sandbox of a record is there.
 func (m *model) stands(r runtimedir.Attachment) bool {
 	return slices.ContainsFunc(m.pods, func(p *modelPod) bool { return p.link == r.HostInterface && !p.broken })
 }

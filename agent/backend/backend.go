@@ -126,7 +126,7 @@ func (s *Selected) Watch(ctx context.Context, changed func()) error {
 	return nil
 }
 
-// Exists says whether any rule of the agent is there, whichever backend it is of.
+// Exists reports whether any rule of the agent is there, whichever backend it is of.
 func (s *Selected) Exists(ctx context.Context) (bool, error) {
 	var err error
 	for _, b := range append([]backend{s.backend}, s.leftovers...) {

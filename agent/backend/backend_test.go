@@ -38,7 +38,7 @@ func planOf(addresses ...string) *plan.Plan {
 	return &p
 }
 
-// hasChains says whether iptables-save or ip6tables-save of this kind prints a chain of an agent.
+// hasChains reports whether iptables-save or ip6tables-save of this kind prints a chain of an agent.
 func hasChains(t *testing.T, suffix string) bool {
 	t.Helper()
 	for _, command := range []string{"iptables", "ip6tables"} {

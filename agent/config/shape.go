@@ -78,7 +78,7 @@ func (v *validator) mapping(node *yaml.Node, into reflect.Type, path []any) bool
 // at is a path one step further.
 func at(path []any, step any) []any { return append(path[:len(path):len(path)], step) }
 
-// isMisshapen says whether path, or what it is in, has an error of its type already; before is how many of them not to look at.
+// isMisshapen reports whether path, or what it is in, has an error of its type already; before is how many of them not to look at.
 func (v *validator) isMisshapen(path []any, before int) bool {
 	for _, known := range v.misshapen[before:] {
 		if len(known) <= len(path) && reflect.DeepEqual(known, path[:len(known)]) {

@@ -228,7 +228,7 @@ func tupleFilter(original, reply uint32) *nl.RtAttr {
 	return filter
 }
 
-// entry is a conntrack entry, and the message that told of it.
+// entry is a conntrack entry, and its netlink message.
 type entry struct {
 	flow    plan.Flow
 	message []byte

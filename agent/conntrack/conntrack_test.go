@@ -96,7 +96,7 @@ func TestSweep(t *testing.T) {
 			{Frontend: frontend("fd00:a::1", plan.TCP, 80), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:8080")}},
 		},
 		Sandboxes: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("fd00::2"), addr("fd00::3")},
-		Settled:   true,
+		Synced:    true,
 	})
 	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "1012", "1013", "1014", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008", "2009"}
 	without := func(gone ...string) []string {

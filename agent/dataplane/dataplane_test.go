@@ -68,7 +68,7 @@ func TestChoose(t *testing.T) {
 		plane Mode
 		want  plan.Detour
 		price bool
-		// broken and unknown say whether these are set.
+		// broken and unknown reports whether these are set.
 		broken, unknown bool
 	}{
 		{"no Cilium", Auto, Known{}, Netfilter, none, false, false, false},

@@ -12,7 +12,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// dataPlane says whether packets of pods pass the rules, and what it costs where the agents bring them there.
+// dataPlane reports whether packets of pods pass the rules, and what it costs where the agents bring them there.
 func (e *examination) dataPlane() {
 	const check = "data plane"
 	bypasses := node.Bypasses()

@@ -93,7 +93,7 @@ func (e *examination) forwarding(network node.Network) {
 	}
 }
 
-// failed says whether a check has failed.
+// failed reports whether a check has failed.
 func (e *examination) failed(check string) bool {
 	return slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == check && f.Level == Fail })
 }

@@ -30,7 +30,7 @@ func (e *examination) versions(ctx context.Context) {
 	e.add(OK, "versions", fmt.Sprintf("magic-ip-agent %s, Linux %s, %s", e.Version, kernel, tools), "")
 }
 
-// NetAdmin says whether this process has CAP_NET_ADMIN, which nft and iptables need to change rules, and to read them.
+// NetAdmin reports whether this process has CAP_NET_ADMIN, which nft and iptables need to change rules, and to read them.
 func NetAdmin() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

@@ -71,7 +71,7 @@ func (e *examination) configuredLinks(network node.Network) {
 	}
 }
 
-// anyAuto says whether links are found by their kind for any magic IP.
+// anyAuto reports whether links are found by their kind for any magic IP.
 func (e *examination) anyAuto() bool {
 	for _, a := range e.agents {
 		if slices.ContainsFunc(a.MagicIPs, func(m magicIP) bool { return len(m.HostInterface) == 0 }) {

@@ -151,12 +151,12 @@ func (s *Selection) address(t *inventory.Target) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
-// named says whether a container port is the one that is asked for by its name.
+// named reports whether a container port is the one that is asked for by its name.
 func (s *Selection) named(p runtimedir.NamedPort) bool {
 	return p.Name == s.PortName && p.Protocol == s.PortProtocol
 }
 
-// matches says whether the target is one of this selection. Labels that are not known match only a selector that requires none.
+// matches reports whether the target is one of this selection. Labels that are not known match only a selector that requires none.
 func (s *Selection) matches(t *inventory.Target) bool {
 	if !s.inNamespace(t) {
 		return false

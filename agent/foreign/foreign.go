@@ -31,7 +31,7 @@ type Rule struct{ Text, Next string }
 // and are the cause of wrong answers where they do not. hidden says, one sentence each, which rules could not be read.
 // Tools that are missing have made no rules.
 func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden []string) {
-	told := map[string]bool{} // nft tables that a save command has told of
+	known := map[string]bool{} // nft tables that a save command has printed
 	look := func(family plan.Family, save string) error {
 		rules, sets, err := saved(ctx, save)
 		if err != nil {
@@ -47,7 +47,7 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 	}
 	for _, family := range plan.Families() {
 		command := map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[family]
-		told[fmt.Sprintf("%s nat", family)] = look(family, command+"-nft-save") == nil
+		known[fmt.Sprintf("%s nat", family)] = look(family, command+"-nft-save") == nil
 		if !iptables.LegacyTable(family, "nat") {
 			continue
 		}
@@ -55,7 +55,7 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 			hidden = append(hidden, fmt.Sprintf("the nat table of iptables-legacy is in use (%s) and cannot be read here: %v", family, err))
 		}
 	}
-	rules, err := nftRules(ctx, frontends, told)
+	rules, err := nftRules(ctx, frontends, known)
 	if err != nil {
 		hidden = append(hidden, err.Error())
 	}
@@ -104,8 +104,8 @@ func saved(ctx context.Context, save string) (rules string, sets map[string][]st
 	return string(out), sets, nil
 }
 
-// nftRules looks through all tables of nft but those that have been told of and those of agents.
-func nftRules(ctx context.Context, frontends []plan.Frontend, told map[string]bool) (found []Rule, err error) {
+// nftRules looks through all tables of nft but those in known and those of agents.
+func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]bool) (found []Rule, err error) {
 	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, nil
@@ -118,7 +118,7 @@ func nftRules(ctx context.Context, frontends []plan.Frontend, told map[string]bo
 		return nil, err
 	}
 	passed := func(family, table, chain string) bool {
-		return told[family+" "+table] || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
+		return known[family+" "+table] || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
 	}
 	var texts map[string]string
 	for _, family := range plan.Families() {

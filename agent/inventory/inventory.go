@@ -94,10 +94,10 @@ func New(api bool, memory runtimedir.Memory, labels []runtimedir.PodLabels, now 
 // SetNamespaces makes these the namespaces whose pods are of interest; AllNamespaces for every one.
 func (i *Inventory) SetNamespaces(namespaces []string) { i.namespaces = namespaces }
 
-// SetRecords takes in the state file. What it lacks was taken by DEL, unless the file was begun anew: then records of before
+// SetRecords takes in the state file. What it lacks was taken by DEL, unless it is a new list: then records of before
 // count for as long as their link is there.
 func (i *Inventory) SetRecords(file runtimedir.File, now time.Time) {
-	begunAnew := !file.Since.Equal(i.since)
+	newList := !file.Since.Equal(i.since)
 	before := map[runtimedir.Key]*record{}
 	for n := range i.records {
 		before[i.records[n].Key()] = &i.records[n]
@@ -110,7 +110,7 @@ func (i *Inventory) SetRecords(file runtimedir.File, now time.Time) {
 	for _, r := range i.records {
 		switch {
 		case inFile[r.Key()]:
-		case (r.lost || begunAnew) && r.HostInterface != "" && !linksInFile[r.HostInterface]:
+		case (r.lost || newList) && r.HostInterface != "" && !linksInFile[r.HostInterface]:
 			r.lost = true
 			records = append(records, r)
 		default:
@@ -150,7 +150,7 @@ func (i *Inventory) SetLinks(links map[string]int) {
 		i.linkName[index] = name
 	}
 	i.records = slices.DeleteFunc(i.records, func(r record) bool {
-		gone := r.lost && !i.stands(&r)
+		gone := r.lost && !i.live(&r)
 		if gone {
 			i.withdraw(&r)
 		}
@@ -253,7 +253,7 @@ func (i *Inventory) find(r *record) (Pod, bool) {
 	return i.pods[n], true
 }
 
-// missing says whether the API would report the pod of a record if it were there.
+// missing reports whether the API would report the pod of a record if it were there.
 func (i *Inventory) missing(r *record) bool {
 	return r.UID != "" && Covers(i.namespaces, r.Namespace) && Covers(i.view.Current, r.Namespace)
 }
@@ -265,9 +265,9 @@ func (i *Inventory) withdraw(r *record) {
 	}
 }
 
-// stands says whether the sandbox of a record can still be reached. A link that is gone although the record stays says that
+// live reports whether the sandbox of a record can still be reached. A link that is gone although the record stays says that
 // a DEL went unrecorded.
-func (i *Inventory) stands(r *record) bool {
+func (i *Inventory) live(r *record) bool {
 	return r.HostInterface == "" || i.links == nil || i.linkOf(r) != ""
 }
 
@@ -282,15 +282,15 @@ func (i *Inventory) linkOf(r *record) string {
 	return ""
 }
 
-// RecordsSynced says whether the state file has been read since this process started.
+// RecordsSynced reports whether the state file has been read since this process started.
 func (i *Inventory) RecordsSynced() bool { return i.recordsSynced }
 
-// Synced says whether all that can report a pod of a namespace has done so since this process started.
+// Synced reports whether all that can report a pod of a namespace has done so since this process started.
 func (i *Inventory) Synced(namespace string) bool {
 	return i.recordsSynced && i.links != nil && (!i.api || Covers(i.view.Synced, namespace))
 }
 
-// OwnerResolved says whether it is known of all pods of a namespace whether they have this owner; "" is known.
+// OwnerResolved reports whether it is known of all pods of a namespace whether they have this owner; "" is known.
 func (i *Inventory) OwnerResolved(namespace, owner string) bool {
 	return owner == "" || !slices.ContainsFunc(i.view.Unresolved, func(q OwnerQuery) bool { return q.Namespace == namespace && q.String() == owner })
 }
@@ -300,7 +300,7 @@ func (i *Inventory) AllSynced() bool {
 	return !slices.ContainsFunc(i.namespaces, func(n string) bool { return !i.Synced(n) })
 }
 
-// HasNewLink says whether a record names a link that was not there when the links were read last: the record of a new pod
+// HasNewLink reports whether a record names a link that was not there when the links were read last: the record of a new pod
 // may come before its link.
 func (i *Inventory) HasNewLink() bool {
 	return slices.ContainsFunc(i.records, func(r record) bool {
@@ -311,7 +311,7 @@ func (i *Inventory) HasNewLink() bool {
 // Sandboxes are the addresses of all sandboxes that stand.
 func (i *Inventory) Sandboxes() (addresses []netip.Addr) {
 	for n := range i.records {
-		if r := &i.records[n]; i.stands(r) {
+		if r := &i.records[n]; i.live(r) {
 			addresses = append(addresses, r.IPs...)
 		}
 	}
@@ -337,19 +337,19 @@ func (i *Inventory) withdrawnFrom(pod *Pod) []netip.Addr {
 	return taken
 }
 
-// Standing is a record whose sandbox stands: the present name and the index of its link (empty and 0 where they are not
+// Live is a record whose sandbox is live: the present name and the index of its link (empty and 0 where they are not
 // known), and its addresses.
-type Standing struct {
+type Live struct {
 	HostInterface string
 	Link          int
 	IPs           []netip.Addr
 }
 
-// Standing are all records whose sandbox stands.
-func (i *Inventory) Standing() (standing []Standing) {
+// Live are all records whose sandbox is live.
+func (i *Inventory) Live() (standing []Live) {
 	for n := range i.records {
-		if r := &i.records[n]; i.stands(r) {
-			standing = append(standing, Standing{HostInterface: i.linkOf(r), Link: r.link, IPs: r.IPs})
+		if r := &i.records[n]; i.live(r) {
+			standing = append(standing, Live{HostInterface: i.linkOf(r), Link: r.link, IPs: r.IPs})
 		}
 	}
 	return standing
@@ -360,7 +360,7 @@ func (i *Inventory) Standing() (standing []Standing) {
 func (i *Inventory) Dead(now time.Time) (dead []runtimedir.Key) {
 	for n := range i.records {
 		r := &i.records[n]
-		if !r.missingSince.IsZero() && now.Sub(r.missingSince) >= Grace && !i.stands(r) {
+		if !r.missingSince.IsZero() && now.Sub(r.missingSince) >= Grace && !i.live(r) {
 			dead = append(dead, r.Key())
 		}
 	}

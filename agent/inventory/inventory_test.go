@@ -264,7 +264,7 @@ func TestLinks(t *testing.T) {
 				i.SetLinks(l)
 			}
 			got := ""
-			for _, s := range i.Standing() {
+			for _, s := range i.Live() {
 				got = s.HostInterface
 			}
 			if got != test.want {

@@ -28,7 +28,7 @@ type View struct {
 // AllNamespaces stands for every namespace.
 const AllNamespaces = "*"
 
-// Covers says whether a namespace is among namespaces.
+// Covers reports whether a namespace is among namespaces.
 func Covers(namespaces []string, namespace string) bool {
 	return slices.Contains(namespaces, namespace) || slices.Contains(namespaces, AllNamespaces)
 }

@@ -27,7 +27,7 @@ type Target struct {
 	Unusable   []Unusable
 	Unrecorded bool
 
-	// Recorded: the CNI plugin has recorded its sandbox, which stands. HostInterface is the link of that, where it is known.
+	// Recorded: the CNI plugin has recorded its sandbox, which is live. HostInterface is the link of that, where it is known.
 	Recorded      bool
 	HostInterface string
 	AddedAt       time.Time // of the record
@@ -87,7 +87,7 @@ func (i *Inventory) Targets(now time.Time) []Target {
 			target.describe(&i.pods[n])
 			target.observe(&i.pods[n])
 		case i.missing(r) && !inGrace && (r.HostInterface == "" || i.links == nil):
-			continue // nothing says that its sandbox stands
+			continue // nothing shows that its sandbox is live
 		case reported:
 			target.describe(&pod)
 		default:
@@ -138,7 +138,7 @@ func (i *Inventory) primaries() []primary {
 	}
 	sandbox := map[owner]string{} // the container that was added last
 	for n := range i.records {
-		if r := &i.records[n]; i.stands(r) {
+		if r := &i.records[n]; i.live(r) {
 			sandbox[ownerOf(r)] = r.ContainerID
 		}
 	}
@@ -146,7 +146,7 @@ func (i *Inventory) primaries() []primary {
 	for n := range i.records {
 		r := &i.records[n]
 		o := ownerOf(r)
-		if !i.stands(r) || sandbox[o] != r.ContainerID {
+		if !i.live(r) || sandbox[o] != r.ContainerID {
 			continue
 		}
 		before, chosen := best[o]
@@ -178,7 +178,7 @@ func (i *Inventory) primaries() []primary {
 func (i *Inventory) holders() map[netip.Addr]int {
 	holders := map[netip.Addr]int{}
 	for n := range i.records {
-		if r := &i.records[n]; i.stands(r) && (r.IfName == primaryInterface || i.inPodIPs(r)) {
+		if r := &i.records[n]; i.live(r) && (r.IfName == primaryInterface || i.inPodIPs(r)) {
 			for _, ip := range r.IPs {
 				if before, held := holders[ip]; !held || i.records[before].ContainerID != r.ContainerID {
 					holders[ip] = n
@@ -189,7 +189,7 @@ func (i *Inventory) holders() map[netip.Addr]int {
 	return holders
 }
 
-// inPodIPs says whether the API reports an address of the record as the pod's.
+// inPodIPs reports whether the API reports an address of the record as the pod's.
 func (i *Inventory) inPodIPs(r *record) bool {
 	pod, here := i.find(r)
 	return here && slices.ContainsFunc(r.IPs, func(ip netip.Addr) bool { return slices.Contains(pod.IPs, ip) })
@@ -199,7 +199,7 @@ func (i *Inventory) inPodIPs(r *record) bool {
 func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) bool {
 	fallen := map[PodID][]netip.Addr{}
 	for n := range i.records {
-		if r := &i.records[n]; !i.stands(r) && r.UID != "" {
+		if r := &i.records[n]; !i.live(r) && r.UID != "" {
 			if pod, here := i.find(r); here {
 				fallen[pod.PodID] = append(fallen[pod.PodID], r.IPs...)
 			}

@@ -138,7 +138,7 @@ func TestWithdrawn(t *testing.T) {
 	i.SetLinks(map[string]int{"veth-static": 2})
 	want(t, "a link is gone", "static=10.0.0.2 echo other=10.0.0.3", targetsOf(i, now))
 	want(t, "a link is gone: sandboxes", "[10.0.0.2 10.0.0.1 10.0.0.2 10.0.0.3]", sandboxes(i))
-	if standing := i.Standing(); len(standing) != 1 || standing[0].HostInterface != "veth-static" || standing[0].Link != 2 {
+	if standing := i.Live(); len(standing) != 1 || standing[0].HostInterface != "veth-static" || standing[0].Link != 2 {
 		t.Errorf("standing %+v", standing)
 	}
 
@@ -256,7 +256,7 @@ func TestNewLink(t *testing.T) {
 	want(t, "the link is there", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
 	i.SetLinks(map[string]int{"renamed": 7, "veth-echo": 8})
 	want(t, "renamed, and another one has its name", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
-	if standing := i.Standing(); standing[1].HostInterface != "renamed" {
+	if standing := i.Live(); standing[1].HostInterface != "renamed" {
 		t.Errorf("standing %+v", standing)
 	}
 	i.SetLinks(map[string]int{"veth-echo": 8})

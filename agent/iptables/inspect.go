@@ -52,7 +52,7 @@ func (f *chains) inspect(ctx context.Context, p *plan.Plan) ([]string, error) {
 	return differs, nil
 }
 
-// leads says whether a rule translates a frontend to an endpoint.
+// leads reports whether a rule translates a frontend to an endpoint.
 func (l *listing) leads(rule plan.Rule, endpoint string) bool {
 	for _, c := range l.chains {
 		for _, r := range c.rules {

@@ -86,8 +86,8 @@ func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 	return err
 }
 
-// Verify says what somebody else has changed in our chains and jumps since they were loaded. The next
-// Sync then mends it. With iptables-nft it costs one small netlink message where nobody has changed any
+// Verify reports external modifications of our chains and jumps since they were loaded. The next
+// Sync restores them. With iptables-nft it costs one small netlink message where nobody has changed any
 // rule on the node; else iptables-save is run for each table that we are in.
 func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	var differs []string
@@ -111,7 +111,7 @@ func (b *Backend) Remove(ctx context.Context) error {
 	return err
 }
 
-// Exists says whether any of the chains or jumps is there. Where the tools or the part of the kernel are missing, none is.
+// Exists reports whether any of the chains or jumps is there. Where the tools or the part of the kernel are missing, none is.
 func (b *Backend) Exists(ctx context.Context) (bool, error) {
 	if !b.Variant.Legacy && !nftables.Supported() {
 		return false, nil
@@ -285,10 +285,10 @@ func (f *chains) unjump(ctx context.Context, t table, there *listing) {
 	}
 }
 
-// moveAgainAfter bounds a quarrel with others who want to be first as well.
+// moveAgainAfter is the backoff against others that want to be first as well.
 const moveAgainAfter = time.Minute
 
-// mayMove says whether a jump may be put first again.
+// mayMove reports whether a jump may be put first again.
 func (f *chains) mayMove(table, hook string) bool {
 	moved, ever := f.moved[table+" "+hook]
 	return !ever || time.Since(moved) > moveAgainAfter
@@ -388,7 +388,7 @@ const (
 // errLocked: another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock (/run/xtables.lock), so that the rules stay as they are until it releases it")
 
-// ownFailure says whether an error is about this process or its machine, and does not mean that rules were externally modified.
+// ownFailure reports whether an error is about this process or its machine, and does not mean that rules were externally modified.
 func ownFailure(err error) bool {
 	if err == nil {
 		return false

@@ -26,7 +26,7 @@ func parseListing(out, prefix string) (*listing, error) {
 		line = strings.TrimRight(line, "\n")
 		switch {
 		case strings.Contains(line, "is incompatible, use 'nft' tool"):
-			return nil, fmt.Errorf("iptables does not understand its table any more, because somebody has edited it with nft: %s",
+			return nil, fmt.Errorf("iptables does not understand its table any more, because it was edited with nft: %s",
 				strings.TrimLeft(line, "# "))
 		case strings.HasPrefix(line, ":"+prefix):
 			name, _, _ := strings.Cut(line[1:], " ")

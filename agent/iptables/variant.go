@@ -99,7 +99,7 @@ func present(command string) bool {
 	return err == nil
 }
 
-// LegacyTable says whether a legacy table is in use. To ask iptables-legacy would bring it into use.
+// LegacyTable reports whether a legacy table is in use. To ask iptables-legacy would bring it into use.
 func LegacyTable(family plan.Family, table string) bool {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if family == plan.IPv6 {

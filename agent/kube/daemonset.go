@@ -265,7 +265,7 @@ func (d *DaemonSet) see(object *appsv1.DaemonSet) {
 	}
 }
 
-// orphans says whether the pods of a DaemonSet that is being deleted stay (kubectl delete --cascade=orphan).
+// orphans reports whether the pods of a DaemonSet that is being deleted stay (kubectl delete --cascade=orphan).
 func orphans(object *appsv1.DaemonSet) bool {
 	return slices.Contains(object.Finalizers, metav1.FinalizerOrphanDependents)
 }

@@ -109,7 +109,7 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// isNotFound says whether an answer is that of an API server that serves DaemonSets and does not have this one.
+// isNotFound reports whether an answer is that of an API server that serves DaemonSets and does not have this one.
 func isNotFound(answer *httptest.ResponseRecorder) bool {
 	var status metav1.Status
 	return json.Unmarshal(answer.Body.Bytes(), &status) == nil && status.Details != nil && status.Reason == metav1.StatusReasonNotFound && status.Details.Name == daemonSetName

@@ -34,7 +34,7 @@ const (
 // Self is the agent's own pod, which its Events are about.
 type Self struct{ Namespace, Name, UID string }
 
-// Known says whether all of it is known.
+// Known reports whether all of it is known.
 func (s Self) Known() bool { return s.Namespace != "" && s.Name != "" && s.UID != "" }
 
 // Events sends Events about a pod by client-go's broadcaster, which retries each for two minutes while the API server is not

@@ -111,7 +111,7 @@ func (f *feed) fresh() bool {
 	return f.seenAt.IsZero() && f.err == nil && time.Since(f.begunAt) < firstAnswer
 }
 
-// polledCounts says whether the last poll is newer than the informer. A watch that was opened again is healthy before
+// polledCounts reports whether the last poll is newer than the informer. A watch that was opened again is healthy before
 // it has brought everything: the state from before it broke must not return meanwhile.
 func (f *feed) polledCounts() bool {
 	order, err := resourceversion.CompareResourceVersion(f.informer.LastSyncResourceVersion(), f.polledVersion)

@@ -8,7 +8,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// notFound says whether an error is the API server's statement that this object does not exist. A proxy has a 404 of its own, and
+// notFound reports whether an error is the API server's statement that this object does not exist. A proxy has a 404 of its own, and
 // so has an API server that does not serve this resource (yet).
 func notFound(err error, resource, name string) bool {
 	var status apierrors.APIStatus

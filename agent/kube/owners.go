@@ -100,7 +100,7 @@ func (o *owners) of(pod *corev1.Pod, wanted []inventory.OwnerQuery) (owns []stri
 	return owns, unresolved
 }
 
-// controls says whether owner is the object that a pod's controller reference names, itself or by a ReplicaSet.
+// controls reports whether owner is the object that a pod's controller reference names, itself or by a ReplicaSet.
 func (o *owners) controls(owner inventory.Owner, namespace string, reference *metav1.OwnerReference) (is, known bool) {
 	group, err := schema.ParseGroupVersion(reference.APIVersion)
 	if err != nil {
@@ -133,7 +133,7 @@ func (o *owners) state(owner inventory.Owner, namespace string) *ownerState {
 	return state
 }
 
-// compare says whether uid is that of the live object. What is not known is asked for.
+// compare reports whether uid is that of the live object. What is not known is asked for.
 func (o *owners) compare(state *ownerState, uid types.UID) (is, known bool) {
 	switch {
 	case uid == "":

@@ -70,7 +70,7 @@ func (p *Pods) Select(query inventory.Query) {
 	}
 }
 
-// includes says whether all of some is in set.
+// includes reports whether all of some is in set.
 func includes(set, some map[string]bool) bool {
 	for key := range some {
 		if !set[key] {

@@ -24,7 +24,7 @@ type setChange struct {
 
 func (d diff) empty() bool { return len(d.sets)+len(d.chains)+len(d.gone) == 0 }
 
-// sameChains says whether two plans have the same chains, but for spreadChains.
+// sameChains reports whether two plans have the same chains, but for spreadChains.
 func sameChains(p, q *plan.Plan, family plan.Family) bool {
 	return slices.EqualFunc(chains(p, family), chains(q, family), chain.equal)
 }
@@ -34,7 +34,7 @@ func sameChains(p, q *plan.Plan, family plan.Family) bool {
 func changes(before, after *plan.Plan, family plan.Family) (d diff) {
 	was, now := *before, *after
 	if slices.Equal(before.HostAddresses, after.HostAddresses) { // they decide about hairpins
-		was.Rules, now.Rules = plan.Apart(before, after)
+		was.Rules, now.Rules = plan.Diff(before, after)
 	}
 	old, wanted := sets(&was, family), sets(&now, family)
 	for i, s := range wanted {
@@ -76,7 +76,7 @@ func keysWithout(s, other set, of *plan.Plan) (keys []string) {
 	return keys
 }
 
-// shared says whether a plan makes an element of one of the sets in which several rules may have the same.
+// shared reports whether a plan makes an element of one of the sets in which several rules may have the same.
 func shared(p *plan.Plan, set, key string) bool {
 	var needs func(plan.Rule) bool
 	text, _, _ := strings.Cut(key, " . ")

@@ -103,7 +103,7 @@ func TestChanges(t *testing.T) {
 	// Few addresses, so that many rules have one in common.
 	input := func() plan.Input {
 		in := plan.Input{
-			PodInterfaces: []string{one("veth0", "veth1")}, Uplinks: []string{one("eth0", "eth1")}, Settled: random.IntN(2) == 0,
+			PodInterfaces: []string{one("veth0", "veth1")}, Uplinks: []string{one("eth0", "eth1")}, Synced: random.IntN(2) == 0,
 			Sandboxes: []netip.Addr{netip.MustParseAddr(one("10.0.0.1", "10.0.0.2"))},
 		}
 		if random.IntN(4) == 0 {

@@ -38,7 +38,7 @@ func NewFake(agentName string) *Fake {
 	return fake
 }
 
-// Exists says whether any of the tables is there.
+// Exists reports whether any of the tables is there.
 func (f *Fake) Exists(context.Context) (bool, error) {
 	return slices.ContainsFunc(f.tables, func(t *fakeTable) bool { return t.Table != nil }), nil
 }

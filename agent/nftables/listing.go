@@ -108,7 +108,7 @@ func (r *reader) listTable(family plan.Family, name string, known []set) (*listi
 	return l, err
 }
 
-// HasChain says whether a table of a family has a chain whose name begins with prefix. It reads tables of iptables-nft too, also where
+// HasChain reports whether a table of a family has a chain whose name begins with prefix. It reads tables of iptables-nft too, also where
 // iptables-nft-save cannot: that loads the library of each match, and the one of ipset wants a raw socket (CAP_NET_RAW).
 func HasChain(family plan.Family, table, prefix string) (bool, error) {
 	var r reader
@@ -171,7 +171,7 @@ func (l *listing) differs(rules *ruleset, structure map[string]string) []string 
 	return all
 }
 
-// mayBeGone says whether the kernel may have removed an element, or is about to.
+// mayBeGone reports whether the kernel may have removed an element, or is about to.
 func (s set) mayBeGone(key string) bool {
 	timeout, wanted := s.timeout(key)
 	return !wanted || timeout > 0 && timeout < time.Second

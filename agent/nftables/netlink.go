@@ -94,7 +94,7 @@ func NewGeneration() func() (uint32, error) {
 	}
 }
 
-// Supported says whether the kernel has nftables at all. nfnetlink answers EINVAL for a subsystem that it does not have.
+// Supported reports whether the kernel has nftables at all. nfnetlink answers EINVAL for a subsystem that it does not have.
 func Supported() bool {
 	_, err := NewGeneration()()
 	return !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPROTONOSUPPORT)

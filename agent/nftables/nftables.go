@@ -33,7 +33,7 @@ type Backend struct {
 	tables []*table
 
 	mu sync.Mutex
-	// processes have changed our tables since they were last verified, as far as the kernel told.
+	// processes have changed our tables since they were last verified, as far as the kernel reported.
 	processes []string
 }
 
@@ -139,7 +139,7 @@ func (b *Backend) Remove(ctx context.Context) error {
 	return err
 }
 
-// Exists says whether any of the tables is there.
+// Exists reports whether any of the tables is there.
 func (b *Backend) Exists(context.Context) (bool, error) {
 	if !Supported() {
 		return false, nil

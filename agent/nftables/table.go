@@ -32,7 +32,7 @@ type table struct {
 	structure map[string]string
 	seen      uint32
 	siblings  []*table // all tables of the backend, this one included
-	// restored is why a sync has loaded the table anew, which somebody else had changed. Verify has yet to report it.
+	// restored is why a sync has loaded the table again: it was externally modified. Verify has yet to report it.
 	restored error
 	// degraded is why elements cannot be changed by netlink, although nft can change them; nil while they can.
 	degraded error
@@ -82,7 +82,7 @@ func (t *table) apply(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
-// externallyModified says whether an error means that the table is not as it was loaded: an object that should be there is
+// externallyModified reports whether an error means that the table is not as it was loaded: an object that should be there is
 // missing, or the opposite. Anything else (no memory, no permission, no answer) is a failure of our own.
 func externallyModified(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || knftables.IsNotFound(err) || knftables.IsAlreadyExists(err)
@@ -147,7 +147,7 @@ func (t *table) rememberChains(d diff) error {
 }
 
 // advance notes that so many transactions of ours followed the generation before. A table that was as wanted at that
-// generation still is; the others have been changed by somebody else since, so the next verify lists them.
+// generation still is; the others have been externally modified since, so the next verify lists them.
 func (t *table) advance(before, transactions uint32) {
 	for _, sibling := range t.siblings {
 		if sibling.seen == before {
@@ -159,7 +159,7 @@ func (t *table) advance(before, transactions uint32) {
 // loadAndRemember puts all of p in place of whatever is there, and takes down how the kernel encodes the structure of it, to
 // compare with later.
 //
-// The generation tells whether anybody else changed rules meanwhile. Beside a busy writer it always does. The listing is then
+// The generation shows whether rules were externally modified meanwhile. Beside a busy writer it always does. The listing is then
 // repeated, and the table not loaded again: two equal listings which have all that was loaded count.
 func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 	wanted := render(p, t.family)
@@ -199,7 +199,7 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 		}
 		last = listed
 	}
-	return errors.New("somebody changes the table while it is loaded")
+	return errors.New("the table is externally modified while it is loaded")
 }
 
 // load puts all of wanted in place of whatever is there, in so many transactions.
@@ -219,7 +219,7 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 		return 2, nil
 	}
 	tx = t.nft.NewTransaction()
-	wanted.tidy(tx, there.objects)
+	wanted.prune(tx, there.objects)
 	if tx.NumOperations() == 0 {
 		return 1, nil
 	}

@@ -49,9 +49,9 @@ func (rs *ruleset) write(tx *knftables.Transaction) {
 	}
 }
 
-// tidy is the transaction that deletes what rs does not have. It comes after write: nothing refers to these chains and sets
+// prune is the transaction that deletes what rs does not have. It comes after write: nothing refers to these chains and sets
 // any more.
-func (rs *ruleset) tidy(tx *knftables.Transaction, there []object) {
+func (rs *ruleset) prune(tx *knftables.Transaction, there []object) {
 	for _, o := range there {
 		isChain := func(c chain) bool { return o.kind == "chain" && o.name == c.name }
 		isSet := func(s set) bool { return o.kind == s.kind() && o.name == s.name }

@@ -186,7 +186,7 @@ func (c *classifier) uplinks() {
 	}
 }
 
-// certain says whether an uplink was found that does not need another one.
+// certain reports whether an uplink was found that does not need another one.
 func (c *classifier) certain() bool {
 	return slices.ContainsFunc(c.links, func(l *link) bool { return l.role == Uplink && !tunnel(l.Kind) })
 }
@@ -224,7 +224,7 @@ func tunnel(kind string) bool {
 		"vxlan", "geneve", "dummy"}, kind)
 }
 
-// forPods says whether pods may be behind a link, its kind and its ports considered: whether there is no more than pods
+// forPods reports whether pods may be behind a link, its kind and its ports considered: whether there is no more than pods
 // and the node itself.
 func (c *classifier) forPods(l *link) bool {
 	switch {
@@ -270,7 +270,7 @@ func (c *classifier) strangerBeyond(bridge *link, seen []*link) string {
 	return ""
 }
 
-// names says whether a recorded attachment names the link.
+// names reports whether a recorded attachment names the link.
 func (c *classifier) names(l *link) bool {
 	return slices.ContainsFunc(c.known.Attachments, func(a Attachment) bool {
 		if a.HostIfIndex != 0 {
@@ -309,7 +309,7 @@ func (c *classifier) classifyPort(l *link) {
 	}
 }
 
-// pods says whether pods are behind a link that is neither an uplink nor a port, and why.
+// pods reports whether pods are behind a link that is neither an uplink nor a port, and why.
 func (c *classifier) pods(l *link) (pods bool, reason string) {
 	route := fmt.Sprintf("the route to pod address %s goes by it", l.recorded)
 	stray := ""
@@ -348,7 +348,7 @@ func (c *classifier) pods(l *link) (pods bool, reason string) {
 	return false, c.unfit(l)
 }
 
-// gateway says whether pods are behind a link by which the node is in a bridge, beside the bridge itself.
+// gateway reports whether pods are behind a link by which the node is in a bridge, beside the bridge itself.
 func (c *classifier) gateway(bridge *link, stray string) (pods bool, reason string) {
 	switch stranger := c.stranger(bridge); {
 	case bridge.role == Uplink:

@@ -64,7 +64,7 @@ type Network struct {
 	Sources map[plan.Family]netip.Addr
 	// LocalRoutes are those of the agents of this node.
 	LocalRoutes []LocalRoute
-	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
+	// IPv6 reports whether the node routes IPv6 at all: whether any route leads beyond a link.
 	IPv6 bool
 	// Bridges are the node's Linux bridges, and under their own names the links by which the node is in a bridge beside it.
 	Bridges []plan.Bridge

@@ -354,7 +354,7 @@ func (n nextHops) links(id uint32) (links []int) {
 
 type sysctl struct{ loaded, on bool }
 
-// passes says whether the frames of a bridge with this flag of its own pass netfilter.
+// passes reports whether the frames of a bridge with this flag of its own pass netfilter.
 func (s sysctl) passes(own bool) bool { return s.on || s.loaded && own }
 
 // bridgeSysctl reads net.bridge.bridge-nf-call-<tables>, which is per network namespace. It is missing

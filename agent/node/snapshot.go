@@ -10,7 +10,7 @@ type Snapshot struct {
 	Routes []Route
 	// LocalRoutes are those of the agents of this node.
 	LocalRoutes []LocalRoute
-	// IPv6 says whether the node routes IPv6 at all: whether any route leads beyond a link.
+	// IPv6 reports whether the node routes IPv6 at all: whether any route leads beyond a link.
 	IPv6 bool
 	// StrictTCP: net.netfilter.nf_conntrack_tcp_loose is 0.
 	StrictTCP bool
@@ -57,7 +57,7 @@ type Route struct {
 // mainTable is RT_TABLE_MAIN.
 const mainTable = 254
 
-// Default says whether the route is a default route in whatever form: the default prefix, its halves, and other prefixes
+// Default reports whether the route is a default route in whatever form: the default prefix, its halves, and other prefixes
 // too short for any one network (those of VPNs that leave private networks out; 2000::/3). The shortest private
 // prefixes are 10.0.0.0/8 and fc00::/7.
 func (r Route) Default() bool {

@@ -78,7 +78,7 @@ func watch(ctx context.Context, connection *netlink.Conn, changed func()) error 
 	}
 }
 
-// matters says whether an event may change what Classify decides. A node may learn routes to others by the thousand, by
+// matters reports whether an event may change what Classify decides. A node may learn routes to others by the thousand, by
 // gateways: of these only default ones count at once, and the rest with the next poll.
 func matters(message netlink.Message) bool {
 	if t := message.Header.Type; t != unix.RTM_NEWROUTE && t != unix.RTM_DELROUTE || len(message.Data) < unix.SizeofRtMsg {

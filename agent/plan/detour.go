@@ -23,7 +23,7 @@ func (d Detour) plus(e Detour) Detour {
 	}
 }
 
-// Masquerade says whether flows of pods of this family are masqueraded.
+// Masquerade reports whether flows of pods of this family are masqueraded.
 func (d Detour) Masquerade(family Family) bool {
 	return family == IPv4 && d.Masquerade4 || family == IPv6 && d.Masquerade6
 }

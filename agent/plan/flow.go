@@ -21,13 +21,13 @@ type Flow struct {
 	Closed bool
 }
 
-// Stale says whether a flow must be deleted so that its client reaches the present endpoint, or is
+// Stale reports whether a flow must be deleted so that its client reaches the present endpoint, or is
 // rejected, at once.
 //
 //   - A flow to a present endpoint stays.
 //   - UDP and SCTP sockets know nothing of a vanished peer and would feed a dead flow for ever: they go.
 //   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
-//   - An established TCP flow stays for as long as the sandbox that serves it stands, so that a
+//   - An established TCP flow stays for as long as the sandbox that serves it is live, so that a
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
 //   - A closed TCP flow stays: nobody waits for it, a SYN that uses its ports again begins it anew (nf_conntrack_tcp_packet),
 //     and of clients with a connection for each request there are more of them than of all others.
@@ -69,10 +69,10 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 		return true
 	}
 	server := f.Server.Addr()
-	return !contains(p.Sandboxes, server) && (p.Settled || slices.Contains(change.Gone, server))
+	return !contains(p.Sandboxes, server) && (p.Synced || slices.Contains(change.Gone, server))
 }
 
-// bypassed says whether the replies of a translated flow no longer pass netfilter.
+// bypassed reports whether the replies of a translated flow no longer pass netfilter.
 func (p *Plan) bypassed(f Flow, change Change) bool {
 	client, server := f.Source.Addr(), f.Server.Addr()
 	if f.ReplyTo != client || contains(p.HostAddresses, client) {
@@ -83,7 +83,7 @@ func (p *Plan) bypassed(f Flow, change Change) bool {
 	})
 }
 
-// exempt says whether the flows of a client to a frontend are exempt on purpose.
+// exempt reports whether the flows of a client to a frontend are exempt on purpose.
 func (p *Plan) exempt(rule Rule, client netip.Addr) bool {
 	return rule.Action == Pass || slices.Contains(rule.Excluded, client) || !rule.HostClients && contains(p.HostAddresses, client)
 }
@@ -131,11 +131,11 @@ func (c Change) Plus(d Change) Change {
 
 // Since compares p with the plan before it; nil is a plan of which nothing is known.
 func (p *Plan) Since(before *Plan) Change {
-	if before == nil || p.Settled && !before.Settled {
+	if before == nil || p.Synced && !before.Synced {
 		before = &Plan{}
 	}
 	var change Change
-	was, now := Apart(before, p)
+	was, now := Diff(before, p)
 	for _, rule := range now {
 		old, found := find(was, rule.Frontend)
 		if !found || old.Action != rule.Action || old.HostClients != rule.HostClients ||

@@ -36,7 +36,7 @@ func example(settled bool) plan.Plan {
 		},
 		HostAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.2")},
 		Sandboxes:     []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")},
-		Settled:       settled,
+		Synced:        settled,
 	})
 }
 
@@ -114,7 +114,7 @@ func TestSince(t *testing.T) {
 		frontend("169.254.210.210", plan.TCP), frontend("169.254.210.210", plan.UDP), frontend("169.254.210.211", plan.TCP),
 		frontend("169.254.210.211", plan.UDP), frontend("169.254.210.212", plan.UDP), frontend("169.254.210.213", plan.TCP),
 	}
-	nothing := plan.Build(plan.Input{Settled: true})
+	nothing := plan.Build(plan.Input{Synced: true})
 	for _, tt := range []struct {
 		name        string
 		now, before *plan.Plan

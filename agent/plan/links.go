@@ -28,7 +28,7 @@ func (p *Plan) links(in Input) {
 	p.Unnamed = sortedSet(p.Unnamed, strings.Compare)
 }
 
-// names says whether a hostInterface setting names a link.
+// names reports whether a hostInterface setting names a link.
 func (c Clients) names(link string) bool {
 	return slices.ContainsFunc(c.Interfaces, func(pattern string) bool {
 		prefix, wild := strings.CutSuffix(pattern, "+")
@@ -36,7 +36,7 @@ func (c Clients) names(link string) bool {
 	})
 }
 
-// Nameable says whether a link can be named in rules. The kernel takes almost any bytes for a name, and a pod may choose it
+// Nameable reports whether a link can be named in rules. The kernel takes almost any bytes for a name, and a pod may choose it
 // (CAP_NET_ADMIN in its own network namespace suffices): quotes end the text of a rule, a trailing + or * matches other links.
 func Nameable(name string) bool {
 	return name != "" && !strings.ContainsFunc(name, func(r rune) bool {

@@ -56,7 +56,7 @@ func FamilyOf(address netip.Addr) Family {
 	return IPv4
 }
 
-// Has says whether the plan has any rule of a family.
+// Has reports whether the plan has any rule of a family.
 func (p *Plan) Has(family Family) bool {
 	return slices.ContainsFunc(p.Rules, func(r Rule) bool { return FamilyOf(r.Address) == family })
 }
@@ -94,18 +94,18 @@ type Service struct {
 // Bridge is a Linux bridge whose frames do not all pass netfilter.
 type Bridge struct {
 	Name string
-	// Unfiltered4 and Unfiltered6 say whether its IPv4 and IPv6 frames go from port to port unseen.
+	// Unfiltered4 and Unfiltered6 reports whether its IPv4 and IPv6 frames go from port to port unseen.
 	Unfiltered4, Unfiltered6 bool
 	// Prefixes are the on-link prefixes of the node's addresses on it: its pods have their addresses in these.
 	Prefixes []netip.Prefix
 }
 
-// Unfiltered says whether frames of this family go from port to port unseen.
+// Unfiltered reports whether frames of this family go from port to port unseen.
 func (b Bridge) Unfiltered(family Family) bool {
 	return family == IPv4 && b.Unfiltered4 || family == IPv6 && b.Unfiltered6
 }
 
-// has says whether an address is that of a pod behind the bridge.
+// has reports whether an address is that of a pod behind the bridge.
 func (b Bridge) has(address netip.Addr) bool {
 	return slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(address) })
 }
@@ -133,9 +133,9 @@ type Input struct {
 	StrictTCP bool
 	// HostAddresses are the node's own; Sandboxes those of all sandboxes known to stand.
 	HostAddresses, Sandboxes []netip.Addr
-	// Settled: every source has spoken, so that a sandbox that is not among Sandboxes does not stand.
-	Settled bool
-	Detour  Detour
+	// Synced: every source is synced, so that a sandbox that is not among Sandboxes is not live.
+	Synced bool
+	Detour Detour
 }
 
 // Clients is a distinct hostInterface setting.
@@ -151,7 +151,7 @@ type Rule struct {
 	// Clients is an index into Plan.Clients; -1 where another agent claims the frontend.
 	Clients   int
 	Endpoints []netip.AddrPort
-	// HostClients says whether processes of this node are treated like pods or left alone.
+	// HostClients reports whether processes of this node are treated like pods or left alone.
 	HostClients bool
 	// Excluded are sources (the targets themselves) that are exempt.
 	Excluded []netip.Addr
@@ -178,9 +178,9 @@ type Plan struct {
 	StrictTCP bool
 	// Servers are the addresses to which translated flows may lead, in order: those of the endpoints, and see Inherit.
 	Servers []netip.Addr
-	// HostAddresses, Sandboxes (both in order) and Settled decide which flows are stale; see Stale.
+	// HostAddresses, Sandboxes (both in order) and Synced decide which flows are stale; see Stale.
 	HostAddresses, Sandboxes []netip.Addr
-	Settled                  bool
+	Synced                   bool
 	Detour                   Detour
 }
 
@@ -190,7 +190,7 @@ func Build(in Input) Plan {
 		StrictTCP:     in.StrictTCP,
 		HostAddresses: sortedSet(in.HostAddresses, netip.Addr.Compare),
 		Sandboxes:     sortedSet(in.Sandboxes, netip.Addr.Compare),
-		Settled:       in.Settled,
+		Synced:        in.Synced,
 		Detour:        in.Detour,
 	}
 	for _, bridge := range in.Bridges {
@@ -273,10 +273,10 @@ func (p *Plan) Inherit(before *Plan) {
 	p.Servers = sortedSet(p.Servers, netip.Addr.Compare)
 }
 
-// Equal says whether nothing differs.
+// Equal reports whether nothing differs.
 func (p *Plan) Equal(q *Plan) bool {
-	ofP, ofQ := Apart(p, q)
-	return p.Settled == q.Settled && p.Detour == q.Detour && len(ofP)+len(ofQ) == 0 &&
+	ofP, ofQ := Diff(p, q)
+	return p.Synced == q.Synced && p.Detour == q.Detour && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
 		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) && slices.Equal(p.AllBridges, q.AllBridges) &&
@@ -289,8 +289,8 @@ func (r *Rule) equal(s *Rule) bool {
 		slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
 }
 
-// Apart are the rules of two plans without those that are equal in both, in order.
-func Apart(p, q *Plan) (ofP, ofQ []Rule) {
+// Diff are the rules of two plans without those that are equal in both, in order.
+func Diff(p, q *Plan) (ofP, ofQ []Rule) {
 	i, j := 0, 0
 	for i < len(p.Rules) || j < len(q.Rules) {
 		order := 0
@@ -320,7 +320,7 @@ func Apart(p, q *Plan) (ofP, ofQ []Rule) {
 	return ofP, ofQ
 }
 
-// Foreign says whether another agent claims the frontend of r.
+// Foreign reports whether another agent claims the frontend of r.
 func (r Rule) Foreign() bool { return r.Clients < 0 }
 
 // Find returns the rule of a frontend.

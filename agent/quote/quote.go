@@ -40,7 +40,7 @@ func Lines(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// hidden says whether text has anything that does not print.
+// hidden reports whether text has anything that does not print.
 func hidden(text string) bool {
 	return !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) })
 }

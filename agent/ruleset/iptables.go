@@ -154,7 +154,7 @@ type translation struct {
 	passed func(chain string) bool
 }
 
-// chain says whether the packet may return to where the chain was called.
+// chain reports whether the packet may return to where the chain was called.
 func (w *translation) chain(s step) (returns bool) {
 	if !w.enter(s) {
 		return true
@@ -203,7 +203,7 @@ type matched struct {
 	jump   bool   // and not goto
 }
 
-// match says whether the packet meets the rule, and what then.
+// match reports whether the packet meets the rule, and what then.
 func (t *IPTables) match(r *rule, p Packet) (m matched) {
 	m = matched{meets: yes, jump: true}
 	inverted := false
@@ -269,7 +269,7 @@ func (t *IPTables) match(r *rule, p Packet) (m matched) {
 	return m
 }
 
-// inSet says whether a set of ipset has the packet's destination.
+// inSet reports whether a set of ipset has the packet's destination.
 func (t *IPTables) inSet(name, dimensions string, p Packet) (is certainty, wide bool) {
 	members, known := t.sets[name]
 	if first, _, _ := strings.Cut(dimensions, ","); !known || first != "dst" {

@@ -110,7 +110,7 @@ func (w *nftWalk) place(r *nftRule, hit element) string {
 	return text
 }
 
-// chain says whether the packet may return to where the chain was called.
+// chain reports whether the packet may return to where the chain was called.
 func (w *nftWalk) chain(c *nftChain, aim string, isSure bool) (returns bool) {
 	if w.passed(c.Family, c.Table, c.Name) || !w.enter(step{name(c.Family, c.Table, c.Name), aim, isSure}) {
 		return true
@@ -323,7 +323,7 @@ func toElement(data json.RawMessage) element {
 	return e
 }
 
-// compare says whether what the packet has in key is the element's; aimed where its destination is a part of that.
+// compare reports whether what the packet has in key is the element's; aimed where its destination is a part of that.
 func (w *nftWalk) compare(key json.RawMessage, e element) (certainty, element) {
 	var keys, parts struct{ Concat []json.RawMessage }
 	if json.Unmarshal(key, &keys) == nil && len(keys.Concat) > 0 {

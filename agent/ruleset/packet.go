@@ -20,7 +20,7 @@ type Packet struct {
 	Translated bool
 }
 
-// certainty says whether a packet meets a condition.
+// certainty reports whether a packet meets a condition.
 type certainty int
 
 const (
@@ -38,7 +38,7 @@ func sure(is bool) certainty {
 
 func (c certainty) not() certainty { return yes - c }
 
-// among says whether text is one of these; nothing is known of empty text.
+// among reports whether text is one of these; nothing is known of empty text.
 func among(text string, of ...string) certainty {
 	if text == "" {
 		return maybe
@@ -51,7 +51,7 @@ func among(text string, of ...string) certainty {
 	return no
 }
 
-// within says whether the port is in one of these ranges.
+// within reports whether the port is in one of these ranges.
 func within(port uint16, ranges ...[2]int) certainty {
 	if port == 0 {
 		return maybe
@@ -64,7 +64,7 @@ func within(port uint16, ranges ...[2]int) certainty {
 	return no
 }
 
-// covers says whether text, which is an address, a prefix or a range of addresses, has the address. wide says that it has every one.
+// covers reports whether text, which is an address, a prefix or a range of addresses, has the address. wide says that it has every one.
 func covers(text string, address netip.Addr) (covers certainty, wide bool) {
 	if !address.IsValid() {
 		return maybe, false
@@ -93,7 +93,7 @@ type step struct {
 	sure       bool
 }
 
-// enter says whether a chain is still to be looked at.
+// enter reports whether a chain is still to be looked at.
 func (w *walk) enter(s step) bool {
 	if w.seen[s] {
 		return false

@@ -203,7 +203,7 @@ func (f *uninstallFlags) run(ctx context.Context) error {
 	return f.remove(ctx, name, log)
 }
 
-// known says whether anything of the agent is on this node: files, selectors in an entry, or rules.
+// known reports whether anything of the agent is on this node: files, selectors in an entry, or rules.
 func (f *uninstallFlags) known(ctx context.Context, name string) bool {
 	dir := runtimedir.New(f.runtime)
 	for _, list := range []func() ([]string, error){dir.Agents, dir.Installers} {

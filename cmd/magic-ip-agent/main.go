@@ -89,7 +89,7 @@ func needsRoot(err error) string {
 	return ""
 }
 
-// coloured says whether a person reads at a terminal that shows colours (see no-color.org).
+// coloured reports whether a person reads at a terminal that shows colours (see no-color.org).
 func coloured(out io.Writer) bool {
 	file, ok := out.(*os.File)
 	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {

@@ -38,7 +38,7 @@ func measureFlows(ctx context.Context, count rounds) (measured []table, err erro
 		{"IPv6", "fd00:a9fe:d2d2::1", "fd00:10::", "fd00:10:244::2", "fd00:10:244::3", unix.AF_INET6},
 	} {
 		frontend := plan.Frontend{Address: netip.MustParseAddr(family.magicIP), Protocol: plan.TCP, Port: serverPort}
-		p := plan.Build(plan.Input{Settled: true, Services: []plan.Service{
+		p := plan.Build(plan.Input{Synced: true, Services: []plan.Service{
 			{Frontend: frontend, Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(family.server), serverPort)}},
 		}})
 		many := plan.Change{}

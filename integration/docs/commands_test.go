@@ -108,7 +108,7 @@ func exists(words []string, flag string, bad func(format string, args ...any)) {
 	}
 }
 
-// isValue says whether the chart has the value a.b.c. What is a map of the user's own may have any key.
+// isValue reports whether the chart has the value a.b.c. What is a map of the user's own may have any key.
 func isValue(values map[string]any, path string) bool {
 	first, rest, more := strings.Cut(path, ".")
 	value, found := values[first]

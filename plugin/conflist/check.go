@@ -58,9 +58,9 @@ func compareCNI(a, b string) int {
 	return -1
 }
 
-// harmless checks that the runtime loads the network of a file after the changes, with our entry in one place behind
+// validate checks that the runtime loads the network of a file after the changes, with our entry in one place behind
 // another plugin, and that nothing else of it differs.
-func (p *Plan) harmless(before file) error {
+func (p *Plan) validate(before file) error {
 	then, err := p.original(before)
 	if err != nil {
 		return err

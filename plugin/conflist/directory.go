@@ -71,7 +71,7 @@ type file struct {
 	mode     fs.FileMode
 	uid, gid int
 	modified time.Time
-	foreign  error // it cannot be told what a loader finds here
+	foreign  error // it is not known what a loader finds here
 	unread   error // no loader can read it
 	unusable error // no loader takes it, for that or for what it says
 }
@@ -217,7 +217,7 @@ func (d *Directory) resolve(name string) (target string, err error) {
 func (d *Directory) leadsOut(name string) error {
 	path := filepath.Join(d.path, name)
 	target, _ := os.Readlink(path)
-	return fmt.Errorf("%s is a symbolic link that leads out of the directory, to %s: what the runtime finds there cannot be told from here; put the file itself there",
+	return fmt.Errorf("%s is a symbolic link that leads out of the directory, to %s: what the runtime finds there cannot be seen from here; put the file itself there",
 		path, target)
 }
 
@@ -230,7 +230,7 @@ func (d *Directory) read(name string) (f file) {
 	}
 	f.target = target
 	if f.data, f.unread = d.content(&f); errors.Is(f.unread, fs.ErrPermission) {
-		f.foreign = fmt.Errorf("%w: what the runtime finds there cannot be told from here; let root read it (chmod), whom a container denies what others own", f.unread)
+		f.foreign = fmt.Errorf("%w: what the runtime finds there cannot be seen from here; let root read it (chmod), whom a container denies what others own", f.unread)
 	}
 	return f
 }

@@ -127,7 +127,7 @@ func TestHarmless(t *testing.T) {
 		d := read(t, directory(t, map[string]string{"10-a.conflist": list}))
 		p := Plan{d: d.clone(), File: "10-a.conflist"}
 		p.write(*d.find("10-a.conflist"), []byte(strings.Replace(with, change[0], change[1], 1)))
-		if err := p.harmless(*d.find("10-a.conflist")); (err == nil) != (change[0] == "") {
+		if err := p.validate(*d.find("10-a.conflist")); (err == nil) != (change[0] == "") {
 			t.Errorf("%q to %q: %v", change[0], change[1], err)
 		}
 	}

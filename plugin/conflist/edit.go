@@ -81,13 +81,13 @@ func raw(v *hujson.Value) (r entry.Raw) {
 	return r
 }
 
-// shares says whether an entry is of the agents with this runtime directory. One that the plugin would refuse is anybody's.
+// shares reports whether an entry is of the agents with this runtime directory. One that the plugin would refuse is anybody's.
 func shares(v *hujson.Value, runtimeDir string) bool {
 	dir, err := raw(v).Dir()
 	return err != nil || runtimeDir == AnyRuntimeDir || dir == filepath.Clean(runtimeDir)
 }
 
-// has says whether the key of an agent is in a file.
+// has reports whether the key of an agent is in a file.
 func has(data []byte, agent, runtimeDir string) bool {
 	d, err := parse(data)
 	return err == nil && slices.ContainsFunc(d.entries(), func(v *hujson.Value) bool {
@@ -216,7 +216,7 @@ func without(data []byte, agent, runtimeDir string) (after []byte, left int, err
 	return d.Pack(), len(d.ours()), nil
 }
 
-// drop removes the key of an agent from an entry, and says whether that was its last one.
+// drop removes the key of an agent from an entry, and reports whether that was its last one.
 func drop(v *hujson.Value, agent string) (last bool) {
 	selectors := get(v, "selectors")
 	if selectors == nil {
@@ -246,7 +246,7 @@ func withoutEntries(data []byte) ([]byte, error) {
 	return d.Pack(), nil
 }
 
-// hasEntries says whether a list has an entry of the plugin.
+// hasEntries reports whether a list has an entry of the plugin.
 func hasEntries(data []byte) bool {
 	d, err := parse(data)
 	return err == nil && len(d.ours()) > 0

@@ -158,7 +158,7 @@ func styleOf(root, v *hujson.Value) style {
 	return st
 }
 
-// lines says whether each element has a line of its own.
+// lines reports whether each element has a line of its own.
 func (st style) lines() bool { return strings.Contains(st.before, "\n") }
 
 // indent is the indentation of the elements.

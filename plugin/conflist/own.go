@@ -29,7 +29,7 @@ func originalOf(name string) (original string, ok bool) {
 	return "", false
 }
 
-// isOwn says whether a file is a list of our own.
+// isOwn reports whether a file is a list of our own.
 func isOwn(f file) bool {
 	_, own := originalOf(f.name)
 	return own
@@ -75,7 +75,7 @@ func (p *Plan) replaceOwn(original file, data []byte) {
 	p.write(f, data)
 }
 
-// synced says whether a list of our own begins with the plugin of its original. Others may have added plugins to it.
+// synced reports whether a list of our own begins with the plugin of its original. Others may have added plugins to it.
 func synced(d *Directory, own, original file) bool {
 	is, err := d.load(own)
 	should, errOriginal := d.load(original)
@@ -153,7 +153,7 @@ func (d *Directory) originalOf(f file) *file {
 	return nil
 }
 
-// refersTo says whether another file names this one, as the thick Multus does (clusterNetwork). It may know the directory by
+// refersTo reports whether another file names this one, as the thick Multus does (clusterNetwork). It may know the directory by
 // another path than we do.
 func (d *Directory) refersTo(name string) bool {
 	return slices.ContainsFunc(d.files, func(g file) bool { return !isOwn(g) && bytes.Contains(g.data, []byte(name)) })
@@ -196,7 +196,7 @@ func (p *Plan) takeOver() {
 	}
 }
 
-// isListOf says whether a list is that of a single-plugin configuration and nothing but our entry.
+// isListOf reports whether a list is that of a single-plugin configuration and nothing but our entry.
 func isListOf(list, single []byte) bool {
 	bare, err := withoutEntries(list)
 	want, errSingle := listOf(single, nil)

@@ -30,7 +30,7 @@ const (
 // ErrChanged says that another program has changed a file since it was read.
 var ErrChanged = errors.New("another program has changed it meanwhile")
 
-// IsOurs says whether a file of a directory is a temporary one or a lock of an installer.
+// IsOurs reports whether a file of a directory is a temporary one or a lock of an installer.
 func IsOurs(name string) bool {
 	return filepath.Base(name) == lockName || strings.HasSuffix(name, tempExt)
 }
@@ -66,7 +66,7 @@ func Lock(ctx context.Context, dir string) (unlock func(), err error) {
 	}
 }
 
-// isFile says whether a path leads to an open file.
+// isFile reports whether a path leads to an open file.
 func isFile(file *os.File, path string) bool {
 	opened, err := file.Stat()
 	there, errThere := os.Lstat(path)

@@ -92,7 +92,7 @@ func (d *Directory) Put(key Key, versions []string) (Plan, error) {
 	default:
 		before := *target
 		if err = p.put(before, key, versions); err == nil {
-			err = p.harmless(before)
+			err = p.validate(before)
 		}
 		if errors.Is(err, ErrVersion) && p.removeEntries(before) {
 			err = fmt.Errorf("%w: pods would fail with the entry in it, so that it is removed; the agent knows pods by the API only until that is corrected", err)
@@ -152,7 +152,7 @@ func (d *Directory) Take(agent, runtimeDir, last string) (Plan, error) {
 	return p, errors.Join(p.withdraw("", agent, runtimeDir), p.follow(), unknown)
 }
 
-// Has says whether a file has the key of an agent.
+// Has reports whether a file has the key of an agent.
 func (d *Directory) Has(name, agent, runtimeDir string) bool {
 	f := d.find(name)
 	return f != nil && has(f.data, agent, runtimeDir)
@@ -185,7 +185,7 @@ func (d *Directory) target(now time.Time) (*file, time.Duration, []string, error
 	return master, again, slices.Concat(notes, more, []string{fmt.Sprintf("%s is Multus': the entry is in %s, which Multus takes for its default network", f.name, master.name)}), nil
 }
 
-// folderOnly says whether all plugins of a list are in the folder of its network.
+// folderOnly reports whether all plugins of a list are in the folder of its network.
 func (p *Plan) folderOnly(f file) bool {
 	list, err := parse(f.data)
 	return err == nil && (list.plugins() == nil || len(list.plugins().Elements) == 0)
@@ -236,7 +236,7 @@ func (p *Plan) folder(list file, key Key) error {
 	return nil
 }
 
-// isEntryFile says whether a file of a folder is an entry of the plugin.
+// isEntryFile reports whether a file of a folder is an entry of the plugin.
 func isEntryFile(f file) bool {
 	d, err := parse(f.data)
 	return err == nil && isEntry(&d.Value)
@@ -281,7 +281,7 @@ func (p *Plan) withdraw(except, agent, runtimeDir string) (all error) {
 	return all
 }
 
-// removeEntries removes whole entries from the network of a file: those of all agents. It says whether there were any.
+// removeEntries removes whole entries from the network of a file: those of all agents. It reports whether there were any.
 func (p *Plan) removeEntries(f file) (removed bool) {
 	if own := p.d.find(ownNameOf(f.name)); own != nil {
 		p.write(*own, nil)

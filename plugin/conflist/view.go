@@ -9,7 +9,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
-// View is what is to be told of a directory.
+// View describes a directory, for people.
 type View struct {
 	// Loads is the file that the runtime loads; empty where there is none.
 	Loads string
@@ -19,7 +19,7 @@ type View struct {
 	Expected string
 	Entries  []Found
 	Notes    []string
-	// Unknown is why it cannot be told which file that is.
+	// Unknown is why it is not known which file that is.
 	Unknown error
 }
 

@@ -112,7 +112,7 @@ func (b *binary) ensure(ctx context.Context, others func() ([]*runtimedir.Record
 	return !keep, err
 }
 
-// preferred says whether the plugin with this digest, which is in place, is that of another installer and not older than version.
+// preferred reports whether the plugin with this digest, which is in place, is that of another installer and not older than version.
 func preferred(digest, version string, others []*runtimedir.Record) bool {
 	for _, other := range others {
 		if order, known := compareVersions(other.PluginVersion, version); other.PluginSHA256 == digest && (!known || order >= 0) {

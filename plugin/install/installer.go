@@ -304,7 +304,7 @@ func removeState(confDir string, dir runtimedir.Dir) error {
 		return nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("the records of pods stay in %s: whether another agent needs them cannot be told: %w", dir.Path(), err)
+		return fmt.Errorf("the records of pods stay in %s: whether another agent needs them is not known: %w", dir.Path(), err)
 	}
 	return dir.RemoveState(stateWait)
 }

@@ -193,13 +193,13 @@ func subfolders(path string) (folders []string) {
 	return folders
 }
 
-// replaced says whether a path leads to a directory that has no name any more: a mount of one that was removed.
+// replaced reports whether a path leads to a directory that has no name any more: a mount of one that was removed.
 func replaced(path string) bool {
 	var stat unix.Stat_t
 	return unix.Stat(path, &stat) == nil && stat.Nlink == 0
 }
 
-// pause lets whoever is writing finish, and takes their events together.
+// pause lets a writer finish, and takes its events together.
 func pause(ctx context.Context, watcher *fsnotify.Watcher) {
 	quiet := time.After(settle)
 	for {

@@ -54,7 +54,7 @@ func (n *node) eventually(what string, so func() bool) {
 	}
 }
 
-// has says whether 10-a.conflist has the key of an agent.
+// has reports whether 10-a.conflist has the key of an agent.
 func (n *node) has(agent string) bool {
 	d, err := conflist.Read(n.options.ConfDir, conflist.Options{})
 	return err == nil && d.Has("10-a.conflist", agent, n.options.RuntimeDir)

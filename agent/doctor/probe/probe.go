@@ -85,7 +85,7 @@ func Run(ctx context.Context, client netns.NsHandle, targets []Target, timeout t
 	return traces, nil
 }
 
-// owns says whether a packet is one of this probe: by the client's port, and an address that belongs to it.
+// owns reports whether a packet is one of this probe: by the client's port, and an address that belongs to it.
 func (e *Evidence) owns(p Packet) bool {
 	if p.From.Port() != e.Source.Port() && p.To.Port() != e.Source.Port() {
 		return false

@@ -133,7 +133,7 @@ func (e *Evidence) hop(link string) (Hop, string) {
 	return Unknown, "nothing came back"
 }
 
-// arrived says whether a packet of the client was seen at the node.
+// arrived reports whether a packet of the client was seen at the node.
 func (e *Evidence) arrived(link string) bool { return link != "" || e.Flow != nil }
 
 // behind is about a packet that was translated to an endpoint and brought no success.

@@ -71,7 +71,7 @@ func assess(kind lab.Kind, outcomes, witness lab.Outcomes, servers []life, fresh
 	return c
 }
 
-// listened says whether a process listened at that time.
+// listened reports whether a process listened at that time.
 func listened(at time.Time, servers []life) bool {
 	for _, server := range servers {
 		if at.After(server.listening) && (server.closed.IsZero() || at.Before(server.closed)) {
@@ -81,7 +81,7 @@ func listened(at time.Time, servers []life) bool {
 	return false
 }
 
-// isCut says whether a server stopped while it had a request. Where nobody has told the client so, as with datagrams,
+// isCut reports whether a server stopped while it had a request. Where nobody has told the client so, as with datagrams,
 // the request must be one of the last.
 func isCut(o lab.Outcome, servers []life) bool {
 	for _, server := range servers {
@@ -97,7 +97,7 @@ func timedOut(o lab.Outcome) bool {
 	return o.Err != nil && strings.Contains(o.Err.Error(), "deadline exceeded")
 }
 
-// isMoved says whether the one server had a datagram when the other had got the next.
+// isMoved reports whether the one server had a datagram when the other had got the next.
 func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) bool {
 	before := toFresh.Sub(o.Sent)
 	if !timedOut(o) || before < 0 || before > cutWithin {
@@ -111,7 +111,7 @@ func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) boo
 	return false
 }
 
-// isStalled says whether the witness has waited too, then or shortly before or after: a machine that has no time for
+// isStalled reports whether the witness has waited too, then or shortly before or after: a machine that has no time for
 // client or server has none for the agent.
 func isStalled(o lab.Outcome, witness lab.Outcomes) bool {
 	for _, w := range witness {

@@ -115,7 +115,7 @@ func (w *world) confinedProcess(n *whole.Node, pod *corev1.Pod, container string
 	figures.add("resident memory of the %s on %s: %.1f MiB", container, n.Name, float64(kilobytes)/1024)
 }
 
-// writable says whether files can be made in a directory as a process sees it.
+// writable reports whether files can be made in a directory as a process sees it.
 func (w *world) writable(n *whole.Node, pid int, directory string) bool {
 	w.Helper()
 	file := n.Path(fmt.Sprintf("/proc/%d/root/%s/written", pid, directory))

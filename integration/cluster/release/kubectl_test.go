@@ -15,7 +15,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// TestKubectl: `kubectl magic-ip` shows all nodes, first those without an agent, and its exit status says whether all is well.
+// TestKubectl: `kubectl magic-ip` shows all nodes, first those without an agent, and its exit status reports whether all is well.
 func TestKubectl(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues()...)

@@ -503,7 +503,7 @@ func (w *world) refusedOrLost(n *whole.Node, to netip.AddrPort) {
 	}
 }
 
-// recorded says whether the plugin has a record of a pod.
+// recorded reports whether the plugin has a record of a pod.
 func recorded(n *whole.Node, pod *corev1.Pod) bool {
 	file, err := runtimedir.New(n.Path(runtimeDir)).ReadState()
 	return err == nil && slices.ContainsFunc(file.Attachments, func(r runtimedir.Attachment) bool { return r.UID == string(pod.UID) })
