@@ -23,8 +23,12 @@ type cost struct {
 	cut, moved, stalled int
 }
 
-// cutWithin is how long before a server stops, or loses a flow, it may have taken a request that is never answered.
-const cutWithin = 10 * time.Millisecond
+// cutWithin is how long before a server stops, and movedWithin how long before it loses a flow, it may have taken a request that is
+// never answered. Both are working time.
+const (
+	cutWithin   = 10 * time.Millisecond
+	movedWithin = 25 * time.Millisecond
+)
 
 // stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
 // has no time for client or server.
@@ -86,7 +90,7 @@ func listened(at time.Time, servers []life) bool {
 func isCut(o lab.Outcome, servers []life) bool {
 	for _, server := range servers {
 		left := server.closed.Sub(o.Sent)
-		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (left <= cutWithin || !timedOut(o)) {
+		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (lab.WorkingTime(o.Sent, server.closed) <= cutWithin || !timedOut(o)) {
 			return true
 		}
 	}
@@ -99,8 +103,7 @@ func timedOut(o lab.Outcome) bool {
 
 // isMoved reports whether the one server had a datagram when the other had got the next.
 func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) bool {
-	before := toFresh.Sub(o.Sent)
-	if !timedOut(o) || before < 0 || before > cutWithin {
+	if !timedOut(o) || toFresh.Before(o.Sent) || lab.WorkingTime(o.Sent, toFresh) > movedWithin {
 		return false
 	}
 	for _, server := range servers {

@@ -95,6 +95,7 @@ type world struct {
 
 // newWorld brings the cluster up and installs the chart; the caller closes it.
 func newWorld(ctx context.Context, name string, log func(string, ...any)) (w *world, err error) {
+	lab.WorkingTime(time.Now(), time.Now()) // it is measured from here on
 	root, err := lab.ModuleRoot()
 	if err != nil {
 		return nil, err
