@@ -47,7 +47,11 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 	}
 	for _, family := range plan.Families() {
 		command := map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[family]
-		known[fmt.Sprintf("%s nat", family)] = look(family, command+"-nft-save") == nil
+		err := look(family, command+"-nft-save")
+		known[fmt.Sprintf("%s nat", family)] = err == nil
+		if err != nil && !errors.Is(err, exec.ErrNotFound) {
+			hidden = append(hidden, fmt.Sprintf("rules of iptables-nft (%s) cannot be read here: %v", family, err))
+		}
 		if !iptables.LegacyTable(family, "nat") {
 			continue
 		}
@@ -85,8 +89,11 @@ func packets(frontends []plan.Frontend, family plan.Family) (all []ruleset.Packe
 // saved is what a save command prints of the table nat, and the members of the sets that its rules match with.
 func saved(ctx context.Context, save string) (rules string, sets map[string][]string, err error) {
 	out, err := exec.CommandContext(ctx, save, "-t", "nat").Output()
+	if exit := new(exec.ExitError); errors.As(err, &exit) {
+		return "", nil, fmt.Errorf("%s: %w: %s", save, err, strings.TrimSpace(string(exit.Stderr)))
+	}
 	if err != nil {
-		return "", nil, fmt.Errorf("%s: %w", save, err)
+		return "", nil, err // it names the command
 	}
 	sets = map[string][]string{}
 	for _, name := range ruleset.ParseIPTables(string(out), nil).Sets() {
@@ -137,7 +144,7 @@ func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]b
 func nftRule(r ruleset.NFTRule, texts map[string]string, p ruleset.Packet) Rule {
 	place := fmt.Sprintf("nft table %s %s, chain %s", r.Family, r.Table, r.Chain)
 	rule := Rule{
-		Text: place + ": " + texts[place+fmt.Sprint(r.Handle)],
+		Text: place + ": " + texts[fmt.Sprintf("%s handle %d", place, r.Handle)],
 		Next: quote.Shell("nft", "delete", "rule", r.Family, r.Table, r.Chain, "handle", fmt.Sprint(r.Handle)),
 	}
 	if r.Set != "" {
@@ -167,7 +174,7 @@ func nftTexts(ctx context.Context) map[string]string {
 		case len(words) >= 2 && words[0] == "chain":
 			chain = words[1]
 		case ok:
-			texts["nft table "+table+", chain "+chain+handle] = text
+			texts["nft table "+table+", chain "+chain+" handle "+handle] = text
 		}
 	}
 	return texts

@@ -181,6 +181,20 @@ func TestRulesOfLegacy(t *testing.T) {
 	}
 }
 
+// TestRulesThatCannotBeRead: where a save command is there and fails, doctor does not say that there are no rules.
+func TestRulesThatCannotBeRead(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	broken := t.TempDir()
+	if err := os.WriteFile(filepath.Join(broken, "iptables-nft-save"), []byte("#!/bin/sh\necho no raw socket >&2; exit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", broken+":"+os.Getenv("PATH"))
+	found, hidden := Rules(t.Context(), frontends)
+	if len(found) > 0 || len(hidden) != 1 || !strings.Contains(hidden[0], "iptables-nft") || !strings.Contains(hidden[0], "no raw socket") {
+		t.Errorf("found %q, hidden %q", texts(found), hidden)
+	}
+}
+
 // TestRulesOnlyLooks: a look at rules does not bring a table into use.
 func TestRulesOnlyLooks(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")

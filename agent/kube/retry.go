@@ -53,7 +53,7 @@ func (t *throttle) RoundTrip(request *http.Request) (*http.Response, error) {
 		}
 		select {
 		case <-request.Context().Done():
-			return nil, errors.Join(throttled, request.Context().Err())
+			return nil, fmt.Errorf("%w: %w", throttled, request.Context().Err())
 		case <-time.After(wait):
 		}
 	}
