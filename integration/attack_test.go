@@ -975,7 +975,7 @@ func hostileComment(t *testing.T) {
 			}
 		}
 	}
-	if left := w.run("iptables-nft-save -t nat | grep 192.0.2.1 || true"); left != "" {
+	if left := w.run(`set -e; rules=$(iptables-nft-save -t nat); echo "$rules" | grep 192.0.2.1 || true`); left != "" {
 		t.Errorf("the commands that doctor prints leave\n%s\nthey are in\n%s", left, out)
 	}
 	if _, err := os.Stat(w.Path("/run/bait")); err == nil {

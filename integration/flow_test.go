@@ -82,21 +82,17 @@ func (s *stream) flows(t *testing.T) error {
 	})
 }
 
-// resetWithin waits for the end of the stream. limit is working time.
+// resetWithin waits for the stream to be reset. limit is working time.
 func (s *stream) resetWithin(t *testing.T, since time.Time, limit time.Duration) error {
-	return lab.Eventually(patience(t), func() error {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		switch {
-		case s.err == nil:
-			return errors.New("the stream goes on")
-		case !errors.Is(s.err, syscall.ECONNRESET) && !errors.Is(s.err, syscall.EPIPE):
-			return fmt.Errorf("ended with %w", s.err)
-		case lab.WorkingTime(since, s.end) > limit:
-			return fmt.Errorf("reset only after %v of working time", lab.WorkingTime(since, s.end))
-		}
-		return nil
-	})
+	if err := s.isReset(t); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if took := lab.WorkingTime(since, s.end); took > limit {
+		return fmt.Errorf("reset only after %v of working time", took)
+	}
+	return nil
 }
 
 // isReset waits for the stream to be reset.

@@ -29,7 +29,7 @@ func TestNoPort(t *testing.T) {
 	t.Parallel()
 	w := serving(t, "nftables", "bridge", config())
 	w.addTarget("echo")
-	if sockets := w.run("ss -Hlntup; ss -Hlxp | grep magic-ip || true"); sockets != "" {
+	if sockets := w.run(`set -e; ss -Hlntup; sockets=$(ss -Hlxp); echo "$sockets" | grep magic-ip || true`); sockets != "" {
 		t.Errorf("listening on the node:\n%s", sockets)
 	}
 }

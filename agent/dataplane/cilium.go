@@ -2,11 +2,11 @@ package dataplane
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -59,7 +59,7 @@ func parse(r io.Reader) (Settings, error) {
 		legacy = file.EnableHostLegacyRouting
 	}
 	var settings Settings
-	var missing error
+	var missing []string
 	for _, value := range []struct {
 		name     string
 		from, to *bool
@@ -73,10 +73,13 @@ func parse(r io.Reader) (Settings, error) {
 		{"EnableIPv6Masquerade", file.EnableIPv6Masquerade, &settings.IPv6Masquerade},
 	} {
 		if value.from == nil {
-			missing = errors.Join(missing, fmt.Errorf("%s is missing: this version of Cilium is not known", value.name))
+			missing = append(missing, value.name)
 			continue
 		}
 		*value.to = *value.from
 	}
-	return settings, missing
+	if len(missing) > 0 {
+		return settings, fmt.Errorf("%s is missing: this version of Cilium is not known", strings.Join(missing, ", "))
+	}
+	return settings, nil
 }

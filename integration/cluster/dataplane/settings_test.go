@@ -150,7 +150,7 @@ func TestUninstall(t *testing.T) {
 	w.must(err)
 	t.Cleanup(func() { w.must(release(w.ctx)) })
 	w.eventually("nothing is left", func() error {
-		left := w.exec("ip route show table local proto 109; nft list tables | grep magic-ip || true")
+		left := w.exec(`set -e; ip route show table local proto 109; tables=$(nft list tables); echo "$tables" | grep magic-ip || true`)
 		if left != "" {
 			return fmt.Errorf("the node has\n%s", left)
 		}
