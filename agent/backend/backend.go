@@ -183,8 +183,10 @@ func Leftovers(ctx context.Context, inUse, agentName string) (names []string, un
 	var others []backend
 	if inUse == NFTables {
 		others, unread = otherIPTables(agentName, nil)
-	} else if nft, _ := nftables.New(agentName); nft != nil {
+	} else if nft, err := nftables.New(agentName); err == nil {
 		others = append(others, nft)
+	} else {
+		unread = err.Error()
 	}
 	for _, other := range others {
 		exists, existsErr := other.Exists(ctx)
