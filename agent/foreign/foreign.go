@@ -49,7 +49,7 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 		command := map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[family]
 		err := look(family, command+"-nft-save")
 		known[fmt.Sprintf("%s nat", family)] = err == nil
-		if err != nil && !errors.Is(err, exec.ErrNotFound) {
+		if err != nil && !errors.Is(err, exec.ErrNotFound) && nftables.Supported() { // without it there are no such rules
 			hidden = append(hidden, fmt.Sprintf("rules of iptables-nft (%s) cannot be read here: %v", family, err))
 		}
 		if !iptables.LegacyTable(family, "nat") {
