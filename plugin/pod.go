@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"k8s.io/apimachinery/pkg/labels"
-
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -74,7 +72,7 @@ func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods
 	}
 	record, complete := map[string]string{}, true
 	for _, claim := range claims {
-		selector, err := labels.Parse(claim.selector)
+		selector, err := parseSelector(claim.selector)
 		if err != nil {
 			log.Warn("a selector does not parse; pods of its namespaces are recorded whatever their labels are",
 				"agent", claim.agent, "selector", claim.selector, "error", err)
@@ -85,8 +83,8 @@ func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods
 		if agent := agents[claim.agent]; known == nil && agent != nil && pod.uid != "" {
 			known = agent.LabelsOf(runtimedir.PodID{Namespace: pod.namespace, Name: pod.name, UID: pod.uid})
 		}
-		known = runtimedir.KeepLabels(known, keys(selector))
-		wanted = wanted || known == nil || selector.Matches(labels.Set(known))
+		known = runtimedir.KeepLabels(known, selector.keys())
+		wanted = wanted || known == nil || selector.matches(known)
 		complete = complete && known != nil
 		for key, value := range known {
 			if other, ok := record[key]; ok && other != value {
@@ -99,16 +97,6 @@ func (c *conf) match(pod pod, claims []claim, agents map[string]*runtimedir.Pods
 		return wanted, nil
 	}
 	return wanted, record
-}
-
-// keys are the label keys that a selector asks for.
-func keys(selector labels.Selector) map[string]bool {
-	keys := map[string]bool{}
-	requirements, _ := selector.Requirements()
-	for _, requirement := range requirements {
-		keys[requirement.Key()] = true
-	}
-	return keys
 }
 
 // labels are those that the runtime passes with the configuration; nil where it passes none.
