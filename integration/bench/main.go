@@ -36,20 +36,21 @@ type rounds struct {
 	// of two changes for each number of magic IPs, and of one block for each
 	scale, scalePath int
 	flows            int // sweeps of each kind
+	storms           int // starts of all pods of a node
 }
 
 func run() int {
 	short := flag.Bool("short", false, "a tenth of the repetitions: see that it works, do not quote the figures")
-	only := flag.String("only", "", "measure one `PART`: plugin, rules, path, scale or flows")
+	only := flag.String("only", "", "measure one `PART`: plugin, rules, path, scale, flows or storm")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 
-	count := rounds{plugin: 1000, rules: 100, path: 1000, scale: 15, scalePath: 300, flows: 20}
+	count := rounds{plugin: 1000, rules: 100, path: 1000, scale: 15, scalePath: 300, flows: 20, storms: 3}
 	if *short {
-		count = rounds{plugin: 100, rules: 10, path: 100, scale: 5, scalePath: 30, flows: 5}
+		count = rounds{plugin: 100, rules: 10, path: 100, scale: 5, scalePath: 30, flows: 5, storms: 1}
 	}
-	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}, {"scale", measureScale}, {"flows", measureFlows}}
+	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}, {"scale", measureScale}, {"flows", measureFlows}, {"storm", measureStorm}}
 	if *only != "" {
 		parts = slices.DeleteFunc(parts, func(p part) bool { return p.name != *only })
 	}
@@ -62,7 +63,7 @@ func run() int {
 
 func report(ctx context.Context, w io.Writer, parts []part, count rounds) error {
 	if len(parts) == 0 {
-		return errors.New("-only: there are the parts plugin, rules, path, scale and flows")
+		return errors.New("-only: there are the parts plugin, rules, path, scale, flows and storm")
 	}
 	header, err := describe(ctx)
 	if err != nil {
