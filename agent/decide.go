@@ -20,7 +20,9 @@ type service struct {
 	lostUptime time.Duration
 	unserved   string // the reason; empty where it is served
 	endpoints  []endpoint.Chosen
-	why        []string // there is no endpoint; of the first maxExplained that have none
+	// changedAt is when the addresses of the endpoints last changed; zero while the frontend is unserved.
+	changedAt time.Time
+	why       []string // there is no endpoint; of the first maxExplained that have none
 }
 
 // maxExplained bounds for how many frontends a decision says why they have no endpoint: there may be thousands.
@@ -74,7 +76,16 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		if wait := s.lostAt.Add(port.HoldFor).Sub(now); port.NoEndpoint == plan.Hold && !s.lostAt.IsZero() && wait > 0 {
 			next = soonest(next, wait)
 		}
-		a.logDecision(port, s, before, unservedBefore)
+		same := sameAddresses(before, s.endpoints)
+		switch {
+		case s.unserved != "":
+			s.changedAt = time.Time{}
+		case !same || s.changedAt.IsZero():
+			s.changedAt = now.UTC().Round(0)
+		}
+		if !same || s.unserved != unservedBefore {
+			a.logDecision(port, s, before, unservedBefore)
+		}
 	}
 	return next
 }
@@ -204,12 +215,13 @@ func (a *agent) plan(now time.Time) plan.Plan {
 	return plan.Build(in)
 }
 
+// sameAddresses reports whether traffic goes to the same endpoints. There may be thousands of frontends.
+func sameAddresses(a, b []endpoint.Chosen) bool {
+	return slices.EqualFunc(a, b, func(a, b endpoint.Chosen) bool { return a.Address == b.Address })
+}
+
 // logDecision logs what a decision has changed.
 func (a *agent) logDecision(port config.Port, s *service, before []endpoint.Chosen, unservedBefore string) {
-	same := func(a, b endpoint.Chosen) bool { return a.Address == b.Address }
-	if s.unserved == unservedBefore && slices.EqualFunc(before, s.endpoints, same) {
-		return // before anything is made of it: there may be thousands
-	}
 	log := a.Log.With("magicIP", port.String())
 	if s.unserved != unservedBefore && s.unserved != "" {
 		log.Error("not served", "reason", s.unserved)

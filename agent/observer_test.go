@@ -203,8 +203,12 @@ func TestEqualStatus(t *testing.T) {
 			field.SetString("x")
 		case reflect.Slice:
 			field.Set(reflect.MakeSlice(field.Type(), 1, 1))
-		case reflect.Struct: // Frontend
-			field.FieldByName("Port").SetUint(1)
+		case reflect.Struct:
+			if _, is := field.Interface().(time.Time); is {
+				field.Set(reflect.ValueOf(time.Unix(1, 0)))
+			} else { // Frontend
+				field.FieldByName("Port").SetUint(1)
+			}
 		default:
 			t.Fatalf("%s is a %s", fields.Field(i).Name, field.Kind())
 		}

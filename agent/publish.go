@@ -52,7 +52,8 @@ func deepEqual[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
 func equalStatus(a, b runtimedir.Status) bool {
 	equal := slices.EqualFunc(a.MagicIPs, b.MagicIPs, func(m, n runtimedir.MagicIP) bool {
 		return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.Namespace == n.Namespace && m.Selector == n.Selector &&
-			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface)
+			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface) &&
+			m.Since.Equal(n.Since)
 	})
 	a.MagicIPs, b.MagicIPs = nil, nil
 	return equal && reflect.DeepEqual(a, b)
@@ -138,6 +139,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 			if m.Reason = s.unserved; m.Reason == "" {
 				m.Action, m.Why = string(a.action(port, s, now)), s.why
 			}
+			m.Since = s.changedAt
 			m.Endpoints = append(m.Endpoints, chosenEndpoints(s.endpoints)...)
 		}
 		status.MagicIPs = append(status.MagicIPs, m)
@@ -261,7 +263,7 @@ func (a *agent) restore(ctx context.Context) {
 		a.files.observed = status
 		for _, m := range status.MagicIPs {
 			if s := a.services.byFrontend[m.Frontend]; s != nil {
-				s.endpoints = restored(m.Endpoints)
+				s.endpoints, s.changedAt = restored(m.Endpoints), m.Since
 			}
 		}
 	}

@@ -17,7 +17,7 @@ const module = "github.com/magic-ip-address/magic-ip-address/"
 func floors() [][]string {
 	return [][]string{
 		{"plugin/runtimedir", "plugin/conflist/entry", "agent/quote"},
-		{"plugin/conflist", "agent/inventory", "agent/plan", "agent/ask"},
+		{"plugin/conflist", "agent/inventory", "agent/plan", "agent/ask", "agent/screen"},
 		{"agent/endpoint", "agent/conntrack", "agent/nftables", "agent/node", "agent/event", "agent/status", "agent/ruleset", "agent/dataplane"},
 		{"plugin", "plugin/install", "agent/config", "agent/iptables", "agent/kube", "agent/kube/fleet", "agent/doctor/probe"},
 		{"agent/backend", "agent/foreign", "agent/metrics"},

@@ -1,5 +1,5 @@
-// Package conntrack deletes the entries of the kernel's connection table that a change of rules has made stale
-// (ctnetlink; linux/netfilter/nfnetlink_conntrack.h).
+// Package conntrack deletes the entries of the kernel's connection table that a change of rules has made stale, and counts those of
+// a frontend (ctnetlink; linux/netfilter/nfnetlink_conntrack.h).
 package conntrack
 
 import (
@@ -110,30 +110,22 @@ type sweep struct {
 // dump goes through the entries that the kernel lets through the filter and deletes those that are stale.
 // A kernel that does not know CTA_FILTER (before 5.8) sends all: the decision never rests on the filter.
 func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) error {
-	request := s.request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP, family)
-	for _, attribute := range filter {
-		request.AddData(attribute)
-	}
 	var stale []entry
-	var parseErr error
-	err := request.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(message []byte) bool {
+	err := each(s.sockets, family, filter, func(flow plan.Flow, message []byte) {
 		s.seen++
-		flow, err := parseFlow(message)
-		if err != nil {
-			parseErr = err
-		} else if s.plan.Stale(flow, s.change) {
+		if s.plan.Stale(flow, s.change) {
 			stale = append(stale, entry{flow, message})
 		}
-		return true
 	})
-	if err = errors.Join(err, parseErr); err != nil {
-		return fmt.Errorf("conntrack dump: %w", err)
+	if err != nil {
+		return err
 	}
 	for _, e := range stale {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		request := s.request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, family)
+		request := request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, family)
+		request.Sockets = s.sockets
 		identity, err := e.identity()
 		if err != nil {
 			return err
@@ -153,11 +145,49 @@ func (s *sweep) dump(ctx context.Context, family uint8, filter ...*nl.RtAttr) er
 	return nil
 }
 
-func (s *sweep) request(message, flags int, family uint8) *nl.NetlinkRequest {
-	request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|message, flags)
-	request.Sockets = s.sockets
-	request.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
-	return request
+// Count returns how many flows the kernel has translated for each of the frontends: TCP connections that are open, and the flows of
+// UDP and SCTP that it remembers. It reads the connection table once for each family.
+func (Table) Count(frontends []plan.Frontend) (map[plan.Frontend]int, error) {
+	counts, families := map[plan.Frontend]int{}, map[uint8]bool{}
+	for _, f := range frontends {
+		counts[f], families[family(f.Address)] = 0, true
+	}
+	for family := range families {
+		err := each(nil, family, statusFilter(ipsDstNAT, ipsDstNAT), func(flow plan.Flow, _ []byte) {
+			f := plan.Frontend{Address: flow.Destination.Addr(), Protocol: flow.Protocol, Port: flow.Destination.Port()}
+			if _, wanted := counts[f]; wanted && flow.Server != flow.Destination && !flow.SynSent && !flow.Closed {
+				counts[f]++
+			}
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return counts, nil
+}
+
+// each calls f for the entries that the kernel lets through the filter. A kernel that does not know the filter lets all through.
+// sockets may be nil.
+func each(sockets map[int]*nl.SocketHandle, family uint8, filter []*nl.RtAttr, f func(flow plan.Flow, message []byte)) error {
+	request := request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP, family)
+	request.Sockets = sockets
+	for _, attribute := range filter {
+		request.AddData(attribute)
+	}
+	var parseErr error
+	err := request.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(message []byte) bool {
+		flow, err := parseFlow(message)
+		if err != nil {
+			parseErr = err
+		} else {
+			f(flow, message)
+		}
+		return true
+	})
+	if err = errors.Join(err, parseErr); err != nil {
+		return fmt.Errorf("conntrack dump: %w", err)
+	}
+	return nil
 }
 
 func family(address netip.Addr) uint8 {

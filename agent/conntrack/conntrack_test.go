@@ -2,12 +2,14 @@ package conntrack
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
@@ -188,5 +190,22 @@ func TestKernelFilters(t *testing.T) {
 		if s.seen > tt.atMost || s.seen == 0 {
 			t.Errorf("%s: the kernel sent %d flows, want 1 to %d", tt.name, s.seen, tt.atMost)
 		}
+	}
+}
+
+// TestCount: flows that are translated and open count for their frontend.
+func TestCount(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	addFlows(t)
+	want := map[plan.Frontend]int{
+		frontend("169.254.210.210", plan.UDP, 80): 2, frontend("169.254.210.210", plan.TCP, 80): 2, frontend("169.254.210.211", plan.UDP, 80): 1,
+		frontend("169.254.210.211", plan.TCP, 80): 0, frontend("fd00:a::1", plan.UDP, 80): 2, frontend("fd00:a::1", plan.TCP, 80): 2,
+	}
+	got, err := Table{}.Count(slices.Collect(maps.Keys(want)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

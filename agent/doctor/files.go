@@ -164,7 +164,7 @@ func (e *examination) magicIPs() {
 	}
 }
 
-type magicIP = runtimedir.MagicIP
+type magicIP = status.MagicIP
 
 // logTime is how the plugin begins its lines (log/slog's text).
 var logTime = regexp.MustCompile(`^time=(\S+) `)

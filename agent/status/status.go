@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/agent/screen"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -23,6 +25,8 @@ type Status struct {
 // Agent is one agent of the node.
 type Agent struct {
 	runtimedir.Status
+	// MagicIPs are those of the status.
+	MagicIPs []MagicIP `json:"magicIPs"`
 	// Live: its lock is held. Heartbeat is when it last polled.
 	Live      bool      `json:"live"`
 	Heartbeat time.Time `json:"heartbeat"`
@@ -31,6 +35,15 @@ type Agent struct {
 	// Installed is what its installer has put on the node; nil where it has none.
 	Installed *runtimedir.Record `json:"installed,omitempty"`
 }
+
+// MagicIP is a magic IP of an agent.
+type MagicIP struct {
+	runtimedir.MagicIP
+	// Connections are the flows that the kernel translates for it now; nil where they have not been counted.
+	Connections *int `json:"connections,omitempty"`
+}
+
+const noAgent = "no agent has a status file"
 
 // Read reads the status of all agents of a node, or of the one called name.
 func Read(dir runtimedir.Dir, name string) (Status, error) {
@@ -68,14 +81,35 @@ func Read(dir runtimedir.Dir, name string) (Status, error) {
 	return status, nil
 }
 
-// fillLists makes lists of those that are nil, which JSON has as null.
+// fillLists makes the lists, none of them nil, which JSON has as null.
 func (a *Agent) fillLists() {
-	if a.MagicIPs == nil {
-		a.MagicIPs = []runtimedir.MagicIP{}
+	a.MagicIPs = make([]MagicIP, len(a.Status.MagicIPs))
+	for i, m := range a.Status.MagicIPs {
+		if m.Endpoints == nil {
+			m.Endpoints = []runtimedir.Endpoint{}
+		}
+		a.MagicIPs[i].MagicIP = m
 	}
-	for i := range a.MagicIPs {
-		if a.MagicIPs[i].Endpoints == nil {
-			a.MagicIPs[i].Endpoints = []runtimedir.Endpoint{}
+}
+
+// Count has count say how many connections each magic IP has. Where it cannot, the status is without.
+func (s *Status) Count(count func([]runtimedir.Frontend) (map[runtimedir.Frontend]int, error)) {
+	var frontends []runtimedir.Frontend
+	for _, a := range s.Agents {
+		for _, m := range a.MagicIPs {
+			frontends = append(frontends, m.Frontend)
+		}
+	}
+	counts, err := count(frontends)
+	if err != nil {
+		return
+	}
+	for _, a := range s.Agents {
+		for i := range a.MagicIPs {
+			if m := &a.MagicIPs[i]; m.Reason == "" {
+				connections := counts[m.Frontend]
+				m.Connections = &connections
+			}
 		}
 	}
 }
@@ -83,7 +117,7 @@ func (a *Agent) fillLists() {
 // Unhealthy is an error where an agent of the node does not do its work, or where there is none.
 func (s Status) Unhealthy(now time.Time) error {
 	if len(s.Agents) == 0 {
-		return errors.New("no agent has a status file")
+		return errors.New(noAgent)
 	}
 	for _, a := range s.Agents {
 		if reason := a.Unhealthy(now); reason != "" {
@@ -111,49 +145,79 @@ func (a Agent) Unhealthy(now time.Time) string {
 	return ""
 }
 
-func (a Agent) writeInstalled(out *bytes.Buffer, labelled func(colour quote.Colour, label, text string)) {
+// above are the lines about an agent that stand above its table.
+func (a Agent) above(now time.Time) []screen.Line {
+	health, colour := a.Unhealthy(now), quote.Red
+	if health == "" {
+		health, colour = fmt.Sprintf("running since %s, backend %s", a.StartedAt.Format(time.RFC3339), a.Backend), quote.Green
+	}
+	lines := []screen.Line{{Label: "agent " + a.Name, Text: health, Colour: colour}}
+	add := func(colour quote.Colour, label, text string) {
+		lines = append(lines, screen.Line{Label: label, Text: text, Colour: colour})
+	}
+	if a.DataPlane.Name != "" {
+		add("", "data plane", dataPlane(a.DataPlane))
+	}
+	if a.LastError != "" {
+		add(quote.Red, "error", a.LastError)
+	}
+	for _, note := range a.Notes {
+		add(quote.Yellow, "note", note)
+	}
 	if a.Installed == nil {
-		return
+		return lines
 	}
 	if a.Installed.Conflist != "" {
-		fmt.Fprintf(out, "installed: %s since %s\n", quote.Terminal(a.Installed.Conflist), a.Installed.InstalledAt.Format(time.RFC3339))
+		add("", "installed", a.Installed.Conflist+" since "+a.Installed.InstalledAt.Format(time.RFC3339))
 	}
 	if a.Installed.LastError != "" {
-		labelled(quote.Red, "installer's error", a.Installed.LastError)
+		add(quote.Red, "installer's error", a.Installed.LastError)
 	}
 	for _, note := range a.Installed.Notes {
-		labelled(quote.Yellow, "installer's note", note)
+		add(quote.Yellow, "installer's note", note)
 	}
+	return lines
+}
+
+// below are the lines that stand below its table: why magic IPs have no endpoint.
+func (a Agent) below() (lines []screen.Line) {
+	for _, m := range a.MagicIPs {
+		if len(m.Why) > 0 {
+			lines = append(lines, screen.Line{Text: fmt.Sprintf("%s has no endpoint: %s", m.Frontend, strings.Join(m.Why, "; "))})
+		}
+	}
+	return lines
+}
+
+// traffic is where the traffic to a magic IP goes.
+func traffic(m runtimedir.MagicIP) (endpoint, pod string) {
+	var addresses, pods []string
+	for _, e := range m.Endpoints {
+		addresses, pods = append(addresses, e.Address.String()), append(pods, e.Pod)
+	}
+	endpoint = strings.Join(addresses, ",")
+	switch {
+	case m.Reason != "":
+		endpoint = "unserved: " + m.Reason
+	case len(addresses) == 0 && m.Action != "":
+		endpoint = "none: " + m.Action
+	}
+	return endpoint, strings.Join(pods, ",")
 }
 
 // Write prints the status as a table for people, with colours if wanted.
 func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 	var out bytes.Buffer
 	if len(s.Agents) == 0 {
-		out.WriteString("no agent has a status file\n")
+		out.WriteString(noAgent + "\n")
 	}
 	for i, a := range s.Agents {
 		if i > 0 {
 			out.WriteByte('\n')
 		}
-		health, colour := a.Unhealthy(now), quote.Red
-		if health == "" {
-			health, colour = fmt.Sprintf("running since %s, backend %s", a.StartedAt.Format(time.RFC3339), a.Backend), quote.Green
+		for _, line := range a.above(now) {
+			fmt.Fprintln(&out, line.Paint(colours))
 		}
-		fmt.Fprintf(&out, "agent %s: %s\n", quote.Terminal(a.Name), colour.Paint(colours, quote.Terminal(health)))
-		labelled := func(colour quote.Colour, label, text string) {
-			fmt.Fprintf(&out, "%s %s\n", colour.Paint(colours, label+":"), quote.Terminal(text))
-		}
-		if a.DataPlane.Name != "" {
-			fmt.Fprintf(&out, "data plane: %s\n", quote.Terminal(dataPlane(a.DataPlane)))
-		}
-		if a.LastError != "" {
-			labelled(quote.Red, "error", a.LastError)
-		}
-		for _, note := range a.Notes {
-			labelled(quote.Yellow, "note", note)
-		}
-		a.writeInstalled(&out, labelled)
 		table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 		row := func(cells ...string) {
 			for i, cell := range cells {
@@ -163,26 +227,14 @@ func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 		}
 		row("MAGIC IP", "PROTOCOL", "NAMESPACE", "SELECTOR", "ENDPOINT", "POD")
 		for _, m := range a.MagicIPs {
-			var addresses, pods []string
-			for _, e := range m.Endpoints {
-				addresses, pods = append(addresses, e.Address.String()), append(pods, e.Pod)
-			}
-			endpoint := strings.Join(addresses, ",")
-			switch {
-			case m.Reason != "":
-				endpoint = "unserved: " + m.Reason
-			case len(addresses) == 0 && m.Action != "":
-				endpoint = "none: " + m.Action
-			}
-			row(m.AddrPort().String(), string(m.Protocol), m.Namespace, m.Selector, endpoint, strings.Join(pods, ","))
+			endpoint, pod := traffic(m.MagicIP)
+			row(m.AddrPort().String(), string(m.Protocol), m.Namespace, m.Selector, endpoint, pod)
 		}
 		if err := table.Flush(); err != nil {
 			return err
 		}
-		for _, m := range a.MagicIPs {
-			if len(m.Why) > 0 {
-				fmt.Fprintf(&out, "%s has no endpoint: %s\n", m.Frontend, quote.Terminal(strings.Join(m.Why, "; ")))
-			}
+		for _, line := range a.below() {
+			fmt.Fprintln(&out, line.Paint(colours))
 		}
 		if len(a.Links) > 0 {
 			row("LINK", "KIND", "ROLE", "REASON")
@@ -196,6 +248,42 @@ func (s Status) Write(w io.Writer, now time.Time, colours bool) error {
 	}
 	_, err := out.WriteTo(w)
 	return err
+}
+
+// Frame is the status as a live screen shows it.
+func (s Status) Frame(now time.Time) (screen.Frame, error) {
+	var text strings.Builder
+	if err := s.Write(&text, now, false); err != nil {
+		return screen.Frame{}, err
+	}
+	frame := screen.Frame{Text: text.String()}
+	if len(s.Agents) == 0 {
+		frame.Tables = []screen.Table{{Above: []screen.Line{{Text: noAgent, Colour: quote.Red}}}}
+	}
+	for _, a := range s.Agents {
+		table := screen.Table{
+			Above: a.above(now), Below: a.below(),
+			Columns: []string{"MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS"},
+		}
+		for _, m := range a.MagicIPs {
+			endpoint, pod := traffic(m.MagicIP)
+			age, connections := "", ""
+			if !m.Since.IsZero() {
+				age = screen.Age(now.Sub(m.Since))
+			}
+			if m.Connections != nil {
+				connections = strconv.Itoa(*m.Connections)
+			}
+			row := screen.Row{Key: m.Frontend.String(), Cells: []string{m.AddrPort().String(), string(m.Protocol), endpoint, pod, age, connections}}
+			row.State = strings.TrimSpace(endpoint + " " + pod)
+			if len(s.Agents) > 1 {
+				row.Key = a.Name + " " + row.Key
+			}
+			table.Rows = append(table.Rows, row)
+		}
+		frame.Tables = append(frame.Tables, table)
+	}
+	return frame, nil
 }
 
 // dataPlane is how packets of pods are brought to the rules, in one line.

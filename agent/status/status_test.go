@@ -106,3 +106,46 @@ func TestWriteLinks(t *testing.T) {
 		t.Errorf("a control character in\n%q", &out)
 	}
 }
+
+// TestCount: connections are counted for what is served, and are absent where they cannot be counted. A live screen shows them with
+// the age of what is served.
+func TestCount(t *testing.T) {
+	dir := runtimedir.New(t.TempDir())
+	address := netip.MustParseAddr("169.254.210.210")
+	served, unserved := runtimedir.Frontend{Address: address, Protocol: runtimedir.TCP, Port: 80}, runtimedir.Frontend{Address: address, Protocol: runtimedir.UDP, Port: 53}
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, name := range []string{"a", "b"} {
+		if err := dir.Agent(name).WriteStatus(runtimedir.Status{MagicIPs: []runtimedir.MagicIP{
+			{Frontend: served, Action: "reject", Since: at, Why: []string{"no pod"}}, {Frontend: unserved, Reason: "claimed"},
+		}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read, err := status.Read(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	read.Count(func([]runtimedir.Frontend) (map[runtimedir.Frontend]int, error) {
+		return nil, errors.New("not permitted")
+	})
+	if read.Agents[0].MagicIPs[0].Connections != nil {
+		t.Error("connections that cannot be counted are there")
+	}
+	read.Count(func(frontends []runtimedir.Frontend) (map[runtimedir.Frontend]int, error) {
+		return map[runtimedir.Frontend]int{served: 10 * len(frontends)}, nil
+	})
+	frame, err := read.Frame(at.Add(90 * time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := frame.Tables[1].Rows
+	if got := strings.Join(rows[0].Cells, "|"); got != "169.254.210.210:80|tcp|none: reject||1m30s|40" || rows[0].Key != "b 169.254.210.210:80/tcp" || rows[0].State != "none: reject" {
+		t.Errorf("%q is %s, its state is %q", rows[0].Key, got, rows[0].State)
+	}
+	if got := strings.Join(rows[1].Cells, "|"); got != "169.254.210.210:53|udp|unserved: claimed|||" {
+		t.Errorf("unserved: %s", got)
+	}
+	if below := frame.Tables[0].Below; len(below) != 1 || !strings.Contains(below[0].Text, "no pod") {
+		t.Errorf("below: %v", below)
+	}
+}

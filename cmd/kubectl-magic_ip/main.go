@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/kube/fleet"
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
+	"github.com/magic-ip-address/magic-ip-address/agent/screen"
 )
 
 // version is set by the linker.
@@ -61,14 +63,16 @@ Exit status: 0 all is well on all nodes, 1 it is not, 2 the cluster could not be
 	f.StringVarP(&options.Selector, "selector", "l", "app.kubernetes.io/name=magic-ip-address", "label `SELECTOR` of the agents' pods")
 	f.DurationVar(&options.Timeout, "timeout", 30*time.Second, "how long a node may take to answer")
 	root.AddCommand(
-		command("status", "Show the magic IPs of all nodes, and whether the agents run", &options, failed, writeStatus),
-		command("doctor", "Have the agents of all nodes look at their nodes, and show the verdicts", &options, failed, writeDoctor),
+		command("status", "Show the magic IPs of all nodes, and whether the agents run", &options, failed, 2, statusTable),
+		command("doctor", "Have the agents of all nodes look at their nodes, and show the verdicts", &options, failed, 0, doctorTable),
 	)
 	return root, failed
 }
 
-// command shows what a command of the agent says on all nodes. write returns whether all is well.
-func command(name, short string, options *fleet.Options, failed *bool, write func(io.Writer, []answer) bool) *cobra.Command {
+// command shows what a command of the agent says on all nodes. tabled makes a table of the answers, whose last columns (watched of them) are for
+// a live screen only, and returns whether all is well.
+func command(name, short string, options *fleet.Options, failed *bool, watched int, tabled func([]answer, time.Time) (screen.Table, bool)) *cobra.Command {
+	const interval = 2 * time.Second
 	var output string
 	var watch bool
 	c := &cobra.Command{
@@ -82,40 +86,57 @@ func command(name, short string, options *fleet.Options, failed *bool, write fun
 			if err != nil {
 				return err
 			}
-			for {
-				nodes, err := agents.Run(cmd.Context(), []string{"magic-ip-agent", name, "-o", "json"})
-				if err != nil {
-					return err
-				}
+			look := func(ctx context.Context) ([]answer, error) {
+				nodes, err := agents.Run(ctx, []string{"magic-ip-agent", name, "-o", "json"})
 				answers := make([]answer, len(nodes))
 				for i, n := range nodes {
 					answers[i] = newAnswer(n)
 				}
+				return answers, err
+			}
+			frame := func(ctx context.Context) (screen.Frame, error) {
+				answers, err := look(ctx)
+				if err != nil {
+					return screen.Frame{}, err
+				}
 				var out strings.Builder
-				*failed = !write(&out, answers)
-				if output == "json" {
-					out.Reset()
-					if err := writeJSON(&out, answers); err != nil {
-						return err
-					}
+				table, well := tabled(answers, time.Now())
+				*failed = !well
+				writeTable(&out, table, watched)
+				return screen.Frame{Tables: []screen.Table{table}, Text: out.String()}, nil
+			}
+			out := cmd.OutOrStdout()
+			switch {
+			case output == "table" && watch:
+				return screen.Watch(cmd.Context(), out, "kubectl magic-ip "+name, interval, frame)
+			case output == "table":
+				shown, err := frame(cmd.Context())
+				fmt.Fprint(out, shown.Text)
+				return err
+			}
+			for {
+				answers, err := look(cmd.Context())
+				if err == nil {
+					err = writeJSON(out, answers)
 				}
-				if watch && output == "table" {
-					fmt.Fprint(cmd.OutOrStdout(), "\x1b[H\x1b[2J") // the screen anew
+				if err != nil {
+					return err
 				}
-				fmt.Fprint(cmd.OutOrStdout(), out.String())
+				_, well := tabled(answers, time.Now())
+				*failed = !well
 				if !watch {
 					return nil
 				}
 				select {
 				case <-cmd.Context().Done():
 					return nil
-				case <-time.After(2 * time.Second):
+				case <-time.After(interval):
 				}
 			}
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "table", "`FORMAT`: table or json")
-	c.Flags().BoolVar(&watch, "watch", false, "again every two seconds, until Ctrl-C")
+	c.Flags().BoolVar(&watch, "watch", false, "again every two seconds, until Ctrl-C; on a terminal one screen, with marks at what has changed")
 	return c
 }
 
@@ -153,12 +174,21 @@ func writeJSON(out io.Writer, answers []answer) error {
 	return err
 }
 
-// row writes cells that a terminal shows as they are.
-func row(out io.Writer, cells ...string) {
-	for i, cell := range cells {
-		cells[i] = quote.Terminal(cell)
+// writeTable prints a table without its last columns, leaving out of them as many as left says.
+func writeTable(out io.Writer, t screen.Table, left int) {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(cells []string) {
+		quoted := make([]string, max(len(cells)-left, 0))
+		for i := range quoted {
+			quoted[i] = quote.Terminal(cells[i])
+		}
+		fmt.Fprintln(table, strings.Join(quoted, "\t"))
 	}
-	fmt.Fprintln(out, strings.Join(cells, "\t"))
+	row(t.Columns)
+	for _, r := range t.Rows {
+		row(r.Cells)
+	}
+	_ = table.Flush() // into memory
 }
 
 // report is what is shown of docs/status.schema.json. It is not the agent's own type, which needs Linux.
@@ -166,25 +196,33 @@ type report struct {
 	Agents []struct {
 		Name, LastError, Unreadable string
 		Live                        bool
-		MagicIPs                    []struct {
-			IPAddress, Protocol, Namespace, Selector, Reason, Action string
-			Port                                                     int
-			Endpoints                                                []struct{ Address, Pod string }
-		}
+		MagicIPs                    []magicIP
 	}
 }
 
-func writeStatus(out io.Writer, answers []answer) bool {
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row(table, "NODE", "AGENT", "STATE", "MAGIC IP", "PROTOCOL", "ENDPOINT", "POD")
-	well := true
+type magicIP struct {
+	IPAddress, Protocol, Namespace, Selector, Reason, Action string
+
+	Port        int
+	Since       time.Time
+	Connections *int
+	Endpoints   []struct{ Address, Pod string }
+}
+
+func statusTable(answers []answer, now time.Time) (table screen.Table, well bool) {
+	table.Columns = []string{"NODE", "AGENT", "STATE", "MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS"}
+	well = true
+	add := func(key, state string, cells ...string) {
+		cells = append(cells, make([]string, len(table.Columns)-len(cells))...)
+		table.Rows = append(table.Rows, screen.Row{Key: key, State: state, Cells: cells})
+	}
 	for _, a := range answers {
 		var r report
 		if a.Error == "" && json.Unmarshal(a.Report, &r) != nil {
 			a.Error = "the agent's answer has another format"
 		}
 		if a.Error != "" {
-			row(table, a.Node, "", a.Error)
+			add(a.Node, a.Error, a.Node, "", a.Error)
 			well = false
 			continue
 		}
@@ -199,33 +237,47 @@ func writeStatus(out io.Writer, answers []answer) bool {
 			case agent.LastError != "":
 				state, well = "error: "+agent.LastError, false
 			}
+			key := a.Node + " " + agent.Name
 			if len(agent.MagicIPs) == 0 {
-				row(table, a.Node, agent.Name, state)
+				add(key, state, a.Node, agent.Name, state)
 			}
 			for _, m := range agent.MagicIPs {
-				var addresses, pods []string
-				for _, e := range m.Endpoints {
-					addresses, pods = append(addresses, e.Address), append(pods, e.Pod)
+				endpoint, pods := m.traffic()
+				well = well && m.Reason == ""
+				age, connections := "", ""
+				if !m.Since.IsZero() {
+					age = screen.Age(now.Sub(m.Since))
 				}
-				endpoint := strings.Join(addresses, ",")
-				switch {
-				case m.Reason != "":
-					endpoint, well = "unserved: "+m.Reason, false
-				case len(addresses) == 0:
-					endpoint = "none: " + m.Action
+				if m.Connections != nil {
+					connections = strconv.Itoa(*m.Connections)
 				}
-				row(table, a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, strings.Join(pods, ","))
+				add(fmt.Sprintf("%s %s port %d/%s", key, m.IPAddress, m.Port, m.Protocol), strings.TrimSpace(state+", "+endpoint+" "+pods),
+					a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, pods, age, connections)
 			}
 		}
 	}
-	_ = table.Flush() // into memory
-	return well
+	return table, well
 }
 
-func writeDoctor(out io.Writer, answers []answer) bool {
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row(table, "NODE", "VERDICT", "FIRST CAUSE")
-	well := true
+// traffic is where the traffic to a magic IP goes.
+func (m magicIP) traffic() (endpoint, pod string) {
+	var addresses, pods []string
+	for _, e := range m.Endpoints {
+		addresses, pods = append(addresses, e.Address), append(pods, e.Pod)
+	}
+	endpoint = strings.Join(addresses, ",")
+	switch {
+	case m.Reason != "":
+		endpoint = "unserved: " + m.Reason
+	case len(addresses) == 0:
+		endpoint = "none: " + m.Action
+	}
+	return endpoint, strings.Join(pods, ",")
+}
+
+func doctorTable(answers []answer, _ time.Time) (table screen.Table, well bool) {
+	table.Columns = []string{"NODE", "VERDICT", "FIRST CAUSE"}
+	well = true
 	for _, a := range answers {
 		var r struct{ Verdict struct{ Level, Text string } }
 		if a.Error == "" && json.Unmarshal(a.Report, &r) != nil {
@@ -235,8 +287,9 @@ func writeDoctor(out io.Writer, answers []answer) bool {
 			r.Verdict.Level, r.Verdict.Text = "fail", a.Error
 		}
 		well = well && r.Verdict.Level != "fail"
-		row(table, a.Node, r.Verdict.Level, r.Verdict.Text)
+		table.Rows = append(table.Rows, screen.Row{
+			Key: a.Node, State: r.Verdict.Level + ": " + r.Verdict.Text, Cells: []string{a.Node, r.Verdict.Level, r.Verdict.Text},
+		})
 	}
-	_ = table.Flush() // into memory
-	return well
+	return table, well
 }

@@ -3,10 +3,13 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/kube/fleet"
+	"github.com/magic-ip-address/magic-ip-address/agent/screen"
 )
 
 // TestStatus: what a node says is in its rows; text of others is shown as text; whether all is well is the exit status.
@@ -31,7 +34,8 @@ func TestStatus(t *testing.T) {
 	} {
 		test.node.Name = "n"
 		var out strings.Builder
-		well := writeStatus(&out, []answer{newAnswer(test.node)})
+		table, well := statusTable([]answer{newAnswer(test.node)}, time.Now())
+		writeTable(&out, table, 2)
 		lines := strings.Split(out.String(), "\n")
 		if row := strings.Join(strings.Fields(lines[1]), " "); row != test.row || well != test.well || len(lines) != 3 {
 			t.Errorf("%s: %q, well %v; want %q, %v", name, row, well, test.row, test.well)
@@ -39,17 +43,35 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// TestLive: a live screen has age and connections beside them, and a change is one of state, endpoint or pod.
+func TestLive(t *testing.T) {
+	now := time.Date(2026, 1, 31, 12, 0, 0, 0, time.UTC)
+	at := func(connections int) screen.Table {
+		table, _ := statusTable([]answer{newAnswer(fleet.Node{Name: "n", Pod: "p/q", Output: fmt.Appendf(nil, `{"agents":[{"name":"a","live":true,"magicIPs":[
+			{"ipAddress":"169.254.210.210","protocol":"tcp","port":80,"action":"serve","since":"2026-01-31T11:58:30Z","connections":%d,"endpoints":[{"address":"10.244.1.2:8080","pod":"default/echo"}]}]}]}`, connections)})}, now)
+		return table
+	}
+	before, after := at(3), at(4)
+	if row := after.Rows[0]; len(after.Columns) != len(row.Cells) || strings.Join(row.Cells[7:], " ") != "1m30s 4" || row.Key != "n a 169.254.210.210 port 80/tcp" {
+		t.Errorf("%+v", after)
+	}
+	if before.Rows[0].State != after.Rows[0].State || after.Rows[0].State != "running, 10.244.1.2:8080 default/echo" {
+		t.Errorf("the state is %q, and then %q", before.Rows[0].State, after.Rows[0].State)
+	}
+}
+
 func TestDoctor(t *testing.T) {
 	var out strings.Builder
-	well := writeDoctor(&out, []answer{
+	table, well := doctorTable([]answer{
 		newAnswer(fleet.Node{Name: "n1", Err: errors.New("no agent")}),
 		newAnswer(fleet.Node{Name: "n2", Pod: "p/q", ExitCode: 3, Output: []byte(`{"verdict":{"level":"hidden","text":"nothing failed"}}`)}),
-	})
+	}, time.Now())
+	writeTable(&out, table, 0)
 	const want = "NODE  VERDICT  FIRST CAUSE\nn1    fail     no agent\nn2    hidden   nothing failed\n"
 	if out.String() != want || well {
 		t.Errorf("well %v:\n%s", well, &out)
 	}
-	if !writeDoctor(&out, []answer{newAnswer(fleet.Node{Name: "n2", Pod: "p/q", Output: []byte(`{"verdict":{"level":"hidden"}}`)})}) {
+	if _, well := doctorTable([]answer{newAnswer(fleet.Node{Name: "n2", Pod: "p/q", Output: []byte(`{"verdict":{"level":"hidden"}}`)})}, time.Now()); !well {
 		t.Error("what cannot be seen is taken for a fault")
 	}
 }

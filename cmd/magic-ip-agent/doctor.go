@@ -7,6 +7,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/dataplane"
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
+	"github.com/magic-ip-address/magic-ip-address/agent/screen"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 )
 
@@ -39,7 +40,7 @@ With -o json it prints one object; docs/doctor.schema.json is its schema.`,
 			if output == "json" {
 				err = report.WriteJSON(out)
 			} else {
-				err = report.WriteTable(out, coloured(out))
+				err = report.WriteTable(out, screen.Coloured(out))
 			}
 			if err != nil {
 				return err

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/signal"
@@ -87,16 +86,6 @@ func needsRoot(err error) string {
 		return fmt.Sprintf("this needs root, and runs as user %d: ", uid)
 	}
 	return ""
-}
-
-// coloured reports whether a person reads at a terminal that shows colours (see no-color.org).
-func coloured(out io.Writer) bool {
-	file, ok := out.(*os.File)
-	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 // completed has a shell complete the value of a flag by words.

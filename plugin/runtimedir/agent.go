@@ -79,6 +79,8 @@ type MagicIP struct {
 	Action string `json:"action,omitempty"`
 	// Endpoints are where new flows go.
 	Endpoints []Endpoint `json:"endpoints"`
+	// Since is when the addresses of the endpoints last changed (RFC 3339); zero while the frontend is unserved.
+	Since time.Time `json:"since,omitzero"`
 	// Why says why there is none, one sentence each; empty where there is one, and beyond the first fifty frontends without one.
 	Why []string `json:"why,omitempty"`
 }
