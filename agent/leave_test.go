@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -30,13 +31,15 @@ type leaving struct {
 	*testing.T
 	dir     runtimedir.Dir
 	backend *nftables.Fake
-	failing int // how often the rules cannot be removed yet
-	swept   plan.Change
-	hairpin bool
-	routes  []node.LocalRoute
 	deleted chan struct{}
 	log     bytes.Buffer
 	ended   chan error
+
+	mu      sync.Mutex // the agent's goroutine writes what the test reads
+	failing int        // how often the rules cannot be removed yet
+	swept   plan.Change
+	hairpin bool
+	routes  []node.LocalRoute
 }
 
 const leavingName = "default.magic-ip"
@@ -59,6 +62,8 @@ func newLeaving(t *testing.T) *leaving {
 }
 
 func (l *leaving) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.swept = change
 	return 0, nil
 }
@@ -89,6 +94,8 @@ magicIPs:
 					}
 				},
 				Rules: func(ctx context.Context) error {
+					l.mu.Lock()
+					defer l.mu.Unlock()
 					if l.failing--; l.failing >= 0 {
 						return errors.New("busy")
 					}
@@ -109,6 +116,8 @@ magicIPs:
 
 // Snapshot and the rest make it the Node: cni0 with the target's link, a link where hairpin mode is on already, and Cilium.
 func (l *leaving) Snapshot() (node.Snapshot, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	return node.Snapshot{LocalRoutes: slices.Clone(l.routes), Addresses: []node.Address{{Link: 2, Prefix: netip.MustParsePrefix("192.0.2.2/24")}}, Routes: []node.Route{
 		{Link: 2, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254},
 	}, Links: []node.LinkState{
@@ -125,18 +134,30 @@ func (l *leaving) SetHairpin(port int, on bool) error {
 	if port != 4 {
 		l.Errorf("hairpin mode of link %d switched to %v", port, on)
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.hairpin = on
 	return nil
 }
 
 func (l *leaving) AddLocalRoute(route node.LocalRoute) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.routes = append(l.routes, route)
 	return nil
 }
 
 func (l *leaving) RemoveLocalRoute(route node.LocalRoute) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.routes = slices.DeleteFunc(l.routes, func(r node.LocalRoute) bool { return r == route })
 	return nil
+}
+
+func (l *leaving) hairpinOn() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.hairpin
 }
 
 func (l *leaving) rules() bool { return strings.Contains(l.backend.Dump(), "10.244.1.7") }
@@ -159,6 +180,8 @@ func (l *leaving) files() (files []string) {
 
 func (l *leaving) want(when string, rules bool, files ...string) {
 	l.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.rules() != rules {
 		l.Errorf("%s: rules there: %t, want %t", when, !rules, rules)
 	}
@@ -188,12 +211,12 @@ func TestLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		sigterm := l.run()
-		if !l.rules() || !l.hairpin {
-			t.Fatalf("rules %v, hairpin %v", l.rules(), l.hairpin)
+		if !l.rules() || !l.hairpinOn() {
+			t.Fatalf("rules %v, hairpin %v", l.rules(), l.hairpinOn())
 		}
 		// Over a restart it knows what it has switched on.
 		sigterm()
-		if sigterm = l.run(); !l.hairpin {
+		if sigterm = l.run(); !l.hairpinOn() {
 			t.Error("hairpin mode is off after a restart")
 		}
 		close(l.deleted)
@@ -207,7 +230,7 @@ func TestLeave(t *testing.T) {
 		time.Sleep(time.Second)
 		synctest.Wait()
 		l.want("left", false, all(pluginFiles)...)
-		if l.hairpin {
+		if l.hairpinOn() {
 			t.Error("hairpin mode is still on")
 		}
 		frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
 // watched is a watch in the test's network namespace. It calls changed by sending to changes.
@@ -52,7 +53,7 @@ func (w *watched) next() {
 	case <-w.changes:
 	case err := <-w.ended:
 		w.t.Fatalf("the watch ended with %v", err)
-	case <-time.After(time.Minute):
+	case <-lab.After(w.t, time.Minute):
 		w.t.Fatal("a change is not reported")
 	}
 }

@@ -112,6 +112,19 @@ func WorkingTime(from, to time.Time) time.Duration {
 	return w.until(to) - w.until(from)
 }
 
+// Stopwatch returns how much working time has passed since, each time it is asked.
+func Stopwatch() (passed func() time.Duration) {
+	w, began := theWitness(), time.Now()
+	return func() time.Duration { return w.until(time.Now()) - w.until(began) }
+}
+
+// After is closed after so much working time, or at the end of the test.
+func After(t interface{ Cleanup(func()) }, limit time.Duration) <-chan struct{} {
+	ctx, cancel := Patience(context.Background(), limit)
+	t.Cleanup(cancel)
+	return ctx.Done()
+}
+
 // patient is a context whose end by the limit is that of a deadline.
 type patient struct{ context.Context }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -33,7 +34,7 @@ func (n *node) watch() (stop func()) {
 				n.Errorf("the installer ended with %v", err)
 			}
 			ended <- nil
-		case <-time.After(20 * time.Second):
+		case <-lab.After(n, 20*time.Second):
 			n.Fatal("the installer does not end")
 		}
 	}
@@ -47,8 +48,8 @@ const patience = poll - time.Second
 // eventually waits until something is so.
 func (n *node) eventually(what string, so func() bool) {
 	n.Helper()
-	for begun := time.Now(); !so(); time.Sleep(2 * time.Millisecond) {
-		if time.Since(begun) > patience {
+	for passed := lab.Stopwatch(); !so(); time.Sleep(2 * time.Millisecond) {
+		if passed() > patience {
 			n.Fatalf("%s: not within %s; there is %v", what, patience, n.confs())
 		}
 	}

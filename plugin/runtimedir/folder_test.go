@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -83,7 +84,7 @@ func TestUnsafeFilesAreNotRead(t *testing.T) {
 				var err error
 				select {
 				case err = <-done:
-				case <-time.After(time.Minute):
+				case <-lab.After(t, time.Minute):
 					t.Fatal("the reader hangs")
 				}
 				if strings.HasSuffix(file, "a.json") && found == "a directory" || strings.HasSuffix(file, ".install") && found == "a directory" {
@@ -252,7 +253,7 @@ func TestLocksOpenNothingElse(t *testing.T) {
 							t.Errorf("Update: %v", err)
 						}
 						locked = nil
-					case <-time.After(time.Minute):
+					case <-lab.After(t, time.Minute):
 						t.Fatal("it hangs")
 					}
 				}
@@ -314,7 +315,7 @@ func TestLeasesAreNotWaitedFor(t *testing.T) {
 			if !errors.Is(err, unix.EWOULDBLOCK) {
 				t.Errorf("%s: %v, want EWOULDBLOCK", file, err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-lab.After(t, 20*time.Second):
 			t.Errorf("%s: the reader waits", file)
 		}
 		if err := lease.Close(); err != nil {
