@@ -61,3 +61,15 @@ func TestLinks(t *testing.T) {
 		})
 	}
 }
+
+// TestNameable: letters and digits of ASCII and a few signs. Those beside them in ASCII are none.
+func TestNameable(t *testing.T) {
+	for name, want := range map[string]bool{
+		"azAZ09": true, "a.b_c-d@e~f=g": true, "0": true, "": false, "-a": false, "a-": true,
+		"a`": false, "a{": false, "A[": false, "0/": false, "0:": false, "a b": false, "a*": false, "a+": false,
+	} {
+		if got := plan.Nameable(name); got != want {
+			t.Errorf("%q can be named: %t, want %t", name, got, want)
+		}
+	}
+}
