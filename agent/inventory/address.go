@@ -5,7 +5,7 @@ import "net/netip"
 // SetOwnAddresses takes in the addresses of the node, and the magic IPs: a podIP that is one of them would lead to a service of the node,
 // or to itself.
 func (i *Inventory) SetOwnAddresses(node, magicIPs []netip.Addr) {
-	i.own = make(map[netip.Addr]string, len(node)+len(magicIPs))
+	i.own = map[netip.Addr]string{}
 	for _, ip := range node {
 		i.own[ip] = ofNode
 	}

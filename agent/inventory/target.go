@@ -92,8 +92,8 @@ func (i *Inventory) Targets(now time.Time) []Target {
 			target.describe(&pod)
 		default:
 			target.added = inGrace || !i.missing(r)
-			if labels := i.labels[r.pod()]; target.Labels == nil && labels != nil && !Covers(i.view.Synced, r.Namespace) {
-				target.Labels = labels
+			if target.Labels == nil && !Covers(i.view.Synced, r.Namespace) {
+				target.Labels = i.labels[r.pod()]
 			}
 		}
 		targets = append(targets, target)

@@ -298,3 +298,61 @@ func TestParseOwner(t *testing.T) {
 		}
 	}
 }
+
+// TestLabelsOfBeforeTheRestart count until the API has reported the pods of the namespace, for a record that has none itself.
+func TestLabelsOfBeforeTheRestart(t *testing.T) {
+	before, recorded := map[string]string{"app": "before"}, map[string]string{"app": "recorded"}
+	for _, tt := range []struct {
+		name               string
+		remembered, record map[string]string
+		synced             []string
+		want               map[string]string
+	}{
+		{"remembered", before, nil, nil, before},
+		{"recorded", nil, recorded, nil, recorded},
+		{"remembered and recorded", before, recorded, nil, recorded},
+		{"neither", nil, nil, nil, nil},
+		{"another namespace is synced", before, nil, []string{"other"}, before},
+		{"its namespace is synced", before, nil, []string{"default"}, nil},
+	} {
+		r := record(id("default", "echo", "u"), 1)
+		r.Labels = tt.record
+		var labels []runtimedir.PodLabels
+		if tt.remembered != nil {
+			labels = append(labels, runtimedir.PodLabels{PodID: id("default", "echo", "u"), Labels: tt.remembered})
+		}
+		i := inventory.New(true, runtimedir.Memory{}, labels, now)
+		i.SetNamespaces(all)
+		i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{r}}, now)
+		i.SetPods(inventory.View{Synced: tt.synced}, now)
+		targets := i.Targets(now)
+		if len(targets) != 1 {
+			t.Fatalf("%s: targets %+v", tt.name, targets)
+		}
+		if diff := cmp.Diff(tt.want, targets[0].Labels); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
+}
+
+// TestOwnerResolved: an owner is resolved unless the API has left open whose it is, in that namespace.
+func TestOwnerResolved(t *testing.T) {
+	open := inventory.OwnerQuery{Namespace: "default", Owner: inventory.Owner{Group: "apps", Version: "v1", Kind: "DaemonSet", Name: "echo"}}
+	i := inventory.New(true, runtimedir.Memory{}, nil, now)
+	i.SetPods(inventory.View{Synced: all, Current: all, Unresolved: []inventory.OwnerQuery{open}}, now)
+	for _, tt := range []struct {
+		namespace, owner string
+		want             bool
+	}{
+		{"default", "DaemonSet/echo", false}, {"default", "DaemonSet/other", true}, {"other", "DaemonSet/echo", true}, {"other", "DaemonSet/other", true},
+		{"default", "", true},
+	} {
+		if got := i.OwnerResolved(tt.namespace, tt.owner); got != tt.want {
+			t.Errorf("owner %q in namespace %s is resolved: %t", tt.owner, tt.namespace, got)
+		}
+	}
+	i.SetPods(inventory.View{Synced: all, Current: all}, now)
+	if !i.OwnerResolved("default", "DaemonSet/echo") {
+		t.Error("an owner that the API has resolved is not")
+	}
+}
