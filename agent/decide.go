@@ -201,7 +201,6 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		}
 		for _, chosen := range s.endpoints {
 			service.Endpoints = append(service.Endpoints, chosen.Address)
-			in.Sandboxes = append(in.Sandboxes, chosen.Address.Addr())
 		}
 		in.Services = append(in.Services, service)
 	}

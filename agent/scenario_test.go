@@ -58,11 +58,11 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	lose-state, corrupt-state          the state file goes, or turns into garbage
 //	lose-memory, lose-files            memory.json goes, or all files of the agent
 //	fail WHAT, heal WHAT               network (cannot be read), torn (it is incomplete), sync, verify, sweep, hairpin, leftovers (fail) from now on, or work
-//	flush                              all rules are flushed
+//	flush [seen]                       all rules are flushed; seen: with an event
 //	wait DURATION                      time passes
 //	reboot                             the node's uptime begins anew, and the agent with it
-//	other NAME FRONTEND DURATION [local]
-//	                                   another agent claims a frontend since so long before now; local: with a local route
+//	other NAME FRONTEND DURATION [local|unserved]
+//	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve it
 //	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage; it leaves
 //	config FILE                        the configuration becomes that section
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
@@ -425,6 +425,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 	case "heal":
 		s.failing.Delete(args[0])
 	case "flush":
+		if len(args) > 0 {
+			defer s.wake(Rules)
+		}
 		return s.backend.Flush()
 	case "wait":
 		d, err := time.ParseDuration(args[0])
@@ -631,7 +634,7 @@ func (s *stage) other(args []string) error {
 	}()
 	other := s.dir.Agent(args[0])
 	return errors.Join(
-		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: true, LocalRoute: len(args) > 3}}),
+		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: !slices.Contains(args, "unserved"), LocalRoute: slices.Contains(args, "local")}}),
 		other.WriteStatus(runtimedir.Status{}))
 }
 

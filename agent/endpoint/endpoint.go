@@ -126,8 +126,8 @@ func (i *Index) Choose(s Selection) []Chosen {
 		consider(i.byLabel[l])
 	}
 	slices.SortStableFunc(chosen, func(a, b Chosen) int { return inventory.Newer(a.Target, b.Target) })
-	if !s.Spread && len(chosen) > 1 {
-		chosen = chosen[:1]
+	if !s.Spread {
+		chosen = chosen[:min(1, len(chosen))]
 	}
 	return chosen
 }
