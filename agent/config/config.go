@@ -363,9 +363,12 @@ func lineOf(node *yaml.Node, path []any) int {
 				line = next.Line
 			}
 		case string:
-			for i := 0; node.Kind == yaml.MappingNode && i+1 < len(node.Content); i += 2 {
-				if node.Content[i].Value == s {
-					line, next = node.Content[i].Line, node.Content[i+1]
+			if node.Kind != yaml.MappingNode {
+				break
+			}
+			for pair := range slices.Chunk(node.Content, 2) {
+				if pair[0].Value == s {
+					line, next = pair[0].Line, pair[1]
 				}
 			}
 		}
@@ -498,10 +501,7 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 		v.bad(at("readiness"), "require needs the Kubernetes API, which --no-api rules out")
 	}
 	port.Spread = oneOf(v, raw.Distribution, at("distribution"), "single", "random") == "random"
-	port.NoEndpoint = oneOf(v, raw.NoEndpoint, at("noEndpoint"), plan.Action("reject"), plan.Hold, plan.Pass)
-	if port.NoEndpoint == "reject" {
-		port.NoEndpoint = plan.Reject
-	}
+	port.NoEndpoint = oneOf(v, raw.NoEndpoint, at("noEndpoint"), plan.Reject, plan.Hold, plan.Pass)
 	port.HoldFor = 10 * time.Second
 	if raw.HoldFor != "" {
 		d, err := time.ParseDuration(raw.HoldFor)

@@ -1,6 +1,10 @@
 package config
 
 import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -44,6 +48,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown key of a port", "targetPort", "target", `line 6: magicIPs[0].ports[0]: unknown key "target"; did you mean targetPort?`},
 		{"unknown key that is near none", "targetPort", "ttl", `line 6: magicIPs[0].ports[0]: unknown key "ttl"; allowed: port, targetPort, protocol`},
 		{"a key twice", "  selector:", "  namespace: x\n  selector:", "line 5: magicIPs[0].namespace: is there twice, first in line 4; allowed: once"},
+		{"a list twice, the first longer", "  ports:", "  ports: [{port: 1}, x]\n  ports:", `magicIPs[0].ports[1]: "x" is not allowed; allowed: a mapping`},
 		{"text for a number", "port: 9200", "port: x", `line 6: magicIPs[0].ports[0].port: "x" is not allowed; allowed: a whole number`},
 		{"text for a list", "[{port: 9200, targetPort: 8080}]", "9200", `line 6: magicIPs[0].ports: "9200" is not allowed; allowed: a list`},
 		{"text for an entry", "{port: 9200, targetPort: 8080}", "9200", `line 6: magicIPs[0].ports[0]: "9200" is not allowed; allowed: a mapping`},
@@ -173,9 +178,32 @@ func TestFromEnv(t *testing.T) {
 			}
 			return env[asked]
 		}, true)
-		if err == nil || !strings.HasPrefix(err.Error(), "without --config, ") {
-			t.Errorf("%s=%s: %v, want an error that says where this comes from", name, broken, err)
+		if err == nil || !strings.HasPrefix(err.Error(), "without --config, ") || strings.Contains(err.Error(), "line ") {
+			t.Errorf("%s=%s: %v, want an error that says where this comes from, which is no line", name, broken, err)
 		}
+	}
+}
+
+// TestLoad: errors in a file name it, and without a file the environment counts.
+func TestLoad(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	if _, err := Load(path, true); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a file that is not there: %v", err)
+	}
+	for text, want := range map[string]string{validConfig: "", "name: _": path + ":\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		config, err := Load(path, true)
+		if want == "" && (err != nil || config.Name != "default.magic-ip") || want != "" && (err == nil || !strings.HasPrefix(err.Error(), want)) {
+			t.Errorf("%q: %+v, %v", text, config, err)
+		}
+	}
+	t.Setenv("SELECTOR", "app=echo")
+	t.Setenv("PORT", "80")
+	t.Setenv("NAMESPACE", "of-the-environment")
+	if config, err := Load("", true); err != nil || config.Ports[0].Namespace != "of-the-environment" {
+		t.Errorf("without a file: %+v, %v", config, err)
 	}
 }
 

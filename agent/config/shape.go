@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -45,12 +46,12 @@ func (v *validator) mapping(node *yaml.Node, into reflect.Type, path []any) bool
 		names[i] = into.Field(i).Tag.Get("yaml")
 		keys[names[i]] = into.Field(i).Type
 	}
-	for i := 0; i+1 < len(node.Content); i += 2 {
-		key := node.Content[i]
+	for pair := range slices.Chunk(node.Content, 2) {
+		key, value := pair[0], pair[1]
 		expected, known := keys[key.Value]
 		switch first, twice := seen[key.Value]; {
 		case key.Tag == "!!merge": // the decoder has seen that none is merged into itself
-			merged := []*yaml.Node{node.Content[i+1]}
+			merged := []*yaml.Node{value}
 			if merged[0].Kind == yaml.SequenceNode {
 				merged = merged[0].Content
 			}
@@ -60,7 +61,7 @@ func (v *validator) mapping(node *yaml.Node, into reflect.Type, path []any) bool
 		case twice:
 			v.badAt(key.Line, at(path, key.Value), "is there twice, first in line %d; allowed: once", first)
 		case known:
-			aligned = v.shape(node.Content[i+1], expected, at(path, key.Value)) && aligned
+			aligned = v.shape(value, expected, at(path, key.Value)) && aligned
 		default:
 			likely := similar(key.Value, names)
 			if likely == "" {

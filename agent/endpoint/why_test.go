@@ -49,6 +49,8 @@ func TestWhy(t *testing.T) {
 		"no address yet":           {of("ready", func(p *inventory.Pod) { p.IPs = nil }), nil, []string{"pod default/a has no address"}},
 		"a special address":        {of("ready", func(p *inventory.Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("127.0.0.1")} }), nil, []string{"pod default/a has only an address that cannot be an endpoint: 127.0.0.1 is loopback"}},
 		"a selector with no label": {of("finished"), func(s *endpoint.Selection) { s.Selector, _ = endpoint.ParseSelector("app") }, []string{"pod default/a has finished"}},
+		"as many as are named": {sources{Pods: many.Pods[:5]}, nil, []string{"pod default/a has finished", "pod default/b has finished", "pod default/c has finished",
+			"pod default/d has finished", "pod default/e has finished"}},
 		"many": {many, nil, []string{"pod default/a has finished", "pod default/b has finished", "pod default/c has finished", "pod default/d has finished", "pod default/e has finished",
 			"excluded as well: 3 more that the selector matches"}},
 	} {
