@@ -59,7 +59,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	lose-memory, lose-files            memory.json goes, or all files of the agent
 //	fail WHAT, heal WHAT               network (cannot be read), torn (it is incomplete), sync, verify, sweep, hairpin, leftovers (fail) from now on, or work
 //	flush [seen]                       all rules are flushed; seen: with an event
-//	wait DURATION                      time passes
+//	wait DURATION [unseen]             time passes; unseen: and nothing wakes the agent then
 //	reboot                             the node's uptime begins anew, and the agent with it
 //	other NAME FRONTEND DURATION [local|unserved]
 //	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve it
@@ -72,7 +72,8 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	cilium SETTING …                   Cilium is on the node, and has written its settings: bpf or legacy, and endpoint-routes, bpf-masquerade,
 //	                                   no-masquerade; or unreadable
 //	no-cilium                          its link is gone
-//	alien-route ADDR, unroute ADDR     another program has a local route for a magic IP from now on; that of an agent is removed
+//	alien-route ADDR [unseen], unroute ADDR
+//	                                   another program has a local route for a magic IP from now on; that of an agent is removed
 //	local ADDR@SOURCE …                the local routes of agents; none
 //	plane TEXT                         part of what the status says of the data plane
 //	hairpin NAME …                     the links whose hairpin mode is on; none
