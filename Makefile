@@ -50,6 +50,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minutes, once), and what runs in pods
 	integration/cluster/binaries
 	CGO_ENABLED=0 go build $(STATIC) -o bin/pods/ ./integration/cluster/echo ./integration/cluster/multus-shim
+	CGO_ENABLED=0 go build -C integration/cluster/stream $(STATIC) -o ../../../bin/pods/stream .
 
 .PHONY: e2e
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)

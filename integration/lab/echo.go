@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -66,8 +68,9 @@ func formatAnswer(server string, client netip.AddrPort) string {
 
 // Echo is a server that answers HTTP requests and datagrams with its name and the client's address.
 type Echo struct {
-	http *http.Server
-	udp  net.PacketConn
+	http  *http.Server
+	udp   net.PacketConn // nil: none
+	delay time.Duration
 }
 
 // StartEcho starts a server on a TCP and UDP port, on all addresses of a network namespace of the node.
@@ -91,16 +94,28 @@ func (n *Node) StartEchoAt(namespace, name, address string) (*Echo, error) {
 
 // NewEcho serves on these sockets, which are its own from now on. The name contains no space.
 func NewEcho(name string, tcp net.Listener, udp net.PacketConn) *Echo {
-	echo := &Echo{udp: udp, http: &http.Server{
+	return NewSlowEcho(name, 0, tcp, udp)
+}
+
+// NewSlowEcho is NewEcho for a server that takes so long for each answer. Without a socket for datagrams it takes none;
+// clients of a Unix socket have the address 0.0.0.0:0.
+func NewSlowEcho(name string, delay time.Duration, listener net.Listener, udp net.PacketConn) *Echo {
+	echo := &Echo{udp: udp, delay: delay}
+	echo.http = &http.Server{
 		ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if client, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-				fmt.Fprint(w, formatAnswer(name, client))
+			client, err := netip.ParseAddrPort(r.RemoteAddr)
+			if err != nil {
+				client = netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
 			}
+			time.Sleep(delay)
+			fmt.Fprint(w, formatAnswer(name, client))
 		}),
-	}}
-	go func() { _ = echo.http.Serve(tcp) }()
-	go echo.serveUDP(name)
+	}
+	go func() { _ = echo.http.Serve(listener) }()
+	if udp != nil {
+		go echo.serveUDP(name)
+	}
 	return echo
 }
 
@@ -116,15 +131,46 @@ func (e *Echo) serveUDP(name string) {
 			continue
 		}
 		client := from.(*net.UDPAddr).AddrPort()
-		_, _ = e.udp.WriteTo(fmt.Appendf(nil, "%s %s", formatAnswer(name, client), buffer[:size]), from)
+		answer := fmt.Appendf(nil, "%s %s", formatAnswer(name, client), buffer[:size])
+		if e.delay > 0 {
+			time.AfterFunc(e.delay, func() { _, _ = e.udp.WriteTo(answer, from) })
+		} else {
+			_, _ = e.udp.WriteTo(answer, from)
+		}
 	}
 }
 
 // Shutdown takes no more connections and closes the others when their requests are answered.
 func (e *Echo) Shutdown(ctx context.Context) error {
-	return errors.Join(e.http.Shutdown(ctx), e.udp.Close())
+	return errors.Join(e.http.Shutdown(ctx), e.closeUDP())
 }
 
 // Close closes all sockets at once, connections included, as a killed process does: clients are told,
 // unless the interface has gone before (see Node.Del).
-func (e *Echo) Close() error { return errors.Join(e.http.Close(), e.udp.Close()) }
+func (e *Echo) Close() error { return errors.Join(e.http.Close(), e.closeUDP()) }
+
+func (e *Echo) closeUDP() error {
+	if e.udp == nil {
+		return nil
+	}
+	return e.udp.Close()
+}
+
+// Instance names one of the processes that may run under a name, one after the other.
+func Instance(name string, started time.Time) string {
+	return name + "." + strconv.FormatInt(started.UnixMilli(), 10)
+}
+
+// ListenUnix listens at a path, and takes it over from a server that listens there still.
+func ListenUnix(path string) (net.Listener, error) {
+	temp := path + "." + strconv.FormatInt(time.Now().UnixNano(), 10)
+	listener, err := net.Listen("unix", temp)
+	if err != nil {
+		return nil, err
+	}
+	listener.(*net.UnixListener).SetUnlinkOnClose(false) // the path may be another server's by then
+	if err := os.Rename(temp, path); err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	return listener, nil
+}

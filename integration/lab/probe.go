@@ -22,6 +22,7 @@ const (
 	NewConnection Kind = "new-connection" // HTTP, a connection for each request
 	KeepAlive     Kind = "keep-alive"     // HTTP, all requests on one connection
 	UDP           Kind = "udp"            // datagrams from one connected socket
+	SendTo        Kind = "udp-sendto"     // datagrams from one socket that is not connected; for StartStream with DialUnconnected
 )
 
 // Load is how often a client of a kind asks, and how long it waits for an answer.
@@ -178,9 +179,18 @@ func (n *Node) StartProbe(c Client, interval time.Duration) *Probe {
 
 // StartProbe is Node.StartProbe for a client that dials in its own way.
 func StartProbe(dial Dial, c Client, interval time.Duration) *Probe {
+	ask, closeClient := open(dial, c)
+	return startProbe(ask, closeClient, c.Kind == NewConnection, interval)
+}
+
+// StartAsking is StartProbe for a client that asks in its own way, once after the other.
+func StartAsking(ask func(context.Context) (Answer, error), interval time.Duration) *Probe {
+	return startProbe(ask, func() {}, false, interval)
+}
+
+func startProbe(ask asker, closeClient func(), parallel bool, interval time.Duration) *Probe {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Probe{cancel: cancel, done: make(chan struct{}), news: make(chan struct{})}
-	ask, closeClient := open(dial, c)
 	go func() {
 		defer close(p.done)
 		defer closeClient()
@@ -189,7 +199,7 @@ func StartProbe(dial Dial, c Client, interval time.Duration) *Probe {
 		ticker := time.NewTicker(interval)
 		defer ticker.Stop()
 		for {
-			if c.Kind == NewConnection {
+			if parallel {
 				requests.Go(func() { p.ask(ctx, ask) })
 			} else {
 				p.ask(ctx, ask)

@@ -65,10 +65,16 @@ func ReadRequests(r io.Reader) (map[Target]Outcomes, error) {
 	}
 }
 
-// Path is how long exchanges by an address took, as ratios to another address of the same server.
+// Path is how long exchanges by an address took, one after the other, beside another address of the same server.
 type Path struct {
-	To         netip.AddrPort `json:"to"`
-	Connection float64        `json:"connection"`
-	Request    float64        `json:"request"`
-	Datagram   float64        `json:"datagram"`
+	To         string   `json:"to"`
+	Connection Exchange `json:"connection"`
+	Request    Exchange `json:"request"`
+	Datagram   Exchange `json:"datagram"`
+}
+
+// Exchange is the median of one exchange; of a way that has no such exchange, zero.
+type Exchange struct {
+	Took  time.Duration `json:"took"` // ns
+	Ratio float64       `json:"ratio"`
 }

@@ -4,13 +4,44 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 )
 
-// StartStream is StartProbe for datagrams that do not wait for one another: a connected socket sends one at each
+// DialUnconnected is a Dial for datagrams from a socket that is not connected: it sends each to the address, takes those of
+// anybody, and is told of no refusal.
+func DialUnconnected(ctx context.Context, _, address string) (net.Conn, error) {
+	to, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, err
+	}
+	network, any := "udp4", "0.0.0.0:0"
+	if to.Addr().Is6() {
+		network, any = "udp6", "[::]:0"
+	}
+	socket, err := new(net.ListenConfig).ListenPacket(ctx, network, any)
+	if err != nil {
+		return nil, err
+	}
+	return &unconnected{socket.(*net.UDPConn), to}, nil
+}
+
+type unconnected struct {
+	*net.UDPConn
+	to netip.AddrPort
+}
+
+func (u *unconnected) Write(data []byte) (int, error) { return u.WriteToUDPAddrPort(data, u.to) }
+
+func (u *unconnected) Read(data []byte) (int, error) {
+	size, _, err := u.ReadFromUDPAddrPort(data)
+	return size, err
+}
+
+// StartStream is StartProbe for datagrams that do not wait for one another: a socket sends one at each
 // interval, whatever became of the earlier ones, and each that is answered within the time-out counts. A refusal
 // does not say which datagram it is for; the youngest without an answer is taken for it.
 func StartStream(dial Dial, c Client, interval time.Duration) *Probe {

@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"strings"
 	"time"
 
@@ -14,16 +12,14 @@ import (
 // absence is what clients meet on a node without a target, while another node has one.
 type absence struct {
 	node *whole.Node
-	by   way
+	by   peer
 	kind lab.Kind
 	sent int
 	rate float64 // requests a second that came of it
 	// refused is how long it took until a client was told, of those who were.
 	refused []time.Duration
-	// answered are requests that somebody answered.
-	answered int
-	// other is an error that is neither a refusal nor a time-out.
-	other error
+	// timedOut and answered are requests that nobody and that somebody answered; other those with another error.
+	timedOut, answered, other int
 }
 
 const (
@@ -32,31 +28,41 @@ const (
 	noticed = 3 * time.Second
 )
 
-// absent measures a node without a target. Clients by magic IP also come at ten times the rate.
+// absent measures a node without a target, by clients of all peers at once, and then those of a magic IP at ten times the rate.
 func (w *world) absent(ctx context.Context, n *whole.Node) (all []absence, err error) {
 	if err := w.remove(ctx, n); err != nil {
 		return nil, err
 	}
 	for _, other := range w.Nodes {
 		if other != n {
-			if _, err := w.place(ctx, other, target{}); err != nil {
+			if _, err := w.place(ctx, other, target{hostPort: true}); err != nil {
 				return nil, err
 			}
 		}
 	}
-	sleep(ctx, noticed)
+	sleep(ctx, max(noticed, w.afterwards()))
 	interval := lab.Loads[lab.NewConnection].Interval
 	for _, every := range []time.Duration{interval, interval / 10} {
-		for _, by := range []way{byService, byMagicIP} {
-			if every != interval && by == byService {
-				continue // there is nothing to be learned from more clients that hang
+		of := map[peer][]lab.Kind{}
+		for _, p := range w.peers {
+			if every == interval || p.magic() {
+				of[p] = p.kindsOf([]lab.Kind{lab.NewConnection, lab.UDP}, false)
 			}
-			for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
-				a, err := w.absentOnce(ctx, n, by, kind, every)
-				if err != nil {
-					return nil, err
-				}
-				w.log("%s", a)
+		}
+		loads, err := w.startLoads(ctx, n, of, "--every", every.String())
+		if err != nil {
+			return nil, err
+		}
+		sleep(ctx, absentFor)
+		outcomes, _, err := loads.stop(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range w.peers {
+			for _, kind := range of[p] {
+				a := countAbsent(outcomes[p][kind])
+				a.node, a.by, a.kind = n, p, kind
+				w.log("no pod on %s, %s, %s: %d requests, %d refused, %d answered, %d timed out, %d other", n.Name, p, kind, a.sent, len(a.refused), a.answered, a.timedOut, a.other)
 				all = append(all, a)
 			}
 		}
@@ -64,39 +70,19 @@ func (w *world) absent(ctx context.Context, n *whole.Node) (all []absence, err e
 	return all, nil
 }
 
-func (w *world) absentOnce(ctx context.Context, n *whole.Node, by way, kind lab.Kind, every time.Duration) (absence, error) {
-	a := absence{node: n, by: by, kind: kind}
-	load, err := w.startLoad(ctx, n, by, []lab.Kind{kind}, "--every", every.String())
-	if err != nil {
-		return a, err
-	}
-	sleep(ctx, absentFor)
-	outcomes, _, err := load.stop(ctx)
-	if err != nil {
-		return a, err
-	}
-	a.rate = float64(len(outcomes[kind])) / absentFor.Seconds()
-	for _, o := range outcomes[kind] {
-		a.sent++
+func countAbsent(outcomes lab.Outcomes) (a absence) {
+	a.sent, a.rate = len(outcomes), float64(len(outcomes))/absentFor.Seconds()
+	for _, o := range outcomes {
 		switch {
 		case o.Err == nil:
 			a.answered++
 		case strings.Contains(o.Err.Error(), "connection refused"):
 			a.refused = append(a.refused, o.Took)
-		case !timedOut(o):
-			a.other = errors.Join(a.other, o.Err)
+		case timedOut(o):
+			a.timedOut++
+		default:
+			a.other++
 		}
 	}
-	return a, nil
-}
-
-func (a absence) String() string {
-	text := fmt.Sprintf("no pod on %s, %s, %s, %.0f a second: %d requests, %d refused, %d answered", a.node.Name, a.by, a.kind, a.rate, a.sent, len(a.refused), a.answered)
-	if len(a.refused) > 0 {
-		text += fmt.Sprintf("; refused after %v, p99 %v, at most %v", quantile(a.refused, 0.5), quantile(a.refused, 0.99), quantile(a.refused, 1))
-	}
-	if a.other != nil {
-		text += "; " + a.other.Error()
-	}
-	return text
+	return a
 }

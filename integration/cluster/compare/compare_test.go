@@ -5,10 +5,10 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
@@ -17,7 +17,9 @@ import (
 func TestCompare(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
-	w, err := newWorld(ctx, "compare", t.Logf)
+	s := setups()["two"]
+	s.name = "compare"
+	w, err := newWorld(ctx, s, t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,31 +31,38 @@ func TestCompare(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	r, err := w.measure(ctx, extent{runs: 1, rest: 10 * time.Second, rounds: 20})
+	alternate := func(i int) *whole.Node { return w.Nodes[i%len(w.Nodes)] }
+	if _, err := w.path(ctx, alternate(0), 20); err != nil {
+		t.Fatal(err)
+	}
+	for i, u := range updates() {
+		if u.broken != nil || u.target.delay > 0 {
+			continue // of the long form
+		}
+		runs, err := w.runs(ctx, alternate(i), u, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		judge(t, runs[0])
+	}
+	rest, err := w.atRest(ctx, alternate(1), 10*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, runs := range r.runs {
-		for _, m := range runs {
-			judge(t, m)
-		}
+	if rest.polls > 0 || rest.watches != len(w.Nodes) {
+		t.Errorf("at rest: %d lists and %d watches of pods, want none and one for each node", rest.polls, rest.watches)
 	}
-	for _, a := range r.absences {
-		switch {
-		case a.by == byService:
-		case a.kind == lab.NewConnection && len(a.refused) < a.sent:
-			t.Errorf("%s: not each was refused", a)
-		case len(a.refused) == 0 || a.answered > 0:
-			t.Errorf("%s: none was refused, or some were answered", a)
-		}
+	absences, err := w.absent(ctx, alternate(0))
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, rest := range r.rests {
-		if rest.polls > 0 || rest.watches != len(w.Nodes) {
-			t.Errorf("at rest: %d lists and %d watches of pods, want none and one for each node", rest.polls, rest.watches)
+	for _, a := range absences {
+		if !a.by.magic() {
+			continue
 		}
-	}
-	if err := printTable(os.Stdout, r.rows(len(w.Nodes))); err != nil {
-		t.Error(err)
+		if len(a.refused) == 0 || a.answered > 0 || a.kind == lab.NewConnection && len(a.refused) < a.sent {
+			t.Errorf("no pod: %s at %.0f a second: %d of %d refused, %d answered", a.kind, a.rate, len(a.refused), a.sent, a.answered)
+		}
 	}
 }
 
@@ -61,7 +70,7 @@ func TestCompare(t *testing.T) {
 func judge(t *testing.T, m measured) {
 	t.Helper()
 	where := fmt.Sprintf("%s on %s", m.update.name, m.node.Name)
-	for kind, c := range m.costs[byMagicIP] {
+	for kind, c := range m.costs[magicNFTables] {
 		if c.sent < 500 {
 			t.Errorf("%s, %s: no more than %d requests were sent", where, kind, c.sent)
 		}

@@ -19,8 +19,19 @@ type cost struct {
 	// listened when they were sent.
 	blamed []lab.Outcome
 	// cut are failed ones that the server had when it stopped, moved are datagrams that it had when their flow moved to
-	// the next one, stalled those that failed while the machine stood still.
-	cut, moved, stalled int
+	// the next one, stalled those that failed while the machine stood still, unserved those that were sent while no process listened.
+	cut, moved, stalled, unserved int
+	// elsewhere are answers by servers of other nodes.
+	elsewhere int
+}
+
+// servers are those of a node, and what is known of them.
+type servers struct {
+	lives []life
+	fresh string // the one that was new in the update
+	// since is when the component was mended that follows updates; zero where it was never broken. What comes before is not excess.
+	since time.Time
+	delay time.Duration // that each answer takes
 }
 
 // cutWithin is how long before a server stops, and movedWithin how long before it loses a flow, it may have taken a request that is
@@ -39,19 +50,25 @@ const (
 
 const never = time.Duration(-1)
 
-// assess says what an update has cost. fresh is the pod that was new in it.
-func assess(kind lab.Kind, outcomes, witness lab.Outcomes, servers []life, fresh string) cost {
+// assess says what an update has cost.
+func assess(kind lab.Kind, outcomes, witness lab.Outcomes, s servers) cost {
 	c := cost{sent: len(outcomes), excess: never, gap: outcomes.LongestGap(), failed: len(outcomes.Failed())}
 	var toFresh time.Time // when the first request was sent that the new server has answered
-	for _, server := range servers {
-		if server.pod != fresh {
+	here := map[string]bool{}
+	for _, server := range s.lives {
+		here[server.server] = true
+		if server.server != s.fresh {
 			continue
 		}
+		from := server.listening
+		if s.since.After(from) {
+			from = s.since
+		}
 		for _, o := range outcomes {
-			if o.Err != nil || o.Server != fresh {
+			if o.Err != nil || o.Server != s.fresh {
 				continue
 			}
-			if after := max(0, o.Sent.Add(o.Took).Sub(server.listening)); c.excess == never || after < c.excess {
+			if after := max(0, o.Sent.Add(o.Took).Sub(from)-s.delay); c.excess == never || after < c.excess {
 				c.excess = after
 			}
 			if toFresh.IsZero() || o.Sent.Before(toFresh) {
@@ -59,14 +76,20 @@ func assess(kind lab.Kind, outcomes, witness lab.Outcomes, servers []life, fresh
 			}
 		}
 	}
+	for _, o := range outcomes {
+		if o.Err == nil && !here[o.Server] {
+			c.elsewhere++
+		}
+	}
 	for _, o := range outcomes.Failed() {
 		switch {
-		case isCut(o, servers):
+		case isCut(o, s):
 			c.cut++
-		case !listened(o.Sent, servers):
+		case !listened(o.Sent, s.lives):
+			c.unserved++
 		case isStalled(o, witness):
 			c.stalled++
-		case kind == lab.UDP && isMoved(o, toFresh, servers, fresh):
+		case (kind == lab.UDP || kind == lab.SendTo) && isMoved(o, toFresh, s):
 			c.moved++
 		default:
 			c.blamed = append(c.blamed, o)
@@ -87,10 +110,10 @@ func listened(at time.Time, servers []life) bool {
 
 // isCut reports whether a server stopped while it had a request. Where nobody has told the client so, as with datagrams,
 // the request must be one of the last.
-func isCut(o lab.Outcome, servers []life) bool {
-	for _, server := range servers {
+func isCut(o lab.Outcome, s servers) bool {
+	for _, server := range s.lives {
 		left := server.closed.Sub(o.Sent)
-		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (lab.WorkingTime(o.Sent, server.closed) <= cutWithin || !timedOut(o)) {
+		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (lab.WorkingTime(o.Sent, server.closed) <= cutWithin+s.delay || !timedOut(o)) {
 			return true
 		}
 	}
@@ -102,12 +125,12 @@ func timedOut(o lab.Outcome) bool {
 }
 
 // isMoved reports whether the one server had a datagram when the other had got the next.
-func isMoved(o lab.Outcome, toFresh time.Time, servers []life, fresh string) bool {
-	if !timedOut(o) || toFresh.Before(o.Sent) || lab.WorkingTime(o.Sent, toFresh) > movedWithin {
+func isMoved(o lab.Outcome, toFresh time.Time, s servers) bool {
+	if !timedOut(o) || toFresh.Before(o.Sent) || lab.WorkingTime(o.Sent, toFresh) > movedWithin+s.delay {
 		return false
 	}
-	for _, server := range servers {
-		if server.pod != fresh && (server.closed.IsZero() || toFresh.Before(server.closed)) {
+	for _, server := range s.lives {
+		if server.server != s.fresh && (server.closed.IsZero() || toFresh.Before(server.closed)) {
 			return true
 		}
 	}

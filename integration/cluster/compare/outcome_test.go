@@ -3,11 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
@@ -20,17 +23,18 @@ func TestAssess(t *testing.T) {
 		return lab.Outcome{Sent: at(sent), Took: time.Duration(took) * time.Millisecond, Answer: lab.Answer{Server: server}, Err: err}
 	}
 	refused, silent := errors.New("connect: connection refused"), context.DeadlineExceeded
-	replaced := []life{{pod: "old", listening: at(0), closed: at(100)}, {pod: "new", listening: at(300)}}
-	surged := []life{{pod: "old", listening: at(0), closed: at(300)}, {pod: "new", listening: at(100)}}
-	type want struct{ excess, gap, failed, blamed, cut, moved, stalled int }
+	replaced := []life{{server: "old", listening: at(0), closed: at(100)}, {server: "new", listening: at(300)}}
+	surged := []life{{server: "old", listening: at(0), closed: at(300)}, {server: "new", listening: at(100)}}
+	type want struct{ excess, gap, failed, blamed, cut, moved, stalled, unserved, elsewhere int }
 	for name, test := range map[string]struct {
 		outcomes, witness lab.Outcomes
 		servers           []life
+		since, delay      int
 		want              want
 	}{
 		"refused while nobody listens": {
 			outcomes: lab.Outcomes{outcome(90, 1, "old", nil), outcome(150, 1, "", refused), outcome(304, 2, "new", nil)},
-			servers:  replaced, want: want{excess: 6, gap: 215, failed: 1},
+			servers:  replaced, want: want{excess: 6, gap: 215, failed: 1, unserved: 1},
 		},
 		"refused although the new process listens": {
 			outcomes: lab.Outcomes{outcome(90, 1, "old", nil), outcome(310, 1, "", refused), outcome(330, 2, "new", nil)},
@@ -38,7 +42,7 @@ func TestAssess(t *testing.T) {
 		},
 		"a datagram before the new process listens is nobody's fault": {
 			outcomes: lab.Outcomes{outcome(299, 200, "", silent), outcome(500, 1, "new", nil)},
-			servers:  replaced, want: want{excess: 201, gap: 202, failed: 1},
+			servers:  replaced, want: want{excess: 201, gap: 202, failed: 1, unserved: 1},
 		},
 		"answered by the old process while the new one listens": {
 			outcomes: lab.Outcomes{outcome(150, 1, "old", nil), outcome(250, 1, "new", nil)},
@@ -72,18 +76,34 @@ func TestAssess(t *testing.T) {
 			outcomes: lab.Outcomes{outcome(160, 1, "new", nil), outcome(170, 1, "new", nil), outcome(165, 200, "", silent)},
 			servers:  surged, want: want{excess: 61, gap: 194, failed: 1, blamed: 1},
 		},
+		"a slow server had it when it stopped": {
+			outcomes: lab.Outcomes{outcome(275, 200, "", silent), outcome(255, 200, "", silent)},
+			servers:  surged, delay: 30, want: want{excess: -1, gap: 200, failed: 2, blamed: 1, cut: 1},
+		},
+		"from when the component is back": {
+			outcomes: lab.Outcomes{outcome(310, 1, "", refused), outcome(504, 2, "new", nil)},
+			servers:  replaced, since: 500, want: want{excess: 6, gap: 196, failed: 1, blamed: 1},
+		},
+		"answered by another node": {
+			outcomes: lab.Outcomes{outcome(150, 1, "other", nil), outcome(304, 2, "new", nil)},
+			servers:  replaced, want: want{excess: 6, gap: 155, elsewhere: 1},
+		},
 		"the witness waits too": {
 			outcomes: lab.Outcomes{outcome(310, 200, "", silent), outcome(555, 1, "", refused), outcome(700, 200, "", silent)},
 			witness:  lab.Outcomes{outcome(305, 3, "witness", nil), outcome(400, 60, "witness", nil)},
 			servers:  replaced, want: want{excess: -1, gap: 590, failed: 3, blamed: 1, stalled: 2},
 		},
 	} {
-		c := assess(lab.UDP, test.outcomes, test.witness, test.servers, "new")
+		s := servers{lives: test.servers, fresh: "new", delay: time.Duration(test.delay) * time.Millisecond}
+		if test.since > 0 {
+			s.since = at(test.since)
+		}
+		c := assess(lab.UDP, test.outcomes, test.witness, s)
 		excess := int(c.excess / time.Millisecond)
 		if c.excess == never {
 			excess = -1
 		}
-		got := want{excess, int(c.gap / time.Millisecond), c.failed, len(c.blamed), c.cut, c.moved, c.stalled}
+		got := want{excess, int(c.gap / time.Millisecond), c.failed, len(c.blamed), c.cut, c.moved, c.stalled, c.unserved, c.elsewhere}
 		if got != test.want || c.sent != len(test.outcomes) {
 			t.Errorf("%s: got %+v, want %+v", name, got, test.want)
 		}
@@ -93,12 +113,19 @@ func TestAssess(t *testing.T) {
 func TestJournal(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 1, 2, 3, 4, 5, 600, time.UTC)
-	got, err := parseLife("echo", "started 2026-01-02T03:04:05.0000006Z\nlistening 2026-01-02T03:04:06.0000006Z\n")
-	if want := (life{pod: "echo", started: at, listening: at.Add(time.Second)}); err != nil || got != want {
+	got, err := parseLives("echo", "started 2026-01-02T03:04:05.0000006Z\nlistening 2026-01-02T03:04:06.0000006Z\nstarted 2026-01-02T03:04:07.0000006Z\n")
+	again := at.Add(2 * time.Second)
+	want := []life{
+		{server: lab.Instance("echo", at), pod: "echo", started: at, listening: at.Add(time.Second)},
+		{server: lab.Instance("echo", again), pod: "echo", started: again},
+	}
+	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %+v, %v, want %+v", got, err, want)
 	}
-	if _, err := parseLife("echo", "started today\n"); err == nil {
-		t.Error("a journal with another time stamp was taken")
+	for _, journal := range []string{"started today\n", "closed 2026-01-02T03:04:05Z\n"} {
+		if _, err := parseLives("echo", journal); err == nil {
+			t.Errorf("the journal %q was taken", journal)
+		}
 	}
 }
 
@@ -118,50 +145,44 @@ apiserver_longrunning_requests{resource="pods",scope="namespace",verb="WATCH"} 2
 	}
 }
 
-// TestTable: times are judged by their median, requests that failed by each run.
-func TestTable(t *testing.T) {
+// TestSave: a part that is measured again takes the place of its own lines, and lines have as many columns as the header.
+func TestSave(t *testing.T) {
 	t.Parallel()
-	of := func(excess, failed, blamed int) map[lab.Kind]cost {
-		c := cost{excess: never, gap: time.Second, failed: failed, blamed: make([]lab.Outcome, blamed)}
-		if excess >= 0 {
-			c.excess = time.Duration(excess) * time.Millisecond
-		}
-		return map[lab.Kind]cost{lab.NewConnection: c, lab.KeepAlive: c, lab.UDP: c}
+	dir := t.TempDir()
+	u := update{name: "rolling update"}
+	run := func(gap time.Duration) measured {
+		return measured{update: u, node: &whole.Node{Name: "node1"}, costs: map[peer]map[lab.Kind]cost{
+			unixSocket: {lab.NewConnection: {sent: 7, gap: gap, excess: never}},
+		}}
 	}
-	runs := func(magic ...map[lab.Kind]cost) (all []measured) {
-		for _, m := range magic {
-			all = append(all, measured{costs: map[way]map[lab.Kind]cost{byService: of(407, 200, 90), byMagicIP: m}})
+	save := func(part string, gap time.Duration) {
+		t.Helper()
+		var r results
+		r.addRuns(part, []peer{unixSocket}, []lab.Kind{lab.NewConnection, lab.UDP}, []measured{run(gap)})
+		r.add(partsTable, part, "2026-01-02", "v1", "nodes", "machine", "0.1", "0.2")
+		if err := r.save(dir, part); err != nil {
+			t.Fatal(err)
 		}
-		return all
 	}
-	rolling, surge := update{name: "rolling", limits: limits{excess: excessLimit}}, update{name: "surge", limits: limits{none: true}}
-	rows := slices.Concat(
-		rowsOf(rolling, runs(of(5, 100, 0), of(8, 100, 0), of(11, 100, 0))),
-		rowsOf(rolling, runs(of(5, 100, 0), of(11, 100, 0), of(-1, 100, 1))),
-		rowsOf(surge, runs(of(90, 0, 0), of(90, 0, 0), of(90, 1, 0))),
-		rowsOf(surge, runs(of(90, 0, 0))),
-	)
-	var text strings.Builder
-	if err := printTable(&text, rows); err != nil {
+	save("surge", 2*time.Second)
+	save("rolling", 9*time.Second)
+	save("rolling", time.Second)
+	got, err := readTable(filepath.Join(dir, runsTable+".csv"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	want := `
-|         |                                 | Service            | magic IP           | worst run             | limit | verdict |
-| ------- | ------------------------------- | ------------------ | ------------------ | --------------------- | ----- | ------- |
-| rolling | excess, ms                      | 407 / 407 / 407    | 8 / 8 / 8          | 11 / 11 / 11          | ≤ 10  | ok      |
-|         | failed                          | 200 / 200 / 200    | 100 / 100 / 100    | 100 / 100 / 100       |       |         |
-|         | failed while a process listened | 90 / 90 / 90       | 0 / 0 / 0          | 0 / 0 / 0             | 0     | ok      |
-|         | longest gap, ms                 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000    |       |         |
-|         | excess, ms                      | 407 / 407 / 407    | 11 / 11 / 11       | never / never / never | ≤ 10  | MISSED  |
-|         | failed                          | 200 / 200 / 200    | 100 / 100 / 100    | 100 / 100 / 100       |       |         |
-|         | failed while a process listened | 90 / 90 / 90       | 0 / 0 / 0          | 1 / 1 / 1             | 0     | MISSED  |
-|         | longest gap, ms                 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000    |       |         |
-| surge   | failed                          | 200 / 200 / 200    | 0 / 0 / 0          | 1 / 1 / 1             | 0     | MISSED  |
-|         | longest gap, ms                 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000    |       |         |
-|         | failed                          | 200 / 200 / 200    | 0 / 0 / 0          | 0 / 0 / 0             | 0     | ok      |
-|         | longest gap, ms                 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000 | 1000 / 1000 / 1000    |       |         |
-`
-	if text.String() != want[1:] {
-		t.Errorf("got\n%s\nwant%s", &text, want)
+	line := func(part, gap string) [][]string {
+		return [][]string{
+			{part, "rolling update", string(unixSocket), "new-connection", "1", "node1", "7", "0", "0", "0", "0", "0", "0", "0", gap, "never", "0", "0", "0", ""},
+			{part, "rolling update", string(unixSocket), "udp", "1", "node1", "", "", "", "", "", "", "", "", "", "", "", "", "", "a stream socket takes no datagrams"},
+		}
+	}
+	want := slices.Concat([][]string{columns()[runsTable]}, line("rolling", "1000"), line("surge", "2000"))
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	has, err := saved(dir)
+	if err != nil || !has["rolling"] || !has["surge"] || len(has) != 2 {
+		t.Errorf("saved: %v, %v", has, err)
 	}
 }

@@ -13,13 +13,16 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
+// ownAddress is what the data paths of the peers are compared with.
+const ownAddress peer = "the pod's own address"
+
 // path measures how much longer exchanges take than by the pod's own address.
-func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[way]lab.Path, error) {
-	name, err := w.place(ctx, n, target{})
+func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[peer]lab.Path, error) {
+	name, err := w.place(ctx, n, target{hostPort: true})
 	if err != nil {
 		return nil, err
 	}
-	if err := w.answered(ctx, n, name); err != nil {
+	if err := w.answered(ctx, n, update{}, name); err != nil {
 		return nil, err
 	}
 	pods, err := w.podsOf(ctx, n)
@@ -34,12 +37,18 @@ func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[way]la
 	if err != nil {
 		return nil, err
 	}
-	printed, err := n.Exec(ctx, "nsenter", "--net="+namespace, w.echo(), "path", "--rounds", strconv.Itoa(rounds),
-		own.String(), byService.address().String(), byMagicIP.address().String())
+	of := map[string]peer{own.String(): ownAddress}
+	args := []string{"/run/in-cgroup", "nsenter", "--net=" + namespace, w.program("echo"), "path", "--rounds", strconv.Itoa(rounds), own.String()}
+	for _, p := range w.peers {
+		address := p.address(n, lab.NewConnection)
+		of[address] = p
+		args = append(args, address)
+	}
+	printed, err := n.Exec(ctx, "sh", args...)
 	if err != nil {
 		return nil, err
 	}
-	paths := map[way]lab.Path{}
+	paths := map[peer]lab.Path{}
 	for in := json.NewDecoder(strings.NewReader(printed)); ; {
 		var p lab.Path
 		if err := in.Decode(&p); errors.Is(err, io.EOF) {
@@ -47,36 +56,12 @@ func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[way]la
 		} else if err != nil {
 			return nil, err
 		}
-		for _, by := range []way{byService, byMagicIP} {
-			if p.To == by.address() {
-				paths[by] = p
-				w.log("data path on %s by %s, against the pod's own address: connections %.3f, requests %.3f, datagrams %.3f", n.Name, by, p.Connection, p.Request, p.Datagram)
-			}
-		}
+		paths[of[p.To]] = p
+		w.log("data path on %s by %s: connections %v (%.3f), requests %v (%.3f), datagrams %v (%.3f)", n.Name, of[p.To],
+			p.Connection.Took, p.Connection.Ratio, p.Request.Took, p.Request.Ratio, p.Datagram.Took, p.Datagram.Ratio)
 	}
-	if len(paths) != 2 {
+	if len(paths) != len(of) {
 		return nil, fmt.Errorf("data path on %s: %s", n.Name, printed)
 	}
 	return paths, nil
-}
-
-func pathRow(all []map[way]lab.Path) row {
-	ratios := map[way][3][]float64{}
-	for _, paths := range all {
-		for by, p := range paths {
-			r := ratios[by]
-			for i, ratio := range []float64{p.Connection, p.Request, p.Datagram} {
-				r[i] = append(r[i], ratio)
-			}
-			ratios[by] = r
-		}
-	}
-	text := func(by way) string {
-		var texts []string
-		for _, values := range ratios[by] {
-			texts = append(texts, fmt.Sprintf("%.3f", median(values)))
-		}
-		return strings.Join(texts, " / ")
-	}
-	return row{name: "data path", figure: "connections / requests / datagrams, × own address", service: text(byService), magic: text(byMagicIP)}
 }

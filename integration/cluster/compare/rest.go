@@ -12,6 +12,9 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
 )
 
+// agentPattern finds the processes of agents by their command lines.
+const agentPattern = "^magic-ip-agent run|^/usr/local/bin/magic-ip-agent run"
+
 // rest is what a node costs while nothing happens.
 type rest struct {
 	during time.Duration
@@ -25,7 +28,7 @@ type rest struct {
 
 // atRest measures a node with a target and without traffic.
 func (w *world) atRest(ctx context.Context, n *whole.Node, during time.Duration) (rest, error) {
-	if _, err := w.place(ctx, n, target{}); err != nil {
+	if _, err := w.place(ctx, n, target{hostPort: true}); err != nil {
 		return rest{}, err
 	}
 	sleep(ctx, 3*time.Second) // for what that has left to do
@@ -53,7 +56,7 @@ func (w *world) consumed(ctx context.Context, n *whole.Node) (r rest, err error)
 		pattern string
 		took    *time.Duration
 	}{
-		{"^magic-ip-agent run|^/usr/local/bin/magic-ip-agent run", &r.agent},
+		{agentPattern, &r.agent},
 		{"^magic-ip-agent install|^/usr/local/bin/magic-ip-agent install", &r.installer},
 		{"kube-proxy --", &r.proxy},
 	} {

@@ -7,7 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -17,23 +17,27 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// The plan: the chart is installed with one magic IP. Each node has a DaemonSet of its own in one namespace, whose
-// pod is the target of the magic IP and of the Service, and a client pod in another.
+// The plan: the chart is installed with one magic IP for each backend. Each node has a DaemonSet of its own in one namespace, whose
+// pod is the target of all peers, and a client pod in another.
 const (
-	magicIP   = "169.254.210.210"
-	serviceIP = "10.96.0.80"
-	port      = 8080
-	control   = 8081
-
 	targets = "targets"
 	clients = "clients"
 	release = "magic-ip"
 	// agentName is how the chart calls the agents of that release.
 	agentName = "kube-system." + release
 
-	// journalDir is where the servers write when they began and ceased to listen, on the node.
-	journalDir = "/run/journals"
+	// Where the servers write when they began and ceased to listen, on the node.
+	journalDir       = "/run/journals"
+	streamJournalDir = "/run/stream-journals"
+
+	imageStream = "localhost/stream:e2e"
 )
+
+const ports = `
+    - {name: tcp, port: 8080, protocol: TCP}
+    - {name: grpc, port: 8082, protocol: TCP}
+    - {name: udp, port: 8080, protocol: UDP}
+`
 
 const manifests = `
 apiVersion: v1
@@ -48,53 +52,76 @@ apiVersion: v1
 kind: Service
 metadata: {name: echo, namespace: ` + targets + `}
 spec:
-  clusterIP: ` + serviceIP + `
+  clusterIP: ` + localAddress + `
   internalTrafficPolicy: Local
   selector: {app: echo}
-  ports:
-    - {name: tcp, port: 8080, protocol: TCP}
-    - {name: udp, port: 8080, protocol: UDP}
+  ports:` + ports + `---
+apiVersion: v1
+kind: Service
+metadata: {name: echo-same-node, namespace: ` + targets + `}
+spec:
+  clusterIP: ` + sameNodeAddress + `
+  trafficDistribution: PreferSameNode
+  selector: {app: echo}
+  ports:` + ports
+
+const redirectPolicy = `
+apiVersion: cilium.io/v2
+kind: CiliumLocalRedirectPolicy
+metadata: {name: echo, namespace: ` + targets + `}
+spec:
+  redirectFrontend:
+    addressMatcher:
+      ip: ` + redirectAddress + `
+      toPorts:
+        - {name: tcp, port: "8080", protocol: TCP}
+        - {name: grpc, port: "8082", protocol: TCP}
+        - {name: udp, port: "8080", protocol: UDP}
+  redirectBackend:
+    localEndpointSelector: {matchLabels: {app: echo}}
+    toPorts:
+      - {name: tcp, port: "8080", protocol: TCP}
+      - {name: grpc, port: "8082", protocol: TCP}
+      - {name: udp, port: "8080", protocol: UDP}
 `
 
 // values are the chart's: everything else is as it comes.
-const values = `
+func values(address, backend string) string {
+	return `
 image: {pullPolicy: Never}
+backend: ` + backend + `
 config:
   magicIPs:
-    - ipAddress: ` + magicIP + `
+    - ipAddress: ` + address + `
       namespace: ` + targets + `
       selector: app=echo
       ports:
         - {port: 8080, protocol: tcp}
+        - {port: 8082, protocol: tcp}
         - {port: 8080, protocol: udp}
 `
-
-// way is how clients reach the target.
-type way string
-
-const (
-	byService way = "Service"
-	byMagicIP way = "magic IP"
-)
-
-func (w way) address() netip.AddrPort {
-	if w == byService {
-		return netip.AddrPortFrom(netip.MustParseAddr(serviceIP), port)
-	}
-	return netip.AddrPortFrom(netip.MustParseAddr(magicIP), port)
 }
 
-var kinds = []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} //nolint:gochecknoglobals // a constant
+// setup is what a cluster has.
+type setup struct {
+	name   string
+	peers  []peer
+	kinds  []lab.Kind
+	cilium *whole.Cilium // on the first node
+}
 
-// world is a cluster in which both ways lead to the same pods.
+// world is a cluster in which all peers lead to the same pods.
 type world struct {
 	*whole.Cluster
-	root string
-	log  func(format string, args ...any)
+	setup
+	root    string
+	log     func(format string, args ...any)
+	pollers map[*whole.Node]*polling
+	ended   []func()
 }
 
 // newWorld brings the cluster up and installs the chart; the caller closes it.
-func newWorld(ctx context.Context, name string, log func(string, ...any)) (w *world, err error) {
+func newWorld(ctx context.Context, s setup, log func(string, ...any)) (w *world, err error) {
 	lab.WorkingTime(time.Now(), time.Now()) // it is measured from here on
 	root, err := lab.ModuleRoot()
 	if err != nil {
@@ -104,33 +131,26 @@ func newWorld(ctx context.Context, name string, log func(string, ...any)) (w *wo
 	if _, err := os.Stat(image); err != nil {
 		return nil, fmt.Errorf("%w: run `make e2e-image`", err)
 	}
-	cluster, err := whole.New(ctx, whole.Options{Name: name, Images: []string{image}})
+	options := whole.Options{Name: s.name, Images: []string{image}}
+	if s.cilium != nil {
+		options.Nodes = []whole.NodeOptions{{Runtime: whole.Containerd1, Cilium: s.cilium}, {Runtime: whole.Containerd2}}
+	}
+	cluster, err := whole.New(ctx, options)
 	if err != nil {
 		return nil, err
 	}
-	w = &world{Cluster: cluster, root: root, log: log}
+	w = &world{Cluster: cluster, setup: s, root: root, log: log, pollers: map[*whole.Node]*polling{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, errors.New(w.LogTails()), w.Close())
 		}
 	}()
-	if err := w.Apply(ctx, manifests); err != nil {
-		return nil, err
-	}
-	for _, n := range w.Nodes {
-		if err := errors.Join(w.createPod(ctx, n, clientName(n), "pause"), w.createPod(ctx, n, witnessName(n), "serve")); err != nil {
-			return nil, err
-		}
-	}
-	if err := w.install(ctx); err != nil {
+	if err := w.furnish(ctx); err != nil {
 		return nil, err
 	}
 	for _, n := range w.Nodes {
 		err := lab.Eventually(ctx, func() error {
-			pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
-			if err == nil {
-				_, err = addressOf(pod)
-			}
+			_, err := w.witnessOf(ctx, n)
 			return err
 		})
 		if err != nil {
@@ -140,8 +160,61 @@ func newWorld(ctx context.Context, name string, log func(string, ...any)) (w *wo
 	return w, nil
 }
 
-// echo is the program of the images, which clients run in the network namespace of their pod.
-func (w *world) echo() string { return filepath.Join(w.root, "bin", "pods", "echo") }
+func (w *world) furnish(ctx context.Context) error {
+	if err := w.Apply(ctx, manifests); err != nil {
+		return err
+	}
+	if slices.Contains(w.peers, ciliumLRP) {
+		if err := w.Apply(ctx, redirectPolicy); err != nil {
+			return err
+		}
+	}
+	image := whole.Image{Name: imageStream, Entrypoint: []string{"/stream"}, Files: map[string]string{"/stream": w.program("stream")}}
+	archive, err := image.Archive()
+	if err != nil {
+		return fmt.Errorf("%w: run `make e2e-binaries`", err)
+	}
+	for _, n := range w.Nodes {
+		err := errors.Join(n.LoadImage(ctx, archive), w.createPod(ctx, n, clientName(n), "pause"), w.createPod(ctx, n, witnessName(n), "serve"))
+		if err != nil {
+			return err
+		}
+		if slices.Contains(w.peers, poller) {
+			w.pollers[n] = startPolling(w, n)
+			w.ended = append(w.ended, w.pollers[n].stop)
+		}
+	}
+	for _, r := range []struct {
+		of                     peer
+		name, address, backend string
+	}{{magicNFTables, release, magicAddress, "nftables"}, {magicIPTables, release + "-iptables", iptablesAddress, "iptables"}} {
+		if slices.Contains(w.peers, r.of) {
+			if err := w.install(ctx, r.name, values(r.address, r.backend)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Close ends all of it.
+func (w *world) Close() error {
+	for _, end := range w.ended {
+		end()
+	}
+	return w.Cluster.Close()
+}
+
+// program is one of those of the images, which clients run in the network namespace of their pod.
+func (w *world) program(name string) string { return filepath.Join(w.root, "bin", "pods", name) }
+
+// measured are the nodes with all peers.
+func (w *world) measured() []*whole.Node {
+	if w.cilium != nil {
+		return w.Nodes[:1]
+	}
+	return w.Nodes
+}
 
 func addressOf(pod *corev1.Pod) (netip.AddrPort, error) {
 	address, err := netip.ParseAddr(pod.Status.PodIP)
@@ -152,7 +225,7 @@ func addressOf(pod *corev1.Pod) (netip.AddrPort, error) {
 }
 
 // install installs the chart as a user does.
-func (w *world) install(ctx context.Context) error {
+func (w *world) install(ctx context.Context, name, values string) error {
 	file, err := os.CreateTemp("", "values-*.yaml")
 	if err != nil {
 		return err
@@ -164,7 +237,7 @@ func (w *world) install(ctx context.Context) error {
 	if err := file.Close(); err != nil {
 		return err
 	}
-	_, err = w.Helm(ctx, "install", release, filepath.Join(w.root, "charts", "magic-ip-address"),
+	_, err = w.Helm(ctx, "install", name, filepath.Join(w.root, "charts", "magic-ip-address"),
 		"--namespace", "kube-system", "--values", file.Name(), "--wait", "--timeout", "2m")
 	return err
 }
@@ -189,6 +262,14 @@ func clientName(n *whole.Node) string { return "client-" + n.Name }
 // witnessName is that of the pod that nothing happens to.
 func witnessName(n *whole.Node) string { return "witness-" + n.Name }
 
+func (w *world) witnessOf(ctx context.Context, n *whole.Node) (netip.AddrPort, error) {
+	pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	return addressOf(pod)
+}
+
 // clientNetNS is the network namespace of the client pod of a node.
 func (w *world) clientNetNS(ctx context.Context, n *whole.Node) (namespace string, err error) {
 	err = lab.Eventually(ctx, func() error {
@@ -199,52 +280,6 @@ func (w *world) clientNetNS(ctx context.Context, n *whole.Node) (namespace strin
 		return err
 	})
 	return namespace, err
-}
-
-// load is clients in the client pod of a node that ask by one way, and the witness beside them, who sends datagrams to
-// the address of a pod that nothing happens to: where it waits, the machine stands still.
-type load struct {
-	process *lab.Process
-	witness netip.AddrPort
-}
-
-// startLoad starts them; a process for each way, so that what one suffers is not the other's.
-func (w *world) startLoad(ctx context.Context, n *whole.Node, by way, kinds []lab.Kind, flags ...string) (*load, error) {
-	namespace, err := w.clientNetNS(ctx, n)
-	if err != nil {
-		return nil, err
-	}
-	pod, err := w.Admin.CoreV1().Pods(clients).Get(ctx, witnessName(n), metav1.GetOptions{})
-	if err != nil {
-		return nil, err
-	}
-	witness, err := addressOf(pod)
-	if err != nil {
-		return nil, err
-	}
-	args := append([]string{"--net=" + namespace, w.echo(), "load", "--lines", "--for", "1h"}, flags...)
-	for _, kind := range kinds {
-		args = append(args, fmt.Sprintf("%s=%v", kind, by.address()))
-	}
-	process, err := n.Lab().Start("nsenter", append(args, fmt.Sprintf("%s=%v", lab.UDP, witness))...)
-	return &load{process, witness}, err
-}
-
-// stop ends the clients and returns what became of their requests, and of those of the witness.
-func (l *load) stop(ctx context.Context) (byKind map[lab.Kind]lab.Outcomes, witness lab.Outcomes, err error) {
-	if err := l.process.Stop(ctx); err != nil {
-		return nil, nil, err
-	}
-	byTarget, err := lab.ReadRequests(strings.NewReader(l.process.Log()))
-	byKind = map[lab.Kind]lab.Outcomes{}
-	for target, outcomes := range byTarget {
-		if target.To == l.witness {
-			witness = outcomes
-		} else {
-			byKind[target.Kind] = outcomes
-		}
-	}
-	return byKind, witness, err
 }
 
 func sleep(ctx context.Context, d time.Duration) {

@@ -22,9 +22,9 @@ import (
 )
 
 const usage = `usage: echo pause
-       echo serve [--tcp ADDRESS] [--udp ADDRESS] [--control ADDRESS] [--ready-after D] [--drain D] [--journal FILE]
-       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT...   (KIND: new-connection, keep-alive, udp)
-       echo path [--rounds N] ADDRESS:PORT...`
+       echo serve [--tcp ADDRESS] [--udp ADDRESS] [--unix PATH] [--control ADDRESS] [--ready-after D] [--delay D] [--drain D] [--journal FILE] [--instance]
+       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT|PATH...   (KIND: new-connection, keep-alive, udp, udp-sendto)
+       echo path [--rounds N] ADDRESS:PORT|PATH...`
 
 func main() { os.Exit(run(time.Now(), os.Args[1:])) }
 
@@ -75,16 +75,19 @@ func pause(ctx context.Context) {
 // line of output is when it was started. The control address says so too (/started), is what kubelet asks whether the
 // pod is ready (/ready), and is told whether it is (PUT /ready or DELETE /ready). The journal, a file that outlives the
 // pod, has a line for each thing that happens and when: started, listening, terminated (was told to stop), closed
-// (listens no more).
+// (listens no more). An instance's name tells it from others of the same pod.
 func serve(ctx context.Context, started time.Time, args []string) error {
 	fmt.Println("started", started.UTC().Format(time.RFC3339Nano))
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	tcp := flags.String("tcp", ":8080", "`ADDRESS` for HTTP")
 	udp := flags.String("udp", ":8080", "`ADDRESS` for datagrams")
+	unix := flags.String("unix", "", "`PATH` of a socket for HTTP; it is taken over from a server that has it")
 	control := flags.String("control", ":8081", "`ADDRESS` that kubelet and the tests ask")
 	readyAfter := flags.Duration("ready-after", 0, "be ready after this time")
+	delay := flags.Duration("delay", 0, "how long each answer takes")
 	drain := flags.Duration("drain", 0, "go on for this time after SIGTERM")
 	name := flags.String("name", os.Getenv("POD_NAME"), "what to answer with; else the hostname")
+	instance := flags.Bool("instance", false, "answer with the name and when the process was started")
 	journalFile := flags.String("journal", os.DevNull, "`FILE` to append to")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -98,6 +101,9 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	if *name == "" {
 		*name, _ = os.Hostname()
 	}
+	if *instance {
+		*name = lab.Instance(*name, started)
+	}
 	var ready atomic.Bool
 	ready.Store(*readyAfter == 0)
 	time.AfterFunc(*readyAfter, func() { ready.Store(true) })
@@ -108,8 +114,15 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	if err := errors.Join(errTCP, errUDP, errControl); err != nil {
 		return err
 	}
+	echoes := []*lab.Echo{lab.NewSlowEcho(*name, *delay, listener, packets)}
+	if *unix != "" {
+		local, err := lab.ListenUnix(*unix)
+		if err != nil {
+			return err
+		}
+		echoes = append(echoes, lab.NewSlowEcho(*name, *delay, local, nil))
+	}
 	write("listening", time.Now())
-	echo := lab.NewEcho(*name, listener, packets)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /started", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, started.UTC().Format(time.RFC3339Nano))
@@ -132,7 +145,10 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	write("closed", time.Now())
 	limited, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	return errors.Join(echo.Shutdown(limited), server.Close(), journal.Close())
+	for _, echo := range echoes {
+		err = errors.Join(err, echo.Shutdown(limited))
+	}
+	return errors.Join(err, server.Close(), journal.Close())
 }
 
 // summary is the line of output for a target where requests have none.
@@ -145,6 +161,40 @@ type summary struct {
 	Servers    map[string]int `json:"servers"`
 }
 
+// loadOf is how often clients of a kind ask; datagrams are all the same.
+func loadOf(kind lab.Kind) lab.Load {
+	if kind == lab.SendTo {
+		kind = lab.UDP
+	}
+	return lab.Loads[kind]
+}
+
+// parseTarget reads KIND=ADDRESS:PORT or KIND=PATH; clients of a Unix socket have no address to connect to.
+func parseTarget(target string) (lab.Client, lab.Dial, error) {
+	kind, address, _ := strings.Cut(target, "=")
+	client := lab.Client{Kind: lab.Kind(kind), Timeout: loadOf(lab.Kind(kind)).Timeout, ByClock: true}
+	dial := lab.Dial(new(net.Dialer).DialContext)
+	var err error
+	switch {
+	case client.Timeout == 0:
+		err = errors.New("there is no such kind")
+	case strings.HasPrefix(address, "/"):
+		client.To = netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
+		dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", address)
+		}
+	default:
+		client.To, err = netip.ParseAddrPort(address)
+	}
+	if client.Kind == lab.SendTo {
+		dial = lab.DialUnconnected
+	}
+	if err != nil {
+		return client, nil, fmt.Errorf("%q is no target: %w\n%s", target, err, usage)
+	}
+	return client, dial, nil
+}
+
 // load asks all targets at once, and then prints what became of that.
 func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
@@ -155,33 +205,32 @@ func load(ctx context.Context, args []string) error {
 		return err
 	}
 	var clients []lab.Client
-	for _, target := range flags.Args() {
-		kind, address, _ := strings.Cut(target, "=")
-		load, known := lab.Loads[lab.Kind(kind)]
-		to, err := netip.ParseAddrPort(address)
-		if err != nil || !known {
-			return fmt.Errorf("%q is no target\n%s", target, usage)
-		}
-		clients = append(clients, lab.Client{Kind: lab.Kind(kind), To: to, Timeout: load.Timeout, ByClock: true})
-	}
 	var probes []*lab.Probe
-	for _, client := range clients {
-		start, interval := lab.StartProbe, lab.Loads[client.Kind].Interval
-		if client.Kind == lab.UDP {
+	for _, target := range flags.Args() {
+		client, dial, err := parseTarget(target)
+		if err != nil {
+			return err
+		}
+		clients = append(clients, client)
+		start, interval := lab.StartProbe, *every
+		if client.Kind == lab.UDP || client.Kind == lab.SendTo {
 			start = lab.StartStream
 		}
-		if *every > 0 {
-			interval = *every
+		if interval == 0 {
+			interval = loadOf(client.Kind).Interval
 		}
-		probes = append(probes, start(new(net.Dialer).DialContext, client, interval))
+		probes = append(probes, start(dial, client, interval))
 	}
 	select {
 	case <-ctx.Done():
 	case <-time.After(*during):
 	}
-	out := json.NewEncoder(os.Stdout)
+	all := make([]lab.Outcomes, len(probes)) // none goes on while another prints
 	for i, probe := range probes {
-		outcomes := probe.Stop()
+		all[i] = probe.Stop()
+	}
+	out := json.NewEncoder(os.Stdout)
+	for i, outcomes := range all {
 		if *lines {
 			if err := lab.WriteRequests(out, clients[i], outcomes); err != nil {
 				return err

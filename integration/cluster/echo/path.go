@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,9 +12,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
@@ -27,78 +28,89 @@ const (
 
 // path compares ways to one server: in each round a block of connections, of requests on one connection and of
 // datagrams on one socket by each of the addresses, in random order. It prints a line of JSON for each, the medians of
-// the ratios to the first address.
+// how long one exchange took, and of the ratios to the first address. An address may be the path of a Unix socket, which
+// takes no datagrams.
 func path(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("path", flag.ContinueOnError)
 	rounds := flags.Int("rounds", 100, "how often")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	var addresses []netip.AddrPort
-	for _, text := range flags.Args() {
-		address, err := netip.ParseAddrPort(text)
-		if err != nil {
-			return err
-		}
-		addresses = append(addresses, address)
-	}
-	kinds := []func(to string) error{connectBlock, requestBlock, datagramBlock}
-	ratios := make([][][]float64, len(addresses)) // by address and kind
-	for i := range ratios {
-		ratios[i] = make([][]float64, len(kinds))
+	addresses := flags.Args()
+	blocks := []struct {
+		run       func(network, to string) error
+		exchanges int
+	}{{connectBlock, connections}, {requestBlock, exchanges}, {datagramBlock, exchanges}}
+	took := make([][][]time.Duration, len(addresses)) // by address and kind, of one block
+	for i := range took {
+		took[i] = make([][]time.Duration, len(blocks))
 	}
 	for round := range *rounds + 1 { // the first is not counted: neighbours and caches are cold
-		for k, block := range kinds {
-			took := make([]time.Duration, len(addresses))
+		for k, block := range blocks {
 			for _, i := range rand.Perm(len(addresses)) {
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
 				}
+				network := "tcp"
+				if strings.HasPrefix(addresses[i], "/") {
+					network = "unix"
+				}
 				began := time.Now()
-				if err := block(addresses[i].String()); err != nil {
+				if err := block.run(network, addresses[i]); err != nil {
 					return fmt.Errorf("%v: %w", addresses[i], err)
 				}
-				took[i] = time.Since(began)
-			}
-			for i := range addresses {
 				if round > 0 {
-					ratios[i][k] = append(ratios[i][k], float64(took[i])/float64(took[0]))
+					took[i][k] = append(took[i][k], time.Since(began))
 				}
 			}
 		}
 	}
 	out := json.NewEncoder(os.Stdout)
 	for i, address := range addresses {
-		var medians [3]float64
-		for k := range medians {
-			slices.Sort(ratios[i][k])
-			medians[k] = ratios[i][k][len(ratios[i][k])/2]
+		p := lab.Path{To: address}
+		for k, e := range []*lab.Exchange{&p.Connection, &p.Request, &p.Datagram} {
+			var ratios []float64
+			for round, d := range took[i][k] {
+				ratios = append(ratios, float64(d)/float64(took[0][k][round]))
+			}
+			e.Took, e.Ratio = median(took[i][k])/time.Duration(blocks[k].exchanges), median(ratios)
 		}
-		if err := out.Encode(lab.Path{To: address, Connection: medians[0], Request: medians[1], Datagram: medians[2]}); err != nil {
+		if strings.HasPrefix(address, "/") {
+			p.Datagram = lab.Exchange{}
+		}
+		if err := out.Encode(p); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func median[T cmp.Ordered](values []T) T {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[len(sorted)/2]
 }
 
 const patience = 5 * time.Second
 
 // connectBlock makes connections, which end with a reset, so that no port is left in TIME_WAIT.
-func connectBlock(to string) error {
+func connectBlock(network, to string) error {
 	for range connections {
-		conn, err := net.DialTimeout("tcp", to, patience)
+		conn, err := net.DialTimeout(network, to, patience)
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(conn.(*net.TCPConn).SetLinger(0), conn.Close()); err != nil {
+		if tcp, is := conn.(*net.TCPConn); is {
+			err = tcp.SetLinger(0)
+		}
+		if err := errors.Join(err, conn.Close()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func requestBlock(to string) error {
-	conn, err := net.DialTimeout("tcp", to, patience)
+func requestBlock(network, to string) error {
+	conn, err := net.DialTimeout(network, to, patience)
 	if err != nil {
 		return err
 	}
@@ -122,7 +134,10 @@ func requestBlock(to string) error {
 	return nil
 }
 
-func datagramBlock(to string) error {
+func datagramBlock(network, to string) error {
+	if network == "unix" {
+		return nil
+	}
 	conn, err := net.Dial("udp", to)
 	if err != nil {
 		return err

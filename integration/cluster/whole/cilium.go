@@ -31,6 +31,8 @@ type Cilium struct {
 	VXLAN bool
 	// CNIExclusive: Cilium removes from the CNI configuration what is not its own, as is the default of its Helm chart.
 	CNIExclusive bool
+	// LocalRedirectPolicy: Cilium serves objects of that kind.
+	LocalRedirectPolicy bool
 }
 
 // CiliumAgent is a component of nodes with Cilium.
@@ -55,6 +57,7 @@ func (n *Node) ciliumCommand() []string {
 	for flag, value := range map[string]bool{
 		"kube-proxy-replacement": c.KubeProxyReplacement, "enable-bpf-masquerade": c.BPFMasquerade,
 		"enable-host-legacy-routing": c.LegacyHostRouting, "enable-endpoint-routes": c.EndpointRoutes, "cni-exclusive": c.CNIExclusive,
+		"enable-local-redirect-policy": c.LocalRedirectPolicy,
 	} {
 		command = append(command, fmt.Sprintf("--%s=%t", flag, value))
 	}

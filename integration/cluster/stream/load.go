@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+)
+
+// load sends messages on one stream, and opens another when it ends. It prints what became of each as `echo load --lines` does.
+func load(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("load", flag.ContinueOnError)
+	during := flags.Duration("for", 10*time.Second, "how long")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	client := lab.Client{Kind: kind}
+	target := "unix://" + flags.Arg(0)
+	if !strings.HasPrefix(flags.Arg(0), "/") {
+		to, err := netip.ParseAddrPort(flags.Arg(0))
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, usage)
+		}
+		client.To, target = to, "passthrough:///"+to.String()
+	}
+	// gRPC waits for a second before it connects again to a server that has refused, and longer each time. Here it does not, so that
+	// what is measured is the network and not that.
+	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{
+		Backoff: backoff.Config{BaseDelay: pace.Interval, Multiplier: 1, MaxDelay: pace.Interval}, MinConnectTimeout: time.Second,
+	}))
+	if err != nil {
+		return err
+	}
+	s := &stream{conn: conn}
+	probe := lab.StartAsking(s.ask, pace.Interval)
+	select {
+	case <-ctx.Done():
+	case <-time.After(*during):
+	}
+	outcomes := probe.Stop()
+	return errors.Join(lab.WriteRequests(json.NewEncoder(os.Stdout), client, outcomes), conn.Close())
+}
+
+// pace is that of a keep-alive client.
+var pace = lab.Loads[lab.KeepAlive] //nolint:gochecknoglobals // a constant
+
+// stream is a client with one stream.
+type stream struct {
+	conn    *grpc.ClientConn
+	cancel  context.CancelFunc // nil: there is no stream
+	open    grpc.ClientStream
+	answers chan received // closed after the end of the stream
+}
+
+type received struct {
+	text string
+	err  error
+}
+
+// ask sends a message and waits for its answer. A stream that has ended meanwhile is opened anew before; one that does not
+// answer in time is given up.
+func (s *stream) ask(ctx context.Context) (lab.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, pace.Timeout)
+	defer cancel()
+	if s.cancel != nil {
+		select {
+		case <-s.answers:
+			s.close()
+		default:
+		}
+	}
+	if s.cancel == nil {
+		if err := s.connect(); err != nil {
+			return lab.Answer{}, err
+		}
+	}
+	if err := s.open.SendMsg(&message{Value: "echo"}); err != nil {
+		s.close()
+		return lab.Answer{}, err
+	}
+	select {
+	case answer := <-s.answers:
+		if answer.err != nil {
+			s.close()
+			return lab.Answer{}, answer.err
+		}
+		server, address, _ := strings.Cut(answer.text, " ")
+		from, err := netip.ParseAddrPort(address)
+		return lab.Answer{Server: server, Client: from}, err
+	case <-ctx.Done():
+		s.close()
+		return lab.Answer{}, context.Cause(ctx)
+	}
+}
+
+func (s *stream) connect() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	open, err := s.conn.NewStream(ctx, &call, "/"+service+"/"+method)
+	if err != nil {
+		cancel()
+		return err
+	}
+	answers := make(chan received, 1)
+	s.open, s.answers, s.cancel = open, answers, cancel
+	go func() {
+		defer close(answers)
+		for {
+			answer := new(message)
+			err := open.RecvMsg(answer)
+			select {
+			case answers <- received{answer.Value, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+func (s *stream) close() {
+	s.cancel()
+	s.cancel = nil
+}
