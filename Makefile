@@ -68,9 +68,14 @@ e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cili
 	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
 
 .PHONY: compare
-compare: build e2e-binaries e2e-image ## what an update costs clients by a magic IP and by a Service, on a whole cluster (needs root; 12 minutes)
-	integration/prerequisites nft conntrack ip nsenter
+compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 40 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
+	integration/prerequisites nft iptables conntrack ip nsenter ipset
 	go run ./integration/cluster/compare $(COMPARE)
+	$(MAKE) report
+
+.PHONY: report
+report: ## the report and the charts of docs/benchmarks, from the data that are there
+	go run -C integration/plots .
 
 .PHONY: cluster
 cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
@@ -122,6 +127,8 @@ lint: ## golangci-lint with .golangci.yml, and actionlint
 	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	go test -count=1 -v -run '^TestHouse$$' ./integration
 	cd integration/conflist && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	cd integration/plots && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	cd integration/cluster/stream && ../../../bin/golangci-lint run --config ../../../.golangci.yml ./...
 	go build -C tools -modfile=actionlint.mod -o ../bin/actionlint github.com/rhysd/actionlint/cmd/actionlint
 	bin/actionlint
 
@@ -143,6 +150,6 @@ docs: build tools ## write what comes from programs in the documents: keys, comm
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C tools mod tidy -modfile=actionlint.mod && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
+	go mod tidy && go -C tools mod tidy && go -C tools mod tidy -modfile=actionlint.mod && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/cluster/stream mod tidy && go -C integration/plots mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning

@@ -158,11 +158,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 		return m, "", err
 	}
 	sleep(ctx, warmUp) // for what the last one has left to do
-	// Half-open flows to pods of earlier runs stay for two minutes behind kube-proxy, and take connections that use their
-	// ports again: each run begins without. The command fails where there are none.
-	for _, address := range []string{localAddress, sameNodeAddress, pollerAddress} {
-		_, _ = n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
-	}
+	forgetFlows(ctx, n)
 	rules, err := watchRules(n)
 	if err != nil {
 		return m, "", err
@@ -232,6 +228,14 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	echo := m.lives[lab.NewConnection]
 	m.ruled = echo[len(echo)-1].started.Sub(ruledAt)
 	return m, fresh, err
+}
+
+// forgetFlows: half-open flows to pods of earlier runs, or to none, stay for two minutes behind kube-proxy and the poller, and take
+// connections that use their ports again. Each run begins without. The command fails where there are none.
+func forgetFlows(ctx context.Context, n *whole.Node) {
+	for _, address := range []string{localAddress, sameNodeAddress, pollerAddress} {
+		_, _ = n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
+	}
 }
 
 // replaces reports whether the update brings a pod of another name.
