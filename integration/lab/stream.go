@@ -18,11 +18,11 @@ func DialUnconnected(ctx context.Context, _, address string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	network, any := "udp4", "0.0.0.0:0"
+	network, local := "udp4", "0.0.0.0:0"
 	if to.Addr().Is6() {
-		network, any = "udp6", "[::]:0"
+		network, local = "udp6", "[::]:0"
 	}
-	socket, err := new(net.ListenConfig).ListenPacket(ctx, network, any)
+	socket, err := new(net.ListenConfig).ListenPacket(ctx, network, local)
 	if err != nil {
 		return nil, err
 	}

@@ -93,24 +93,17 @@ func (c casePart) alone(d data) series {
 func charts(d data) (all []chart) {
 	gap, excess := of("gap_ms"), of("excess_ms")
 	for _, c := range cases(d) {
-		suffix := ""
-		switch c.part {
-		case "cilium-b":
-			suffix = ", Cilium with BPF host routing"
-		case "cilium-ble":
-			suffix = ", Cilium with legacy host routing and endpoint routes"
-		}
 		name := fileName(c)
-		gaps := c.bench(d, name+"-gap.svg", "Longest time without an answer: "+c.name+suffix, "ms", gap)
+		gaps := c.bench(d, name+"-gap.svg", "Longest time without an answer: "+c.title(), "ms", gap)
 		if slices.Contains([]string{"rolling", "force", "api", "down", "load", "cilium-b", "cilium-ble"}, c.part) && c.name != "first pod" {
 			gaps.series = append([]series{c.alone(d)}, gaps.series...)
 		}
 		all = append(all, gaps)
 		if c.part == "rolling" || c.name == "rolling update" {
-			delays := c.bench(d, name+"-excess.svg", "New process listens until its first answer: "+c.name+suffix, "ms, logarithmic", excess)
+			delays := c.bench(d, name+"-excess.svg", "New process listens until its first answer: "+c.title(), "ms, logarithmic", excess)
 			delays.logarithmic, delays.floor = true, 0.1
 			cdf := chart{
-				file: name + "-cdf.svg", title: "New process listens until its first answer, all clients: " + c.name + suffix, axis: "ms, logarithmic",
+				file: name + "-cdf.svg", title: "New process listens until its first answer, all clients: " + c.name, axis: "ms, logarithmic",
 				curves: map[string][]float64{}, floor: 0.1,
 			}
 			for _, peer := range distinct(c.runs(d), "peer") {
@@ -143,7 +136,7 @@ func paths(d data, part string) chart {
 	if part == "path" {
 		c.file = "path.svg"
 	} else {
-		c.title += ", " + part
+		c.title += " (" + settingName(part) + ")"
 	}
 	for _, peer := range distinct(where(d.path, line{"part": part}), "peer") {
 		s := series{peer: peer}

@@ -20,7 +20,7 @@ func report(out io.Writer, d data) {
 	}
 	taken(out, d)
 	absences(out, d)
-	paths2(out, d)
+	dataPaths(out, d)
 	atRest(out, d)
 }
 
@@ -181,12 +181,14 @@ func verdicts(out io.Writer, d data) {
 
 func (c casePart) surge() bool { return strings.HasPrefix(c.name, "maxSurge") }
 
+// settingName is what people call a part with a setting of Cilium; empty for others.
+func settingName(part string) string {
+	return map[string]string{"cilium-b": "Cilium, BPF host routing", "cilium-ble": "Cilium, legacy host routing, endpoint routes"}[part]
+}
+
 func (c casePart) title() string {
-	switch c.part {
-	case "cilium-b":
-		return c.name + " (Cilium, BPF host routing)"
-	case "cilium-ble":
-		return c.name + " (Cilium, legacy host routing, endpoint routes)"
+	if setting := settingName(c.part); setting != "" {
+		return c.name + " (" + setting + ")"
 	}
 	return c.name
 }
@@ -325,8 +327,8 @@ func absences(out io.Writer, d data) {
 	fmt.Fprint(out, "## No pod on this node, one on another\n\n| peer | client | requests a second | refused | time until refused, p50 / p99, ms | answered by another node | timed out |\n|---|---|---|---|---|---|---|\n")
 	for _, l := range d.absent {
 		where := ""
-		if l["part"] != "absent" {
-			where = " (" + l["part"] + ")"
+		if setting := settingName(l["part"]); setting != "" {
+			where = " (" + setting + ")"
 		}
 		took := "–"
 		if l["refused"] != "0" {
@@ -338,12 +340,11 @@ func absences(out io.Writer, d data) {
 	fmt.Fprint(out, "\nOf datagrams as many are refused as the kernel lets ICMP errors go. Requests that still waited at the end count as timed out.\n\n")
 }
 
-func paths2(out io.Writer, d data) {
+func dataPaths(out io.Writer, d data) {
 	for _, part := range distinct(d.path, "part") {
 		name, file := "Data path", "path.svg"
 		if part != "path" {
-			name, file = "Data path on "+strings.TrimPrefix(part, "c"), "path-"+part+".svg"
-			name = "Data path (" + part + ")"
+			name, file = "Data path ("+settingName(part)+")", "path-"+part+".svg"
 		}
 		lines := where(d.path, line{"part": part})
 		fmt.Fprintf(out, "## %s\n\nMedians of %s rounds, of blocks in random order beside each other, on %d nodes: 20 connections, 100 requests on one connection, 100 datagrams on one socket, in µs each, and as a multiple of the pod's own address.\n\n![%s](%s)\n\n| | connection | request | datagram |\n|---|---|---|---|\n",

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -118,11 +117,11 @@ func updates() []update {
 		{part: "surge", name: "maxSurge 1, stops at once", target: surge, replace: rollingUpdate, runs: 20, none: true},
 		{part: "surge-slow", name: "maxSurge 1, stops at once, answers take 30 ms", target: slow, replace: rollingUpdate, runs: 20, none: true},
 		{part: "surge-drain", name: "maxSurge 1, drains 1.5 s", target: drain, replace: rollingUpdate, runs: 20, none: true},
-		{part: "force", name: "force delete", target: alone, replace: forceDelete, runs: 10},
-		{part: "first", name: "first pod", first: true, replace: firstPod, runs: 10},
-		{part: "down", name: "rolling update, agent and kube-proxy down", target: alone, broken: componentsDown, replace: rollingUpdate, runs: 6},
-		{part: "api", name: "new sandbox, API server down", target: alone, broken: apiDown, replace: killSandbox, anew: true, runs: 6},
-		{part: "load", name: "rolling update, node under load", target: alone, broken: underLoad, replace: rollingUpdate, runs: 6},
+		{part: "force", name: "force delete", target: alone, replace: forceDelete, runs: 6},
+		{part: "first", name: "first pod", first: true, replace: firstPod, runs: 6},
+		{part: "down", name: "rolling update, agent and kube-proxy down", target: alone, broken: componentsDown, replace: rollingUpdate, runs: 4},
+		{part: "api", name: "new sandbox, API server down", target: alone, broken: apiDown, replace: killSandbox, anew: true, runs: 4},
+		{part: "load", name: "rolling update, node under load", target: alone, broken: underLoad, replace: rollingUpdate, runs: 4},
 	}
 }
 
@@ -146,7 +145,7 @@ type measured struct {
 }
 
 const (
-	warmUp = time.Second
+	warmUp = 500 * time.Millisecond
 	// afterwards is for how long the clients go on: longer than kube-proxy takes.
 	afterwards = 5 * time.Second
 )
@@ -154,22 +153,16 @@ const (
 // run measures one replacement of what place has placed; or of nothing, where the update is the first pod.
 func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m measured, fresh string, err error) {
 	m = measured{update: u, node: n, costs: map[peer]map[lab.Kind]cost{}, alone: map[lab.Kind]time.Duration{}}
+	forgetFlows(ctx, n)
 	if err := w.answered(ctx, n, u, pod); err != nil {
 		return m, "", err
 	}
-	sleep(ctx, warmUp) // for what the last one has left to do
-	forgetFlows(ctx, n)
 	rules, err := watchRules(n)
 	if err != nil {
 		return m, "", err
 	}
 	defer rules.close()
-	of := map[peer][]lab.Kind{}
-	for _, p := range w.peers {
-		if kinds := p.kindsOf(w.kinds, u.target.surge); len(kinds) > 0 {
-			of[p] = kinds
-		}
-	}
+	of := w.kindsBy(u.target.surge)
 	loads, err := w.startLoads(ctx, n, of)
 	if err != nil {
 		return m, "", err
@@ -244,7 +237,7 @@ func (u update) replaces() bool { return u.part != "api" }
 // afterwards is how long the clients go on after an update.
 func (w *world) afterwards() time.Duration {
 	if slices.Contains(w.peers, poller) {
-		return pollEvery + time.Second
+		return pollEvery + 500*time.Millisecond
 	}
 	return afterwards
 }
@@ -288,46 +281,51 @@ func (w *world) replace(ctx context.Context, n *whole.Node, u update, pod string
 	return mended, mend()
 }
 
-// answered waits until all peers lead to this pod, and to no other: a Service may have an endpoint for a while that is
-// gone, and take it every other time. With an empty name it waits for nothing.
+// answered waits until clients of all peers are answered by this pod, and by no other: a Service may have an endpoint for a while that
+// is gone, and take it every other time. With an empty name it waits for nothing.
 func (w *world) answered(ctx context.Context, n *whole.Node, u update, pod string) error {
 	if pod == "" {
 		return nil
 	}
-	namespace, err := w.clientNetNS(ctx, n)
-	if err != nil {
-		return err
-	}
+	of := w.kindsBy(u.target.surge)
 	ctx, cancel := lab.Patience(ctx, time.Minute)
 	defer cancel()
-	for _, p := range w.peers {
-		if p == unixSocket {
-			continue // its path is the server's own
+	return lab.Eventually(ctx, func() error {
+		loads, err := w.startLoads(ctx, n, of)
+		if err != nil {
+			return err
 		}
-		for _, kind := range p.kindsOf([]lab.Kind{lab.NewConnection, lab.UDP}, u.target.surge) {
-			to, err := netip.ParseAddrPort(p.address(n, kind))
-			if err != nil {
-				return err
-			}
-			client := lab.Client{Kind: kind, From: namespace, To: to, Timeout: lab.Loads[kind].Timeout}
-			err = lab.Eventually(ctx, func() error {
-				for range 10 {
-					answer, err := n.Lab().Ask(ctx, client)
-					if err != nil {
-						return err
-					}
-					if !strings.HasPrefix(answer.Server, pod+".") {
-						return fmt.Errorf("answered by %s, not by %s", answer.Server, pod)
+		sleep(ctx, warmUp)
+		outcomes, _, err := loads.stop(ctx)
+		if err != nil {
+			return err
+		}
+		for p, kinds := range of {
+			for _, kind := range kinds {
+				o := outcomes[p][kind]
+				for _, last := range o[max(0, len(o)-10):] {
+					if last.Err != nil || !strings.HasPrefix(last.Server, pod+".") {
+						return fmt.Errorf("%s by %s: answered by %q, not by %s: %w", kind, p, last.Server, pod, last.Err)
 					}
 				}
-				return nil
-			})
-			if err != nil {
-				return fmt.Errorf("%s by %s: %w", kind, p, err)
+				if len(o) == 0 {
+					return fmt.Errorf("%s by %s: nothing was sent", kind, p)
+				}
 			}
 		}
+		return nil
+	})
+}
+
+// kindsBy are the kinds of client that each peer has in an update.
+func (w *world) kindsBy(surge bool) map[peer][]lab.Kind {
+	of := map[peer][]lab.Kind{}
+	for _, p := range w.peers {
+		if kinds := p.kindsOf(w.kinds, surge); len(kinds) > 0 {
+			of[p] = kinds
+		}
 	}
-	return nil
+	return of
 }
 
 // runs measures an update on a node as often as that.

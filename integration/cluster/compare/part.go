@@ -134,7 +134,7 @@ func (w *world) onCilium(ctx context.Context, name string, s scale) (all results
 }
 
 // ciliumRuns is how often each update is measured with a setting of Cilium.
-const ciliumRuns = 5
+const ciliumRuns = 4
 
 // partNames are those of all parts, for people.
 func partNames() string {
