@@ -42,6 +42,8 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc curl python3 ipset
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	go test -race -count=1 $$(go list ./... | grep -v /integration$$)
+	go test -C integration/plots -count=1 ./...
+	go test -C integration/cluster/stream -race -count=1 ./...
 	go test -C integration/conflist -count=1 ./... # with -race, go-cni swaps its locks for a detector that reports deadlocks where there are none
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3 -timeout 40m
 	integration/fuzz $(FUZZTIME)

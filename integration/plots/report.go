@@ -324,7 +324,7 @@ func absences(out io.Writer, d data) {
 	if len(d.absent) == 0 {
 		return
 	}
-	fmt.Fprint(out, "## No pod on this node, one on another\n\n| peer | client | requests a second | refused | time until refused, p50 / p99, ms | answered by another node | timed out |\n|---|---|---|---|---|---|---|\n")
+	fmt.Fprint(out, "## No pod on this node, one on another\n\n| peer | client | requests a second | refused | time until refused, p50 / p99, ms | answered by another node | no route | timed out |\n|---|---|---|---|---|---|---|---|\n")
 	for _, l := range d.absent {
 		where := ""
 		if setting := settingName(l["part"]); setting != "" {
@@ -335,9 +335,10 @@ func absences(out io.Writer, d data) {
 			took = figure(l.number("p50_ms")) + " / " + figure(l.number("p99_ms"))
 		}
 		rest := l.number("sent") - l.number("refused") - l.number("answered") - l.number("other")
-		fmt.Fprintf(out, "| %s%s | %s, %s | %s | %s of %s | %s | %s | %s |\n", l["peer"], where, l["client"], l["node"], figure(l.number("per_second")), l["refused"], l["sent"], took, l["answered"], figure(rest))
+		fmt.Fprintf(out, "| %s%s | %s, %s | %s | %s of %s | %s | %s | %s | %s |\n", l["peer"], where, l["client"], l["node"], figure(l.number("per_second")), l["refused"], l["sent"], took, l["answered"], l["other"], figure(rest))
 	}
-	fmt.Fprint(out, "\nOf datagrams as many are refused as the kernel lets ICMP errors go. Requests that still waited at the end count as timed out.\n\n")
+	fmt.Fprint(out, "\nOf datagrams as many are refused as the kernel lets ICMP errors go. Requests that still waited at the end count as timed out. *No route*: connect fails at once
+with that error (or another one that is no refusal).\n\n")
 }
 
 func dataPaths(out io.Writer, d data) {

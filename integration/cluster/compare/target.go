@@ -51,9 +51,10 @@ func (t target) daemonSet(n *whole.Node) *appsv1.DaemonSet {
 		Containers: []corev1.Container{
 			{
 				Name: "echo", Image: whole.ImageEcho, Args: append(args(journalDir, port), "--instance"),
-				Ports: []corev1.ContainerPort{{ContainerPort: port, Protocol: corev1.ProtocolTCP}, {ContainerPort: port, Protocol: corev1.ProtocolUDP}},
+				// Cilium's policy finds them by their names.
+				Ports: []corev1.ContainerPort{{Name: "tcp", ContainerPort: port, Protocol: corev1.ProtocolTCP}, {Name: "udp", ContainerPort: port, Protocol: corev1.ProtocolUDP}},
 			},
-			{Name: "stream", Image: imageStream, Args: args(streamJournalDir, streamPort), Ports: []corev1.ContainerPort{{ContainerPort: streamPort}}},
+			{Name: "stream", Image: imageStream, Args: args(streamJournalDir, streamPort), Ports: []corev1.ContainerPort{{Name: "grpc", ContainerPort: streamPort}}},
 		},
 	}
 	for _, directoryName := range []string{journalDir, streamJournalDir, socketDir} {
