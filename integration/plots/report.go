@@ -337,8 +337,7 @@ func absences(out io.Writer, d data) {
 		rest := l.number("sent") - l.number("refused") - l.number("answered") - l.number("other")
 		fmt.Fprintf(out, "| %s%s | %s, %s | %s | %s of %s | %s | %s | %s | %s |\n", l["peer"], where, l["client"], l["node"], figure(l.number("per_second")), l["refused"], l["sent"], took, l["answered"], l["other"], figure(rest))
 	}
-	fmt.Fprint(out, "\nOf datagrams as many are refused as the kernel lets ICMP errors go. Requests that still waited at the end count as timed out. *No route*: connect fails at once
-with that error (or another one that is no refusal).\n\n")
+	fmt.Fprint(out, "\nOf datagrams as many are refused as the kernel lets ICMP errors go. Requests that still waited at the end count as timed out. *No route*: connect fails at once with that error (or another one that is no refusal).\n\n")
 }
 
 func dataPaths(out io.Writer, d data) {
