@@ -62,7 +62,7 @@ longer, the machine has no time for anybody, and the run is marked. † is the w
 `
 
 func machines(out io.Writer, d data) {
-	fmt.Fprint(out, "| measured | on | nodes | load average before and after | runs |\n|---|---|---|---|---|\n")
+	fmt.Fprint(out, "| measured | on | nodes | load average before and after | parts |\n|---|---|---|---|---|\n")
 	type key struct{ date, machine, nodes string }
 	var order []key
 	names, loads := map[key][]string{}, map[key][]float64{}
@@ -110,7 +110,7 @@ func summary(out io.Writer, d data) {
 	}
 	fmt.Fprintf(out, " | the pod alone |\n|%s\n", strings.Repeat("---|", len(peers)+2))
 	for _, c := range shown {
-		fmt.Fprintf(out, "| %s (%d runs) |", c.name, c.count(d))
+		fmt.Fprintf(out, "| %s (%s) |", c.name, countOf(c.count(d)))
 		for _, p := range peers {
 			runs := where(c.runs(d), line{"peer": p})
 			has := where(runs, line{"lacks": ""})
@@ -159,7 +159,7 @@ func verdicts(out io.Writer, d data) {
 				fmt.Fprintf(out, "| %s | %s | %s | %s | %s |\n", c.title(), p, limit, measured, verdict)
 			}
 			worst := slices.Max(perRun(runs, lost))
-			row("0 lost", fmt.Sprintf("%s in the worst of %d runs", figure(worst), c.count(d)), worst == 0)
+			row("0 lost", fmt.Sprintf("%s in the worst of %s", figure(worst), countOf(c.count(d))), worst == 0)
 			if c.surge() || c.part == "api" {
 				continue
 			}
@@ -177,6 +177,13 @@ func verdicts(out io.Writer, d data) {
 		}
 	}
 	fmt.Fprintln(out)
+}
+
+func countOf(runs int) string {
+	if runs == 1 {
+		return "1 run"
+	}
+	return fmt.Sprintf("%d runs", runs)
 }
 
 func (c casePart) surge() bool { return strings.HasPrefix(c.name, "maxSurge") }
@@ -197,17 +204,17 @@ func (c casePart) title() string {
 func (c casePart) about() string {
 	switch {
 	case c.part == "down":
-		return "Agents, kube-proxy and the poller are stopped (SIGSTOP) a second before the update, and go on 3 s after the new process listens. Excess is from then on. " +
+		return " Agents, kube-proxy and the poller are stopped (SIGSTOP) a second before the update, and go on 3 s after the new process listens. Excess is from then on. " +
 			"portmap and sockets need no process of the node."
 	case c.part == "api":
-		return "The API server hangs (SIGSTOP). The first process of the pod's sandbox is killed; kubelet makes another sandbox with another address. The API server goes on 3 s after the " +
+		return " The API server hangs (SIGSTOP). The first process of the pod's sandbox is killed; kubelet makes another sandbox with another address. The API server goes on 3 s after the " +
 			"new process listens, and excess is from then on: 0 where the peer did not need the API."
 	case c.part == "load":
-		return "As many processes as there are cores take all the time that they get, at the same priority, until 3 s after the new process listens. Most of these runs are marked."
+		return " As many processes as there are cores take all the time that they get, at the same priority, until 3 s after the new process listens. Most of these runs are marked."
 	case c.name == "maxSurge 1, stops at once, answers take 30 ms":
-		return "The server takes 30 ms for each answer, so that the old one still owes some when its clients are moved, and when it stops."
+		return " The server takes 30 ms for each answer, so that the old one still owes some when its clients are moved, and when it stops."
 	case c.name == "first pod":
-		return "Nothing runs on the node before; gaps begin with the clients."
+		return " Nothing runs on the node before; gaps begin with the clients."
 	}
 	return ""
 }
@@ -223,7 +230,7 @@ func section(out io.Writer, d data, c casePart) {
 	}) {
 		marked += math.Min(m, 1)
 	}
-	fmt.Fprintf(out, "## %s\n\n%d runs, %s of them marked. %s\n\n", upper(c.title()), c.count(d), figure(marked), c.about())
+	fmt.Fprintf(out, "## %s\n\n%s, marked: %s.%s\n\n", upper(c.title()), upper(countOf(c.count(d))), figure(marked), c.about())
 	fmt.Fprintf(out, "![%s: the longest time without an answer](%s-gap.svg)\n\n", c.title(), fileName(c))
 	fmt.Fprintf(out, "| | | %s |\n|---|---|%s\n", strings.Join(shortClients(), " | "), strings.Repeat("---|", len(clientNames())))
 	figures := []struct {

@@ -85,13 +85,15 @@ func (c *comparison) compare(ctx context.Context, chosen []part, missing bool) (
 			c.log("%s: %v; it is tried again", p.name, err)
 			err = errors.Join(c.leave(), c.part(ctx, p))
 		}
-		if err != nil {
-			failed = append(failed, fmt.Errorf("%s: %w", p.name, err), c.leave())
-		}
 		if ctx.Err() != nil {
-			break
+			return errors.Join(append(failed, context.Cause(ctx))...)
 		}
-		c.log("%s took %v", p.name, time.Since(began).Round(time.Second))
+		if err != nil {
+			c.log("%s: failed: %v", p.name, err)
+			failed = append(failed, fmt.Errorf("%s: %w", p.name, err), c.leave())
+			continue
+		}
+		c.log("%s is measured, after %v", p.name, time.Since(began).Round(time.Second))
 	}
 	return errors.Join(failed...)
 }
