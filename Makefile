@@ -135,9 +135,9 @@ lint: ## golangci-lint with .golangci.yml, and actionlint
 	bin/actionlint
 
 .PHONY: mutate
-mutate: ## change the pure rooms line by line, and see that a unit test fails each time (MUTATE=, slow)
+mutate: ## change the operators of some packages one by one, and see that a test fails each time (MUTATE=; an hour or more)
 	go build -C tools -o ../bin/gremlins github.com/go-gremlins/gremlins/cmd/gremlins
-	for room in $(MUTATE); do go clean -testcache && bin/gremlins unleash --workers 1 --timeout-coefficient 30 --output-statuses lctr ./$$room; done
+	integration/mutate/rooms $(MUTATE)
 
 .PHONY: bench
 bench: build tools ## measure the plugin, the agent and the data path (needs root; 4 minutes)
