@@ -8,8 +8,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
-// diff is what leads from the table of one plan to that of another, where only data differ: elements, and the chains that
-// spread a frontend over its endpoints.
+// diff is what leads from the table of one plan to that of another: elements, and the few chains that depend on the plan.
 type diff struct {
 	sets   []setChange
 	chains []chain // new, or with other rules
@@ -24,13 +23,8 @@ type setChange struct {
 
 func (d diff) empty() bool { return len(d.sets)+len(d.chains)+len(d.gone) == 0 }
 
-// sameChains reports whether two plans have the same chains, but for spreadChains.
-func sameChains(p, q *plan.Plan, family plan.Family) bool {
-	return slices.EqualFunc(chains(p, family), chains(q, family), chain.equal)
-}
-
-// changes are those from one plan to another with the same chains. What makes the same elements in both is left
-// out: there may be thousands of rules, and one pod.
+// changes are those from one plan to another. What makes the same elements in both is left out: there may be thousands of
+// rules, and one pod.
 func changes(before, after *plan.Plan, family plan.Family) (d diff) {
 	was, now := *before, *after
 	if slices.Equal(before.HostAddresses, after.HostAddresses) { // they decide about hairpins
@@ -47,7 +41,8 @@ func changes(before, after *plan.Plan, family plan.Family) (d diff) {
 			d.sets = append(d.sets, change)
 		}
 	}
-	oldChains, newChains := spreadChains(was.Rules, family), spreadChains(now.Rules, family)
+	oldChains := append(chains(before, family), spreadChains(was.Rules, family)...)
+	newChains := append(chains(after, family), spreadChains(now.Rules, family)...)
 	named := func(chains []chain, name string) int {
 		return slices.IndexFunc(chains, func(c chain) bool { return c.name == name })
 	}

@@ -37,10 +37,14 @@ func TestElementsWithoutNFT(t *testing.T) {
 			HostAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.3"), netip.MustParseAddr("fd00::3")},
 			Sandboxes:     []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")},
 		}
-		for _, ip := range []struct{ magic, other, endpoint, another string }{
-			{"169.254.210.210", "169.254.210.211", "10.0.0.2:8080", "10.0.0.3:8081"},
-			{"fd00:a::1", "fd00:a::2", "[fd00::2]:8080", "[fd00::3]:8081"},
+		for _, ip := range []struct{ first, magic, other, last, endpoint, another string }{
+			{"169.254.210.200", "169.254.210.210", "169.254.210.211", "169.254.210.212", "10.0.0.2:8080", "10.0.0.3:8081"},
+			{"fd00:a::", "fd00:a::1", "fd00:a::2", "fd00:a::9", "[fd00::2]:8080", "[fd00::3]:8081"},
 		} {
+			// The chains say which addresses the magic IPs are between.
+			for _, address := range []string{ip.first, ip.last} {
+				in.Services = append(in.Services, plan.Service{Frontend: frontend(address, plan.TCP, 80), HostClients: true, WithoutEndpoint: plan.Reject})
+			}
 			served := plan.Service{Frontend: frontend(ip.magic, plan.TCP, 80), HostClients: true, ExcludeTarget: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort(ip.endpoint)}}
 			held := plan.Service{Frontend: frontend(ip.magic, plan.UDP, 65535), HostClients: false, WithoutEndpoint: plan.Hold}
 			if second {
@@ -52,7 +56,7 @@ func TestElementsWithoutNFT(t *testing.T) {
 		}
 		if second {
 			in.PodInterfaces = []string{"fifteen-letters", "cni0"}
-			in.Uplinks, in.UnservedPairs = []string{"wan0"}, nil
+			in.UnservedPairs = nil
 			in.Bridges[0].Name = "docker0"
 			in.Sandboxes = nil
 		}
@@ -169,17 +173,19 @@ func TestChanges(t *testing.T) {
 			if diff := cmp.Diff(want, got, cmp.AllowUnexported(set{})); diff != "" {
 				t.Fatalf("elements (-want +got):\n%s\nbefore: %+v\nafter:  %+v", diff, before, after)
 			}
-			chains := spreadChains(before.Rules, family)
+			gotChains := render(&before, family).chains
 			for _, c := range slices.Concat(d.chains, d.gone) {
-				spread++
-				chains = slices.DeleteFunc(chains, func(other chain) bool { return other.name == c.name })
+				if strings.HasPrefix(c.name, "spread-") {
+					spread++
+				}
+				gotChains = slices.DeleteFunc(gotChains, func(other chain) bool { return other.name == c.name })
 			}
-			chains = append(chains, d.chains...)
+			gotChains = append(gotChains, d.chains...)
 			byName := func(a, b chain) int { return strings.Compare(a.name, b.name) }
-			slices.SortFunc(chains, byName)
-			wantChains := spreadChains(after.Rules, family)
+			slices.SortFunc(gotChains, byName)
+			wantChains := render(&after, family).chains
 			slices.SortFunc(wantChains, byName)
-			if diff := cmp.Diff(wantChains, chains, cmp.AllowUnexported(chain{}), cmpopts.EquateEmpty()); diff != "" {
+			if diff := cmp.Diff(wantChains, gotChains, cmp.AllowUnexported(chain{}), cmpopts.EquateEmpty()); diff != "" {
 				t.Fatalf("chains (-want +got):\n%s\nbefore: %+v\nafter:  %+v", diff, before, after)
 			}
 		}

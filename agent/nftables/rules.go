@@ -2,7 +2,9 @@ package nftables
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"sigs.k8s.io/knftables"
@@ -53,6 +55,10 @@ const servedKinds = `{ "veth", "netkit" }`
 // postrouting chain. The same two chains are the guard that needs no endpoint: a translated packet whose endpoint's route is
 // gone follows the default route, with the agent dead too, and would leave the node. Its sender gets an answer at once where
 // that is possible (reject does not work in postrouting).
+//
+// What a packet costs. State and status of its connection are in memory that the packet has brought along, so they are compared
+// before any address is looked up: each packet of an established flow passes three of these chains, and the answers of a server
+// need no lookup at all. Rules that serve a setting that p does not have are not there.
 func chains(p *plan.Plan, family plan.Family) []chain {
 	ip := string(family)
 	const (
@@ -62,55 +68,85 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
 		notByName   = "iifname != @pod-interfaces jump unknown-links"
 	)
+	var (
+		addresses     = addressesOf(p, family, func(plan.Rule) bool { return true })
+		hostAddresses = addressesOf(p, family, func(r plan.Rule) bool { return r.HostClients })
+		from          = among(ip+" saddr", addressesSet, addresses)
+		to            = among(ip+" daddr", addressesSet, addresses)
+		hostTo        = among(ip+" daddr", hostAddressesSet, hostAddresses)
+		first         = among("ct original "+ip+" daddr", addressesSet, addresses)
+		hostFirst     = among("ct original "+ip+" daddr", hostAddressesSet, hostAddresses)
+		inByUplink    = byLink("iifname", p.Uplinks)
+		outByUplink   = byLink("oifname", p.Uplinks)
+		excluded      = when(p.Exempts, ip+" saddr . "+frontendKey(ip)+" @excluded")
+		hostExcluded  = when(len(hostAddresses) > 0 && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return !r.HostClients && !r.Foreign() }), frontendKey(ip)+" @host-excluded")
+	)
 	all := []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
-			rules: []string{
+			rules: rules(
+				"ct state established goto ongoing",
 				// No flow begins at a magic IP: otherwise a host on the network could have conntrack take a client's packets for
-				// replies, which are not translated. An invalid packet would reach a client as if the service had sent it; those
-				// of the loopback are resets of our own for processes of this node.
-				"ct state new,related ct direction original " + ip + " saddr @addresses drop",
-				`ct state invalid,untracked iifname != "lo" ` + ip + " saddr @addresses drop",
-				// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
-				outOfWindow + " " + ip + " saddr @servers drop",
-				// Endpoints are on this node: an answer, or an ICMP error, that comes in by an uplink is forged.
-				translated + " ct direction reply iifname @uplinks jump answered-outside",
-				ip + " daddr @addresses goto from-network",
-			}},
+				// replies, which are not translated.
+				rule("ct state new,related ct direction original", from, "drop"),
+				// The ICMP errors among answers.
+				rule("ct state related", translated, "ct direction reply", inByUplink, "jump answered-outside"),
+				"ct state invalid,untracked jump irregular",
+				rule(to, "goto from-network"),
+			)},
 		{name: "filter-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeDNAT,
-			rules: []string{
-				ip + " daddr @host-addresses goto from-host",
-				outOfWindow + " " + ip + " saddr . tcp sport @host-endpoints drop",
-			}},
+			rules: rules(
+				rule(hostTo, "goto from-host"),
+				outOfWindow+" "+ip+" saddr . tcp sport @host-endpoints drop",
+			)},
 		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: ownDNAT,
-			rules: []string{ip + " daddr @addresses goto translate"}},
+			rules: rules(rule(to, "goto translate"))},
 		{name: "nat-output", kind: knftables.NATType, hook: knftables.OutputHook, priority: ownDNAT,
-			rules: []string{ip + " daddr @host-addresses goto translate-host"}},
+			rules: rules(rule(hostTo, "goto translate-host"))},
 		{name: "nat-postrouting", kind: knftables.NATType, hook: knftables.PostroutingHook, priority: ownSNAT,
-			rules: []string{translated + " ct original " + ip + " daddr @addresses goto masquerade-replies"}},
+			rules: rules(rule(translated, first, "goto masquerade-replies"))},
 		{name: "filter-forward", kind: knftables.FilterType, hook: knftables.ForwardHook, priority: beforeFilter,
-			rules: []string{
-				"ct original " + ip + " daddr @addresses goto forwarded",
-				"ct state invalid,untracked " + ip + " daddr @addresses goto untranslated",
-			}},
+			rules: rules(
+				translated+" goto forwarded",
+				rule(to, "goto untranslated"),
+			)},
 		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
-			rules: []string{
+			rules: rules(
 				"iif != 0 accept", // forwarded, so the forward chain has seen it
-				"ct original " + ip + " daddr @addresses goto sent",
-				"ct state invalid,untracked " + ip + " daddr @host-addresses goto sent-untranslated",
-				"ct state invalid,untracked oifname @uplinks " + ip + " saddr @addresses drop",
-			}},
+				// The reset of a packet that a pod has sent with a source outside.
+				rule("ct state related,invalid,untracked", outByUplink, from, "drop"),
+				translated+" goto sent-translated",
+				rule(hostTo, "goto sent-untranslated"),
+			)},
 
+		{name: "ongoing", comment: "packets of established flows", rules: rules(
+			translated+" ct direction reply goto answered",
+			rule(to, "goto from-network"),
+		)},
+		{name: "answered", comment: "answers of endpoints, of magic IPs and others", rules: rules(
+			// Endpoints are on this node: an answer that comes in by an uplink is forged.
+			rule(inByUplink, "goto answered-outside"),
+		)},
+		{name: "irregular", comment: "packets of no flow", rules: rules(
+			// It would reach a client as if the service had sent it; those of the loopback are resets of our own for processes of
+			// this node.
+			rule(`iifname != "lo"`, from, "drop"),
+			// The client would get it untranslated and reset the server's connection (kubernetes/kubernetes 74839).
+			outOfWindow+" "+ip+" saddr @servers drop",
+		)},
 		{name: "from-network", comment: "packets that come in by an interface", rules: []string{
 			translated + " iifname @pod-interfaces accept",
 			frontendKey(ip) + " vmap @services",
 			notByName,
 			"goto reject-new",
 		}},
-		{name: "answered-outside", comment: "no answer of a magic IP comes from outside", rules: []string{
-			"ct original " + ip + " daddr @passing accept", // another tool may translate it
-			"ct original " + ip + " daddr @host-addresses drop",
-			"ct original " + ip + " daddr @addresses fib daddr type != local drop",
-		}},
+		{name: "answered-outside", comment: "no answer of a magic IP comes from outside", rules: rules(
+			rule(first, "goto forged"),
+		)},
+		{name: "forged", rules: rules(
+			"ct original "+ip+" daddr @passing accept", // another tool may translate it
+			rule(hostFirst, "drop"),
+			"fib daddr type != local drop",
+		)},
 		{name: "unknown-links", comment: "drops packets that do not come from pods", rules: []string{
 			"iifname @unserved-pairs drop",
 			"meta iifkind " + servedKinds + " return",
@@ -122,12 +158,12 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			frontendKey(ip) + " vmap @host-services",
 			"goto " + rejectChain,
 		}},
-		{name: "invalid-from-host", rules: []string{
-			frontendKey(ip) + " @passed accept",
-			frontendKey(ip) + " @host-excluded accept",
-			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+		{name: "invalid-from-host", rules: rules(
+			frontendKey(ip)+" @passed accept",
+			rule(hostExcluded, "accept"),
+			rule(excluded, "accept"),
 			"goto invalid",
-		}},
+		)},
 		{name: "invalid", comment: "a live flow goes on without the segment"},
 		{name: "reject-new", rules: []string{
 			translated + " accept",
@@ -148,25 +184,26 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"goto " + rejectChain,
 		}},
 
-		{name: "translate", rules: []string{
-			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
-			"dnat " + ip + " addr . port to " + frontendKey(ip) + " map @endpoints",
-			frontendKey(ip) + " vmap @spread",
-		}},
-		{name: "translate-host", rules: []string{
-			frontendKey(ip) + " @host-excluded accept",
+		{name: "translate", rules: rules(
+			rule(excluded, "accept"),
+			"dnat "+ip+" addr . port to "+frontendKey(ip)+" map @endpoints",
+			frontendKey(ip)+" vmap @spread",
+		)},
+		{name: "translate-host", rules: rules(
+			rule(hostExcluded, "accept"),
 			"goto translate",
-		}},
-		{name: "masquerade-replies", comment: "replies that would bypass this node", rules: []string{
-			ip + " saddr . " + ip + " daddr @hairpins masquerade",
-			"iifname . oifname @unfiltered-bridges masquerade",
-		}},
+		)},
+		{name: "masquerade-replies", comment: "replies that would bypass this node", rules: rules(
+			ip+" saddr . "+ip+" daddr @hairpins masquerade",
+			when(slices.ContainsFunc(p.Bridges, func(b plan.Bridge) bool { return b.Unfiltered(family) }), "iifname . oifname @unfiltered-bridges masquerade"),
+			when(p.Detour.Masquerade(family), "fib saddr type != local masquerade"), // processes of this node get their replies anyway
+		)},
 
-		{name: "forwarded", comment: "no packet to a magic IP leaves the node", rules: []string{
-			translated + " oifname @uplinks goto leaving",
-			ip + " daddr @addresses goto untranslated",
-		}},
+		{name: "forwarded", comment: "no translated packet to a magic IP leaves the node", rules: rules(
+			rule(outByUplink, first, "goto leaving"),
+		)},
 		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
+			ip + " daddr @addresses goto untranslated",     // by another tool, to another magic IP
 			"ct original " + ip + " daddr @passing accept", // another tool may translate it
 			"ct direction reply drop",
 			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
@@ -174,41 +211,34 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			`meta iifkind "bridge" meta l4proto tcp ` + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
 			"goto " + rejectChain,
 		}},
-		{name: "untranslated", rules: []string{
-			frontendKey(ip) + " @passed accept",
-			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+		{name: "untranslated", rules: rules(
+			frontendKey(ip)+" @passed accept",
+			// A target's own packet comes in by the link that leads to it, not by that of another pod with the target's address.
+			rule(excluded, "fib saddr . iif oif missing drop"),
+			rule(excluded, "accept"),
 			"ct state invalid goto invalid",
-			"goto " + rejectChain,
-		}},
-		{name: "sent", comment: "no packet of the node to a magic IP leaves it", rules: []string{
-			// The reset of a packet that a pod has sent with a source outside.
-			ip + " saddr @addresses oifname @uplinks drop",
-			"ct original " + ip + " daddr != @host-addresses accept",
-			translated + " oifname @uplinks ct original " + ip + " daddr != @passing drop",
-			ip + " daddr @host-addresses goto sent-untranslated",
-		}},
-		{name: "sent-untranslated", rules: []string{
-			frontendKey(ip) + " @passed accept",
-			frontendKey(ip) + " @host-excluded accept",
-			ip + " saddr . " + frontendKey(ip) + " @excluded accept",
+			"goto "+rejectChain,
+		)},
+		{name: "sent-translated", comment: "no packet of the node to a magic IP leaves it", rules: rules(
+			rule(outByUplink, hostFirst, "ct original "+ip+" daddr != @passing drop"),
+		)},
+		{name: "sent-untranslated", rules: rules(
+			frontendKey(ip)+" @passed accept",
+			rule(hostExcluded, "accept"),
+			rule(excluded, "accept"),
 			"drop",
-		}},
+		)},
 	}
 	for i := range all {
 		c := &all[i]
 		switch {
 		case c.name == "unknown-links" && p.NamedOnly:
 			c.rules = []string{"drop"}
-		case c.name == "untranslated" && p.Exempts:
-			// A target's own packet comes in by the link that leads to it, not by that of another pod with the target's address.
-			c.rules = slices.Insert(c.rules, 1, ip+" saddr . "+frontendKey(ip)+" @excluded fib saddr . iif oif missing drop")
 		case c.name == "invalid" && p.StrictTCP:
 			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
 			c.rules = []string{"tcp flags & rst == 0 goto " + rejectChain, "drop"}
 		case c.name == "invalid":
 			c.rules = []string{"drop"}
-		case c.name == "masquerade-replies" && p.Detour.Masquerade(family):
-			c.rules = append(c.rules, "fib saddr type != local masquerade") // processes of this node get their replies anyway
 		}
 	}
 	for i, clients := range p.Clients {
@@ -217,6 +247,78 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		}
 	}
 	return all
+}
+
+// never is a match of no packet: a rule with it is not loaded.
+const never = ""
+
+// rule joins matches and what is done; it is never where one of the matches is.
+func rule(parts ...string) string {
+	if slices.Contains(parts, never) {
+		return never
+	}
+	return strings.Join(parts, " ")
+}
+
+func rules(all ...string) []string {
+	return slices.DeleteFunc(all, func(r string) bool { return r == never })
+}
+
+func when(wanted bool, rule string) string {
+	if wanted {
+		return rule
+	}
+	return never
+}
+
+// addressesOf are the magic IPs of a family of which a rule is wanted, in order.
+func addressesOf(p *plan.Plan, family plan.Family, wanted func(plan.Rule) bool) (addresses []netip.Addr) {
+	for _, r := range p.Rules { // in order
+		if plan.FamilyOf(r.Address) == family && !r.Foreign() && wanted(r) && (len(addresses) == 0 || addresses[len(addresses)-1] != r.Address) {
+			addresses = append(addresses, r.Address)
+		}
+	}
+	return addresses
+}
+
+// among matches packets of which a field is among addresses, the elements of a set. A packet with an address outside of their
+// common prefix costs no lookup.
+func among(field, set string, addresses []netip.Addr) string {
+	switch len(addresses) {
+	case 0:
+		return never
+	case 1:
+		return field + " " + addresses[0].String()
+	}
+	match := field + " @" + set
+	if prefix := commonPrefix(addresses[0], addresses[len(addresses)-1]); prefix.Bits() > 0 {
+		match = field + " " + prefix.String() + " " + match
+	}
+	return match
+}
+
+// commonPrefix is the longest prefix that contains all addresses from one to another.
+func commonPrefix(from, to netip.Addr) netip.Prefix {
+	for bits := from.BitLen(); ; bits-- {
+		if prefix := netip.PrefixFrom(from, bits).Masked(); bits == 0 || prefix.Contains(to) {
+			return prefix
+		}
+	}
+}
+
+// byLink matches packets by their link. Uplinks are few and hardly ever change.
+func byLink(field string, names []string) string {
+	quoted := make([]string, len(names))
+	for i, name := range names {
+		quoted[i] = strconv.Quote(name)
+	}
+	switch len(quoted) {
+	case 0:
+		return never
+	case 1:
+		return field + " " + quoted[0]
+	}
+	return field + " { " + strings.Join(quoted, ", ") + " }"
 }
 
 // frontendKey is the key of a packet's frontend; th dport is the destination port of any transport.

@@ -38,7 +38,7 @@ func concatPort(a netip.AddrPort) string {
 	return concat(a.Addr().String(), strconv.Itoa(int(a.Port())))
 }
 
-// sets are the data of the plan. A packet to any other address costs one lookup in each hook, however many magic IPs there are.
+// sets are the data of the plan. A packet to any other address costs at most one lookup in each hook, however many magic IPs there are.
 func sets(p *plan.Plan, family plan.Family) []set {
 	address := "ipv4_addr"
 	if family == plan.IPv6 {
@@ -53,7 +53,6 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	passing := newSet(passingSet, address, "", "the magic IPs of which a frontend passes")
 	interfaces := newSet("pod-interfaces", "ifname", "", "links of this node's pods")
 	unserved := newSet("unserved-pairs", "ifname", "", "links that are not served whatever their kind")
-	uplinks := newSet("uplinks", "ifname", "", "links by which no packet to a magic IP leaves")
 	services := newSet("services", frontend, "verdict", "actions for packets of pods")
 	hostServices := newSet("host-services", frontend, "verdict", "actions for packets of processes of this node")
 	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "destinations of new flows")
@@ -120,7 +119,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	for _, links := range []struct {
 		set   set
 		names []string
-	}{{interfaces, p.PodInterfaces}, {unserved, p.UnservedPairs}, {uplinks, p.Uplinks}} {
+	}{{interfaces, p.PodInterfaces}, {unserved, p.UnservedPairs}} {
 		for _, name := range links.names {
 			links.set.elements[name] = ""
 		}
@@ -137,7 +136,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
 	return []set{
-		addresses, hostAddresses, passing, interfaces, unserved, uplinks, services, hostServices, endpoints, spread, held, excluded,
+		addresses, hostAddresses, passing, interfaces, unserved, services, hostServices, endpoints, spread, held, excluded,
 		hostExcluded, passed, hairpins, bridges, servers, hostEndpoints,
 	}
 }

@@ -59,7 +59,7 @@ func (t *table) apply(ctx context.Context, p *plan.Plan) error {
 		if err := t.remove(ctx); err != nil {
 			return err
 		}
-	case t.known && t.plan != nil && sameChains(p, t.plan, t.family):
+	case t.known && t.plan != nil:
 		if d := changes(t.plan, p, t.family); !d.empty() {
 			err := t.change(ctx, d)
 			if externallyModified(err) {

@@ -74,6 +74,8 @@ func (d diff) write(tx *knftables.Transaction) {
 	for _, c := range d.chains {
 		tx.Add(c.object())
 		tx.Flush(c.object())
+	}
+	for _, c := range d.chains {
 		c.fill(tx)
 	}
 	for _, change := range d.sets {
