@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -157,6 +158,11 @@ const modelRecorded = "app,tier!=none"
 
 // The magic IPs that are probed without a pause: those of magic().
 const modelMagic4, modelMagic6 = "169.254.210.210", "fd00:a9fe:d2d2::210"
+
+var (
+	modelPrefix  = regexp.MustCompile(`map\[match:map\[left:map\[(payload:map\[field:[sd]addr protocol:ip6?\]|ct:map\[dir:original key:ip6? daddr\])\] op:== right:map\[prefix:map\[addr:\S+ len:\d+\]\]\]\] `)
+	modelAddress = regexp.MustCompile(`right:(@(host-)?addresses|` + modelMagic6 + `)`)
+)
 
 func newModel(t *testing.T, seed uint64) *model {
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), count: map[string]int{}}
@@ -577,10 +583,16 @@ func (m *model) kernel() (map[string]string, error) {
 	}
 	found := map[string]string{}
 	for chain, lines := range rules.fixed {
-		// It is there for as long as a magic IP has excludeTarget.
-		rules.fixed[chain] = slices.DeleteFunc(lines, func(line string) bool {
-			return strings.HasSuffix(chain, " untranslated") && strings.Contains(line, "map[fib:")
+		// They are there for as long as a magic IP has excludeTarget, or has not hostClients.
+		lines = slices.DeleteFunc(lines, func(line string) bool {
+			return strings.Contains(line, "right:@excluded") || strings.Contains(line, "right:@host-excluded")
 		})
+		for i, line := range lines {
+			// One address is compared; of several, the prefix that they have in common before the set.
+			line = modelPrefix.ReplaceAllString(line, "")
+			lines[i] = modelAddress.ReplaceAllString(line, "right:(an address)")
+		}
+		rules.fixed[chain] = lines
 	}
 	if m.fixed == nil {
 		m.fixed = rules.fixed

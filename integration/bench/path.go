@@ -16,6 +16,9 @@ import (
 // plainDNAT is an address with the least that any translation needs, to tell its price from that of our rules.
 const plainDNAT = "169.254.210.211"
 
+// plainLimit is of the ratio of the magic IP to the plain rule.
+const plainLimit = 1.01
+
 // traffic is one kind of traffic between a client and a server.
 type traffic struct {
 	what string
@@ -57,15 +60,18 @@ func measurePath(ctx context.Context, count rounds) (measured []table, err error
 	client := processors[0]
 	for i, server := range processors[:min(2, len(processors))] {
 		t := table{title: []string{"pod to pod, one processor", "pod to pod, two processors"}[i], unit: "µs", base: "own address"}
-		if t.rows, err = measureFrom(ctx, node, own, client, server, kinds, count.path); err != nil {
+		beside := table{title: t.title + ", beside a plain DNAT rule", unit: "µs", base: "plain DNAT"}
+		if t.rows, beside.rows, err = measureFrom(ctx, node, own, client, server, kinds, count.path); err != nil {
 			return nil, fmt.Errorf("%s: %w", t.title, err)
 		}
 		if client == server {
-			for i := range t.rows {
-				t.rows[i].target = target{}
+			for _, rows := range [][]row{t.rows, beside.rows} {
+				for i := range rows {
+					rows[i].target = target{}
+				}
 			}
 		}
-		measured = append(measured, t)
+		measured = append(measured, t, beside)
 	}
 	measured[len(measured)-1].notes = []string{
 		fmt.Sprintf("%d rounds of one block for each address, in a new random order; a block is %d connections, or %d exchanges on one socket; "+
@@ -82,29 +88,30 @@ func measurePath(ctx context.Context, count rounds) (measured []table, err error
 }
 
 // measureFrom measures with client and server on these processors.
-func measureFrom(ctx context.Context, node *lab.Node, own netip.AddrPort, client, server int, kinds []traffic, rounds int) (rows []row, err error) {
+func measureFrom(ctx context.Context, node *lab.Node, own netip.AddrPort, client, server int, kinds []traffic, rounds int) (rows, beside []row, err error) {
 	servers, err := startServers(node, "server", server)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer func() { err = errors.Join(err, servers.close()) }()
 	err = node.In("client", func() error {
 		return onProcessor(client, func() error {
 			for _, kind := range kinds {
-				measured, err := kind.measure(ctx, own, rounds)
+				measured, besidePlain, err := kind.measure(ctx, own, rounds)
 				if err != nil {
 					return fmt.Errorf("%s: %w", kind.what, err)
 				}
-				rows = append(rows, measured...)
+				rows, beside = append(rows, measured...), append(beside, besidePlain)
 			}
 			return nil
 		})
 	})
-	return rows, err
+	return rows, beside, err
 }
 
-// measure takes turns between the lanes. The first round is not counted: neighbours and caches are cold.
-func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) ([]row, error) {
+// measure takes turns between the lanes. The first round is not counted: neighbours and caches are cold. besidePlain is the magic IP
+// beside a plain DNAT rule.
+func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) (rows []row, besidePlain row, err error) {
 	lanes := []*lane{
 		{what: "own address", server: own},
 		{what: "plain DNAT", server: netip.AddrPortFrom(netip.MustParseAddr(plainDNAT), own.Port())},
@@ -114,7 +121,7 @@ func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) ([
 	for round := range rounds + 1 {
 		for _, i := range random.Perm(len(lanes)) {
 			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
+				return nil, row{}, context.Cause(ctx)
 			}
 			l := lanes[i]
 			if round == 1 {
@@ -122,7 +129,7 @@ func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) ([
 			}
 			before := len(l.took)
 			if err := t.block(l.server, t.size, &l.took); err != nil {
-				return nil, fmt.Errorf("%s: %w", l.what, err)
+				return nil, row{}, fmt.Errorf("%s: %w", l.what, err)
 			}
 			var block float64
 			for _, exchange := range l.took[before:] {
@@ -132,7 +139,6 @@ func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) ([
 		}
 	}
 
-	var rows []row
 	for i, l := range lanes {
 		r := row{what: t.what + ", " + l.what, values: l.took}
 		if i > 0 {
@@ -143,7 +149,9 @@ func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) ([
 		}
 		rows = append(rows, r)
 	}
-	return rows, nil
+	plain, ours := lanes[1], lanes[2]
+	besidePlain = row{what: t.what + ", magic IP", values: ours.took, ratios: ours.blocks.ratios(plain.blocks), target: target{ratioMedian, plainLimit}}
+	return rows, besidePlain, nil
 }
 
 // podsOnABridge attaches server and client, and waits until the magic IP leads to the server, whose own
