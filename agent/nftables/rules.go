@@ -88,8 +88,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 				// No flow begins at a magic IP: otherwise a host on the network could have conntrack take a client's packets for
 				// replies, which are not translated.
 				rule("ct state new,related ct direction original", from, "drop"),
-				// The ICMP errors among answers.
-				rule("ct state related", translated, "ct direction reply", inByUplink, "jump answered-outside"),
+				"ct state related "+translated+" ct direction reply jump answered",
 				"ct state invalid,untracked jump irregular",
 				rule(to, "goto from-network"),
 			)},
@@ -112,8 +111,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
 			rules: rules(
 				"iif != 0 accept", // forwarded, so the forward chain has seen it
-				// The reset of a packet that a pod has sent with a source outside.
-				rule("ct state related,invalid,untracked", outByUplink, from, "drop"),
+				"ct state related,invalid,untracked jump sent-irregular",
 				translated+" goto sent-translated",
 				rule(hostTo, "goto sent-untranslated"),
 			)},
@@ -123,7 +121,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(to, "goto from-network"),
 		)},
 		{name: "answered", comment: "answers of endpoints, of magic IPs and others", rules: rules(
-			// Endpoints are on this node: an answer that comes in by an uplink is forged.
+			// Endpoints are on this node: an answer, or an ICMP error among answers, that comes in by an uplink is forged.
 			rule(inByUplink, "goto answered-outside"),
 		)},
 		{name: "irregular", comment: "packets of no flow", rules: rules(
@@ -219,6 +217,10 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"ct state invalid goto invalid",
 			"goto "+rejectChain,
 		)},
+		{name: "sent-irregular", rules: rules(
+			// The reset of a packet that a pod has sent with a source outside.
+			rule(outByUplink, from, "drop"),
+		)},
 		{name: "sent-translated", comment: "no packet of the node to a magic IP leaves it", rules: rules(
 			rule(outByUplink, hostFirst, "ct original "+ip+" daddr != @passing drop"),
 		)},
@@ -284,13 +286,13 @@ func addressesOf(p *plan.Plan, family plan.Family, wanted func(plan.Rule) bool) 
 // among matches packets of which a field is among addresses, the elements of a set. A packet with an address outside of their
 // common prefix costs no lookup.
 func among(field, set string, addresses []netip.Addr) string {
+	match := field + " @" + set
 	switch len(addresses) {
 	case 0:
-		return never
+		return match
 	case 1:
 		return field + " " + addresses[0].String()
 	}
-	match := field + " @" + set
 	if prefix := commonPrefix(addresses[0], addresses[len(addresses)-1]); prefix.Bits() > 0 {
 		match = field + " " + prefix.String() + " " + match
 	}
