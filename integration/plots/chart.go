@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"image/color"
 	"math"
+	"slices"
 	"strings"
 
 	"gonum.org/v1/plot"
@@ -36,6 +37,11 @@ type bar struct{ median, low, high float64 }
 type series struct {
 	peer string
 	bars []bar
+}
+
+// empty reports whether a peer has no bar at all.
+func (s series) empty() bool {
+	return !slices.ContainsFunc(s.bars, func(b bar) bool { return !math.IsNaN(b.median) })
 }
 
 // chart is a drawing: bars in groups, or curves.
@@ -106,8 +112,9 @@ func (c chart) drawBars(p *plot.Plot) {
 	grid.Vertical.Color = nil
 	grid.Horizontal.Color = color.Gray{0xdd}
 	p.Add(grid)
-	for i, s := range c.series {
-		drawn := &bars{series: s, index: i, of: len(c.series)}
+	shown := slices.DeleteFunc(slices.Clone(c.series), series.empty)
+	for i, s := range shown {
+		drawn := &bars{series: s, index: i, of: len(shown)}
 		p.Add(drawn)
 		p.Legend.Add(s.peer, drawn)
 	}

@@ -15,7 +15,7 @@ const (
 	unixSocket    = "Unix socket (hostPath)"
 	poller        = "5 s poller (imitation)"
 	ciliumLRP     = "Cilium Local Redirect Policy"
-	ciliumService = "Cilium Service (internalTrafficPolicy: Local)"
+	ciliumService = "Cilium Service (Local)"
 	podAlone      = "the pod alone"
 	ownAddress    = "the pod's own address"
 )

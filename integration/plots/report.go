@@ -48,7 +48,7 @@ The peers:
 | hostPort (portmap) | the node's address (` + "`status.hostIP`" + `) and a port of the pod there, by the CNI plugin portmap |
 | Unix socket (hostPath) | a socket in a directory of the node. A new server takes its path over by a rename |
 | 5 s poller (imitation) | imitates kube-magic-ip-address 0.1: it lists pods by the API every 5 s and keeps one DNAT rule of iptables |
-| Cilium Local Redirect Policy, Cilium Service | on a node with Cilium |
+| Cilium Local Redirect Policy, Cilium Service (Local) | on a node with Cilium, kube-proxy replaced; the second is a Service with ` + "`" + `internalTrafficPolicy: Local` + "`" + ` |
 | the pod alone | for how long no process listened, by the servers' own journals: no network can do better |
 
 - **gap**: the longest time without an answer.

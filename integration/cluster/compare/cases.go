@@ -153,10 +153,10 @@ const (
 // run measures one replacement of what place has placed; or of nothing, where the update is the first pod.
 func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m measured, fresh string, err error) {
 	m = measured{update: u, node: n, costs: map[peer]map[lab.Kind]cost{}, alone: map[lab.Kind]time.Duration{}}
-	forgetFlows(ctx, n)
 	if err := w.answered(ctx, n, u, pod); err != nil {
 		return m, "", err
 	}
+	forgetFlows(ctx, n) // of those who asked too early
 	rules, err := watchRules(n)
 	if err != nil {
 		return m, "", err
@@ -287,6 +287,7 @@ func (w *world) answered(ctx context.Context, n *whole.Node, u update, pod strin
 	if pod == "" {
 		return nil
 	}
+	forgetFlows(ctx, n)
 	of := w.kindsBy(u.target.surge)
 	ctx, cancel := lab.Patience(ctx, time.Minute)
 	defer cancel()

@@ -22,10 +22,10 @@ func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[peer]l
 	if err != nil {
 		return nil, err
 	}
-	forgetFlows(ctx, n)
 	if err := w.answered(ctx, n, update{}, name); err != nil {
 		return nil, err
 	}
+	forgetFlows(ctx, n) // of those who asked too early
 	pods, err := w.podsOf(ctx, n)
 	if err != nil {
 		return nil, err

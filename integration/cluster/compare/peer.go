@@ -21,7 +21,7 @@ const (
 	unixSocket    peer = "Unix socket (hostPath)"
 	poller        peer = "5 s poller (imitation)"
 	ciliumLRP     peer = "Cilium Local Redirect Policy"
-	ciliumService peer = "Cilium Service (internalTrafficPolicy: Local)"
+	ciliumService peer = "Cilium Service (Local)"
 )
 
 // magic is that of the project's own.
