@@ -70,7 +70,7 @@ e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cili
 	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
 
 .PHONY: compare
-compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 40 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
+compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 35 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
 	integration/prerequisites nft iptables conntrack ip nsenter ipset
 	go run ./integration/cluster/compare $(COMPARE)
 	$(MAKE) report
