@@ -80,9 +80,14 @@ report: ## the report and the charts of docs/benchmarks, from the data that are 
 	go run -C integration/plots .
 
 .PHONY: cluster
-cluster: e2e-binaries ## a cluster of two nodes to try things on, until Ctrl-C (needs root)
+cluster: build e2e-binaries e2e-image ## a cluster of two nodes with targets, clients and the image, to try things on, until Ctrl-C (needs root)
 	integration/prerequisites nft ip nsenter
 	go run ./integration/cluster/up $(CLUSTER)
+
+.PHONY: transcripts
+transcripts: build e2e-binaries e2e-image ## docs/transcripts.md: a stranger's path in a fresh clone, and five breakages (needs root; 5 minutes)
+	integration/prerequisites nft ip nsenter pkill
+	go run ./integration/cluster/transcripts
 
 .PHONY: image
 image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=, PLATFORM=, GO_IMAGE=, DEBIAN_IMAGE=)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -24,6 +25,7 @@ import (
 const usage = `usage: echo pause
        echo serve [--tcp ADDRESS] [--udp ADDRESS] [--unix PATH] [--control ADDRESS] [--ready-after D] [--delay D] [--drain D] [--journal FILE] [--instance]
        echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT|PATH...   (KIND: new-connection, keep-alive, udp, udp-sendto)
+       echo ask [--timeout D] ADDRESS:PORT
        echo path [--rounds N] ADDRESS:PORT|PATH...`
 
 func main() { os.Exit(run(time.Now(), os.Args[1:])) }
@@ -43,6 +45,8 @@ func run(started time.Time, args []string) int {
 		err = serve(ctx, started, args[1:])
 	case "load":
 		err = load(ctx, args[1:])
+	case "ask":
+		err = ask(ctx, args[1:])
 	case "path":
 		err = path(ctx, args[1:])
 	default:
@@ -193,6 +197,35 @@ func parseTarget(target string) (lab.Client, lab.Dial, error) {
 		return client, nil, fmt.Errorf("%q is no target: %w\n%s", target, err, usage)
 	}
 	return client, dial, nil
+}
+
+// ask makes one request by HTTP, and prints who has answered.
+func ask(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("ask", flag.ContinueOnError)
+	timeout := flags.Duration("timeout", 3*time.Second, "how long it may take")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, *timeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+flags.Arg(0)+"/", http.NoBody)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	response, err := http.DefaultClient.Do(request)
+	took := time.Since(began).Round(100 * time.Microsecond)
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%s: the request timed out after %s", flags.Arg(0), *timeout)
+	case err != nil:
+		return fmt.Errorf("%w, after %s", err, took)
+	}
+	defer func() { _ = response.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(response.Body, 4096))
+	server, _, _ := strings.Cut(string(body), " ")
+	fmt.Printf("answered by %s after %s\n", server, took)
+	return err
 }
 
 // load asks all targets at once, and then prints what became of that.

@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -28,6 +29,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -278,6 +280,27 @@ func (c *Cluster) Command(ctx context.Context, program string, args ...string) *
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig, "HOME="+home,
 		"HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
 	return cmd
+}
+
+// WriteCommands makes a directory with programs that are kubectl and helm, as administrator, for as long as the cluster is up. kubectl's plugin
+// of this module is the one in bin/.
+func (c *Cluster) WriteCommands(dir string) error {
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o750)); err != nil {
+		return err
+	}
+	for _, program := range []string{"kubectl", "helm"} {
+		command := c.Command(context.Background(), program)
+		script := "#!/bin/sh\nPATH=" + quote.Shell(c.bin) + ":$PATH\n"
+		for _, variable := range command.Env[len(os.Environ()):] {
+			name, value, _ := strings.Cut(variable, "=")
+			script += "export " + name + "=" + quote.Shell(value) + "\n"
+		}
+		script += "exec " + quote.Shell(command.Args...) + ` "$@"` + "\n"
+		if err := os.WriteFile(filepath.Join(dir, program), []byte(script), 0o700); err != nil { //nolint:gosec // a program
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *Cluster) run(ctx context.Context, stdin []byte, program string, args []string) (string, error) {

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path"
 	"runtime"
@@ -16,6 +17,23 @@ const (
 	ImageEcho  = "localhost/echo:e2e"
 	imagePause = "localhost/pause:e2e"
 )
+
+// DaemonSet is the manifest of one whose pods run ImageEcho with these arguments (a list of YAML, without its brackets). Their labels are app and
+// daemon-set, both the name.
+func DaemonSet(name, namespace, args string) string {
+	return fmt.Sprintf(`---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: %[1]s, namespace: %[2]s}
+spec:
+  selector: {matchLabels: {app: %[1]s, daemon-set: %[1]s}}
+  template:
+    metadata: {labels: {app: %[1]s, daemon-set: %[1]s}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers: [{name: %[1]s, image: "%[3]s", imagePullPolicy: Never, args: [%[4]s]}]
+`, name, namespace, ImageEcho, args)
+}
 
 // Image is a container image of one layer.
 type Image struct {

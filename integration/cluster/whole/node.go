@@ -91,6 +91,14 @@ func (n *Node) LoadImage(ctx context.Context, archive []byte) error {
 	return nil
 }
 
+// TagImage gives an image of the node's runtime another name.
+func (n *Node) TagImage(ctx context.Context, name, as string) error {
+	if _, err := n.Exec(ctx, n.program("ctr"), "--namespace", "k8s.io", "images", "tag", "--force", name, as); err != nil {
+		return fmt.Errorf("%s: naming image %s: %w", n.Name, name, err)
+	}
+	return nil
+}
+
 // program is one of the node's runtime.
 func (n *Node) program(name string) string {
 	return filepath.Join(n.cluster.bin, string(n.options.Runtime), name)
