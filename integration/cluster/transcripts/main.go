@@ -230,7 +230,7 @@ func breakages() []breakage {
 			`kubectl -n kube-system patch ds 169-254-210-210-magic-ip-address --type=json -p '[{"op": "remove", "path": "/spec/template/spec/nodeSelector/disk"}]'`,
 			"kubectl -n kube-system rollout status ds/169-254-210-210-magic-ip-address",
 		}},
-		{"The target hangs", []string{`pkill --signal STOP --full "echo serve --tcp :8200"`}, "", []string{"kubectl -n kube-system delete pod -l app=apm-server", "kubectl -n kube-system rollout status ds/apm-server"}},
+		{"The target hangs", []string{`pkill --signal STOP --full "[e]cho serve --tcp :8200"`}, "", []string{"kubectl -n kube-system delete pod -l app=apm-server", "kubectl -n kube-system rollout status ds/apm-server"}},
 		{"Packets are held while there is no target", []string{
 			"helm upgrade 169-254-210-210 charts/magic-ip-address --namespace kube-system --reuse-values --set config.noEndpoint=hold --set config.holdFor=1h",
 			"sleep 10",
