@@ -210,33 +210,35 @@ type breakage struct {
 	check string
 	// cures is what that row and doctor say, as commands.
 	cures []string
+	// after is typed on node1 at the end, and not shown.
+	after string
 }
 
 func breakages() []breakage {
 	const gone = `kubectl -n kube-system patch ds apm-server -p '{"spec": {"template": {"spec": {"nodeSelector": {"targets": "elsewhere"}}}}}'`
 	return []breakage{
-		{"Forwarding is off", []string{"sysctl -w net.ipv4.ip_forward=0"}, "forwarding", []string{"sysctl net.ipv4.ip_forward=1"}},
-		{"A firewall drops what is forwarded", []string{
+		{title: "Forwarding is off", breaks: []string{"sysctl -w net.ipv4.ip_forward=0"}, check: "forwarding", cures: []string{"sysctl net.ipv4.ip_forward=1"}},
+		{title: "A firewall drops what is forwarded", breaks: []string{
 			"nft add table ip hardening",
 			"nft 'add chain ip hardening forward { type filter hook forward priority 0; policy drop; }'",
-		}, "filters", []string{"nft list chain ip hardening forward", "nft add rule ip hardening forward iifname cni0 oifname cni0 accept"}},
-		{"The agent is gone, and then the target", []string{
+		}, check: "filters", cures: []string{"nft list chain ip hardening forward", "nft add rule ip hardening forward iifname cni0 oifname cni0 accept"}, after: "nft delete table ip hardening"},
+		{title: "The agent is gone, and then the target", breaks: []string{
 			`kubectl -n kube-system patch ds 169-254-210-210-magic-ip-address -p '{"spec": {"template": {"spec": {"nodeSelector": {"disk": "ssd"}}}}}'`,
 			"kubectl -n kube-system wait --for=delete pod -l app.kubernetes.io/name=magic-ip-address --timeout=60s",
 			"kubectl -n kube-system rollout restart ds/apm-server",
 			"kubectl -n kube-system rollout status ds/apm-server",
-		}, "agent", []string{
+		}, check: "agent", cures: []string{
 			"kubectl -n kube-system get ds 169-254-210-210-magic-ip-address",
 			`kubectl -n kube-system patch ds 169-254-210-210-magic-ip-address --type=json -p '[{"op": "remove", "path": "/spec/template/spec/nodeSelector/disk"}]'`,
 			"kubectl -n kube-system rollout status ds/169-254-210-210-magic-ip-address",
 		}},
-		{"The target hangs", []string{`pkill --signal STOP --full "[e]cho serve --tcp :8200"`}, "", []string{"kubectl -n kube-system delete pod -l app=apm-server", "kubectl -n kube-system rollout status ds/apm-server"}},
-		{"Packets are held while there is no target", []string{
+		{title: "The target hangs", breaks: []string{`pkill --signal STOP --full "[e]cho serve --tcp :8200"`}, cures: []string{"kubectl -n kube-system delete pod -l app=apm-server", "kubectl -n kube-system rollout status ds/apm-server"}},
+		{title: "Packets are held while there is no target", breaks: []string{
 			"helm upgrade 169-254-210-210 charts/magic-ip-address --namespace kube-system --reuse-values --set config.noEndpoint=hold --set config.holdFor=1h",
 			"sleep 10",
 			gone,
 			"kubectl -n kube-system wait --for=delete pod -l app=apm-server --timeout=60s",
-		}, "magic IP", []string{
+		}, check: "magic IP", cures: []string{
 			`kubectl -n kube-system patch ds apm-server --type=json -p '[{"op": "remove", "path": "/spec/template/spec/nodeSelector/targets"}]'`,
 			"kubectl -n kube-system rollout status ds/apm-server",
 		}},
@@ -289,7 +291,12 @@ func (s *stranger) breakage(b breakage) error {
 	}
 	s.session = append(s.session, "", fmt.Sprintf("(%s after doctor was started)", time.Since(began).Round(100*time.Millisecond)))
 	s.flush()
-	return nil
+	if b.after == "" {
+		return nil
+	}
+	_, err = s.onNode(b.after, b.after, 0)
+	s.session = nil
+	return err
 }
 
 // does types a command: of kubectl and helm in the clone, another one on node1.
