@@ -154,6 +154,7 @@ bench: build tools ## measure the plugin, the agent and the data path (needs roo
 docs: build tools ## write what comes from programs in the documents: keys, command lines, screens (needs root)
 	integration/prerequisites nft ip nsenter curl python3
 	go test -count=1 ./integration/docs -update
+	go test -C integration/monitoring -count=1 . -update
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README

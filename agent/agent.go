@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -68,15 +69,20 @@ type API interface {
 // Meter counts what the loop does.
 type Meter interface {
 	Synced(took time.Duration, err error) // the rules, or that has failed
+	Restored()                            // externally modified rules
 	Swept(flows int)
 	Polled()
+	// Configured: the configuration has been read. hash is that of the one in force.
+	Configured(hash string, err error)
 }
 
 type noMeter struct{}
 
 func (noMeter) Synced(time.Duration, error) {}
+func (noMeter) Restored()                   {}
 func (noMeter) Swept(int)                   {}
 func (noMeter) Polled()                     {}
+func (noMeter) Configured(string, error)    {}
 
 // Source is what may have changed.
 type Source uint32
@@ -114,7 +120,7 @@ type Options struct {
 	// Uptime is the time since the node was started (CLOCK_BOOTTIME): what is measured over a restart of the agent.
 	Uptime func() time.Duration
 	// Notes are shown in the status beside the agent's own; they are asked for each time.
-	Notes []func() []string
+	Notes []func() []Note
 	// Meter counts what the loop does; nil: it is not counted.
 	Meter Meter
 	// Observers are called with the status whenever that changes, and with what it was before (nil: none). They return at once.
@@ -122,6 +128,12 @@ type Options struct {
 	Tasks     []Task
 	Uninstall Uninstall
 	Log       *slog.Logger
+}
+
+// Note is a condition that an operator should know of.
+type Note struct {
+	Kind string // one of runtimedir.ProblemKinds
+	Text string
 }
 
 // agent is one running agent. Its methods but wake are called by one goroutine only.
@@ -145,6 +157,8 @@ type agent struct {
 	keep bool
 	// logged are the problems of the last pass, by what they are about.
 	logged map[string]string
+	// kinds are the kinds of them.
+	kinds []string
 }
 
 // ErrStandby is not an error to report: the context ended while another process held the agent's name.
@@ -334,6 +348,23 @@ type problem struct {
 	err   error
 }
 
+// kind is the one of runtimedir.ProblemKinds.
+func (p problem) kind() string {
+	about, verify := strings.CutSuffix(p.about, " verify")
+	word, _, _ := strings.Cut(about, " ")
+	switch {
+	case verify:
+		return "verify"
+	case strings.HasSuffix(about, " file") && about != "state file":
+		return "files"
+	}
+	return map[string]string{
+		"start": "waiting", "configuration": "configuration", "state": "state_file", "network": "network", "Kubernetes": "api",
+		"Cilium's": "data_plane", "agent": "claims", "agents": "claims", "nftables": "rules", "iptables": "rules", "conntrack": "conntrack",
+		"hairpin": "hairpin", "local": "local_route",
+	}[word]
+}
+
 // problems are computed anew in each pass from the sources and the kernel, so that none outlives its cause.
 func (a *agent) problems() []problem {
 	return append(append(a.sources.problems(), a.kernel.problems()...), a.files.problems()...)
@@ -342,7 +373,9 @@ func (a *agent) problems() []problem {
 // report logs each problem once for as long as it stays the same, and its end.
 func (a *agent) report(problems []problem) {
 	logged := map[string]string{}
+	a.kinds = nil
 	for _, p := range problems {
+		a.kinds = append(a.kinds, p.kind())
 		text := p.err.Error()
 		if before := logged[p.about]; before != "" {
 			text = before + "; " + text

@@ -33,6 +33,8 @@ const maxExplained = 50
 type services struct {
 	byFrontend map[plan.Frontend]*service
 	inOrder    []*service
+	// targets are the pods that they select.
+	targets runtimedir.Targets
 }
 
 // decide chooses the endpoints of every frontend, and which frontends this agent may serve at all. It
@@ -87,6 +89,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 			a.logDecision(port, s, before, unservedBefore)
 		}
 	}
+	a.services.targets = targets.Selected()
 	return next
 }
 

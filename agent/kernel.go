@@ -24,6 +24,8 @@ type kernel struct {
 	due, again plan.Change
 	// restoredAt is when externally modified rules were last restored.
 	restoredAt time.Time
+	// damaged: they have been, and the next sync restores them.
+	damaged bool
 
 	// hairpins are the ifindexes of the bridge ports where this agent has switched hairpin mode on.
 	hairpins []int
@@ -65,6 +67,10 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 			}
 			k.due = k.due.Plus(change)
 			k.applied, k.syncedAt = &p, now
+			if k.damaged {
+				k.agent.Meter.Restored()
+			}
+			k.damaged = false
 		}
 	}
 	if k.applied != nil && !k.due.Empty() {
@@ -139,7 +145,7 @@ func (k *kernel) verify(ctx context.Context, now time.Time) (damaged bool) {
 	k.verifyErr = err
 	if len(differs) > 0 {
 		k.agent.Log.Warn("rules of this agent were externally modified; restoring them", "backend", k.agent.Backend.Name(), "differs", differs, "process", k.agent.Backend.ModifiedBy())
-		k.restoredAt = now
+		k.restoredAt, k.damaged = now, true
 	}
 	return len(differs) > 0
 }

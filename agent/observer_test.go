@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,6 +31,9 @@ type observed struct {
 	seen seen
 	wake func(Source)
 	stop func() error
+	// config is what is loaded, and rules are what is in the kernel.
+	config atomic.Pointer[string]
+	rules  *nftables.Fake
 }
 
 type seen struct {
@@ -37,6 +41,10 @@ type seen struct {
 	polls    int
 	flows    int
 	syncs    []error
+	restored int
+
+	hash      string // of the configuration
+	configErr error
 }
 
 func (o *observed) see(what func(*seen)) {
@@ -57,6 +65,10 @@ func (o *observed) Synced(_ time.Duration, err error) {
 }
 func (o *observed) Swept(flows int) { o.see(func(s *seen) { s.flows += flows }) }
 func (o *observed) Polled()         { o.see(func(s *seen) { s.polls++ }) }
+func (o *observed) Restored()       { o.see(func(s *seen) { s.restored++ }) }
+func (o *observed) Configured(hash string, err error) {
+	o.see(func(s *seen) { s.hash, s.configErr = hash, err })
+}
 
 func (o *observed) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 2, nil }
 
@@ -69,15 +81,17 @@ func (noNode) AddLocalRoute(node.LocalRoute) error    { return nil }
 func (noNode) RemoveLocalRoute(node.LocalRoute) error { return nil }
 
 func (o *observed) start() {
-	const text = "name: a\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
+	text := "name: a\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
+	o.config.Store(&text)
+	o.rules = nftables.NewFake("a")
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
 		ended <- Run(ctx, Options{
-			RuntimeDir: o.dir.Path(), Backend: nftables.NewFake("a"), Flows: o, Node: noNode{}, Meter: o,
-			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text), true) },
+			RuntimeDir: o.dir.Path(), Backend: o.rules, Flows: o, Node: noNode{}, Meter: o,
+			Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(*o.config.Load()), true) },
 			Uptime: func() time.Duration { return time.Hour },
-			Notes:  []func() []string{func() []string { return []string{*o.note.Load()} }},
+			Notes:  []func() []Note{func() []Note { return []Note{{"bypass", *o.note.Load()}} }},
 			Observers: []func(before, now *runtimedir.Status){func(before, now *runtimedir.Status) {
 				o.see(func(s *seen) { s.statuses = append(s.statuses, [2]*runtimedir.Status{before, now}) })
 			}},
@@ -219,4 +233,38 @@ func TestEqualStatus(t *testing.T) {
 	if equalStatus(runtimedir.Status{}, runtimedir.Status{LastError: "x"}) || equalStatus(runtimedir.Status{}, runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{}}}) {
 		t.Error("a change of the rest is not seen")
 	}
+}
+
+// TestMeter: a configuration that cannot be used is counted beside the hash of the one in force, rules that are restored are counted, and
+// the kinds of problems are in the status.
+func TestMeter(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := &observed{dir: runtimedir.New(t.TempDir())}
+		o.setNote("one")
+		o.start()
+		began := o.take()
+		if len(began.hash) != 12 || began.configErr != nil || began.restored != 0 {
+			t.Errorf("the hash is %q with %v, rules were restored %d times", began.hash, began.configErr, began.restored)
+		}
+		if kinds := began.statuses[len(began.statuses)-1][1].Problems; !slices.Equal(kinds, []string{"bypass"}) {
+			t.Errorf("kinds %q", kinds)
+		}
+		if err := o.rules.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		wrong := "name: b\n"
+		o.config.Store(&wrong)
+		time.Sleep(time.Minute)
+		seen := o.take()
+		if seen.hash != began.hash || seen.configErr == nil || seen.restored != 1 {
+			t.Errorf("the hash is %q with %v, rules were restored %d times", seen.hash, seen.configErr, seen.restored)
+		}
+		if kinds := seen.statuses[len(seen.statuses)-1][1].Problems; !slices.Equal(kinds, []string{"bypass", "configuration"}) {
+			t.Errorf("kinds %q", kinds)
+		}
+		if err := o.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -124,9 +124,11 @@ func (f *files) publishClaims() {
 
 // status is what the agent does, for people.
 func (a *agent) status(now time.Time) runtimedir.Status {
+	notes := a.notes()
 	status := runtimedir.Status{
+		Targets: a.services.targets, Problems: a.kindsOf(notes), Notes: texts(notes),
 		Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.kernel.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(), Notes: a.notes(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(),
 		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)), Links: links(a.sources.network.Links),
 	}
 	for i, port := range a.config.Ports {
@@ -284,17 +286,21 @@ func restored(endpoints []runtimedir.Endpoint) (chosen []endpoint.Chosen) {
 }
 
 // notes are the conditions that an operator should know of.
-func (a *agent) notes() []string {
-	var notes []string
+func (a *agent) notes() (notes []Note) {
+	add := func(kind string, texts ...string) {
+		for _, text := range texts {
+			notes = append(notes, Note{kind, text})
+		}
+	}
 	if a.kernel.applied == nil {
 		return nil
 	}
 	for _, record := range a.pods.Lost() {
-		notes = append(notes, record.Namespace+"/"+record.Name+": its record was lost with the state file; it counts for as long as "+
+		add("record_lost", record.Namespace+"/"+record.Name+": its record was lost with the state file; it counts for as long as "+
 			record.HostInterface+" is there")
 	}
 	if unnamed := a.kernel.applied.Unnamed; len(unnamed) > 0 {
-		notes = append(notes, fmt.Sprintf("rules do not name the links %q, because their names could mean something else there: with iptables their pods are not served; rename them", unnamed))
+		add("unnamed_link", fmt.Sprintf("rules do not name the links %q, because their names could mean something else there: with iptables their pods are not served; rename them", unnamed))
 	}
 	for _, bridge := range a.kernel.applied.Bridges {
 		var sysctls []string
@@ -304,20 +310,41 @@ func (a *agent) notes() []string {
 		if bridge.Unfiltered6 {
 			sysctls = append(sysctls, "net.bridge.bridge-nf-call-ip6tables")
 		}
-		notes = append(notes, "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
+		add("unfiltered_bridge", "bridge "+bridge.Name+": its frames do not pass netfilter ("+strings.Join(sysctls, ", ")+
 			" is 0 or br_netfilter is not loaded), so that between its own pods the source address is masqueraded")
 	}
-	notes = append(notes, a.sources.network.Notes...)
-	notes = append(notes, a.planeNotes()...)
+	add("network", a.sources.network.Notes...)
+	add("data_plane", a.planeNotes()...)
 	if unlabelled := a.pods.Unlabelled(); a.API == nil && unlabelled > 0 {
-		notes = append(notes, fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
+		add("unlabelled_pods", fmt.Sprintf("%d recorded pods have no labels that are known, so that no selector matches them: the container runtime passes none to "+
 			"CNI plugins (containerd does not), and without the Kubernetes API nothing else reports them", unlabelled))
 	}
-	notes = append(notes, a.unrecordedEndpoints()...)
+	add("unrecorded_endpoint", a.unrecordedEndpoints()...)
 	for _, more := range a.Notes {
 		notes = append(notes, more()...)
 	}
 	return notes
+}
+
+// texts are what the notes say.
+func texts(notes []Note) (all []string) {
+	for _, n := range notes {
+		all = append(all, n.Text)
+	}
+	return all
+}
+
+// kindsOf are the kinds of the problems and notes that are there now, and of links that are not served.
+func (a *agent) kindsOf(notes []Note) []string {
+	kinds := slices.Clone(a.kinds)
+	for _, n := range notes {
+		kinds = append(kinds, n.Kind)
+	}
+	if slices.ContainsFunc(a.sources.network.Links, func(l node.Link) bool { return l.Role == node.Other }) {
+		kinds = append(kinds, "unserved_link")
+	}
+	slices.Sort(kinds)
+	return slices.Compact(kinds)
 }
 
 // planeNotes are notes about a data plane by which magic IPs do not work, or may not.

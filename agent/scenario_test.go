@@ -209,6 +209,16 @@ func (s *stage) start() {
 			return *s.cilium, s.failure("cilium")
 		},
 		Uptime: func() time.Duration { return time.Since(s.booted) },
+		Observers: []func(before, now *runtimedir.Status){func(_, now *runtimedir.Status) {
+			for _, kind := range now.Problems {
+				if runtimedir.ProblemKinds()[kind] == "" {
+					s.t.Errorf("%q is no kind of problem: %s; %q", kind, now.LastError, now.Notes)
+				}
+			}
+			if len(now.Problems) == 0 && (now.LastError != "" || len(now.Notes) > 0) {
+				s.t.Errorf("no kind of %s; %q", now.LastError, now.Notes)
+			}
+		}},
 		Tasks: []Task{func(ctx context.Context, wake func(Source)) error {
 			s.wake = wake
 			close(ready)

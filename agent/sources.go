@@ -219,6 +219,7 @@ func (a *agent) readSettings() {
 	if a.sources.settingsErr = err; err == nil {
 		a.configure(loaded)
 	}
+	a.Meter.Configured(a.config.Hash, err)
 }
 
 func (a *agent) configure(c config.Config) {

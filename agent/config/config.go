@@ -4,6 +4,8 @@ package config
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -35,6 +37,8 @@ type Config struct {
 	DataPlane dataplane.Mode
 	// Verbose enables debug logs (VERBOSE of the original tool).
 	Verbose bool
+	// Hash is the beginning of the SHA-256 of the text that it was read from, 12 hexadecimal digits.
+	Hash string
 }
 
 // Port is one port of a magic IP: the frontend that clients connect to, the selection of its targets, and the policy.
@@ -215,6 +219,7 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	}
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
+	config.Hash = hash(data)
 	if len(v.errs) == 0 && decodeErr == nil {
 		return config, nil
 	}
@@ -231,6 +236,11 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 		return Config{}, decodeErr
 	}
 	return config, v.err()
+}
+
+func hash(text []byte) string {
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:6])
 }
 
 // FromEnv makes a configuration of the environment variables of the original bash tool. getenv is os.Getenv. Its errors begin with
@@ -283,6 +293,7 @@ func fromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	}
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
+	config.Hash = hash(fmt.Appendf(nil, "%+v %s", raw, selector))
 	config.Verbose = getenv("VERBOSE") != "" && getenv("VERBOSE") != "false" && getenv("VERBOSE") != "0"
 	return config, v.err()
 }

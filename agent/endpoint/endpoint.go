@@ -86,12 +86,14 @@ type Chosen struct {
 // Index finds the targets of a selection without a look at all of them: there may be thousands of selections.
 type Index struct {
 	targets []*inventory.Target
-	byLabel map[label][]*inventory.Target
+	// selected are those that a selection has asked for, whatever their rank.
+	selected map[*inventory.Target]bool
+	byLabel  map[label][]*inventory.Target
 }
 
 // NewIndex makes an index of targets.
 func NewIndex(targets []inventory.Target) *Index {
-	index := &Index{byLabel: map[label][]*inventory.Target{}}
+	index := &Index{selected: map[*inventory.Target]bool{}, byLabel: map[label][]*inventory.Target{}}
 	for i := range targets {
 		target := &targets[i]
 		index.targets = append(index.targets, target)
@@ -109,6 +111,9 @@ func (i *Index) Choose(s Selection) []Chosen {
 	consider := func(targets []*inventory.Target) {
 		for _, target := range targets {
 			rank := s.rank(target)
+			if rank != never || !target.Finished && s.matches(target) {
+				i.selected[target] = true
+			}
 			address, ok := s.address(target)
 			if rank > best || rank == never || !ok {
 				continue
@@ -130,6 +135,21 @@ func (i *Index) Choose(s Selection) []Chosen {
 		chosen = chosen[:min(1, len(chosen))]
 	}
 	return chosen
+}
+
+// Selected counts the targets that have been considered for a selection, by their state.
+func (i *Index) Selected() (count runtimedir.Targets) {
+	for target := range i.selected {
+		switch {
+		case target.Terminating:
+			count.Terminating++
+		case target.Ready:
+			count.Ready++
+		default:
+			count.NotReady++
+		}
+	}
+	return count
 }
 
 func (s *Selection) address(t *inventory.Target) (netip.AddrPort, bool) {

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -59,13 +61,26 @@ func TestMetrics(t *testing.T) {
 		m.Synced(time.Millisecond, err)
 	}
 	m.Swept(3)
+	m.Restored()
+	m.Configured("abc", nil)
+	m.Configured("def", errors.New("broken"))
+	m.reloadedAt.Set(7)
 
 	start := time.Now().Add(-time.Minute)
 	endpoint := runtimedir.Endpoint{Address: netip.MustParseAddrPort("10.244.1.2:8080"), UID: "u", Recorded: true, AddedAt: time.Now()}
+	m.Connections = func(frontends []runtimedir.Frontend) (map[runtimedir.Frontend]int, error) {
+		counts := map[runtimedir.Frontend]int{}
+		for _, f := range frontends {
+			counts[f] = int(f.Port)
+		}
+		return counts, nil
+	}
+	before, after := magicIP(80), magicIP(80, endpoint)
+	before.Since, after.Since = start, start.Add(time.Second)
 	unserved := magicIP(82)
 	unserved.Reason = "claimed"
-	now := &runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(80, endpoint), magicIP(81), unserved}, LastError: "broken"}
-	m.Observe(&runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(80), magicIP(81), unserved}}, now)
+	now := &runtimedir.Status{Problems: []string{"bypass", "rules"}, Targets: runtimedir.Targets{Ready: 3, NotReady: 2, Terminating: 1}, StartedAt: start, MagicIPs: []runtimedir.MagicIP{after, magicIP(81), unserved}, LastError: "broken"}
+	m.Observe(&runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{before, magicIP(81), unserved}}, now)
 	m.Observe(now, now)
 	if got := scrape(t, m); strings.Contains(got, "heartbeat") {
 		t.Errorf("a heartbeat before the first poll:\n%s", got)
@@ -76,9 +91,30 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("polled at %v", m.polledAt)
 	}
 	m.polledAt = time.UnixMilli(2500)
-	if err := runtimedir.New(dir).Installer("a").WriteRecord(runtimedir.Record{LastError: "read-only"}); err != nil {
+	if err := runtimedir.New(dir).Installer("a").WriteRecord(runtimedir.Record{LastError: "read-only", Restored: 2}); err != nil {
 		t.Fatal(err)
 	}
+	log := func(level string) {
+		t.Helper()
+		if err := runtimedir.New(dir).Log([]byte("time=2026-01-31T12:00:00Z level=" + level + " msg=\"x level=WARN \"\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := errors.Join(
+		os.MkdirAll(filepath.Join(dir, "plugin"), 0o700),
+		os.WriteFile(runtimedir.New(dir).LogPath(), []byte("time=2026-01-31T12:00:00Z level=WARN msg=before\n"), 0o600),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.readLog()
+	log("WARN")
+	log("ERROR")
+	m.readLog()
+	if err := os.Remove(runtimedir.New(dir).LogPath()); err != nil {
+		t.Fatal(err)
+	}
+	log("ERROR")
 	want := `magic_ip_agent_failing 1
 magic_ip_agent_heartbeat_timestamp_seconds 2.5
 magic_ip_agent_info{backend="nftables",name="a",version="v1"} 1
@@ -90,16 +126,53 @@ magic_ip_api_requests_total{kind="watch"} 2
 magic_ip_api_watch_healthy{namespace="default"} 1
 magic_ip_api_watch_healthy{namespace="other"} 0
 magic_ip_api_watch_last_event_timestamp_seconds{namespace="default"} 1.5
+magic_ip_config_info{hash="abc"} 1
+magic_ip_config_last_reload_success_timestamp_seconds 7
+magic_ip_config_last_reload_successful 0
+magic_ip_conflist_restored_total 2
+magic_ip_connections{magic_ip="169.254.210.210",port="80",protocol="tcp"} 80
+magic_ip_connections{magic_ip="169.254.210.210",port="81",protocol="tcp"} 81
+magic_ip_endpoint_changes_total{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
+magic_ip_endpoint_changes_total{magic_ip="169.254.210.210",port="81",protocol="tcp"} 0
 magic_ip_endpoints{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
 magic_ip_endpoints{magic_ip="169.254.210.210",port="81",protocol="tcp"} 0
 magic_ip_flows_deleted_total 3
 magic_ip_installed 0
+magic_ip_plugin_log_lines_total{level="error"} 2
+magic_ip_plugin_log_lines_total{level="warn"} 2
 magic_ip_ports{state="served"} 1
 magic_ip_ports{state="unserved"} 1
 magic_ip_ports{state="without_endpoint"} 1
+magic_ip_problem{kind="api"} 0
+magic_ip_problem{kind="bypass"} 1
+magic_ip_problem{kind="claims"} 0
+magic_ip_problem{kind="configuration"} 0
+magic_ip_problem{kind="conntrack"} 0
+magic_ip_problem{kind="data_plane"} 0
+magic_ip_problem{kind="events_dropped"} 0
+magic_ip_problem{kind="files"} 0
+magic_ip_problem{kind="foreign_rule"} 0
+magic_ip_problem{kind="hairpin"} 0
+magic_ip_problem{kind="local_route"} 0
+magic_ip_problem{kind="metrics"} 0
+magic_ip_problem{kind="network"} 0
+magic_ip_problem{kind="record_lost"} 0
+magic_ip_problem{kind="rules"} 1
+magic_ip_problem{kind="state_file"} 0
+magic_ip_problem{kind="unfiltered_bridge"} 0
+magic_ip_problem{kind="unlabelled_pods"} 0
+magic_ip_problem{kind="unnamed_link"} 0
+magic_ip_problem{kind="unrecorded_endpoint"} 0
+magic_ip_problem{kind="unserved_link"} 0
+magic_ip_problem{kind="verify"} 0
+magic_ip_problem{kind="waiting"} 0
 magic_ip_record_to_rule_seconds_count 1
+magic_ip_rules_restored_total 1
 magic_ip_sync_duration_seconds_count{backend="nftables"} 3
-magic_ip_sync_failures_total{backend="nftables"} 1`
+magic_ip_sync_failures_total{backend="nftables"} 1
+magic_ip_targets{state="not_ready"} 2
+magic_ip_targets{state="ready"} 3
+magic_ip_targets{state="terminating"} 1`
 	if diff := cmp.Diff(want, scrape(t, m)); diff != "" {
 		t.Errorf("metrics (-want +got):\n%s", diff)
 	}
@@ -130,7 +203,7 @@ func TestManyPorts(t *testing.T) {
 	}
 	m.Observe(nil, view)
 	got := scrape(t, m)
-	if lines := strings.Count(got, "\n"); lines > 20 || !strings.Contains(got, `magic_ip_ports{state="without_endpoint"} 10000`) {
+	if lines := strings.Count(got, "\n"); lines > 50 || !strings.Contains(got, `magic_ip_ports{state="without_endpoint"} 10000`) {
 		t.Errorf("%d lines, want few and the sum:\n%.2000s", lines, got)
 	}
 }

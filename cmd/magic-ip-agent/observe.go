@@ -10,6 +10,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
 	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
@@ -28,7 +29,7 @@ func (f *runFlags) reportEvents(ctx context.Context, options *agent.Options, pod
 	events := pods.Events(ctx, self, options.Log)
 	reporter := event.New(event.Options{Send: events.Send, Delay: rand.N(event.Spread), Node: f.nodeName, Fallback: fallback})
 	options.Observers = append(options.Observers, reporter.Observe)
-	options.Notes = append(options.Notes, func() []string { return prefixed("Events are not sent: ", events.Problem()) })
+	options.Notes = append(options.Notes, func() []agent.Note { return noted("events_dropped", "Events are not sent: ", events.Problem()) })
 	options.Tasks = append(options.Tasks, func(ctx context.Context, _ func(agent.Source)) error {
 		reporter.Run(ctx)
 		return nil
@@ -47,10 +48,11 @@ func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name st
 	if pods != nil {
 		about.API = pods
 	}
+	about.Connections = conntrack.Table{}.Count
 	m := metrics.New(about)
 	options.Meter = m
 	options.Observers = append(options.Observers, m.Observe)
-	options.Notes = append(options.Notes, func() []string { return prefixed("", m.Problem()) })
+	options.Notes = append(options.Notes, func() []agent.Note { return noted("metrics", "", m.Problem()) })
 	options.Tasks = append(options.Tasks, func(ctx context.Context, _ func(agent.Source)) error {
 		m.Serve(ctx, f.metricsAddress)
 		return nil
@@ -65,8 +67,8 @@ func lookAround(options *agent.Options, initial config.Config) {
 	for _, port := range initial.Ports {
 		frontends = append(frontends, port.Frontend)
 	}
-	var found atomic.Pointer[[]string]
-	options.Notes = append(options.Notes, func() []string {
+	var found atomic.Pointer[[]agent.Note]
+	options.Notes = append(options.Notes, func() []agent.Note {
 		if notes := found.Load(); notes != nil {
 			return *notes
 		}
@@ -74,14 +76,14 @@ func lookAround(options *agent.Options, initial config.Config) {
 	})
 	options.Tasks = append(options.Tasks, func(ctx context.Context, wake func(agent.Source)) error {
 		rules, _ := foreign.Rules(ctx, frontends)
-		var notes []string
+		var notes []agent.Note
 		for _, rule := range rules {
 			options.Log.Warn("another program translates a magic IP too: where its rule comes first, clients do not reach the endpoint; remove it", "rule", rule.Text)
-			notes = append(notes, "when the agent started, another program translated a magic IP too; remove the rule: "+rule.Text)
+			notes = append(notes, agent.Note{Kind: "foreign_rule", Text: "when the agent started, another program translated a magic IP too; remove the rule: " + rule.Text})
 		}
 		for _, bypass := range node.Bypasses() {
 			options.Log.Warn("packets of pods may bypass the rules", "reason", bypass)
-			notes = append(notes, bypass)
+			notes = append(notes, agent.Note{Kind: "bypass", Text: bypass})
 		}
 		found.Store(&notes)
 		wake(agent.Notes)
@@ -89,10 +91,10 @@ func lookAround(options *agent.Options, initial config.Config) {
 	})
 }
 
-// prefixed is text behind prefix; nothing where there is no text.
-func prefixed(prefix, text string) []string {
+// noted is a note of text behind prefix; none where there is no text.
+func noted(kind, prefix, text string) []agent.Note {
 	if text == "" {
 		return nil
 	}
-	return []string{prefix + text}
+	return []agent.Note{{Kind: kind, Text: prefix + text}}
 }

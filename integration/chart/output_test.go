@@ -37,6 +37,7 @@ func TestOutput(t *testing.T) {
 	err := errors.Join(
 		full.WriteStatus(runtimedir.Status{
 			StartedAt: at, LastSync: at, LastError: "broken", Backend: "iptables", BackendNote: "a reason", PollInterval: "5s", Notes: []string{"a note"},
+			Problems: slices.Sorted(maps.Keys(runtimedir.ProblemKinds())), Targets: runtimedir.Targets{Ready: 1, NotReady: 2, Terminating: 3},
 			DataPlane: runtimedir.DataPlane{
 				Configured: "auto", Name: "cilium", Reason: "a reason", LocalRoutes: []netip.Addr{netip.MustParseAddr("169.254.210.210")}, Masquerade: []string{"ip"},
 			},
@@ -54,7 +55,7 @@ func TestOutput(t *testing.T) {
 		dir.Agent("unreadable").WriteStatus(runtimedir.Status{}),
 		os.WriteFile(dir.Agent("unreadable").StatusPath(), []byte("{"), 0o600),
 		dir.Installer("full").WriteRecord(runtimedir.Record{
-			Conflist: "/etc/cni/net.d/10-a.conflist", Binary: "/opt/cni/bin/magic-ip-address", PluginVersion: "1", PluginSHA256: "2", InstalledAt: at, LastError: "read-only", Notes: []string{"a note"},
+			Conflist: "/etc/cni/net.d/10-a.conflist", Binary: "/opt/cni/bin/magic-ip-address", PluginVersion: "1", PluginSHA256: "2", Restored: 1, InstalledAt: at, LastError: "read-only", Notes: []string{"a note"},
 		}),
 	)
 	if err != nil {

@@ -64,6 +64,9 @@ func TestAlerts(t *testing.T) {
 			`magic_ip_agent_failing{node="node1"}`:                     "0x40 1x4 0x80",
 			`magic_ip_installed{node="node1"}`:                         "1x120",
 			`magic_ip_api_watch_healthy{node="node1", namespace="n"}`:  "1x40 0x10 1x80",
+			`magic_ip_rules_restored_total{node="node1"}`:              "0x40 1x40 2x40", // kube-proxy or an administrator, once in a while
+			`magic_ip_problem{node="node1", kind="bypass"}`:            "0x120",
+			`magic_ip_problem{node="node1", kind="unserved_link"}`:     "1x120",
 		}, map[time.Duration][]string{15 * time.Minute: nil, 21 * time.Minute: nil, 22 * time.Minute: nil, 25 * time.Minute: nil, time.Hour: nil}},
 
 		{"an agent ends, and another one hangs", map[string]string{
@@ -110,10 +113,13 @@ func TestAlerts(t *testing.T) {
 			`magic_ip_agent_failing{node="node1"}`:                    "1x120",
 			`magic_ip_installed{node="node1"}`:                        "0x120",
 			`magic_ip_api_watch_healthy{node="node1", namespace="n"}`: "0x120",
+			`magic_ip_rules_restored_total{node="node1"}`:             "0+1x120",
+			`magic_ip_problem{node="node1", kind="foreign_rule"}`:     "1x120",
 		}, map[time.Duration][]string{
 			4 * time.Minute: nil,
 			20 * time.Minute: {
-				"MagicIPAPIUnavailable namespace=n node=node1", "MagicIPAgentFailing node=node1", "MagicIPNotInstalled node=node1", "MagicIPUnserved node=node1 state=unserved",
+				"MagicIPAPIUnavailable namespace=n node=node1", "MagicIPAgentFailing node=node1", "MagicIPBypassed kind=foreign_rule node=node1", "MagicIPNotInstalled node=node1",
+				"MagicIPRulesContested node=node1", "MagicIPUnserved node=node1 state=unserved",
 			},
 		}},
 	} {

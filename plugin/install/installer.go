@@ -207,6 +207,9 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 	if !plan.Empty() || i.record.InstalledAt.IsZero() { // or it had outlived what was noted of it
 		i.record.InstalledAt = time.Now().UTC().Truncate(time.Millisecond)
 	}
+	if i.backoff.lost {
+		i.record.Restored++
+	}
 	i.backoff.restored()
 	i.present, i.record.Conflist = plan.File, filepath.Join(i.ConfDir, plan.File)
 	return 0, nil

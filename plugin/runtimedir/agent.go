@@ -53,6 +53,46 @@ type Status struct {
 	Links []Links `json:"links,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.
 	Notes []string `json:"notes,omitempty"`
+	// Problems are the kinds of what LastError and Notes say and of the links, each once, in order; see ProblemKinds.
+	Problems []string `json:"problems,omitempty"`
+	// Targets are the pods of the node that a magic IP selects.
+	Targets Targets `json:"targets,omitzero"`
+}
+
+// Targets are numbers of pods by their state.
+type Targets struct {
+	Ready       int `json:"ready"`
+	NotReady    int `json:"notReady"`
+	Terminating int `json:"terminating"`
+}
+
+// ProblemKinds are the kinds of problems, in order, and what each is.
+func ProblemKinds() map[string]string {
+	return map[string]string{
+		"api":                 "the Kubernetes API does not answer, or refuses",
+		"bypass":              "packets of pods may bypass the rules",
+		"claims":              "the claims of another agent cannot be read",
+		"configuration":       "the configuration cannot be used; the one before counts",
+		"conntrack":           "stale connections cannot be deleted",
+		"data_plane":          "the data plane is not as configured, or its settings cannot be read",
+		"events_dropped":      "Events cannot be sent",
+		"files":               "a file of the agent cannot be written",
+		"foreign_rule":        "another program translated a magic IP when the agent started",
+		"hairpin":             "hairpin mode cannot be switched on",
+		"local_route":         "a local route cannot be made",
+		"metrics":             "metrics are not served",
+		"network":             "the node's network cannot be read, or has a layout that clients are not served on",
+		"record_lost":         "a record was lost with the state file",
+		"rules":               "the rules cannot be brought into the kernel",
+		"state_file":          "the plugin's state file cannot be read",
+		"unfiltered_bridge":   "frames of a bridge do not pass netfilter",
+		"unlabelled_pods":     "labels of recorded pods are not known",
+		"unnamed_link":        "a link has a name that rules cannot have",
+		"unrecorded_endpoint": "an endpoint's address is in no record",
+		"unserved_link":       "a link is neither pods' nor an uplink",
+		"verify":              "the kernel's rules cannot be read",
+		"waiting":             "a source that decisions need has not been read since the start",
+	}
 }
 
 // DataPlane is how packets of pods are brought to the rules.

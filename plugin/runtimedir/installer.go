@@ -35,6 +35,8 @@ type Record struct {
 	Binary        string `json:"binary"`
 	PluginVersion string `json:"pluginVersion"`
 	PluginSHA256  string `json:"pluginSHA256"`
+	// Restored is how often the key has been put back since this installer started, after another program had removed it.
+	Restored int `json:"restored,omitempty"`
 	// InstalledAt is when the key was last put into a conflist (RFC 3339).
 	InstalledAt time.Time `json:"installedAt,omitzero"`
 	LastError   string    `json:"lastError,omitempty"`
