@@ -235,7 +235,6 @@ func breakages() []breakage {
 		{title: "The target hangs", breaks: []string{`pkill --signal STOP --full "[e]cho serve --tcp :8200"`}, cures: []string{"kubectl -n kube-system delete pod -l app=apm-server", "kubectl -n kube-system rollout status ds/apm-server"}},
 		{title: "Packets are held while there is no target", breaks: []string{
 			"helm upgrade 169-254-210-210 charts/magic-ip-address --namespace kube-system --reuse-values --set config.noEndpoint=hold --set config.holdFor=1h",
-			"sleep 10",
 			gone,
 			"kubectl -n kube-system wait --for=delete pod -l app=apm-server --timeout=60s",
 		}, check: "magic IP", cures: []string{
@@ -258,13 +257,22 @@ func (s *stranger) breakage(b breakage) error {
 			return err
 		}
 	}
-	out, err := s.types(request, 0)
-	if err == nil || !strings.Contains(out, "timed out") {
-		return fmt.Errorf("the request does not time out: %w, %s", err, out)
+	began := time.Now()
+	for { // kubelet takes up to a minute to give pods a changed configuration
+		session := s.session
+		out, err := s.types(request, 0)
+		if err != nil && strings.Contains(out, "timed out") {
+			break
+		}
+		s.session = session
+		if time.Since(began) > 3*time.Minute {
+			return fmt.Errorf("the request does not time out: %w, %s", err, out)
+		}
+		time.Sleep(time.Second)
 	}
 	s.flush()
 
-	began := time.Now()
+	began = time.Now()
 	doctor, _ := s.onNode("magic-ip-agent doctor", filepath.Join(s.clone, "bin/magic-ip-agent")+" doctor", 6)
 	row, err := s.row(b.check, doctor)
 	if err != nil {
@@ -304,10 +312,6 @@ func (s *stranger) does(command string) (string, error) {
 	switch word, _, _ := strings.Cut(command, " "); word {
 	case "kubectl", "helm":
 		return s.types(command, 1)
-	case "sleep":
-		duration, err := time.ParseDuration(strings.TrimPrefix(command, "sleep ") + "s")
-		time.Sleep(duration)
-		return "", err
 	}
 	return s.onNode(command, command, 0)
 }
