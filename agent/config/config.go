@@ -37,7 +37,7 @@ type Config struct {
 	DataPlane dataplane.Mode
 	// Verbose enables debug logs (VERBOSE of the original tool).
 	Verbose bool
-	// Hash is the beginning of the SHA-256 of the text that it was read from, 12 hexadecimal digits.
+	// Hash is the beginning of the SHA-256 of the text that it was read from, 12 hexadecimal digits; Parse leaves it empty.
 	Hash string
 }
 
@@ -117,9 +117,9 @@ type rawConfig struct {
 	// read, they are taken for BPF host routing)
 	DataPlane string `yaml:"dataPlane"`
 	// Default none. A list of addresses and prefixes that no magic IP may have, besides the [known ones](#reserved-addresses)
-	Reserved []string `yaml:"reservedAddresses"`
+	Reserved []*string `yaml:"reservedAddresses"`
 	// Required. A list with one or more of the following
-	MagicIPs []rawMagicIP `yaml:"magicIPs"`
+	MagicIPs []*rawMagicIP `yaml:"magicIPs"`
 }
 
 type rawMagicIP struct {
@@ -139,7 +139,7 @@ type rawMagicIP struct {
 	// trailing `+` for a prefix (`cni0`, `cali+`)
 	HostInterface string `yaml:"hostInterface"`
 	// Required. A list with one or more of the keys below
-	Ports []rawPort `yaml:"ports"`
+	Ports []*rawPort `yaml:"ports"`
 	// Default `prefer`. `prefer`: ready pods first; `require`: only ready pods, an error with `--no-api`; `ignore`: a pod that is not
 	// terminating counts as ready
 	Readiness string `yaml:"readiness"`
@@ -183,15 +183,15 @@ func Load(path string, noAPI bool) (Config, error) {
 	if path == "" {
 		return FromEnv(os.Getenv, noAPI)
 	}
-	file, err := os.Open(path)
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return Config{}, err
 	}
-	defer func() { _ = file.Close() }()
-	config, err := Parse(file, noAPI)
+	config, err := Parse(bytes.NewReader(data), noAPI)
 	if err != nil {
 		return Config{}, fmt.Errorf("%s:\n%w", path, err)
 	}
+	config.Hash = hash(data)
 	return config, nil
 }
 
@@ -219,7 +219,6 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	}
 	v := validator{noAPI: noAPI}
 	config := v.config(raw)
-	config.Hash = hash(data)
 	if len(v.errs) == 0 && decodeErr == nil {
 		return config, nil
 	}
@@ -286,9 +285,9 @@ func fromEnv(getenv func(string) string, noAPI bool) (Config, error) {
 	raw := rawConfig{
 		Name:         strings.ToLower(namespace + "." + strings.NewReplacer(".", "-", ":", "-").Replace(address)),
 		PollInterval: (time.Duration(seconds) * time.Second).String(),
-		MagicIPs: []rawMagicIP{{
+		MagicIPs: []*rawMagicIP{{
 			IPAddress: address, Namespace: namespace, Selector: &selector, HostInterface: getenv("HOST_INTERFACE"),
-			Ports: []rawPort{{Port: magicPort, TargetPort: targetPort(or(getenv("TARGET_PORT"), getenv("PORT"))), Protocol: getenv("PROTOCOL")}},
+			Ports: []*rawPort{{Port: magicPort, TargetPort: targetPort(or(getenv("TARGET_PORT"), getenv("PORT"))), Protocol: getenv("PROTOCOL")}},
 		}},
 	}
 	v := validator{noAPI: noAPI}
@@ -430,9 +429,13 @@ func (v *validator) config(raw rawConfig) Config {
 	}
 	config.DataPlane = oneOf(v, raw.DataPlane, []any{"dataPlane"}, dataplane.Auto, dataplane.Netfilter, dataplane.Cilium)
 	for i, text := range raw.Reserved {
-		prefix, err := parsePrefix(text)
+		const allowed = "an address, or a prefix such as 169.254.100.0/24"
+		if v.null(text == nil, []any{"reservedAddresses", i}, allowed) {
+			continue
+		}
+		prefix, err := parsePrefix(*text)
 		if err != nil {
-			v.bad([]any{"reservedAddresses", i}, "%q is not allowed; allowed: an address, or a prefix such as 169.254.100.0/24", text)
+			v.bad([]any{"reservedAddresses", i}, "%q is not allowed; allowed: %s", *text, allowed)
 			continue
 		}
 		v.reserved = append(v.reserved, prefix)
@@ -442,7 +445,10 @@ func (v *validator) config(raw rawConfig) Config {
 	}
 	claimed := map[plan.Frontend]string{}
 	for i, magicIP := range raw.MagicIPs {
-		for _, port := range v.magicIP(magicIP, []any{"magicIPs", i}) {
+		if v.null(magicIP == nil, []any{"magicIPs", i}, "a mapping") {
+			continue
+		}
+		for _, port := range v.magicIP(*magicIP, []any{"magicIPs", i}) {
 			if first, twice := claimed[port.Frontend]; twice && port.Unserved == "" {
 				port.Unserved = fmt.Sprintf("%s is claimed twice in this configuration: %s has it", port.Frontend, first)
 			} else if !twice {
@@ -452,6 +458,14 @@ func (v *validator) config(raw rawConfig) Config {
 		}
 	}
 	return config
+}
+
+// null adds an error where an entry of a list is null, which the decoder takes for none, and returns whether it is.
+func (v *validator) null(is bool, path []any, allowed string) bool {
+	if is {
+		v.bad(path, "null is not allowed; allowed: %s", allowed)
+	}
+	return is
 }
 
 // owner validates the keys that say who may be a target, beside the selector.
@@ -529,9 +543,12 @@ func (v *validator) magicIP(raw rawMagicIP, path []any) []Port {
 	}
 	var ports []Port
 	for i, rawPort := range raw.Ports {
+		if v.null(rawPort == nil, at("ports", i), "a mapping") {
+			continue
+		}
 		p := port
 		p.TargetPort, p.PortName = 0, ""
-		v.port(&p, rawPort, at("ports", i))
+		v.port(&p, *rawPort, at("ports", i))
 		ports = append(ports, p)
 	}
 	return ports

@@ -1,7 +1,9 @@
 package config
 
 import (
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -232,4 +234,41 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestHash: the hash is that of the file's text, as `sha256sum` prints it.
+func TestHash(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	text := "name: a\nmagicIPs: [{ipAddress: 169.254.210.210, namespace: default, selector: app=a, ports: [{port: 80}]}]\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config, err := Load(path, true)
+	if want := fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:12]; err != nil || config.Hash != want {
+		t.Errorf("%q, %v, want %q", config.Hash, err, want)
+	}
+}
+
+// TestNullEntries: an entry of a list that is null is an error, wherever it stands, beside all others.
+func TestNullEntries(t *testing.T) {
+	_, err := Parse(strings.NewReader(`name: a
+reservedAddresses: [192.0.2.1, null]
+magicIPs:
+-
+- {ipAddress: 169.254.210.210, namespace: default, selector: app=a, ports: [{port: 80}, null]}
+- ipAddress: 169.254.210.211
+  namespace: default
+  selector: app=a
+  ports:
+  - ~
+  - {port: http}
+`), true)
+	const want = `line 2: reservedAddresses[1]: null is not allowed; allowed: an address, or a prefix such as 169.254.100.0/24
+line 4: magicIPs[0]: null is not allowed; allowed: a mapping
+line 5: magicIPs[1].ports[1]: null is not allowed; allowed: a mapping
+line 10: magicIPs[2].ports[0]: null is not allowed; allowed: a mapping
+line 11: magicIPs[2].ports[1].port: "http" is not allowed; allowed: a whole number`
+	if err == nil || err.Error() != want {
+		t.Errorf("%v\nwant\n%s", err, want)
+	}
 }
