@@ -191,6 +191,21 @@ func TestConventions(t *testing.T) {
 	for _, problem := range problems {
 		t.Errorf("%s: %s", problem.Metric, problem.Text)
 	}
+	families, err := m.gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	process := 0
+	for _, family := range families {
+		if strings.HasPrefix(family.GetName(), "process_network_") {
+			t.Errorf("%s counts the whole node", family.GetName())
+		} else if strings.HasPrefix(family.GetName(), "process_") {
+			process++
+		}
+	}
+	if process == 0 {
+		t.Error("there is nothing about the process")
+	}
 }
 
 // TestManyPorts: ten thousand magic IPs do not make ten thousand series.
