@@ -272,3 +272,29 @@ line 11: magicIPs[2].ports[1].port: "http" is not allowed; allowed: a whole numb
 		t.Errorf("%v\nwant\n%s", err, want)
 	}
 }
+
+// TestKeysAndWhatIsInThem: what is in a key that is meant to be another one is looked at too, and short keys are known again.
+func TestKeysAndWhatIsInThem(t *testing.T) {
+	_, err := Parse(strings.NewReader(`nam: a
+pollIntervall: 5s
+magicIps:
+- ipadress: 169.254.1.2
+  namespace: [x]
+  selector: {app: x}
+  ports:
+  - {prot: 80, targetPort: [1]}
+  - 80
+`), true)
+	const want = `line 1: unknown key "nam"; did you mean name?
+line 2: unknown key "pollIntervall"; did you mean pollInterval?
+line 3: unknown key "magicIps"; did you mean magicIPs?
+line 4: magicIps[0]: unknown key "ipadress"; did you mean ipAddress?
+line 5: magicIps[0].namespace: a list is not allowed; allowed: a single value, and no list or mapping
+line 6: magicIps[0].selector: a mapping is not allowed; allowed: a single value, and no list or mapping
+line 8: magicIps[0].ports[0]: unknown key "prot"; did you mean port?
+line 8: magicIps[0].ports[0].targetPort: a list is not allowed; allowed: 1 to 65535, or the name of a container port
+line 9: magicIps[0].ports[1]: "80" is not allowed; allowed: a mapping`
+	if err == nil || err.Error() != want {
+		t.Errorf("%v\nwant\n%s", err, want)
+	}
+}

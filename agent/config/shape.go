@@ -70,6 +70,7 @@ func (v *validator) mapping(node *yaml.Node, into reflect.Type, path []any) bool
 			}
 			v.badAt(key.Line, path, "unknown key %q; did you mean %s?", key.Value, likely)
 			v.misshapen = append(v.misshapen, at(path, likely)) // that it is missing is said by this
+			v.shape(value, keys[likely], at(path, key.Value))
 		}
 		seen[key.Value] = key.Line
 	}
@@ -118,17 +119,18 @@ func allowed(into reflect.Type) string {
 	return "a single value, and no list or mapping"
 }
 
-// similar is the one of names that a word was meant to be: one has the other in it, or at most two letters differ. Empty where
+// similar is the one of names that a word was meant to be: one has the other in it, or at most two letters differ; of three letters one. Empty where
 // there is none.
 func similar(word string, names []string) string {
 	best, least := "", 3
 	for _, name := range names {
 		a, b := strings.ToLower(word), strings.ToLower(name)
 		edits := distance(a, b)
-		if short := min(len(a), len(b)); short >= 4 && (strings.Contains(a, b) || strings.Contains(b, a)) {
-			edits = min(edits, 2)
-		} else if short < 4 {
+		switch short := min(len(a), len(b)); {
+		case short < 3 || short == 3 && edits > 1:
 			continue
+		case strings.Contains(a, b) || strings.Contains(b, a):
+			edits = min(edits, 2)
 		}
 		if edits < least {
 			best, least = name, edits

@@ -7,7 +7,7 @@ import "testing"
 func TestSimilar(t *testing.T) {
 	names := []string{"name", "pollInterval", "dataPlane", "magicIPs", "port", "targetPort", "owner"}
 	for word, want := range map[string]string{
-		"names": "name", "nama": "name", "mane": "name", "NAME": "name", "agentname": "name", "ame": "", "nam": "",
+		"names": "name", "nama": "name", "mane": "name", "NAME": "name", "agentname": "name", "ame": "name", "nam": "name", "nae": "name", "nan": "",
 		"magicIp": "magicIPs", "magicAddresses": "", "ip": "", "": "",
 		"targetPorts": "targetPort", "nodePort": "port", "interval": "pollInterval", "ovnar": "owner", "avnar": "", "polintervall": "pollInterval",
 	} {

@@ -32,7 +32,7 @@ func run() int {
 	defer stop()
 	root, failed := rootCommand()
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "kubectl magic-ip:", quote.Lines(err.Error()))
+		fmt.Fprintln(os.Stderr, "kubectl magic-ip:", message(err))
 		return 2
 	}
 	if *failed {
@@ -40,6 +40,9 @@ func run() int {
 	}
 	return 0
 }
+
+// message is what an error says, safe for a terminal; lists in it are indented by spaces.
+func message(err error) string { return quote.Lines(strings.ReplaceAll(err.Error(), "\n\t", "\n    ")) }
 
 func rootCommand() (root *cobra.Command, failed *bool) {
 	failed = new(bool)

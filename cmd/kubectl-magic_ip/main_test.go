@@ -76,6 +76,20 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
+// TestCommandLine: what is wrong with a command line is said as it is, and what was meant.
+func TestCommandLine(t *testing.T) {
+	for line, want := range map[string]string{
+		"statu": "unknown command \"statu\" for \"kubectl magic-ip\"\n\nDid you mean this?\n    status\n", "status --nope": "unknown flag: --nope",
+		"status -o yaml": `--output "yaml" is not allowed; allowed: table, json`, "doctor extra": `unknown command "extra" for "kubectl magic-ip doctor"`,
+	} {
+		root, _ := rootCommand()
+		root.SetArgs(strings.Fields(line))
+		if err := root.ExecuteContext(t.Context()); err == nil || message(err) != want {
+			t.Errorf("%s: %q, want %q", line, message(err), want)
+		}
+	}
+}
+
 func TestJSON(t *testing.T) {
 	var out strings.Builder
 	if err := writeJSON(&out, []answer{newAnswer(fleet.Node{Name: "n", Pod: "p/q", Output: []byte(`{"agents":[]}`)})}); err != nil {
