@@ -115,7 +115,7 @@ func (f *files) publishClaims() {
 	for i, s := range f.agent.services.inOrder {
 		if s != nil && f.agent.config.Ports[i].Unserved == "" {
 			claim := runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""}
-			claim.LocalRoute = claim.Served && local[claim.Address]
+			claim.LocalRoute = local[claim.Address]
 			claims = append(claims, claim)
 		}
 	}

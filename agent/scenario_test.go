@@ -54,6 +54,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	rename NAME NAME                   a host interface gets another name
 //	own ADDR …                         the node's own addresses
 //	no-ipv6                            the node has no IPv6
+//	netns NAME [unseen]                the node's network namespace is another one
 //	bridge NAME                        a bridge whose frames do not pass netfilter
 //	lose-state, corrupt-state          the state file goes, or turns into garbage
 //	lose-memory, lose-files            memory.json goes, or all files of the agent
@@ -258,8 +259,9 @@ func (s *stage) Snapshot() (node.Snapshot, error) {
 	}
 	snapshot := s.network
 	snapshot.Links, snapshot.LocalRoutes = slices.Clone(snapshot.Links), slices.Clone(snapshot.LocalRoutes)
-	if s.failure("torn") != nil { // the last link is missing
-		snapshot.Torn, snapshot.Links = []string{"links"}, snapshot.Links[:len(snapshot.Links)-1]
+	if s.failure("torn") != nil { // the last link is missing, and all else
+		snapshot.Torn, snapshot.Links = []string{"links", "addresses", "routes"}, snapshot.Links[:len(snapshot.Links)-1]
+		snapshot.Addresses, snapshot.Routes, snapshot.LocalRoutes = nil, nil, nil
 	}
 	return snapshot, nil
 }
@@ -415,6 +417,8 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 	case "unroute":
 		s.removeRoute(netip.MustParseAddr(args[0]))
 		s.wake(Network)
+	case "netns":
+		s.network.Namespace = args[0]
 	case "no-ipv6":
 		s.network.IPv6 = false
 		s.wake(Network)
