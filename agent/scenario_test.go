@@ -718,6 +718,9 @@ func (b *failingBackend) Sync(ctx context.Context, p *plan.Plan) error {
 	if err := b.stage.failure("sync"); err != nil {
 		return err
 	}
+	if _, err := b.stage.dir.Agent("default.magic-ip").ReadClaims(); err != nil {
+		b.stage.t.Errorf("rules come into the kernel before other agents can see the claims: %v", err)
+	}
 	return errors.Join(b.Fake.Sync(ctx, p), b.leftovers())
 }
 
