@@ -19,6 +19,7 @@ var selectorTexts = []string{
 	"k8s.io/app=echo", "K8s.io/app", "/app", "k8s.io/", "a/b/c", "a..b/c", "-a/b", "app=-echo", "app=echo-", "app=e_c.h-o", "app=é", "é=app",
 	"app\t=\necho\r", "app=echo\x00", "\x00", "app\x00=echo", "app=()", "app()", "(app)", "app in ((a))", "app in (a))", "app echo", "app=a b",
 	"app in (1,2)", "app=" + sixtyThree, "app=" + sixtyThree + "x", sixtyThree + "x", sixtyThree + "/" + sixtyThree, sixtyThree + "x/a", "app=!=b", "app!",
+	"azAZ09=azAZ09", "z=Z", "A=0", "9=a", strings.Repeat("abcde.", 42) + "a/app", strings.Repeat("abcde.", 42) + "ab/app",
 	"app,!tier,k8s.io/app in (a,b),number>5", "app in (=)", "app in (!)", "a=b,c", "a,b=", "<", ">", "=", "==", "!", "!=", ",", ",,", "a,,b", "a!b",
 }
 
