@@ -3,6 +3,8 @@
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 BIN      ?= bin/
 DIST     ?= dist
+# The rooms whose unit tests need nothing of the kernel that qemu does not translate (netlink, namespaces).
+ARM64    ?= ./agent/config ./agent/dataplane ./agent/endpoint ./agent/event ./agent/inventory ./agent/plan ./agent/quote ./agent/ruleset ./agent/status ./plugin/conflist/... ./plugin/runtimedir
 FUZZTIME ?= 10000x
 MUTATE   ?= agent/plan agent/inventory agent/endpoint agent/config plugin/conflist plugin/runtimedir plugin
 
@@ -83,6 +85,11 @@ report: ## the report and the charts of docs/benchmarks, from the data that are 
 cluster: build e2e-binaries e2e-image ## a cluster of two nodes with targets, clients and the image, to try things on, until Ctrl-C (needs root)
 	integration/prerequisites nft ip nsenter
 	go run ./integration/cluster/up $(CLUSTER)
+
+.PHONY: test-arm64
+test-arm64: ## unit tests of the arm64 build under qemu's user mode (ARM64=)
+	integration/prerequisites qemu-aarch64-static
+	CGO_ENABLED=0 GOARCH=arm64 go test -vet=off -count=1 -exec qemu-aarch64-static $(ARM64)
 
 .PHONY: transcripts
 transcripts: build e2e-binaries e2e-image ## docs/transcripts.md: a stranger's path in a fresh clone, and five breakages (needs root; 5 minutes)
