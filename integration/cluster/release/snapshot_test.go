@@ -37,6 +37,9 @@ type nodeSnapshot struct {
 // counters is what changes with each packet, and with each moment.
 var counters = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]`)
 
+// ofIPTables is a table of iptables-nft.
+var ofIPTables = regexp.MustCompile(`^\s*table ip6? (filter|nat|mangle|raw|security) {`)
+
 func takeSnapshot(ctx context.Context) (s snapshot, err error) {
 	if s.Nodes, err = takeNodeSnapshots(ctx); err != nil {
 		return s, err
@@ -96,7 +99,8 @@ func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err e
 	if err != nil {
 		return s, err
 	}
-	s.Rules = strings.SplitAfter(counters.ReplaceAllString(rules, ""), "\n}\n")
+	// The order of chains in a table of iptables-nft is that in which kubelet and kube-proxy came to it; iptables-save has its rules.
+	s.Rules = slices.DeleteFunc(strings.SplitAfter(counters.ReplaceAllString(rules, ""), "\n}\n"), ofIPTables.MatchString)
 	slices.Sort(s.Rules)
 	for _, save := range []string{"iptables-save", "ip6tables-save", "iptables-legacy-save", "ip6tables-legacy-save"} {
 		printed, err := n.Exec(ctx, save)
