@@ -71,6 +71,12 @@ e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cili
 	integration/prerequisites nft iptables conntrack ip nsenter ipset
 	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
 
+.PHONY: e2e-clients
+e2e-clients: build e2e-binaries e2e-image ## the examples with real servers and SDKs, and what updates lose, into docs/benchmarks (needs root; CLIENTS=)
+	integration/prerequisites nft conntrack ip nsenter
+	integration/cluster/binaries clients
+	go test -v -race -count=1 -parallel 3 -timeout 40m -tags clients ./integration/cluster/clients $(if $(CLIENTS),$(CLIENTS),-update)
+
 .PHONY: compare
 compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 35 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
 	integration/prerequisites nft iptables conntrack ip nsenter ipset
@@ -136,9 +142,11 @@ e2e-bench: build tools e2e-binaries ## measure the agent and the API server, eac
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml, and actionlint
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
-	bin/golangci-lint run --build-tags e2e,cilium ./...
+	bin/golangci-lint run --build-tags e2e,cilium,clients ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
+	cd integration/cluster/sdk && ../../../bin/golangci-lint run --config ../../../.golangci.yml ./...
+	cd integration/cluster/coredns && ../../../bin/golangci-lint run --config ../../../.golangci.yml ./...
 	go test -count=1 -v -run '^TestHouse$$' ./integration
 	cd integration/conflist && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/plots && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
@@ -165,6 +173,6 @@ docs: build tools ## write what comes from programs in the documents: keys, comm
 
 .PHONY: generate
 generate: chart-tools ## tidy the modules, format the code, write the chart's README
-	go mod tidy && go -C tools mod tidy && go -C tools mod tidy -modfile=actionlint.mod && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/cluster/stream mod tidy && go -C integration/plots mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
+	go mod tidy && go -C tools mod tidy && go -C tools mod tidy -modfile=actionlint.mod && go -C integration/cluster/k8s mod tidy && go -C integration/cluster/containerd mod tidy && go -C integration/cluster/cilium mod tidy && go -C integration/cluster/sdk mod tidy && go -C integration/cluster/coredns mod tidy && go -C integration/cluster/stream mod tidy && go -C integration/plots mod tidy && go -C integration/chart mod tidy && go -C integration/monitoring mod tidy && go -C integration/conflist mod tidy
 	gofmt -l -w .
 	bin/chart/helm-docs --chart-search-root charts --log-level warning
