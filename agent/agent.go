@@ -112,8 +112,10 @@ type Options struct {
 	Backend Backend
 	// BackendNote is the reason for this backend, for people.
 	BackendNote string
-	Flows       Flows
-	Node        Node
+	// Zones: the backend can put flows into zones of connection tracking.
+	Zones bool
+	Flows Flows
+	Node  Node
 	// Cilium reads Cilium's settings: fs.ErrNotExist where it has written none.
 	Cilium func() (dataplane.Settings, error)
 	API    API // nil: what the CNI plugin records is all that is known

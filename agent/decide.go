@@ -191,6 +191,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		Sandboxes:     a.pods.Sandboxes(),
 		Synced:        a.pods.AllSynced(),
 		Detour:        a.plane.Detour,
+		Zones:         a.Zones,
 		Services:      make([]plan.Service, 0, len(a.config.Ports)),
 	}
 	for i, port := range a.config.Ports {
@@ -201,6 +202,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		service := plan.Service{
 			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
 			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now), HoldUntil: s.lostAt.Add(port.HoldFor),
+			Spread: port.Spread,
 		}
 		for _, chosen := range s.endpoints {
 			service.Endpoints = append(service.Endpoints, chosen.Address)

@@ -19,9 +19,12 @@ type kernel struct {
 	// applied is the plan in the kernel: nil before the first one, which came at syncedAt.
 	applied  *plan.Plan
 	syncedAt time.Time
-	// due is swept until that succeeds, whatever else changes. again is swept once more with the next poll: a packet that
-	// was on its way through the rules of before while the table was dumped makes its entry after the dump.
+	// due is swept until that succeeds, whatever else changes. again is swept with the next poll: what can wait for it, and once more
+	// what was swept, as a packet that was on its way through the rules of before while the table was dumped makes its entry after
+	// the dump.
 	due, again plan.Change
+	// sweptAt is when the last sweep began.
+	sweptAt time.Time
 	// restoredAt is when externally modified rules were last restored.
 	restoredAt time.Time
 	// damaged: they have been, and the next sync restores them.
@@ -36,6 +39,10 @@ type kernel struct {
 
 // restorePause keeps the agent from fighting with another program that changes its rules again and again.
 const restorePause = time.Second
+
+// sweepPause is how long the connections of a sandbox that is gone may wait for those of another, so that a burst of changes costs few
+// dumps: each walks the whole table of the kernel, however few connections are in it.
+const sweepPause = 500 * time.Millisecond
 
 // apply brings the kernel to the plan. next is when to look again (0: never).
 func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now time.Time) (next time.Duration) {
@@ -65,6 +72,8 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 				all := p.Since(nil)
 				change.Frontends, change.Untranslated = all.Frontends, all.Untranslated
 			}
+			k.again = k.again.Plus(plan.Change{Moved: change.Moved})
+			change.Moved = nil
 			k.due = k.due.Plus(change)
 			k.applied, k.syncedAt = &p, now
 			if k.damaged {
@@ -74,8 +83,10 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 		}
 	}
 	if k.applied != nil && !k.due.Empty() {
-		if k.sweep(ctx, k.due); k.sweepErr == nil {
-			k.again, k.due = k.again.Plus(k.due), plan.Change{}
+		if pause := k.sweptAt.Add(sweepPause).Sub(now); pause > 0 && pause <= sweepPause && k.due.OnlyGone() {
+			next = soonest(next, pause)
+		} else if k.sweep(ctx, k.due); k.sweepErr == nil {
+			k.again, k.due, k.sweptAt = k.again.Plus(k.due), plan.Change{}, now
 		}
 	}
 	k.hairpin()

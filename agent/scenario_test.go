@@ -198,6 +198,7 @@ func (s *stage) start() {
 	ended := make(chan error)
 	ready := make(chan struct{})
 	options := Options{
+		Zones:      true,
 		RuntimeDir: s.dir.Path(),
 		Load:       func() (config.Config, error) { return config.Parse(strings.NewReader(s.config), s.api == nil) },
 		Backend:    s.backend,
@@ -758,6 +759,9 @@ func (f *fakeFlows) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (
 	}
 	for _, frontend := range change.Removed {
 		f.swept = append(f.swept, "removed", frontend.String())
+	}
+	for _, frontend := range change.Moved {
+		f.swept = append(f.swept, "moved", frontend.String())
 	}
 	for _, address := range change.Gone {
 		f.swept = append(f.swept, "gone", address.String())

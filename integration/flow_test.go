@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // stream is a connection that carries data both ways for as long as it lives.
@@ -384,4 +385,176 @@ func testReplacement(t *testing.T, w *world) {
 		}
 		w.note(replaced, c.six, wrong)
 	}
+}
+
+// TestSlowAnswers: a flow of datagrams moves while the old server still owes answers, and back; none is lost, and no flow is deleted
+// for it. What servers sent and clients received is counted.
+func TestSlowAnswers(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := serving(t, backend, "bridge", configOf(agentName, entry(plain, fmt.Sprintf("ports: [{port: %d, protocol: udp}]", port))))
+		note := w.await("to say which backend it uses", func(a *runtimedir.Status) bool { return a.Backend != "" }).BackendNote
+		if said := strings.Contains(note, "a datagram that the old server has not answered"); said != (backend != "nftables") {
+			t.Errorf("status says %q", note)
+		}
+		if backend != "nftables" {
+			return // flows are deleted, as status says
+		}
+		w.addClient()
+		w.addTarget("old")
+		traffic := &slowTraffic{world: w, asked: map[string]int{}, sent: map[string]int{}, received: map[slowAnswer]int{}}
+		traffic.serve("old")
+		w.awaitEndpoint("old")
+		var clients []slowAnswer
+		for _, from := range []string{"client", lab.Host, "old"} {
+			for _, six := range []bool{false, true} {
+				clients = append(clients, slowAnswer{from: from, six: six})
+				traffic.ask(from, six)
+			}
+		}
+		answered := func(by string) {
+			t.Helper()
+			for _, c := range clients {
+				c.by = by
+				before := traffic.count(c)
+				if err := lab.Eventually(patience(t), func() error {
+					if traffic.count(c) <= before {
+						return fmt.Errorf("no answer for %+v", c)
+					}
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		answered("old")
+		w.addPod("bridge", target("new"))
+		traffic.serve("new")
+		w.awaitEndpoint("new")
+		answered("new")
+		traffic.pause(true)
+		if err := lab.Eventually(patience(t), traffic.lost); err != nil {
+			t.Error(err)
+		}
+		if log := w.agent.Log(); strings.Contains(log, "flows ended") {
+			t.Errorf("flows were deleted:\n%s", log)
+		}
+		// Back: the flows of before lead to the old one.
+		traffic.pause(false)
+		w.delTarget("new")
+		w.awaitEndpoint("old")
+		answered("old")
+	})
+}
+
+// slowTraffic is of servers that answer each datagram with their name, 30 ms later, and of clients that do not wait for it. There are
+// never so many datagrams on their way that the buffer of a socket is full.
+type slowTraffic struct {
+	*world
+	mu          sync.Mutex
+	paused      bool
+	asked, sent map[string]int // by server
+	received    map[slowAnswer]int
+	answers     int
+}
+
+type slowAnswer struct {
+	from string
+	six  bool
+	by   string
+}
+
+func (s *slowTraffic) pause(paused bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.paused = paused
+}
+
+func (s *slowTraffic) count(answer slowAnswer) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.received[answer]
+}
+
+// lost is an error while servers owe answers, or have sent some that nobody has received.
+func (s *slowTraffic) lost() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for server, asked := range s.asked {
+		received := 0
+		for answer, count := range s.received {
+			if answer.by == server {
+				received += count
+			}
+		}
+		if sent := s.sent[server]; sent != asked || received != sent {
+			return fmt.Errorf("%s was asked %d times, has sent %d answers, and clients have received %d", server, asked, sent, received)
+		}
+	}
+	return nil
+}
+
+func (s *slowTraffic) serve(name string) {
+	s.t.Helper()
+	conn, err := s.ListenPacket(name, "udp", fmt.Sprintf(":%d", port))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = conn.Close() })
+	go func() {
+		buffer := make([]byte, 64)
+		for {
+			_, client, err := conn.ReadFrom(buffer)
+			if err != nil {
+				return
+			}
+			s.mu.Lock()
+			s.asked[name]++
+			s.mu.Unlock()
+			time.AfterFunc(30*time.Millisecond, func() {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if _, err := conn.WriteTo([]byte(name), client); err == nil {
+					s.sent[name]++
+				}
+			})
+		}
+	}()
+}
+
+func (s *slowTraffic) ask(from string, six bool) {
+	s.t.Helper()
+	conn, err := s.Dial(from)(s.t.Context(), "udp", magic(six).String())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = conn.Close() })
+	go func() {
+		buffer := make([]byte, 64)
+		for {
+			n, err := conn.Read(buffer)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil {
+				s.mu.Lock()
+				s.received[slowAnswer{from, six, string(buffer[:n])}]++
+				s.answers++
+				s.mu.Unlock()
+			}
+		}
+	}()
+	go func() {
+		for s.t.Context().Err() == nil {
+			time.Sleep(2 * time.Millisecond)
+			s.mu.Lock()
+			owed := -s.answers
+			for _, asked := range s.asked {
+				owed += asked
+			}
+			if !s.paused && owed < 50 {
+				_, _ = conn.Write([]byte("?")) // refused while the new server does not listen yet
+			}
+			s.mu.Unlock()
+		}
+	}()
 }

@@ -35,11 +35,25 @@ type Selected struct {
 	backend
 	// Reason is why it is this one, in a few words for people; empty where nothing was to be decided.
 	Reason string
+	// NoZones is why UDP flows are not kept apart by zones of connection tracking; empty where they are.
+	NoZones string
 	// Fallback is why it is not nftables although it might be; empty where that was not wanted, or is.
 	Fallback  string
 	leftovers []backend
 	// Unread is why it is not known whether another backend has left rules of this agent; empty where that is known. They stay then.
 	Unread string
+}
+
+// Note is what people should know of the backend: why it is this one, and what it cannot do. Empty where there is nothing to say.
+func (s *Selected) Note() string {
+	if s.NoZones == "" {
+		return s.Reason
+	}
+	note := "a datagram that the old server has not answered when a UDP flow moves is lost, since flows cannot be put into zones of connection tracking: " + s.NoZones
+	if s.Reason != "" {
+		return s.Reason + "; " + note
+	}
+	return note
 }
 
 type backend interface {
@@ -57,6 +71,7 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	if name != Auto && name != NFTables && name != IPTables {
 		return nil, fmt.Errorf("backend %q is not allowed; allowed: %s, %s, %s", name, Auto, NFTables, IPTables)
 	}
+	var noZones error
 	nft, unusable := nftables.New(agentName)
 	var leftovers []backend
 	if nft != nil {
@@ -64,11 +79,15 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	}
 	if name != IPTables {
 		if unusable == nil {
-			unusable = nft.Trial(ctx)
+			noZones, unusable = nft.Trial(ctx)
 		}
 		if unusable == nil {
 			others, unread := otherIPTables(agentName, nil)
-			return &Selected{backend: nft, leftovers: others, Unread: unread}, nil
+			s := &Selected{backend: nft, leftovers: others, Unread: unread}
+			if noZones != nil {
+				s.NoZones = noZones.Error()
+			}
+			return s, nil
 		}
 		if name == NFTables {
 			return nil, fmt.Errorf("backend nftables: %w", unusable)
@@ -80,7 +99,7 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 		var version string
 		if version, err = ipt.Trial(ctx); err == nil {
 			others, unread := otherIPTables(agentName, &variant)
-			s := &Selected{backend: ipt, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
+			s := &Selected{backend: ipt, NoZones: "backend iptables has no rules for it", Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {
 				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
 				s.Reason += "; " + s.Fallback

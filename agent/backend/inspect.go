@@ -31,7 +31,8 @@ func Trial(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return nft.Trial(ctx)
+	_, err = nft.Trial(ctx)
+	return err
 }
 
 // Inspect says in which respects the rules in the kernel differ from what the agent called agentName serves, and

@@ -27,6 +27,7 @@ const (
 	ctaFilterOrigFlags  = 1
 	ctaFilterReplyFlags = 2
 	ctaStatusMask       = 26
+	ctaTupleZone        = 3      // CTA_TUPLE_ZONE of enum ctattr_tuple
 	ipsSeenReply        = 1 << 1 // IPS_SEEN_REPLY
 	ipsDstNAT           = 1 << 5 // IPS_DST_NAT
 
@@ -54,7 +55,7 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	defer socket.Close()
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
-	frontends := slices.Concat(change.Frontends, change.Removed)
+	frontends := slices.Concat(change.Frontends, change.Removed, change.Moved)
 	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 || !change.Bypassed.None() {
 		families := map[uint8]bool{unix.AF_INET: change.Bypassed.Masquerade4, unix.AF_INET6: change.Bypassed.Masquerade6}
 		for _, bridge := range change.Bridges {
@@ -82,8 +83,14 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 			err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
 		}
 	}
-	for _, address := range change.Gone {
-		err = errors.Join(err, s.dump(ctx, family(address), serverFilter(address)...))
+	for _, inet := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		gone := slices.DeleteFunc(slices.Clone(change.Gone), func(a netip.Addr) bool { return family(a) != inet })
+		switch {
+		case len(gone) == 1:
+			err = errors.Join(err, s.dump(ctx, inet, serverFilter(gone[0])...))
+		case len(gone) > 1:
+			err = errors.Join(err, s.dump(ctx, inet, statusFilter(ipsDstNAT, ipsDstNAT)...))
+		}
 	}
 	for _, f := range frontends {
 		if f.Protocol == plan.TCP && !slices.Contains(change.Untranslated, f) {
@@ -287,11 +294,13 @@ func parseFlow(message []byte) (flow plan.Flow, err error) {
 	err = attributes(message[nl.SizeofNfgenmsg:], func(kind int, value []byte) (err error) {
 		switch kind {
 		case nl.CTA_TUPLE_ORIG:
-			flow.Source, flow.Destination, flow.Protocol, err = parseTuple(value)
+			flow.Source, flow.Destination, flow.Protocol, flow.Zone, err = parseTuple(value)
 		case nl.CTA_TUPLE_REPLY:
 			var to netip.AddrPort
-			flow.Server, to, _, err = parseTuple(value)
+			flow.Server, to, _, _, err = parseTuple(value)
 			flow.ReplyTo = to.Addr()
+		case nl.CTA_ZONE:
+			flow.OtherZone = true
 		case nl.CTA_PROTOINFO:
 			var state byte
 			state, err = parseState(value)
@@ -302,10 +311,16 @@ func parseFlow(message []byte) (flow plan.Flow, err error) {
 	return flow, err
 }
 
-func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan.Protocol, err error) {
+func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan.Protocol, zone uint16, err error) {
 	var addresses [2]netip.Addr
 	var ports [2]uint16
 	err = attributes(tuple, func(kind int, part []byte) error {
+		if kind == ctaTupleZone { // the zone of this direction alone
+			if len(part) >= 2 {
+				zone = binary.BigEndian.Uint16(part)
+			}
+			return nil
+		}
 		return attributes(part, func(inner int, value []byte) error {
 			switch {
 			case kind == nl.CTA_TUPLE_IP:
@@ -319,7 +334,7 @@ func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan
 				case nl.CTA_IP_V4_DST, nl.CTA_IP_V6_DST:
 					addresses[1] = address
 				}
-			case kind != nl.CTA_TUPLE_PROTO: // the zone of one direction
+			case kind != nl.CTA_TUPLE_PROTO:
 			case inner == nl.CTA_PROTO_NUM && len(value) >= 1:
 				protocol = plan.ProtocolOf(value[0])
 			case inner == nl.CTA_PROTO_SRC_PORT && len(value) >= 2:
@@ -330,7 +345,7 @@ func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan
 			return nil
 		})
 	})
-	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, err
+	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, zone, err
 }
 
 // parseState is the TCP state of an entry (enum tcp_conntrack), 0 of another protocol.

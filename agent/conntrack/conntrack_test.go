@@ -39,6 +39,10 @@ func addFlows(t *testing.T) {
 		{"tcp SYN_SENT", "10.0.0.9:1012", "169.254.210.210:80", "10.0.0.3:8080"},  // stale: half-open
 		{"tcp SYN_SENT", "10.0.0.9:1013", "169.254.210.210:80", "10.0.0.2:8080"},  // half-open, to the endpoint
 		{"tcp TIME_WAIT", "10.0.0.9:1014", "169.254.210.210:80", "10.0.0.4:8080"}, // closed
+		{"udp zone 2", "10.0.0.9:1015", "169.254.210.210:80", "10.0.0.2:8080"},    // in the zone of the endpoint
+		{"udp zone 2", "10.0.0.9:1016", "169.254.210.210:80", "10.0.9.2:8080"},    // in it, and stale
+		{"udp zone 3", "10.0.0.9:1017", "169.254.210.210:80", "10.0.0.3:8080"},    // in that of one before
+		{"udp zone 4", "10.0.0.9:1018", "169.254.210.210:80", "10.0.0.4:8080"},    // in that of one whose sandbox is gone
 		{"udp", "[fd00::9]:2001", "[fd00:a::1]:80", "[fd00::2]:8080"},             // the endpoint
 		{"udp", "[fd00::9]:2002", "[fd00:a::1]:80", "[fd00::3]:8080"},             // stale
 		{"udp", "[fd00::9]:2003", "[fd00:a::1]:80", ""},                           // stale: from before the rule
@@ -48,12 +52,17 @@ func addFlows(t *testing.T) {
 		{"tcp", "[fd00::9]:2007", "[fd00:a::1]:80", "[fd00::3]:8080"},             // the sandbox stands
 		{"udp", "[fd00:a::1]:80", "[fd00::9]:2008", ""},                           // stale: begun by a late reply
 		{"tcp SYN_SENT", "[fd00::9]:2009", "[fd00:a::1]:80", "[fd00::3]:8080"},    // stale: half-open
+		{"udp zone 2", "[fd00::9]:2010", "[fd00:a::1]:80", "[fd00::9:2]:8080"},    // in the zone of the endpoint, and stale
+		{"udp zone 3", "[fd00::9]:2011", "[fd00:a::1]:80", "[fd00::3]:8080"},      // in that of one before
 	} {
 		source, destination := netip.MustParseAddrPort(flow.source), netip.MustParseAddrPort(flow.destination)
 		protocol, state, _ := strings.Cut(flow.protocol, " ")
 		args := []string{"-I", "-t", "1000", "-p", protocol, "-s", source.Addr().String(), "-d", destination.Addr().String(),
 			"--sport", fmt.Sprint(source.Port()), "--dport", fmt.Sprint(destination.Port())}
+		zone, zoned := strings.CutPrefix(state, "zone ")
 		switch {
+		case zoned:
+			args = append(args, "--orig-zone", zone)
 		case protocol != "tcp":
 		case state == "SYN_SENT":
 			args = append(args, "--state", state)
@@ -100,7 +109,14 @@ func TestSweep(t *testing.T) {
 		Sandboxes: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("fd00::2"), addr("fd00::3")},
 		Synced:    true,
 	})
-	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "1012", "1013", "1014", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008", "2009"}
+	zoned := p // the same where flows are put into zones: that of an endpoint is 2 here
+	zoned.Zones, zoned.Rules = true, slices.Clone(p.Rules)
+	for i := range zoned.Rules {
+		if zoned.Rules[i].Protocol == plan.UDP {
+			zoned.Rules[i].Zoned, zoned.Rules[i].Zone = true, 2
+		}
+	}
+	all := []string{"1001", "1002", "1003", "1004", "1005", "1006", "1007", "1008", "1009", "1010", "1011", "1012", "1013", "1014", "1015", "1016", "1017", "1018", "2001", "2002", "2003", "2004", "2005", "2006", "2007", "2008", "2009", "2010", "2011"}
 	without := func(gone ...string) []string {
 		return slices.DeleteFunc(slices.Clone(all), func(port string) bool { return slices.Contains(gone, port) })
 	}
@@ -115,18 +131,21 @@ func TestSweep(t *testing.T) {
 		change plan.Change
 		want   []string
 	}{
+		{"zones: UDP frontend", plan.Change{Moved: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1003", "1016", "1018")},
+		{"zones: IPv6 UDP frontend", plan.Change{Moved: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2003", "2010")},
+		{"zones: gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007", "1018")},
 		{"nothing changed", plan.Change{}, all},
-		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003")},
+		{"UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1002", "1003", "1016", "1017", "1018")},
 		{"flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("169.254.210.210", plan.UDP, 80)}}, without("1010")},
 		{"IPv6 flows the wrong way round", plan.Change{Untranslated: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2008")},
 		{"TCP frontend", plan.Change{Frontends: tcp}, without("1012")},
 		{"TCP frontend of which nothing was known", plan.Change{Frontends: tcp, Untranslated: tcp}, without("1007", "1012")},
 		{"IPv6 TCP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.TCP, 80)}}, without("2009")},
-		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007")},
+		{"gone sandbox", plan.Change{Gone: []netip.Addr{addr("10.0.0.4")}}, without("1007", "1018")},
 		{"removed frontend", plan.Change{Removed: []plan.Frontend{frontend("169.254.210.211", plan.UDP, 80)}}, without("1005")},
-		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003")},
-		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005", "2009")},
-		{"many", many, without("1002", "1003", "1007", "1010", "1012", "2002", "2003", "2005", "2008", "2009")},
+		{"IPv6 UDP frontend", plan.Change{Frontends: []plan.Frontend{frontend("fd00:a::1", plan.UDP, 80)}}, without("2002", "2003", "2010", "2011")},
+		{"IPv6 gone sandbox", plan.Change{Gone: []netip.Addr{addr("fd00::4")}}, without("2002", "2005", "2009", "2010", "2011")},
+		{"many", many, without("1002", "1003", "1007", "1010", "1012", "1016", "1017", "1018", "2002", "2003", "2005", "2008", "2009", "2010", "2011")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			nodetest.Namespace(t, "link set lo up")
@@ -134,7 +153,11 @@ func TestSweep(t *testing.T) {
 			if diff := cmp.Diff(all, flowPorts(t)); diff != "" {
 				t.Fatalf("flows at the start (-want +got):\n%s", diff)
 			}
-			deleted, err := Table{}.Sweep(t.Context(), &p, tt.change)
+			of := &p
+			if strings.HasPrefix(tt.name, "zones: ") {
+				of = &zoned
+			}
+			deleted, err := Table{}.Sweep(t.Context(), of, tt.change)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -160,7 +183,7 @@ func TestKernelFilters(t *testing.T) {
 	}{
 		{"frontend", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, frontendFilter(frontend("169.254.210.210", plan.UDP, 80))...)
-		}, 3},
+		}, 7},
 		{"late reply", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, reversedFilter(frontend("169.254.210.210", plan.UDP, 80))...)
 		}, 1},
@@ -175,13 +198,13 @@ func TestKernelFilters(t *testing.T) {
 		}, 1},
 		{"server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)
-		}, 3},
+		}, 4},
 		{"IPv6 frontend", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, frontendFilter(frontend("fd00:a::1", plan.UDP, 80))...)
-		}, 4},
+		}, 6},
 		{"IPv6 server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, serverFilter(netip.MustParseAddr("fd00::4"))...)
-		}, 7},
+		}, 9},
 	} {
 		s := &sweep{plan: &plan.Plan{}}
 		if err := tt.dump(s); err != nil {

@@ -23,10 +23,11 @@ type Entry struct {
 	message []byte
 }
 
-// Lookup returns the connection from source to destination, as the client sent it; found is false where there is none.
-func (Table) Lookup(protocol plan.Protocol, source, destination netip.AddrPort) (e Entry, found bool, err error) {
+// Lookup returns the connection from source to destination, as the client sent it, in a zone of the original direction; found is false
+// where there is none.
+func (Table) Lookup(protocol plan.Protocol, source, destination netip.AddrPort, zone uint16) (e Entry, found bool, err error) {
 	request := request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_ACK, family(source.Addr()))
-	request.AddData(originalTuple(protocol, source, destination))
+	request.AddData(originalTuple(protocol, source, destination, zone))
 	messages, err := request.Execute(unix.NETLINK_NETFILTER, 0)
 	switch {
 	case errors.Is(err, unix.ENOENT):
@@ -43,7 +44,7 @@ func (Table) Lookup(protocol plan.Protocol, source, destination netip.AddrPort) 
 	err = attributes(e.message[nl.SizeofNfgenmsg:], func(kind int, value []byte) (err error) {
 		switch kind {
 		case nl.CTA_TUPLE_REPLY:
-			_, e.ReplyTo, _, err = parseTuple(value)
+			_, e.ReplyTo, _, _, err = parseTuple(value)
 		case nl.CTA_STATUS:
 			if len(value) >= 4 {
 				e.Replied = binary.BigEndian.Uint32(value)&ipsSeenReply != 0
@@ -76,7 +77,7 @@ func request(message, flags int, family uint8) *nl.NetlinkRequest {
 	return request
 }
 
-func originalTuple(protocol plan.Protocol, source, destination netip.AddrPort) *nl.RtAttr {
+func originalTuple(protocol plan.Protocol, source, destination netip.AddrPort, zone uint16) *nl.RtAttr {
 	from, to := nl.CTA_IP_V4_SRC, nl.CTA_IP_V4_DST
 	if source.Addr().Is6() {
 		from, to = nl.CTA_IP_V6_SRC, nl.CTA_IP_V6_DST
@@ -89,5 +90,8 @@ func originalTuple(protocol plan.Protocol, source, destination netip.AddrPort) *
 	transport.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(protocol.Number()))
 	transport.AddRtAttr(nl.CTA_PROTO_SRC_PORT, binary.BigEndian.AppendUint16(nil, source.Port()))
 	transport.AddRtAttr(nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, destination.Port()))
+	if zone != 0 {
+		tuple.AddRtAttr(ctaTupleZone, binary.BigEndian.AppendUint16(nil, zone))
+	}
 	return tuple
 }

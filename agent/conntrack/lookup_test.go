@@ -17,16 +17,20 @@ func TestLookup(t *testing.T) {
 		found               bool
 		server              string
 		replied, halfOpen   bool
+		zone                uint16
 	}{
-		{plan.UDP, "10.0.0.9:1002", "169.254.210.210:80", true, "10.0.0.3:8080", false, false},
-		{plan.TCP, "10.0.0.9:1008", "169.254.210.210:80", true, "10.0.0.3:8080", true, false},
-		{plan.TCP, "10.0.0.9:1012", "169.254.210.210:80", true, "10.0.0.3:8080", false, true},
-		{plan.UDP, "[fd00::9]:2003", "[fd00:a::1]:80", true, "[fd00:a::1]:80", false, false},
-		{plan.TCP, "10.0.0.9:1002", "169.254.210.210:80", false, "", false, false},
-		{plan.TCP, "[fd00::9]:9", "[fd00:a::1]:80", false, "", false, false},
+		{plan.UDP, "10.0.0.9:1002", "169.254.210.210:80", true, "10.0.0.3:8080", false, false, 0},
+		{plan.TCP, "10.0.0.9:1008", "169.254.210.210:80", true, "10.0.0.3:8080", true, false, 0},
+		{plan.TCP, "10.0.0.9:1012", "169.254.210.210:80", true, "10.0.0.3:8080", false, true, 0},
+		{plan.UDP, "[fd00::9]:2003", "[fd00:a::1]:80", true, "[fd00:a::1]:80", false, false, 0},
+		{plan.UDP, "10.0.0.9:1015", "169.254.210.210:80", true, "10.0.0.2:8080", false, false, 2},
+		{plan.UDP, "10.0.0.9:1015", "169.254.210.210:80", false, "", false, false, 0},
+		{plan.UDP, "[fd00::9]:2011", "[fd00:a::1]:80", true, "[fd00::3]:8080", false, false, 3},
+		{plan.TCP, "10.0.0.9:1002", "169.254.210.210:80", false, "", false, false, 0},
+		{plan.TCP, "[fd00::9]:9", "[fd00:a::1]:80", false, "", false, false, 0},
 	} {
 		source, destination := netip.MustParseAddrPort(test.source), netip.MustParseAddrPort(test.destination)
-		e, found, err := Table{}.Lookup(test.protocol, source, destination)
+		e, found, err := Table{}.Lookup(test.protocol, source, destination, test.zone)
 		if err != nil || found != test.found {
 			t.Errorf("%+v: found %t, %v", test, found, err)
 		}
@@ -41,7 +45,7 @@ func TestLookup(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if _, found, err := (Table{}).Lookup(test.protocol, source, destination); found || err != nil {
+		if _, found, err := (Table{}).Lookup(test.protocol, source, destination, test.zone); found || err != nil {
 			t.Errorf("%+v: still there, %v", test, err)
 		}
 	}

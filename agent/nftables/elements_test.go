@@ -32,6 +32,7 @@ func TestElementsWithoutNFT(t *testing.T) {
 	// Two states that differ in each set, with the same chains: what one adds the other deletes.
 	input := func(second bool) plan.Input {
 		in := plan.Input{
+			Zones:         true,
 			PodInterfaces: []string{"veth0"}, Uplinks: []string{"eth0"}, UnservedPairs: []string{"veth9"},
 			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}},
 			HostAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.3"), netip.MustParseAddr("fd00::3")},
@@ -45,6 +46,11 @@ func TestElementsWithoutNFT(t *testing.T) {
 			for _, address := range []string{ip.first, ip.last} {
 				in.Services = append(in.Services, plan.Service{Frontend: frontend(address, plan.TCP, 80), HostClients: true, WithoutEndpoint: plan.Reject})
 			}
+			datagrams := plan.Service{Frontend: frontend(ip.first, plan.UDP, 53), HostClients: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort(ip.endpoint)}}
+			if second {
+				datagrams.Endpoints[0] = netip.MustParseAddrPort(ip.another)
+			}
+			in.Services = append(in.Services, datagrams)
 			served := plan.Service{Frontend: frontend(ip.magic, plan.TCP, 80), HostClients: true, ExcludeTarget: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort(ip.endpoint)}}
 			held := plan.Service{Frontend: frontend(ip.magic, plan.UDP, 65535), HostClients: false, WithoutEndpoint: plan.Hold}
 			if second {

@@ -36,6 +36,10 @@ func encode(kind, text string) ([]byte, error) {
 			var port uint64
 			port, err = strconv.ParseUint(part, 10, 16)
 			value = binary.BigEndian.AppendUint16(nil, uint16(port))
+		case zoneType:
+			var zone uint64
+			zone, err = strconv.ParseUint(part, 10, 16)
+			value = binary.NativeEndian.AppendUint16(nil, uint16(zone))
 		case "ifname":
 			value = make([]byte, unix.IFNAMSIZ)
 			if copy(value, part) == unix.IFNAMSIZ {
@@ -57,7 +61,7 @@ func encode(kind, text string) ([]byte, error) {
 
 // sizes are the bytes of each of nft's types.
 func sizeOf(kind string) int {
-	return map[string]int{"ipv4_addr": 4, "ipv6_addr": 16, "inet_proto": 1, "inet_service": 2, "ifname": unix.IFNAMSIZ}[kind]
+	return map[string]int{"ipv4_addr": 4, "ipv6_addr": 16, "inet_proto": 1, "inet_service": 2, zoneType: 2, "ifname": unix.IFNAMSIZ}[kind]
 }
 
 // decode is the opposite of encode. What is of another length than the type is hexadecimal, for people.
@@ -84,6 +88,8 @@ func decode(kind string, encoded []byte) string {
 			parts[i] = string(plan.ProtocolOf(value[0]))
 		case "inet_service":
 			parts[i] = strconv.Itoa(int(binary.BigEndian.Uint16(value)))
+		case zoneType:
+			parts[i] = strconv.Itoa(int(binary.NativeEndian.Uint16(value)))
 		case "ifname":
 			parts[i] = unix.ByteSliceToString(value)
 		}

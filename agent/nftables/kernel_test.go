@@ -32,7 +32,7 @@ func newBackend(t *testing.T, agentName string) *Backend {
 	t.Helper()
 	backend, err := New(agentName)
 	if err == nil {
-		err = backend.Trial(t.Context())
+		_, err = backend.Trial(t.Context())
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -31,6 +31,7 @@ var matches = []struct {
 	{form: regexp.MustCompile(`^ct status & dnat == dnat`), met: func(p packet, _ []string) bool { return p.translated }},
 	{form: regexp.MustCompile(`^ct direction (original|reply)`), met: func(p packet, a []string) bool { return p.reply == (a[1] == "reply") }},
 	{form: regexp.MustCompile(`^tcp flags & \(syn \| rst\) == 0`), met: func(packet, []string) bool { return true }},
+	{form: regexp.MustCompile(`^meta l4proto udp`), met: func(packet, []string) bool { return true }},
 	{form: regexp.MustCompile(`^iif != 0`), met: func(p packet, _ []string) bool { return p.in != "" }},
 	{form: regexp.MustCompile(`^iifname != "lo"`), met: func(p packet, _ []string) bool { return p.in != "lo" }},
 	{form: regexp.MustCompile(`^iifname "([a-z0-9]+)"`), met: func(p packet, a []string) bool { return p.in == a[1] }},
@@ -137,10 +138,10 @@ func TestLookupsOfOthers(t *testing.T) {
 		{"magic IPs around", []string{"169.254.1.1", "169.254.210.210"}, 1, 1},
 		{"magic IPs with nothing in common", []string{"1.1.1.1", "169.254.210.210"}, 2, 1},
 	} {
-		in := plan.Input{PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}}
+		in := plan.Input{Zones: true, PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}}
 		for i, address := range test.addresses {
 			in.Services = append(in.Services, plan.Service{
-				Frontend: frontend(address, plan.TCP, 80), HostClients: true, ExcludeTarget: i == 0, Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, 9}), uint16(80+i))},
+				Frontend: frontend(address, plan.UDP, 80), HostClients: true, ExcludeTarget: i == 0, Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, 9}), uint16(80+i))},
 			})
 		}
 		p := plan.Build(in)

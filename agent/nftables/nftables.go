@@ -60,18 +60,26 @@ func New(agentName string) (*Backend, error) {
 	return b, nil
 }
 
-// Trial says why nft or the kernel cannot do what the rules need; nil where they can. Nothing is loaded.
-func (b *Backend) Trial(ctx context.Context) error {
-	trial := plan.Build(plan.Input{Services: []plan.Service{{
-		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1}, WithoutEndpoint: plan.Reject,
-	}}})
-	tx := b.tables[0].nft.NewTransaction()
-	rules := render(&trial, plan.IPv4)
-	rules.write(tx)
-	if err := b.tables[0].nft.Check(ctx, tx); err != nil {
-		return fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
+// Trial says why nft or the kernel cannot do what the rules need; nil where they can. noZones is why UDP flows cannot be put into zones
+// of connection tracking, which the rules can do without; nil where they can. Nothing is loaded.
+func (b *Backend) Trial(ctx context.Context) (noZones, err error) {
+	trial := func(zones bool) error {
+		p := plan.Build(plan.Input{Zones: zones, Services: []plan.Service{{
+			Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.UDP, Port: 1}, HostClients: true,
+			Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 2}), 1)},
+		}}})
+		tx := b.tables[0].nft.NewTransaction()
+		rules := render(&p, plan.IPv4)
+		rules.write(tx)
+		return b.tables[0].nft.Check(ctx, tx)
 	}
-	return nil
+	if noZones = trial(true); noZones == nil {
+		return nil, nil
+	}
+	if err := trial(false); err != nil {
+		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
+	}
+	return noZones, nil
 }
 
 // Name is the backend's name as in --backend.

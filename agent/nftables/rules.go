@@ -29,6 +29,9 @@ func (c chain) equal(d chain) bool { return c.name == d.name && slices.Equal(c.r
 const (
 	beforeDNAT knftables.BaseChainPriority = "-110"
 	ownDNAT    knftables.BaseChainPriority = "-105"
+	// After the rules of others that exempt packets from connection tracking or put them into zones (raw is -300), before
+	// connection tracking (-200).
+	beforeTracking knftables.BaseChainPriority = "-290"
 	// The forward chain comes before the filters of others.
 	beforeFilter knftables.BaseChainPriority = "-10"
 	beforeSNAT   knftables.BaseChainPriority = "90"
@@ -231,6 +234,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"drop",
 		)},
 	}
+	if slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return r.Zoned && plan.FamilyOf(r.Address) == family }) {
+		all = append(all, zoneChains(ip, to, hostTo, excluded, hostExcluded)...)
+	}
 	for i := range all {
 		c := &all[i]
 		switch {
@@ -249,6 +255,29 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		}
 	}
 	return all
+}
+
+// zoneChains put the datagrams of clients into the zone of the present endpoint. When that changes, the next datagram belongs to no
+// flow that there is, however many there are, and makes one that leads to the new endpoint; and answers of the old one, which are in no
+// zone, still find the flow that they belong to and come from the magic IP.
+//
+// Connection tracking has not seen these packets yet, hence invalid: others are of a zone already, or not to be tracked at all.
+// What is not translated stays in no zone, since its answers have the same addresses whichever zone it is in.
+func zoneChains(ip, to, hostTo, excluded, hostExcluded string) []chain {
+	return []chain{
+		{name: "zone-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeTracking,
+			rules: rules(rule("meta l4proto udp", to, "goto zone"))},
+		{name: "zone-output", kind: knftables.FilterType, hook: knftables.OutputHook, priority: beforeTracking,
+			rules: rules(rule("meta l4proto udp", hostTo, "goto zone-host"))},
+		{name: "zone", comment: "each endpoint has a zone of its own", rules: rules(
+			rule(excluded, "accept"),
+			"ct state invalid ct original zone set "+ip+" daddr . udp dport map @zones",
+		)},
+		{name: "zone-host", rules: rules(
+			rule(hostExcluded, "accept"),
+			"goto zone",
+		)},
+	}
 }
 
 // never is a match of no packet: a rule with it is not loaded.

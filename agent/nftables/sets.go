@@ -31,6 +31,9 @@ const (
 	hairpinsSet      = "hairpins"
 )
 
+// zoneType is the type of the zones, which nft names by an expression only.
+const zoneType = "ct zone"
+
 // concat joins the parts of a key or a value as nft writes them.
 func concat(parts ...string) string { return strings.Join(parts, " . ") }
 
@@ -56,6 +59,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	services := newSet("services", frontend, "verdict", "actions for packets of pods")
 	hostServices := newSet("host-services", frontend, "verdict", "actions for packets of processes of this node")
 	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "destinations of new flows")
+	zones := newSet("zones", concat(address, "inet_service"), zoneType, "zones of UDP flows, by the endpoint")
 	spread := newSet("spread", frontend, "verdict", "frontends with several endpoints")
 	held := newSet("held", frontend, "", "frontends whose clients wait")
 	held.until = map[string]time.Time{}
@@ -90,6 +94,9 @@ func sets(p *plan.Plan, family plan.Family) []set {
 			hostServices.elements[key] = "goto hold"
 		case plan.Reject:
 			hostServices.elements[key] = "goto " + rejectChain
+		}
+		if rule.Zone != 0 {
+			zones.elements[concatPort(netip.AddrPortFrom(rule.Address, rule.Port))] = strconv.Itoa(int(rule.Zone))
 		}
 		if rule.HostClients {
 			hostAddresses.elements[rule.Address.String()] = ""
@@ -135,8 +142,12 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		}
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
-	return []set{
+	all := []set{
 		addresses, hostAddresses, passing, interfaces, unserved, services, hostServices, endpoints, spread, held, excluded,
 		hostExcluded, passed, hairpins, bridges, servers, hostEndpoints,
 	}
+	if p.Zones {
+		all = append(all, zones)
+	}
+	return all
 }

@@ -117,6 +117,13 @@ func (s set) kind() string {
 }
 
 func (s set) object() knftables.Object {
+	if s.value == zoneType {
+		ip := plan.IPv4
+		if strings.HasPrefix(s.key, "ipv6_addr") {
+			ip = plan.IPv6
+		}
+		return &knftables.Map{Name: s.name, TypeOf: string(ip) + " daddr . udp dport : " + zoneType, Comment: &s.comment}
+	}
 	if s.value != "" {
 		return &knftables.Map{Name: s.name, Type: s.key + " : " + s.value, Comment: &s.comment}
 	}

@@ -19,6 +19,10 @@ type Flow struct {
 	SynSent bool
 	// Closed: TCP, and both ends are through with it (TCP_CONNTRACK_TIME_WAIT).
 	Closed bool
+	// Zone is that of the original direction alone, 0 for none.
+	Zone uint16
+	// OtherZone: both directions are in a zone that others have made. Rules set none for its packets.
+	OtherZone bool
 }
 
 // Stale reports whether a flow must be deleted so that its client reaches the present endpoint, or is
@@ -26,6 +30,9 @@ type Flow struct {
 //
 //   - A flow to a present endpoint stays.
 //   - UDP and SCTP sockets know nothing of a vanished peer and would feed a dead flow for ever: they go.
+//   - A flow in another zone than its frontend's gets nothing from its client any more: what the client sends makes a flow in the
+//     zone of the present endpoint. It stays, so that the answers that its server still owes are translated back, for as long as
+//     the sandbox of the server is live.
 //   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
 //   - An established TCP flow stays for as long as the sandbox that serves it is live, so that a
 //     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
@@ -65,7 +72,8 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 	case slices.Contains(rule.Endpoints, f.Server):
 		return false
 	}
-	if f.Protocol != TCP || f.SynSent {
+	left := p.Zones && ours && f.Server != f.Destination && f.Zone != rule.Zone && !f.OtherZone
+	if f.Protocol != TCP && !left || f.SynSent {
 		return true
 	}
 	server := f.Server.Addr()
@@ -92,6 +100,9 @@ func (p *Plan) exempt(rule Rule, client netip.Addr) bool {
 type Change struct {
 	// Frontends are those whose endpoints or fate changed; Removed those that are there no more.
 	Frontends, Removed []Frontend
+	// Moved are those of which no client waits for a flow to be deleted: what comes next is led to the new endpoint by its zone, or is a
+	// connection whose old endpoint is live and has not answered yet. They are looked through with the next poll.
+	Moved []Frontend
 	// Untranslated are those of Frontends that clients may have reached something else by.
 	Untranslated []Frontend
 	// Gone are addresses of sandboxes that stand no more.
@@ -104,13 +115,20 @@ type Change struct {
 
 // Empty says that no flow can have become stale.
 func (c Change) Empty() bool {
-	return len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone)+len(c.Bridges) == 0 && c.Bypassed.None()
+	return len(c.Moved)+len(c.Frontends)+len(c.Removed)+len(c.Untranslated)+len(c.Gone)+len(c.Bridges) == 0 && c.Bypassed.None()
+}
+
+// OnlyGone says that flows can have become stale only by the end of sandboxes.
+func (c Change) OnlyGone() bool {
+	c.Gone = nil
+	return c.Empty()
 }
 
 // Add makes c what has changed in c or in d.
 func (c *Change) Add(d Change) {
 	c.Frontends = append(c.Frontends, d.Frontends...)
 	c.Removed = append(c.Removed, d.Removed...)
+	c.Moved = append(c.Moved, d.Moved...)
 	c.Untranslated = append(c.Untranslated, d.Untranslated...)
 	c.Gone = append(c.Gone, d.Gone...)
 	c.Bridges = append(c.Bridges, d.Bridges...)
@@ -122,6 +140,7 @@ func (c Change) Plus(d Change) Change {
 	return Change{
 		Frontends:    sortedSet(slices.Concat(c.Frontends, d.Frontends), Frontend.Compare),
 		Removed:      sortedSet(slices.Concat(c.Removed, d.Removed), Frontend.Compare),
+		Moved:        sortedSet(slices.Concat(c.Moved, d.Moved), Frontend.Compare),
 		Untranslated: sortedSet(slices.Concat(c.Untranslated, d.Untranslated), Frontend.Compare),
 		Gone:         sortedSet(slices.Concat(c.Gone, d.Gone), netip.Addr.Compare),
 		Bridges:      slices.Concat(c.Bridges, d.Bridges),
@@ -139,10 +158,16 @@ func (p *Plan) Since(before *Plan) Change {
 	for _, rule := range now {
 		old, found := find(was, rule.Frontend)
 		if !found || old.Action != rule.Action || old.HostClients != rule.HostClients ||
-			!slices.Equal(old.Endpoints, rule.Endpoints) || !slices.Equal(old.Excluded, rule.Excluded) {
-			change.Frontends = append(change.Frontends, rule.Frontend)
-			if !found || old.Action == Pass || old.HostClients != rule.HostClients || !slices.Equal(old.Excluded, rule.Excluded) {
-				change.Untranslated = append(change.Untranslated, rule.Frontend)
+			old.Zone != rule.Zone || !slices.Equal(old.Endpoints, rule.Endpoints) || !slices.Equal(old.Excluded, rule.Excluded) {
+			zoned := found && rule.Zoned && old.Zoned && old.Zone != rule.Zone
+			untranslated := !found || old.Action == Pass || old.HostClients != rule.HostClients || !zoned && !slices.Equal(old.Excluded, rule.Excluded)
+			switch {
+			case untranslated:
+				change.Frontends, change.Untranslated = append(change.Frontends, rule.Frontend), append(change.Untranslated, rule.Frontend)
+			case zoned, rule.Protocol == TCP:
+				change.Moved = append(change.Moved, rule.Frontend)
+			default:
+				change.Frontends = append(change.Frontends, rule.Frontend)
 			}
 		}
 	}

@@ -214,6 +214,8 @@ func TestEqual(t *testing.T) {
 				field.Set(reflect.MakeSlice(field.Type(), field.Len()+1, field.Len()+1))
 			case field.IsZero() && field.Kind() == reflect.Bool:
 				field.SetBool(true)
+			case field.IsZero() && field.CanUint():
+				field.SetUint(1)
 			case field.IsZero():
 				field.SetInt(1)
 			default:
@@ -227,4 +229,74 @@ func TestEqual(t *testing.T) {
 	}
 	differs("a plan", reflect.ValueOf(&p).Elem())
 	differs("a rule", reflect.ValueOf(&p.Rules[0]).Elem())
+}
+
+// TestZones: a flow of datagrams that its client has left for the zone of another endpoint stays while it can still be answered, and
+// only what zones cannot tell apart is looked for at once.
+func TestZones(t *testing.T) {
+	build := func(spread bool, endpoints ...string) plan.Plan {
+		udp := plan.Service{Frontend: frontend("169.254.210.210", plan.UDP), WithoutEndpoint: plan.Reject, HostClients: true, ExcludeTarget: true, Spread: spread}
+		tcp := plan.Service{Frontend: frontend("169.254.210.210", plan.TCP), WithoutEndpoint: plan.Reject, HostClients: true}
+		for _, e := range endpoints {
+			udp.Endpoints = append(udp.Endpoints, netip.MustParseAddrPort(e))
+		}
+		tcp.Endpoints = udp.Endpoints
+		return plan.Build(plan.Input{
+			Services: []plan.Service{udp, tcp}, Zones: true, Synced: true,
+			Sandboxes: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3"), netip.MustParseAddr("10.1.0.2")},
+		})
+	}
+	const a, b, likeA = "10.0.0.2:8080", "10.0.0.3:8080", "10.1.0.2:8080"
+	zone := func(endpoint string) uint16 { return plan.ZoneOf(netip.MustParseAddrPort(endpoint).Addr()) }
+	if zone(a) == zone(b) || zone(a) != zone(likeA) || zone("0.0.0.0:1") == 0 || zone("[fd00::1]:1") == zone("[fd00::2]:1") {
+		t.Fatal("the zones of this test are not as it needs them")
+	}
+	for _, tt := range []struct {
+		name      string
+		endpoint  string // empty: none
+		server    string
+		zone      uint16
+		gone      bool // the sandbox of the server
+		otherZone bool
+		want      bool
+	}{
+		{name: "to the endpoint", endpoint: a, server: a, zone: zone(a)},
+		{name: "to the one before", endpoint: b, server: a, zone: zone(a)},
+		{name: "to one that had the same zone", endpoint: likeA, server: a, zone: zone(a), want: true},
+		{name: "to one whose sandbox is gone", endpoint: b, server: "10.0.0.9:8080", zone: 9, gone: true, want: true},
+		{name: "no endpoint any more", server: a, zone: zone(a)},
+		{name: "from before there were zones", endpoint: b, server: a},
+		{name: "not translated", endpoint: a, server: "169.254.210.210:80", want: true},
+		{name: "in a zone of others", endpoint: b, server: a, otherZone: true, want: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var endpoints []string
+			if tt.endpoint != "" {
+				endpoints = []string{tt.endpoint}
+			}
+			p := build(false, endpoints...)
+			flow := plan.Flow{
+				Protocol: plan.UDP, Source: netip.MustParseAddrPort("10.0.0.8:999"), Destination: netip.MustParseAddrPort("169.254.210.210:80"),
+				Server: netip.MustParseAddrPort(tt.server), Zone: tt.zone, OtherZone: tt.otherZone,
+			}
+			if got := p.Stale(flow, plan.Change{}); got != tt.want {
+				t.Errorf("Stale(%+v) = %v, want %v", flow, got, tt.want)
+			}
+		})
+	}
+	udp, tcp := frontend("169.254.210.210", plan.UDP), frontend("169.254.210.210", plan.TCP)
+	for _, tt := range []struct {
+		name        string
+		before, now plan.Plan
+		want        plan.Change
+	}{
+		{"moved", build(false, a), build(false, b), plan.Change{Moved: []plan.Frontend{tcp, udp}}},
+		{"lost", build(false, a), build(false), plan.Change{Moved: []plan.Frontend{tcp, udp}}},
+		{"the same zone", build(false, a), build(false, likeA), plan.Change{Moved: []plan.Frontend{tcp}, Frontends: []plan.Frontend{udp}, Untranslated: []plan.Frontend{udp}}},
+		{"spread", build(true, a), build(true, a, b), plan.Change{Moved: []plan.Frontend{tcp}, Frontends: []plan.Frontend{udp}, Untranslated: []plan.Frontend{udp}}},
+	} {
+		if diff := cmp.Diff(tt.want, tt.now.Since(&tt.before), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
 }

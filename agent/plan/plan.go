@@ -89,6 +89,8 @@ type Service struct {
 	HoldUntil time.Time
 	// Endpoints all have the family of the frontend. More than one: new flows spread over them evenly.
 	Endpoints []netip.AddrPort
+	// Spread: there may be more than one.
+	Spread bool
 }
 
 // Bridge is a Linux bridge whose frames do not all pass netfilter.
@@ -136,6 +138,8 @@ type Input struct {
 	// Synced: every source is synced, so that a sandbox that is not among Sandboxes is not live.
 	Synced bool
 	Detour Detour
+	// Zones: the rules can put the flows of a frontend into a connection tracking zone.
+	Zones bool
 }
 
 // Clients is a distinct hostInterface setting.
@@ -157,6 +161,10 @@ type Rule struct {
 	Excluded []netip.Addr
 	// HoldUntil is when Hold becomes Reject; zero for other actions.
 	HoldUntil time.Time
+	// Zoned: what clients send is put into zones of connection tracking. Zone is the one of the present endpoint; 0, in which all
+	// other flows are, where there is none.
+	Zoned bool
+	Zone  uint16
 }
 
 // Plan is the whole desired state of one agent. Two plans from equal input are equal.
@@ -182,6 +190,7 @@ type Plan struct {
 	HostAddresses, Sandboxes []netip.Addr
 	Synced                   bool
 	Detour                   Detour
+	Zones                    bool
 }
 
 // Build makes the plan. Services must be distinct in their frontends.
@@ -192,6 +201,7 @@ func Build(in Input) Plan {
 		Sandboxes:     sortedSet(in.Sandboxes, netip.Addr.Compare),
 		Synced:        in.Synced,
 		Detour:        in.Detour,
+		Zones:         in.Zones,
 	}
 	for _, bridge := range in.Bridges {
 		if !Nameable(bridge.Name) {
@@ -243,6 +253,12 @@ func Build(in Input) Plan {
 			}
 			rule.Excluded = slices.Compact(rule.Excluded)
 		}
+		// Flows that are spread have different endpoints, of which one may go and the others stay. TCP connections stay with theirs. Of
+		// SCTP, a new endpoint knows no association.
+		rule.Zoned = in.Zones && service.Protocol == UDP && !service.Spread
+		if rule.Zoned && len(rule.Endpoints) == 1 {
+			rule.Zone = ZoneOf(rule.Endpoints[0].Addr())
+		}
 		for _, endpoint := range rule.Endpoints {
 			p.Servers = append(p.Servers, endpoint.Addr())
 		}
@@ -276,7 +292,7 @@ func (p *Plan) Inherit(before *Plan) {
 // Equal reports whether nothing differs.
 func (p *Plan) Equal(q *Plan) bool {
 	ofP, ofQ := Diff(p, q)
-	return p.Synced == q.Synced && p.Detour == q.Detour && len(ofP)+len(ofQ) == 0 &&
+	return p.Synced == q.Synced && p.Detour == q.Detour && p.Zones == q.Zones && len(ofP)+len(ofQ) == 0 &&
 		slices.EqualFunc(p.Clients, q.Clients, func(a, b Clients) bool { return slices.Equal(a.Interfaces, b.Interfaces) }) &&
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
 		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) && slices.Equal(p.AllBridges, q.AllBridges) &&
@@ -286,7 +302,7 @@ func (p *Plan) Equal(q *Plan) bool {
 
 func (r *Rule) equal(s *Rule) bool {
 	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients && r.HoldUntil.Equal(s.HoldUntil) &&
-		slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
+		r.Zoned == s.Zoned && r.Zone == s.Zone && slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
 }
 
 // Diff are the rules of two plans without those that are equal in both, in order.
@@ -332,6 +348,16 @@ func find(rules []Rule, f Frontend) (Rule, bool) {
 		return Rule{}, false
 	}
 	return rules[i], true
+}
+
+// ZoneOf is the zone of flows to an endpoint: the same at each start of the agent, and never 0. Pods of a node have different low
+// bits in their addresses; for two endpoints of a frontend that have not, see Since.
+func ZoneOf(endpoint netip.Addr) (zone uint16) {
+	bytes := endpoint.AsSlice()
+	for _, pair := range slices.Collect(slices.Chunk(bytes[max(2, len(bytes)-8):], 2)) {
+		zone ^= uint16(pair[0])<<8 | uint16(pair[1])
+	}
+	return max(zone, 1)
 }
 
 func sortedSet[E any](in []E, compare func(E, E) int) []E {

@@ -75,14 +75,25 @@ func Run(ctx context.Context, client netns.NsHandle, targets []Target, timeout t
 		}
 		if e.Source.Addr().IsValid() {
 			// Without the rights to ask, the packets have to do.
-			if flow, found, err := (conntrack.Table{}).Lookup(e.Protocol, e.Source, e.AddrPort()); err == nil && found {
-				e.Flow = &flow
-				_ = conntrack.Table{}.Delete(flow)
+			for _, zone := range e.zones() {
+				if flow, found, err := (conntrack.Table{}).Lookup(e.Protocol, e.Source, e.AddrPort(), zone); err == nil && found {
+					e.Flow = &flow
+					_ = conntrack.Table{}.Delete(flow)
+				}
 			}
 		}
 		traces = append(traces, e.trace())
 	}
 	return traces, nil
+}
+
+// zones are those that the flow of the probe may be in.
+func (e *Evidence) zones() []uint16 {
+	zones := []uint16{0}
+	for _, endpoint := range e.Endpoints {
+		zones = append(zones, plan.ZoneOf(endpoint.Addr()))
+	}
+	return zones
 }
 
 // owns reports whether a packet is one of this probe: by the client's port, and an address that belongs to it.
