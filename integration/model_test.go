@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -565,6 +566,9 @@ func (m *model) wanted() map[string]string {
 				slices.Sort(excluded)
 				text += "; but from: " + strings.Join(excluded, ", ")
 			}
+			if protocol == "udp" && len(targets) == 1 && !magic.random {
+				text += "; in a zone"
+			}
 			wanted[fmt.Sprintf("%s %s %d", magic.address, protocol, port)] = text
 		}
 	}
@@ -582,6 +586,11 @@ func (m *model) kernel() (map[string]string, error) {
 		return nil, err
 	}
 	found := map[string]string{}
+	// They are there for as long as a magic IP has a UDP port with one endpoint.
+	maps.DeleteFunc(rules.fixed, func(chain string, _ []string) bool {
+		_, name, _ := strings.Cut(chain, " ")
+		return strings.HasPrefix(name, "zone")
+	})
 	for chain, lines := range rules.fixed {
 		// They are there for as long as a magic IP has excludeTarget, or has not hostClients.
 		lines = slices.DeleteFunc(lines, func(line string) bool {
@@ -636,6 +645,11 @@ func (m *model) kernel() (map[string]string, error) {
 		if magic.exclude || len(excluded) > 0 {
 			slices.Sort(excluded)
 			text += "; but from: " + strings.Join(excluded, ", ")
+		}
+		if parts := strings.Fields(key); parts[1] == "udp" {
+			if _, zoned := rules.maps["zones"][parts[0]+" "+parts[2]]; zoned {
+				text += "; in a zone"
+			}
 		}
 		found[key] = text
 	}
