@@ -23,16 +23,16 @@ func TestWhatChanged(t *testing.T) {
 		want          plan.Change
 	}{
 		{"nothing", nil, nil, plan.Change{}},
-		{"the endpoint", nil, func(s *plan.Service) { s.Endpoints = other }, plan.Change{Frontends: changed}},
-		{"the endpoint goes", nil, func(s *plan.Service) { s.Endpoints = nil }, plan.Change{Frontends: changed}},
-		{"the endpoint comes", func(s *plan.Service) { s.Endpoints = nil }, nil, plan.Change{Frontends: changed}},
+		{"the endpoint", nil, func(s *plan.Service) { s.Endpoints = other }, plan.Change{Moved: changed}},
+		{"the endpoint goes", nil, func(s *plan.Service) { s.Endpoints = nil }, plan.Change{Moved: changed}},
+		{"the endpoint comes", func(s *plan.Service) { s.Endpoints = nil }, nil, plan.Change{Moved: changed}},
 		{
 			"the endpoint comes, and packets passed", func(s *plan.Service) { s.Endpoints, s.WithoutEndpoint = nil, plan.Pass }, nil,
 			plan.Change{Frontends: changed, Untranslated: changed},
 		},
 		{
 			"hold ends", func(s *plan.Service) { s.Endpoints, s.WithoutEndpoint = nil, plan.Hold }, func(s *plan.Service) { s.Endpoints = nil },
-			plan.Change{Frontends: changed},
+			plan.Change{Moved: changed},
 		},
 		{"processes of the node are clients", nil, func(s *plan.Service) { s.HostClients = true }, plan.Change{Frontends: changed, Untranslated: changed}},
 		{"the target is exempt", nil, func(s *plan.Service) { s.ExcludeTarget = true }, plan.Change{Frontends: changed, Untranslated: changed}},
