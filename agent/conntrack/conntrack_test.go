@@ -221,8 +221,8 @@ func TestCount(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
 	addFlows(t)
 	want := map[plan.Frontend]int{
-		frontend("169.254.210.210", plan.UDP, 80): 2, frontend("169.254.210.210", plan.TCP, 80): 2, frontend("169.254.210.211", plan.UDP, 80): 1,
-		frontend("169.254.210.211", plan.TCP, 80): 0, frontend("fd00:a::1", plan.UDP, 80): 2, frontend("fd00:a::1", plan.TCP, 80): 2,
+		frontend("169.254.210.210", plan.UDP, 80): 6, frontend("169.254.210.210", plan.TCP, 80): 2, frontend("169.254.210.211", plan.UDP, 80): 1,
+		frontend("169.254.210.211", plan.TCP, 80): 0, frontend("fd00:a::1", plan.UDP, 80): 4, frontend("fd00:a::1", plan.TCP, 80): 2,
 	}
 	got, err := Table{}.Count(slices.Collect(maps.Keys(want)))
 	if err != nil {
