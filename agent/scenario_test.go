@@ -415,11 +415,13 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		s.wake(Network)
 	case "alien-route":
 		s.alien = netip.MustParseAddr(args[0])
+		s.wake(Network) // what the agent's goroutine reads is written before
 	case "unroute":
 		s.removeRoute(netip.MustParseAddr(args[0]))
 		s.wake(Network)
 	case "netns":
 		s.network.Namespace = args[0]
+		s.wake(Network)
 	case "no-ipv6":
 		s.network.IPv6 = false
 		s.wake(Network)
