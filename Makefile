@@ -93,9 +93,10 @@ cluster: build e2e-binaries e2e-image ## a cluster of two nodes with targets, cl
 	go run ./integration/cluster/up $(CLUSTER)
 
 .PHONY: test-arm64
+# Three tests start their own program again, which the kernel runs only where binfmt_misc knows qemu.
 test-arm64: ## unit tests of the arm64 build under qemu's user mode (ARM64=)
 	integration/prerequisites qemu-aarch64-static
-	CGO_ENABLED=0 GOARCH=arm64 go test -vet=off -count=1 -exec qemu-aarch64-static $(ARM64)
+	CGO_ENABLED=0 GOARCH=arm64 go test -vet=off -count=1 -skip 'TestUpdateThatCannotWriteKeepsTheOldFile|TestKilledWriter|TestParallelWriters' -exec qemu-aarch64-static $(ARM64)
 
 .PHONY: transcripts
 transcripts: build e2e-binaries e2e-image ## docs/transcripts.md: a stranger's path in a fresh clone, and five breakages (needs root; 5 minutes)
