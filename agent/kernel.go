@@ -94,6 +94,24 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 	return next
 }
 
+// localAddresses are the magic IPs that are to be addresses of the node by a plan. As a backstop, they are not those of which another
+// agent lets packets pass, nor those of a family that the node has no way out for.
+func (a *agent) localAddresses(p *plan.Plan) []netip.Addr {
+	addresses := p.LocalAddresses()
+	if a.plane.LocalRoutes {
+		return addresses
+	}
+	passes := map[netip.Addr]bool{}
+	for _, other := range a.sources.others {
+		for _, c := range other.claims {
+			passes[c.Address] = passes[c.Address] || c.Served && !c.Confined
+		}
+	}
+	return slices.DeleteFunc(addresses, func(address netip.Addr) bool {
+		return passes[address] || !a.sources.network.Sources[plan.FamilyOf(address)].IsValid()
+	})
+}
+
 // routes makes magic IPs addresses of the node where the plan in the kernel wants that: after the rules, without which the node
 // refuses what comes by them. Those of other agents stay, whether they run or not.
 func (k *kernel) routes() {
@@ -108,7 +126,7 @@ func (k *kernel) routes() {
 	}
 	network.LocalRoutes = nil // as they are after this
 	wanted := map[netip.Addr]bool{}
-	for _, address := range k.applied.LocalAddresses() {
+	for _, address := range k.agent.localAddresses(k.applied) {
 		route := node.LocalRoute{Address: address, Source: network.Sources[plan.FamilyOf(address)]}
 		wanted[address] = true
 		if there[address] == route {
@@ -124,7 +142,7 @@ func (k *kernel) routes() {
 			continue
 		}
 		network.LocalRoutes = append(network.LocalRoutes, route)
-		k.agent.Log.Info("local route added, so that packets of pods come to the rules", "magicIP", address, "source", route.Source)
+		k.agent.Log.Info("local route added, so that packets to the magic IP stay on the node", "magicIP", address, "source", route.Source)
 	}
 	k.removeRoutes(slices.Collect(maps.Values(there)), wanted)
 }

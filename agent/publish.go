@@ -107,15 +107,14 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 
 func (f *files) publishClaims() {
 	claims := []runtimedir.Claim{}
-	var local map[netip.Addr]bool
-	if f.agent.plane.LocalRoutes {
-		wanted := f.agent.plan(time.Now())
-		local = addressSet(wanted.LocalAddresses())
-	}
+	wanted := f.agent.plan(time.Now())
+	local := addressSet(f.agent.localAddresses(&wanted))
 	for i, s := range f.agent.services.inOrder {
 		if s != nil && f.agent.config.Ports[i].Unserved == "" {
 			claim := runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""}
 			claim.LocalRoute = local[claim.Address]
+			rule, _ := wanted.Find(claim.Frontend)
+			claim.Confined = rule.Confined()
 			claims = append(claims, claim)
 		}
 	}
@@ -153,7 +152,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 func (a *agent) dataPlane() runtimedir.DataPlane {
 	status := runtimedir.DataPlane{Configured: string(a.config.DataPlane), Name: string(a.plane.Plane), Reason: a.plane.Reason}
 	if p := a.kernel.applied; p != nil {
-		status.LocalRoutes = p.LocalAddresses()
+		status.LocalRoutes = a.localAddresses(p)
 		for _, family := range plan.Families() {
 			if p.Detour.Masquerade(family) && p.Has(family) {
 				status.Masquerade = append(status.Masquerade, string(family))

@@ -62,8 +62,9 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	flush [seen]                       all rules are flushed; seen: with an event
 //	wait DURATION [unseen]             time passes; unseen: and nothing wakes the agent then
 //	reboot                             the node's uptime begins anew, and the agent with it
-//	other NAME FRONTEND DURATION [local|unserved]
-//	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve it
+//	other NAME FRONTEND DURATION [local|unserved|passing]
+//	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve
+//	                                   it; passing: some packets to it are for somebody beyond the node
 //	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage; it leaves
 //	config FILE                        the configuration becomes that section
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
@@ -652,7 +653,10 @@ func (s *stage) other(args []string) error {
 	}()
 	other := s.dir.Agent(args[0])
 	return errors.Join(
-		other.WriteClaims([]runtimedir.Claim{{Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: !slices.Contains(args, "unserved"), LocalRoute: slices.Contains(args, "local")}}),
+		other.WriteClaims([]runtimedir.Claim{{
+			Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: !slices.Contains(args, "unserved"), LocalRoute: slices.Contains(args, "local"),
+			Confined: !slices.Contains(args, "passing"),
+		}}),
 		other.WriteStatus(runtimedir.Status{}))
 }
 

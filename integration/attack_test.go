@@ -252,6 +252,7 @@ func attackRows() []attackRow {
 		{by: "Any pod", how: "ports that are not served", must: "cannot: be answered", row: podOtherPort},
 		{by: "Any pod", how: "the rules stay, the agent is dead", must: "cannot: reach the address outside", row: agentDead},
 		{by: "Any pod", how: "flow from before the agent", must: "cannot: go on to the address outside", row: beforeAgent},
+		{by: "Any pod", how: "the rules are flushed, the agent is dead", must: "cannot: send out of the node", row: rulesFlushed},
 		{by: "Any pod", how: "the endpoint's route is gone, the agent is dead", must: "cannot: send out of the node", row: goneRoute},
 		{by: "Any pod", how: "answers to a client that is gone", must: "cannot: leave the node", row: lateReply},
 

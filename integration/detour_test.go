@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -22,11 +23,20 @@ func (w *world) cilium(legacyHostRouting, endpointRoutes bool) {
 	}
 }
 
-// awaitDetour waits until the agent has local routes for so many addresses, and masquerades, or not.
-func (w *world) awaitDetour(name, plane string, routes int, masquerade bool) {
+// What the agent says of the data plane.
+const (
+	notCilium             = "Cilium is not on this node"
+	bpfRouting            = "Cilium with BPF host routing"
+	bpfRoutingEndpoint    = "Cilium with BPF host routing and endpoint routes"
+	legacyRouting         = "Cilium with legacy host routing, without endpoint routes"
+	legacyRoutingEndpoint = "Cilium with legacy host routing and endpoint routes"
+)
+
+// awaitDetour waits until the agent says this of the data plane, has local routes for so many addresses, and masquerades, or not.
+func (w *world) awaitDetour(name, reason string, routes int, masquerade bool) {
 	w.t.Helper()
 	w.awaitOf(name, fmt.Sprintf("to have %d local routes", routes), func(a *runtimedir.Status) bool {
-		return a.DataPlane.Name == plane && len(a.DataPlane.LocalRoutes) == routes && len(a.DataPlane.Masquerade) > 0 == masquerade && a.LastError == ""
+		return strings.HasSuffix(a.DataPlane.Reason, reason) && len(a.DataPlane.LocalRoutes) == routes && len(a.DataPlane.Masquerade) > 0 == masquerade && a.LastError == ""
 	})
 }
 
@@ -62,9 +72,9 @@ func testDetour(t *testing.T, w *world) {
 	client := w.addClient()
 	w.beyond(plain, passing)
 	w.start(configOf(agentName, entry(plain, ""), entry(passing, "noEndpoint: pass")))
-	w.awaitDetour(agentName, "netfilter", 0, false)
+	w.awaitDetour(agentName, notCilium, 2, false)
 	w.cilium(false, false)
-	w.awaitDetour(agentName, "cilium", 2, true)
+	w.awaitDetour(agentName, bpfRouting, 2, true)
 	want := func(row, from string, n int, expected string) {
 		t.Helper()
 		bothFamilies(func(six bool) { w.note(row, six, w.want(from, magicAt(n, six), expected)) })
@@ -96,7 +106,7 @@ func testDetour(t *testing.T, w *world) {
 	// With one.
 	w.addTarget("echo")
 	w.echo("echo")
-	w.awaitDetour(agentName, "cilium", 4, true)
+	w.awaitDetour(agentName, bpfRouting, 4, true)
 	w.mu.Lock()
 	w.names = map[netip.Addr]string{} // the node has addresses by now that it had not before
 	for _, ip := range client.IPs {
@@ -126,38 +136,36 @@ func testDetour(t *testing.T, w *world) {
 	if err := w.agent.Freeze(); err != nil {
 		t.Fatal(err)
 	}
-	flush := "nft flush ruleset"
-	if variant, ok := strings.CutPrefix(w.backend, "iptables-"); ok { // without the chain that says which tables kubelet uses
-		flush = "for tool in iptables ip6tables; do for table in filter nat mangle; do $tool-" + variant + " -t $table -F; done; done"
-	}
-	w.run(flush)
+	w.flush()
 	const flushedRow = "local route: rules flushed and no agent: refused, nothing leaves"
 	want(flushedRow, "client", plain, "refused")
 	want(flushedRow, lab.Host, plain, "refused")
 	if err := w.agent.Thaw(); err != nil {
 		t.Fatal(err)
 	}
-	w.noteBoth(repairedRow, lab.Eventually(patience(t), func() error { return w.want("client", magic(false), "answered by echo, seen as node") }))
+	w.noteBoth(repairedRow, lab.Eventually(patience(t), func() error {
+		const served = "answered by echo, seen as node"
+		return errors.Join(w.want("client", magic(false), served), w.want("client", magic(true), served))
+	}))
 
 	// The settings that need less are followed.
 	w.cilium(true, false)
-	w.awaitDetour(agentName, "cilium", 0, true)
-	routes("with masquerade alone", "")
+	w.awaitDetour(agentName, legacyRouting, 4, true)
 	want("masquerade alone: a pod", "client", plain, "answered by echo, seen as node")
 	w.cilium(true, true)
-	w.awaitDetour(agentName, "cilium", 0, false)
+	w.awaitDetour(agentName, legacyRoutingEndpoint, 4, false)
 	keptAs := "client"
 	if w.kind == "bridge" { // whose frames need not pass netfilter
 		keptAs = ""
 	}
 	want("neither: the source is kept", "client", plain, "answered by echo, seen as "+keptAs)
 	w.cilium(false, true)
-	w.awaitDetour(agentName, "cilium", 4, true)
+	w.awaitDetour(agentName, bpfRoutingEndpoint, 4, true)
 
 	// A second agent on the same address, and the first one goes.
 	const second = "second.magic-ip"
 	w.startAs(second, configOf(second, entryOf(plain, false, "ports: [{port: 8081}]")))
-	w.awaitDetour(second, "cilium", 1, true)
+	w.awaitDetour(second, bpfRoutingEndpoint, 1, true)
 	if err := w.agent.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -172,4 +180,64 @@ func testDetour(t *testing.T, w *world) {
 	if got := w.localRoutes(); got != left {
 		t.Errorf("another agent uses the address: local routes %q, want %q", got, left)
 	}
+}
+
+// flush removes all rules of the node, but for the chain that says which tables kubelet uses.
+func (w *world) flush() {
+	w.t.Helper()
+	flush := "nft flush ruleset"
+	if variant, ok := strings.CutPrefix(w.backend, "iptables-"); ok {
+		flush = "for tool in iptables ip6tables; do for table in filter nat mangle; do $tool-" + variant + " -t $table -F; done; done"
+	}
+	w.run(flush)
+}
+
+// TestBackstop flushes all rules while no agent runs, on nodes without Cilium: the local routes keep packets to magic IPs on the node, but
+// those that are meant for somebody beyond it.
+func TestBackstop(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range onEveryKind {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				testBackstop(t, newWorld(t, backend, kind))
+			})
+		}
+	})
+}
+
+func testBackstop(t *testing.T, w *world) {
+	w.addClient()
+	w.beyond(plain, excluding, withoutUs)
+	w.start(configOf(agentName, entry(plain, ""), entry(excluding, "excludeTarget: true"), entry(withoutUs, "hostClients: false")))
+	w.awaitDetour(agentName, notCilium, 2, false)
+	w.addTarget("echo")
+	w.echo("echo")
+	want := func(from string, n int, expected string) {
+		t.Helper()
+		bothFamilies(func(six bool) { w.note(rulesFlushed, six, w.want(from, magicAt(n, six), expected)) })
+	}
+	want("client", plain, "answered by echo, seen as client")
+	want(lab.Host, plain, "answered by echo, seen as node")
+	w.agent.Kill()
+	w.flush()
+	want("client", plain, "refused")
+	want(lab.Host, plain, "refused")
+	want("echo", plain, "refused")
+	for _, n := range []int{excluding, withoutUs} { // the way out is there
+		want("client", n, "answered by impostor")
+		want(lab.Host, n, "answered by impostor")
+	}
+	w.start(configOf(agentName, entry(plain, "")))
+	w.awaitEndpoint("echo")
+	want("client", plain, "answered by echo, seen as client")
+	if err := w.agent.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.RunAgent(t.Context(), "uninstall", "--name", agentName, "--runtime-dir", lab.RuntimeDir, "--cni-conf-dir", "/run/cni/net.d"); err != nil {
+		t.Fatal(err)
+	}
+	if left := w.localRoutes(); left != "" {
+		w.noteBoth(rulesFlushed, fmt.Errorf("after the uninstallation: local routes %q", left))
+	}
+	want("client", plain, "answered by impostor")
 }

@@ -182,7 +182,14 @@ func (w *world) doctorOfNetwork(backend string) {
 	w.run("ip route delete " + pod + "/32 dev eth0")
 	w.finds("ok", "rp_filter", "strict for 1")
 
+	// The agent's local routes are routes too.
 	w.run("ip route delete default")
+	if err := w.want(lab.Host, magic(false), "answered by echo"); err != nil {
+		w.t.Error(err)
+	}
+	w.finds("ok", "route")
+	w.freeze()
+	w.run("ip -4 route flush table local proto 109")
 	w.finds("warn", "no route to 169.254.210.210", "ENETUNREACH")
 	w.run("ip route add 169.254.210.210 dev cni1") // as doctor says
 	if err := w.want(lab.Host, magic(false), "answered by echo"); err != nil {
@@ -190,6 +197,9 @@ func (w *world) doctorOfNetwork(backend string) {
 	}
 	w.finds("ok", "route")
 	w.run("ip route delete 169.254.210.210; ip route add default via " + lab.UplinkIPv4)
+	if err := w.agent.Thaw(); err != nil {
+		w.t.Fatal(err)
+	}
 
 	_, variant, isIPTables := strings.Cut(backend, "-")
 	if !isIPTables {
@@ -213,13 +223,13 @@ func (w *world) doctorOfCilium() {
 	w.t.Helper()
 	const check = "data plane"
 	w.run("ip link add cilium_net type veth peer name cilium_host")
-	w.finds("--", check, "Cilium is on this node, and its settings cannot be read", "it is not known whether packets of pods bypass the rules")
+	w.finds("--", check, "Cilium is on this node, and its settings cannot be read", "it is not known whether replies to pods bypass the rules")
 	const noticed = "Cilium is on this node, and its settings cannot be read"
 	w.await("to notice, and to log it", func(a *runtimedir.Status) bool {
 		return strings.Contains(strings.Join(a.Notes, "\n"), noticed) && strings.Contains(w.agent.Log(), noticed)
 	})
 	w.cilium(false, false)
-	w.awaitDetour(agentName, "cilium", 2, true)
+	w.awaitDetour(agentName, bpfRouting, 2, true)
 	w.finds("warn", check, "Cilium with BPF host routing: local routes bring packets of pods to the rules", "egress policies see the magic IP", "endpointRoutes.enabled=true")
 	w.finds("ok", "local routes", "are in the kernel (2)")
 	w.freeze()
@@ -229,13 +239,19 @@ func (w *world) doctorOfCilium() {
 		w.t.Fatal(err)
 	}
 	w.cilium(true, false)
-	w.awaitDetour(agentName, "cilium", 0, true)
+	w.awaitDetour(agentName, legacyRouting, 2, true)
 	w.finds("warn", check, "Cilium with legacy host routing, without endpoint routes: masquerade brings replies to pods back to the rules", "endpointRoutes.enabled=true")
 	w.cilium(true, true)
-	w.awaitDetour(agentName, "cilium", 0, false)
+	w.awaitDetour(agentName, legacyRoutingEndpoint, 2, false)
 	w.finds("ok", check, "Cilium with legacy host routing and endpoint routes: packets of pods pass the rules both ways")
 	w.run("ip link delete cilium_net; rm /run/cilium/state/*")
-	w.awaitDetour(agentName, "netfilter", 0, false)
+	w.awaitDetour(agentName, notCilium, 2, false)
+	w.freeze()
+	w.run("ip -4 route flush table local proto 109")
+	w.finds("FAIL", "local routes", "nothing but the rules keeps packets to it on the node")
+	if err := w.agent.Thaw(); err != nil {
+		w.t.Fatal(err)
+	}
 	w.finds("ok", check, "no eBPF program sees the packets of pods before netfilter")
 }
 

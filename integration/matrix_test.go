@@ -75,6 +75,7 @@ const (
 	restarts      = "agent stopped, killed, started: nothing is lost"
 	whileAway     = "changes while the agent was away: caught up with"
 	goneRoute     = "agent dead, endpoint's route gone: refused, stays in"
+	rulesFlushed  = "agent dead, rules flushed: refused, stays in"
 	boundHost     = "host process bound to the uplink: stays in"
 	lateReply     = "reply to a client that is gone: stays in"
 	outOfWindow   = "server's segment out of the window: connection lives"
@@ -100,7 +101,7 @@ var rows = []row{
 	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
 	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
-	{goneRoute, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},
+	{goneRoute, onEveryKind}, {rulesFlushed, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},
 	{outOfWindow, onEveryKind}, {strictTCP, onBridge}, {switchedOff, onBridge},
 	{newVeth, []string{"ptp", "cali"}}, {oddNames, []string{"ptp"}}, {holdAlone, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},

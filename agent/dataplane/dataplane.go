@@ -62,8 +62,10 @@ const instead = "Cilium's Helm values bpf.hostLegacyRouting=true with endpointRo
 func Choose(mode Mode, known Known) Choice {
 	present := known.Link || mode == Cilium
 	switch {
+	case !present && mode == Netfilter:
+		return Choice{Plane: Netfilter, Reason: "dataPlane is netfilter", Means: passes}
 	case !present:
-		return Choice{Plane: Netfilter, Reason: "Cilium is not on this node", Means: passes}
+		return Choice{Plane: Netfilter, Reason: "Cilium is not on this node", Means: passes, Detour: plan.Detour{Backstop: true}}
 	case known.Settings != nil:
 		choice := ofCilium(*known.Settings)
 		if mode != Netfilter {
@@ -87,15 +89,15 @@ func Choose(mode Mode, known Known) Choice {
 		return choice
 	}
 	return Choice{
-		Plane: Netfilter, Reason: "Cilium is on this node, and its settings cannot be read: " + known.Unreadable.Error(),
-		Unknown: "whether packets of pods bypass the rules: with BPF host routing they do, and those to magic IPs leave the node",
+		Plane: Netfilter, Reason: "Cilium is on this node, and its settings cannot be read: " + known.Unreadable.Error(), Detour: plan.Detour{Backstop: true},
+		Unknown: "whether replies to pods bypass the rules: with BPF host routing they do, and clients time out",
 	}
 }
 
 // ofCilium is what these settings need.
 func ofCilium(s Settings) Choice {
 	const source = "servers see an address of the node instead of the client's"
-	c := Choice{Plane: Cilium, Means: passes}
+	c := Choice{Plane: Cilium, Means: passes, Detour: plan.Detour{Backstop: true}}
 	routes := ""
 	if s.EndpointRoutes {
 		routes = " and endpoint routes"

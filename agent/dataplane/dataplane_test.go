@@ -57,7 +57,7 @@ func TestChoose(t *testing.T) {
 	bl.BPFMasquerade = true
 	b := Settings{IPv4: true, IPv6: true, BPFMasquerade: true, IPv4Masquerade: true, IPv6Masquerade: true}
 	with := func(s Settings) *Settings { s.EndpointRoutes = true; return &s }
-	none, masquerade := plan.Detour{}, plan.Detour{Masquerade4: true, Masquerade6: true}
+	none, backstop, masquerade := plan.Detour{}, plan.Detour{Backstop: true}, plan.Detour{Backstop: true, Masquerade4: true, Masquerade6: true}
 	both := masquerade
 	both.LocalRoutes = true
 	unreadable := &fs.PathError{Op: "open", Path: File, Err: fs.ErrNotExist}
@@ -71,25 +71,26 @@ func TestChoose(t *testing.T) {
 		// broken and unknown reports whether these are set.
 		broken, unknown bool
 	}{
-		{"no Cilium", Auto, Known{}, Netfilter, none, false, false, false},
-		{"what Cilium has left behind", Auto, Known{Settings: &b}, Netfilter, none, false, false, false},
-		{"a", Auto, Known{Link: true, Settings: &a}, Cilium, none, true, false, false},
-		{"ae", Auto, Known{Link: true, Settings: with(a)}, Cilium, none, false, false, false},
+		{"no Cilium", Auto, Known{}, Netfilter, backstop, false, false, false},
+		{"what Cilium has left behind", Auto, Known{Settings: &b}, Netfilter, backstop, false, false, false},
+		{"no Cilium and netfilter", Netfilter, Known{}, Netfilter, none, false, false, false},
+		{"a", Auto, Known{Link: true, Settings: &a}, Cilium, backstop, true, false, false},
+		{"ae", Auto, Known{Link: true, Settings: with(a)}, Cilium, backstop, false, false, false},
 		{"b", Auto, Known{Link: true, Settings: &b}, Cilium, both, true, false, false},
 		{"be", Auto, Known{Link: true, Settings: with(b)}, Cilium, both, true, false, false},
 		{"bl", Auto, Known{Link: true, Settings: &bl}, Cilium, masquerade, true, false, false},
-		{"ble", Auto, Known{Link: true, Settings: with(bl)}, Cilium, none, false, false, false},
+		{"ble", Auto, Known{Link: true, Settings: with(bl)}, Cilium, backstop, false, false, false},
 		{"a without any masquerade", Auto, Known{Link: true, Settings: &Settings{IPv4: true, IPv6: true, LegacyHostRouting: true}}, Cilium, masquerade, true, false, false},
-		{"a with masquerade of IPv4 alone", Auto, Known{Link: true, Settings: &Settings{IPv4: true, IPv6: true, LegacyHostRouting: true, IPv4Masquerade: true}}, Cilium, plan.Detour{Masquerade6: true}, true, false, false},
-		{"a without IPv6", Auto, Known{Link: true, Settings: &Settings{IPv4: true, LegacyHostRouting: true, IPv4Masquerade: true}}, Cilium, none, true, false, false},
-		{"bl without IPv6", Auto, Known{Link: true, Settings: &Settings{IPv4: true, LegacyHostRouting: true, BPFMasquerade: true}}, Cilium, plan.Detour{Masquerade4: true}, true, false, false},
-		{"unreadable", Auto, Known{Link: true, Unreadable: unreadable}, Netfilter, none, false, false, true},
+		{"a with masquerade of IPv4 alone", Auto, Known{Link: true, Settings: &Settings{IPv4: true, IPv6: true, LegacyHostRouting: true, IPv4Masquerade: true}}, Cilium, plan.Detour{Backstop: true, Masquerade6: true}, true, false, false},
+		{"a without IPv6", Auto, Known{Link: true, Settings: &Settings{IPv4: true, LegacyHostRouting: true, IPv4Masquerade: true}}, Cilium, backstop, true, false, false},
+		{"bl without IPv6", Auto, Known{Link: true, Settings: &Settings{IPv4: true, LegacyHostRouting: true, BPFMasquerade: true}}, Cilium, plan.Detour{Backstop: true, Masquerade4: true}, true, false, false},
+		{"unreadable", Auto, Known{Link: true, Unreadable: unreadable}, Netfilter, backstop, false, false, true},
 		{"b and netfilter", Netfilter, Known{Link: true, Settings: &b}, Netfilter, none, false, true, false},
 		{"bl and netfilter", Netfilter, Known{Link: true, Settings: &bl}, Netfilter, none, false, true, false},
 		{"a and netfilter", Netfilter, Known{Link: true, Settings: &a}, Netfilter, none, true, false, false},
 		{"unreadable and netfilter", Netfilter, Known{Link: true, Unreadable: unreadable}, Netfilter, none, false, false, false},
 		{"unreadable and cilium", Cilium, Known{Unreadable: unreadable}, Cilium, both, true, false, false},
-		{"ble and cilium", Cilium, Known{Settings: with(bl)}, Cilium, none, false, false, false},
+		{"ble and cilium", Cilium, Known{Settings: with(bl)}, Cilium, backstop, false, false, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := Choose(test.mode, test.known)

@@ -52,12 +52,12 @@ func (e *examination) dataPlane() {
 		case len(bypasses) == 0:
 			e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 		}
-		e.localRoutes(a)
+		e.localRoutes(a, choice)
 	}
 }
 
 // localRoutes compares the local routes in the kernel with those that an agent says it has made.
-func (e *examination) localRoutes(a status.Agent) {
+func (e *examination) localRoutes(a status.Agent, choice dataplane.Choice) {
 	const check = "local routes"
 	if len(a.DataPlane.LocalRoutes) == 0 {
 		return
@@ -82,7 +82,11 @@ func (e *examination) localRoutes(a status.Agent) {
 		if !a.Live {
 			next = "start the agent: without it nothing restores them"
 		}
-		e.add(Fail, check, fmt.Sprintf("agent %s has made one for %s, and it is gone: packets of pods bypass the rules and leave the node", a.Name, few(missing)), next)
+		means := "packets of pods bypass the rules and leave the node"
+		if !choice.LocalRoutes {
+			means = "nothing but the rules keeps packets to it on the node"
+		}
+		e.add(Fail, check, fmt.Sprintf("agent %s has made one for %s, and it is gone: %s", a.Name, few(missing), means), next)
 		return
 	}
 	e.add(OK, check, fmt.Sprintf("those of agent %s are in the kernel (%d)", a.Name, len(a.DataPlane.LocalRoutes)), "")

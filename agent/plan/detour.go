@@ -5,20 +5,24 @@ import (
 	"slices"
 )
 
-// Detour is what brings the packets of pods past netfilter where the data plane of the node would forward them around it.
+// Detour is what brings the packets of pods past netfilter where the data plane of the node would forward them around it, and what keeps
+// packets to magic IPs on the node where there are no rules.
 type Detour struct {
 	// LocalRoutes: packets of pods come in only where they are for an address of the node.
 	LocalRoutes bool
+	// Backstop: a magic IP is an address of the node where no packet to it is to leave the node. Rules that somebody flushes while no
+	// agent runs leave the node refusing; routing comes after translation, so it does nothing while the rules are there.
+	Backstop bool
 	// Masquerade4 and Masquerade6: replies come back only where they are for an address of the node.
 	Masquerade4, Masquerade6 bool
 }
 
 // None says that packets pass netfilter both ways.
-func (d Detour) None() bool { return d == Detour{} }
+func (d Detour) None() bool { return d == Detour{Backstop: d.Backstop} }
 
 func (d Detour) plus(e Detour) Detour {
 	return Detour{
-		LocalRoutes: d.LocalRoutes || e.LocalRoutes,
+		LocalRoutes: d.LocalRoutes || e.LocalRoutes, Backstop: d.Backstop || e.Backstop,
 		Masquerade4: d.Masquerade4 || e.Masquerade4, Masquerade6: d.Masquerade6 || e.Masquerade6,
 	}
 }
@@ -29,17 +33,21 @@ func (d Detour) Masquerade(family Family) bool {
 }
 
 // LocalAddresses are the magic IPs that are to be addresses of the node, in order: those of which no frontend passes now. A packet
-// that passes is one for somebody else.
+// that passes is one for somebody else. As a backstop, they are not those either that processes of the node or targets are to reach
+// elsewhere.
 func (p *Plan) LocalAddresses() (addresses []netip.Addr) {
-	if !p.Detour.LocalRoutes {
+	if !p.Detour.LocalRoutes && !p.Detour.Backstop {
 		return nil
 	}
 	passes := map[netip.Addr]bool{}
 	for _, rule := range p.Rules {
 		if !rule.Foreign() {
 			addresses = append(addresses, rule.Address)
-			passes[rule.Address] = passes[rule.Address] || rule.Action == Pass
+			passes[rule.Address] = passes[rule.Address] || rule.Action == Pass || !p.Detour.LocalRoutes && !rule.Confined()
 		}
 	}
 	return slices.DeleteFunc(slices.Compact(addresses), func(a netip.Addr) bool { return passes[a] })
 }
+
+// Confined reports whether no packet to the frontend is for somebody beyond the node.
+func (r Rule) Confined() bool { return r.Action != Pass && r.HostClients && !r.ExcludeTarget }

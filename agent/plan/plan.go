@@ -157,8 +157,9 @@ type Rule struct {
 	Endpoints []netip.AddrPort
 	// HostClients reports whether processes of this node are treated like pods or left alone.
 	HostClients bool
-	// Excluded are sources (the targets themselves) that are exempt.
-	Excluded []netip.Addr
+	// Excluded are sources (the targets themselves) that are exempt; ExcludeTarget: there may be some.
+	Excluded      []netip.Addr
+	ExcludeTarget bool
 	// HoldUntil is when Hold becomes Reject; zero for other actions.
 	HoldUntil time.Time
 	// Zoned: what clients send is put into zones of connection tracking. Zone is the one of the present endpoint; 0, in which all
@@ -238,7 +239,7 @@ func Build(in Input) Plan {
 			Action:      Serve,
 			Clients:     slices.IndexFunc(p.Clients, func(c Clients) bool { return slices.Equal(c.Interfaces, interfaces) }),
 			Endpoints:   sortedSet(service.Endpoints, netip.AddrPort.Compare),
-			HostClients: service.HostClients,
+			HostClients: service.HostClients, ExcludeTarget: service.ExcludeTarget,
 		}
 		if len(rule.Endpoints) == 0 {
 			rule.Action = service.WithoutEndpoint
@@ -301,8 +302,8 @@ func (p *Plan) Equal(q *Plan) bool {
 }
 
 func (r *Rule) equal(s *Rule) bool {
-	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients && r.HoldUntil.Equal(s.HoldUntil) &&
-		r.Zoned == s.Zoned && r.Zone == s.Zone && slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
+	return r.Frontend == s.Frontend && r.Action == s.Action && r.Clients == s.Clients && r.HostClients == s.HostClients && r.ExcludeTarget == s.ExcludeTarget &&
+		r.HoldUntil.Equal(s.HoldUntil) && r.Zoned == s.Zoned && r.Zone == s.Zone && slices.Equal(r.Endpoints, s.Endpoints) && slices.Equal(r.Excluded, s.Excluded)
 }
 
 // Diff are the rules of two plans without those that are equal in both, in order.

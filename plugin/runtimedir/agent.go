@@ -211,6 +211,8 @@ type Claim struct {
 	Served    bool      `json:"served"`
 	// LocalRoute: the agent wants a local route for the address. An agent of a version without them does not.
 	LocalRoute bool `json:"localRoute,omitempty"`
+	// Confined: no packet to the frontend is for somebody beyond the node. Without it, no other agent keeps the address on the node.
+	Confined bool `json:"confined,omitempty"`
 }
 
 func (c *Claims) version() *int { return &c.Version }

@@ -25,8 +25,8 @@ import (
 type setting struct {
 	name   string
 	cilium whole.Cilium
-	// local and masquerade are what the agent does; source: servers see the client's address.
-	local, masquerade, source bool
+	// masquerade is what the agent does besides local routes; source: servers see the client's address.
+	masquerade, source bool
 	reason                    string // in status
 	doctor                    string // level and text
 	short                     bool
@@ -48,8 +48,8 @@ func settings() []setting {
 		none   = "packets of pods pass the rules both ways" + egress
 	)
 	all := []setting{
-		{name: "b", cilium: bpf, local: true, masquerade: true, reason: "Cilium with BPF host routing", doctor: "warn data plane " + both, short: true},
-		{name: "be", cilium: endpointRoutes(bpf), local: true, masquerade: true, reason: "Cilium with BPF host routing and endpoint routes", doctor: "warn data plane " + both, short: true},
+		{name: "b", cilium: bpf, masquerade: true, reason: "Cilium with BPF host routing", doctor: "warn data plane " + both, short: true},
+		{name: "be", cilium: endpointRoutes(bpf), masquerade: true, reason: "Cilium with BPF host routing and endpoint routes", doctor: "warn data plane " + both, short: true},
 		{name: "bl", cilium: legacy, masquerade: true, reason: "Cilium with legacy host routing, without endpoint routes", doctor: "warn data plane " + reply, short: true},
 		{name: "ble", cilium: endpointRoutes(legacy), source: true, reason: "Cilium with legacy host routing and endpoint routes", doctor: "ok data plane " + none},
 		{name: "a", cilium: kubeProxy, reason: "Cilium with legacy host routing, without endpoint routes, with masquerade by iptables", doctor: "warn data plane " + none + price + ": Cilium itself masquerades"},
@@ -103,12 +103,12 @@ func TestNodeWithoutCilium(t *testing.T) {
 	other := cluster.Nodes[1]
 	status, err := runtimedir.New(other.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 	w.must(err)
-	if d := status.DataPlane; d.Name != "netfilter" || d.Reason != "Cilium is not on this node" || len(d.LocalRoutes)+len(d.Masquerade) > 0 || status.LastError != "" {
+	if d := status.DataPlane; d.Name != "netfilter" || d.Reason != "Cilium is not on this node" || len(d.LocalRoutes) != 2 || len(d.Masquerade) > 0 || status.LastError != "" {
 		t.Errorf("the agent says %+v, error %q", d, status.LastError)
 	}
-	out, err := other.Exec(w.ctx, "sh", "-ec", "ip route show table local proto 109; nft list chain ip magic-ip-"+agentName+" masquerade-replies")
+	out, err := other.Exec(w.ctx, "nft", "list", "chain", "ip", "magic-ip-"+agentName, "masquerade-replies")
 	w.must(err)
-	if strings.Contains(out, "proto 109") || strings.Contains(out, "fib saddr") {
+	if strings.Contains(out, "fib saddr") {
 		t.Errorf("the node has\n%s", out)
 	}
 }
@@ -125,7 +125,7 @@ func TestNetfilterByForce(t *testing.T) {
 	client := w.pod(clients, "client", nil)
 	w.pod("default", "echo", echoLabels)
 	w.awaitEndpoint("echo")
-	w.routes(setting{})
+	w.routes(false)
 	found := w.agent("doctor")
 	if want := "dataPlane is netfilter; Cilium with BPF host routing: packets of pods to magic IPs bypass the rules and leave the node"; !strings.Contains(found, want) {
 		t.Errorf("doctor does not say %q:\n%s", want, found)
@@ -145,7 +145,7 @@ func TestNetfilterByForce(t *testing.T) {
 func TestUninstall(t *testing.T) {
 	w := newWorld(t)
 	w.must(node.SetCilium(w.ctx, settings()[0].cilium))
-	w.routes(settings()[0])
+	w.routes(true)
 	_, err := cluster.Helm(w.ctx, "uninstall", "mip", "--namespace", "kube-system")
 	w.must(err)
 	t.Cleanup(func() { w.must(release(w.ctx)) })
@@ -163,12 +163,12 @@ func (w *world) follows(s setting) {
 	w.Helper()
 	w.awaitStatus("the data plane of "+s.name, func(status *runtimedir.Status) error {
 		d := status.DataPlane
-		if d.Name != "cilium" || d.Reason != s.reason || (len(d.LocalRoutes) == 2) != s.local || (len(d.Masquerade) == 1) != s.masquerade || status.LastError != "" {
+		if d.Name != "cilium" || d.Reason != s.reason || len(d.LocalRoutes) != 2 || (len(d.Masquerade) == 1) != s.masquerade || status.LastError != "" {
 			return fmt.Errorf("the agent says %+v, error %q", d, status.LastError)
 		}
 		return nil
 	})
-	w.routes(s)
+	w.routes(true)
 	shown := w.agent("status")
 	if want := "data plane: cilium (" + s.reason + ")"; !strings.Contains(shown, want) {
 		w.Errorf("status does not say %q:\n%s", want, shown)
@@ -186,12 +186,13 @@ func (w *world) follows(s setting) {
 	}
 }
 
-func (w *world) routes(s setting) {
+// routes waits until both magic IPs have a local route, or none.
+func (w *world) routes(want bool) {
 	w.Helper()
 	w.eventually("local routes", func() error {
 		for _, address := range []netip.Addr{magic.Addr(), unserved.Addr()} {
 			shown := w.exec("ip route show table local " + address.String())
-			if strings.Contains(shown, "proto 109") != s.local || s.local && !strings.Contains(shown, "src "+node.Address.String()) {
+			if strings.Contains(shown, "proto 109") != want || want && !strings.Contains(shown, "src "+node.Address.String()) {
 				return fmt.Errorf("%s: %q", address, shown)
 			}
 		}
@@ -310,13 +311,14 @@ func (w *world) rollout() {
 	sniffer.silent(w.T, "rollout")
 }
 
-// faults: the agent is killed, rules and routes are removed, Cilium's agent is killed and comes back. Nothing leaves the node where
-// local routes keep it there, and everything is served again.
+// faults: the agent is killed, rules and routes are removed, Cilium's agent is killed and comes back. Nothing leaves the node, and
+// everything is served again.
 func (w *world) faults(s setting) {
 	w.Helper()
 	client := w.ready(clients, "client")
 	from := map[string]string{"a pod": w.netns(client), "the node": lab.Host}
 	server := w.endpoint()
+	sniffer := listen(w.T)
 	probe := node.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: from["a pod"], To: magic, Timeout: time.Second}, 10*time.Millisecond)
 	defer probe.Stop()
 	_, err := probe.Await(w.ctx, lab.AnsweredBy(server))
@@ -340,6 +342,7 @@ func (w *world) faults(s setting) {
 		w.Errorf("agents killed: %d requests failed, the first with %v", len(failed), failed[0].Err)
 	}
 	w.served("agents killed", server, from)
+	sniffer.silent(w.T, "agents killed")
 
 	// The rules are flushed while the agent does not run.
 	pid, flush := w.agentPID(), "nft delete table ip magic-ip-"+agentName
@@ -349,22 +352,19 @@ func (w *world) faults(s setting) {
 done; done`
 	}
 	w.exec("kill -STOP " + pid + "\n" + flush)
-	sniffer := listen(w.T)
-	if s.local {
-		w.refused("rules flushed", magic, from)
-		sniffer.silent(w.T, "rules flushed")
-	}
+	sniffer = listen(w.T)
+	w.refused("rules flushed", magic, from)
+	w.refused("rules flushed, without a target", unserved, from)
+	sniffer.silent(w.T, "rules flushed")
 	w.exec("kill -CONT " + pid)
 	w.eventually("rules restored", func() error {
 		_, err := w.ask(lab.NewConnection, from["a pod"], magic)
 		return err
 	})
 	w.served("rules restored", server, from)
-	if s.local {
-		w.exec("ip route del local " + magic.Addr().String() + " table local")
-		w.routes(s)
-		w.served("route restored", server, from)
-	}
+	w.exec("ip route del local " + magic.Addr().String() + " table local")
+	w.routes(true)
+	w.served("route restored", server, from)
 }
 
 // endpoint is the pod that traffic goes to.
