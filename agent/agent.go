@@ -153,6 +153,7 @@ type agent struct {
 	pods      *inventory.Inventory
 	services  services
 	plane     dataplane.Choice
+	wanted    plan.Plan // what follows from the last decisions
 	kernel    kernel
 	files     files
 	// keep: the kernel has rules of this agent, of which it remembers nothing. They stay until all sources are synced.
@@ -305,11 +306,13 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 		if a.files.claims.written == nil {
 			// Claims are made known before they are acted on: of two agents that start at once the younger
 			// sees the older in time.
+			a.wanted = a.plan(now)
 			a.files.publishClaims()
 			a.readOthers()
 			next = a.decide(now)
 		}
-		next = soonest(next, a.kernel.apply(ctx, a.plan(now), changed, now))
+		a.wanted = a.plan(now)
+		next = soonest(next, a.kernel.apply(ctx, a.wanted, changed, now))
 	}
 	a.report(append(a.problems(), waits...))
 	a.files.publish(now, changed&Poll != 0, waits)

@@ -107,8 +107,8 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 
 func (f *files) publishClaims() {
 	claims := []runtimedir.Claim{}
-	wanted := f.agent.plan(time.Now())
-	local := addressSet(f.agent.localAddresses(&wanted))
+	wanted := &f.agent.wanted
+	local := addressSet(f.agent.localAddresses(wanted))
 	for i, s := range f.agent.services.inOrder {
 		if s != nil && f.agent.config.Ports[i].Unserved == "" {
 			claim := runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""}

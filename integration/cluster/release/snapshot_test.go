@@ -31,6 +31,7 @@ type nodeSnapshot struct {
 	Plugins   []string
 	Runtime   []string // the files in the runtime directory; kubelet leaves the directories that it mounted
 	Rules     []string // of nftables, one table each, without counters
+	Routes    string   // of agents
 	IPTables  []string // rules and chains of iptables and iptables-legacy
 }
 
@@ -93,6 +94,9 @@ func takeNodeSnapshot(ctx context.Context, n *whole.Node) (s nodeSnapshot, err e
 		}
 	}
 	if s.Runtime, err = runtimeFiles(n); err != nil {
+		return s, err
+	}
+	if s.Routes, err = n.Exec(ctx, "sh", "-ec", "ip -4 route show table local proto 109; ip -6 route show table local proto 109"); err != nil {
 		return s, err
 	}
 	rules, err := n.Exec(ctx, "nft", "--stateless", "list", "ruleset")
