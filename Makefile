@@ -77,6 +77,12 @@ e2e-clients: build e2e-binaries e2e-image ## the examples with real servers and 
 	integration/cluster/binaries clients
 	go test -v -race -count=1 -parallel 3 -timeout 40m -tags clients ./integration/cluster/clients $(if $(CLIENTS),$(CLIENTS),-update)
 
+.PHONY: compatibility
+compatibility: build tools ## observe anew what docs/compatibility.md says of networks (needs root; 14 minutes)
+	COMPATIBILITY=write go test -C integration -count=1 -run '^TestCompatibility$$' .
+	COMPATIBILITY=write $(MAKE) e2e-cilium
+	go test -count=1 ./integration/docs -run '^TestGenerated$$' -update
+
 .PHONY: compare
 compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 35 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
 	integration/prerequisites nft iptables conntrack ip nsenter ipset

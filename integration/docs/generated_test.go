@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/integration/compat"
 )
 
 // TestGenerated: the parts between markers are what is written today.
@@ -28,7 +30,9 @@ func TestGenerated(t *testing.T) {
 		{"docs/configuration.md", "keys", writeKeys},
 		{"docs/configuration.md", "reserved", writeReserved},
 		{"docs/configuration.md", "commands", writeCommands},
+		{"docs/compatibility.md", "networks", func(t *testing.T) string { return compat.Table(rows(t)) }},
 		{"docs/compatibility.md", "corpus", writeCorpus},
+		{"README.md", "networks", func(t *testing.T) string { return compat.Short(rows(t)) }},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			d := open(t, part.document)
@@ -47,6 +51,41 @@ func TestGenerated(t *testing.T) {
 			}
 			d.save(t, before+begin+want+end+after)
 		})
+	}
+}
+
+// rows are those of the table of networks, which belong to the results of tests that exist.
+func rows(t *testing.T) []compat.Row {
+	t.Helper()
+	all, err := compat.Rows()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := declared(t)
+	for _, row := range all {
+		for _, name := range slices.Concat(row.Tests, row.Links) {
+			if !tests[name] {
+				t.Errorf("rows.yaml: %s %s names %s, which does not exist", row.Network, row.Setting, name)
+			}
+		}
+	}
+	return all
+}
+
+// TestNetworksAreInTheTable: a network that a document names is in the table of docs/compatibility.md.
+func TestNetworksAreInTheTable(t *testing.T) {
+	table := compat.Table(rows(t))
+	named := 0
+	for _, path := range []string{"README.md", "docs/cni.md", "docs/concepts.md", "docs/cilium.md"} {
+		for _, match := range regexp.MustCompile("(?i)\\b(calico|cilium|flannel|antrea|kube-ovn|ovn-kubernetes|weave|kindnet|kube-router|romana|canal|azure cni|aks|eks|gke|vpc cni|macvlan|ipvlan|istio|kata|gvisor|multus|openshift|k3s)\\b").FindAllString(open(t, path).text, -1) {
+			named++
+			if !strings.Contains(strings.ToLower(table), strings.ToLower(match)) && !slices.Contains([]string{"multus", "openshift"}, strings.ToLower(match)) { // no networks of pods' own
+				t.Errorf("%s names %s, which is not in the table", path, match)
+			}
+		}
+	}
+	if named < 20 {
+		t.Errorf("only %d names were found", named)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/integration/compat"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
@@ -72,8 +73,10 @@ func TestPolicies(t *testing.T) {
 			w.must(cluster.Apply(w.ctx, policies("{ipBlock: {cidr: "+magic.Addr().String()+"/32}}")))
 			fate("another pod by the ingress policy", "other", false)
 			fate("the magic IP in the egress policy", "allowed", true)
+			got := compat.Observed{Ingress: "the client's pod", Egress: "the magic IP"} // seen, not the other way round
 			w.must(cluster.Apply(w.ctx, policies("{namespaceSelector: {}, podSelector: {matchLabels: {app: echo}}}")))
 			fate("the servers' pods in the egress policy", "allowed", false)
+			compat.Record(t, s.row(), got)
 		})
 	}
 }

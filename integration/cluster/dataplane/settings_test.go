@@ -17,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/compat"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -27,10 +28,16 @@ type setting struct {
 	cilium whole.Cilium
 	// masquerade is what the agent does besides local routes; source: servers see the client's address.
 	masquerade, source bool
-	reason                    string // in status
-	doctor                    string // level and text
-	short                     bool
-	backend                   string // auto where empty
+	reason             string // in status
+	doctor             string // level and text
+	short              bool
+	backend            string // auto where empty
+}
+
+// row is what the setting is called in docs/compatibility.md: what is not part of it changes nothing.
+func (s setting) row() string {
+	name, _, _ := strings.Cut(s.name, " ")
+	return "cilium-" + name
 }
 
 func settings() []setting {
@@ -89,6 +96,8 @@ func TestSettings(t *testing.T) {
 			w.traffic(s)
 			w.rollout()
 			w.faults(s)
+			w.advice()
+			compat.Record(t, s.row(), w.observed)
 			if sockets := w.exec("find /run/cilium/state -type s"); sockets != "" {
 				t.Errorf("sockets in the directory that is mounted into the agent: %s", sockets)
 			}
@@ -207,7 +216,9 @@ func (w *world) traffic(s setting) {
 	client := w.pod(clients, "client", nil)
 	from := map[string]string{"a pod": w.netns(client), "the node": lab.Host}
 	w.awaitEndpoint("")
-	w.refused("without an endpoint", magic, from)
+	if w.refused("without an endpoint", magic, from) {
+		w.observed.Refused = append(w.observed.Refused, compat.NoEndpoint)
+	}
 	if !s.cilium.CNIExclusive {
 		w.chained()
 	}
@@ -218,6 +229,17 @@ func (w *world) traffic(s setting) {
 	}
 	from["the server itself"] = w.netns(server)
 	sources := w.served("with an endpoint", "echo", from)
+	for who, name := range map[string]string{"a pod": compat.Pod, "the node": compat.Process, "the server itself": compat.Itself} {
+		if sources[who].IsValid() {
+			w.observed.Served = append(w.observed.Served, name)
+		}
+	}
+	switch sources["a pod"].String() {
+	case client.Status.PodIP:
+		w.observed.Seen = compat.Client
+	default: // its links have several addresses
+		w.observed.Seen = compat.Node
+	}
 	if kept := sources["a pod"].String() == client.Status.PodIP; kept != s.source {
 		w.Errorf("the client is seen as %s, and is %s: kept %t, want %t", sources["a pod"], client.Status.PodIP, kept, s.source)
 	}
@@ -231,7 +253,7 @@ func (w *world) traffic(s setting) {
 	w.awaitEndpoint("")
 	delete(from, "the server itself")
 	w.refused("the endpoint is gone", magic, from)
-	sniffer.silent(w.T, "traffic")
+	w.silent(sniffer, compat.Traffic)
 }
 
 // chained waits until the entry is in Cilium's file, which Cilium's agent writes anew at each start.
@@ -308,7 +330,7 @@ func (w *world) rollout() {
 			w.Errorf("rollout: %s was answered by %v, want the old pod and the new one", kind, o.Servers())
 		}
 	}
-	sniffer.silent(w.T, "rollout")
+	w.silent(sniffer, compat.Rollout)
 }
 
 // faults: the agent is killed, rules and routes are removed, Cilium's agent is killed and comes back. Nothing leaves the node, and
@@ -336,15 +358,17 @@ func (w *world) faults(s setting) {
 		return nil
 	})
 	w.follows(s)
+	w.silent(sniffer, compat.AgentKilled)
+	sniffer = listen(w.T)
 	w.must(node.RestartCilium(w.ctx))
 	w.follows(s)
 	if failed := probe.Stop().Failed(); len(failed) > 0 {
 		w.Errorf("agents killed: %d requests failed, the first with %v", len(failed), failed[0].Err)
 	}
 	w.served("agents killed", server, from)
-	sniffer.silent(w.T, "agents killed")
+	w.silent(sniffer, compat.PlaneRestart)
 
-	// The rules are flushed while the agent does not run.
+	// The rules are flushed while the agent does not run, and then Cilium's agent comes back too.
 	pid, flush := w.agentPID(), "nft delete table ip magic-ip-"+agentName
 	if w.status().Backend == "iptables" {
 		flush = `for table in nat filter mangle; do for tool in iptables-nft iptables-legacy; do
@@ -353,9 +377,14 @@ done; done`
 	}
 	w.exec("kill -STOP " + pid + "\n" + flush)
 	sniffer = listen(w.T)
-	w.refused("rules flushed", magic, from)
-	w.refused("rules flushed, without a target", unserved, from)
-	sniffer.silent(w.T, "rules flushed")
+	refused := w.refused("rules flushed", magic, from)
+	refused = w.refused("rules flushed, without a target", unserved, from) && refused
+	w.must(node.RestartCilium(w.ctx))
+	refused = w.refused("rules flushed, Cilium restarted", magic, from) && refused
+	if refused {
+		w.observed.Refused = append(w.observed.Refused, compat.RulesFlushed)
+	}
+	w.silent(sniffer, compat.RulesFlushed)
 	w.exec("kill -CONT " + pid)
 	w.eventually("rules restored", func() error {
 		_, err := w.ask(lab.NewConnection, from["a pod"], magic)
@@ -365,6 +394,22 @@ done; done`
 	w.exec("ip route del local " + magic.Addr().String() + " table local")
 	w.routes(true)
 	w.served("route restored", server, from)
+}
+
+// silent wants nothing to have left the node.
+func (w *world) silent(s *sniffer, when string) {
+	w.Helper()
+	if s.silent(w.T, when) {
+		w.observed.StaysIn = append(w.observed.StaysIn, when)
+	}
+}
+
+// advice is the setting that doctor names for who needs the client's address.
+func (w *world) advice() {
+	w.Helper()
+	if _, advice, found := strings.Cut(w.agent("doctor"), "→ where that matters: "); found {
+		w.observed.Advice, _, _ = strings.Cut(advice, "\n")
+	}
 }
 
 // endpoint is the pod that traffic goes to.

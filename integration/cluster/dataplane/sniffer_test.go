@@ -98,12 +98,13 @@ func (s *sniffer) note(link int, kind string, addresses ...[]byte) {
 }
 
 // silent ends the sniffer: nothing about a magic IP may have been on the network, although the node's packets are heard.
-func (s *sniffer) silent(t *testing.T, when string) {
+func (s *sniffer) silent(t *testing.T, when string) bool {
 	t.Helper()
 	s.end(t, when)
 	if len(s.heard) > 0 {
 		t.Errorf("%s: %d packets about magic IPs have left the node, the first: %s", when, len(s.heard), s.heard[0])
 	}
+	return len(s.heard) == 0
 }
 
 // end ends the sniffer once it has heard the node.

@@ -20,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
+	"github.com/magic-ip-address/magic-ip-address/integration/compat"
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -141,7 +142,8 @@ func release(ctx context.Context, values ...string) error {
 // world is a test of one setting.
 type world struct {
 	*testing.T
-	ctx context.Context
+	ctx      context.Context
+	observed compat.Observed
 }
 
 func newWorld(t *testing.T) *world {
@@ -299,18 +301,21 @@ func (w *world) ask(kind lab.Kind, from string, to netip.AddrPort) (lab.Answer, 
 	return node.Lab().Ask(w.ctx, lab.Client{Kind: kind, From: from, To: to, Timeout: 2 * time.Second})
 }
 
-// refused wants each kind of client refused at once, from each namespace.
-func (w *world) refused(when string, to netip.AddrPort, from map[string]string) {
+// refused wants each kind of client refused at once, from each namespace, and reports whether they are.
+func (w *world) refused(when string, to netip.AddrPort, from map[string]string) bool {
 	w.Helper()
+	all := true
 	for who, namespace := range from {
 		for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
 			began := time.Now()
 			answer, err := w.ask(kind, namespace, to)
 			if took := lab.WorkingTime(began, time.Now()); err == nil || took > time.Second {
 				w.Errorf("%s: %s from %s got %+v, %v after %v; want it refused at once", when, kind, who, answer, err, took)
+				all = false
 			}
 		}
 	}
+	return all
 }
 
 // served wants each kind of client answered by the server, and returns the sources that it has seen.
