@@ -77,7 +77,7 @@ func TestNetworksAreInTheTable(t *testing.T) {
 	table := compat.Table(rows(t))
 	named := 0
 	for _, path := range []string{"README.md", "docs/cni.md", "docs/concepts.md", "docs/cilium.md"} {
-		for _, match := range regexp.MustCompile("(?i)\\b(calico|cilium|flannel|antrea|kube-ovn|ovn-kubernetes|weave|kindnet|kube-router|romana|canal|azure cni|aks|eks|gke|vpc cni|macvlan|ipvlan|istio|kata|gvisor|multus|openshift|k3s)\\b").FindAllString(open(t, path).text, -1) {
+		for _, match := range regexp.MustCompile(`(?i)\b(calico|cilium|flannel|antrea|kube-ovn|ovn-kubernetes|weave|kindnet|kube-router|romana|canal|azure cni|aks|eks|gke|vpc cni|macvlan|ipvlan|istio|kata|gvisor|multus|openshift|k3s)\b`).FindAllString(open(t, path).text, -1) {
 			named++
 			if !strings.Contains(strings.ToLower(table), strings.ToLower(match)) && !slices.Contains([]string{"multus", "openshift"}, strings.ToLower(match)) { // no networks of pods' own
 				t.Errorf("%s names %s, which is not in the table", path, match)
