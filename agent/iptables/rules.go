@@ -42,7 +42,7 @@ const (
 	leaving       = "leave"  // filter: the same for a forwarded one
 	answered      = "answer" // mangle: no answer of an endpoint comes in by an uplink
 	noRoute       = "gone"   // filter: how it is rejected
-	forwarded     = "fwd"    // filter FORWARD, and INPUT where there are local routes: what was not translated is rejected
+	forwarded     = "fwd"    // filter FORWARD and INPUT: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
 	rejected      = "reject" // filter
 	held          = "hold"   // filter
@@ -270,10 +270,8 @@ func identity(a netip.Addr) netip.Addr { return a }
 func (b *builder) filter() table {
 	b.begin("filter")
 	entry := b.hook("FORWARD", forwarded)
-	if b.plan.Detour.LocalRoutes || b.plan.Detour.Backstop {
-		// What was not translated goes to the node itself, where a magic IP is one of its addresses.
-		b.table.jumps = append(b.table.jumps, jump{"INPUT", entry, "magic IPs of " + b.agent})
-	}
+	// Where a magic IP is an address of the node, what was not translated goes to the node itself.
+	b.table.jumps = append(b.table.jumps, jump{"INPUT", entry, "magic IPs of " + b.agent})
 	out := b.hook("OUTPUT", fromHost)
 	reject := b.chain(rejected)
 	unreachable := "icmp-port-unreachable"
