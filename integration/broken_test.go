@@ -45,6 +45,9 @@ func sysctls(keys ...string) func(*world) {
 	}
 }
 
+// withoutRoutes is the usual configuration of an agent that makes no local routes.
+func withoutRoutes() []byte { return []byte("dataPlane: netfilter\n" + string(config())) }
+
 const (
 	conflistFile = "/run/cni/net.d/30-dual-stack.conflist"
 	stateFile    = lab.RuntimeDir + "/plugin/state.json"
@@ -59,6 +62,8 @@ func brokenNodes() []brokenNode {
 		{name: "agent frozen", breaks: func(w *world) { w.freeze() },
 			status: "has not polled for", level: "FAIL", verdict: "agent default.magic-ip: has not polled for", probe: "4 answered"},
 		{name: "rules flushed while the agent is frozen", breaks: func(w *world) { w.freeze(); w.run("nft delete table ip magic-ip-" + agentName) },
+			status: "has not polled for", level: "FAIL", verdict: "agent default.magic-ip: has not polled for", probe: "probably because of rules: those of agent default.magic-ip are not as it says"},
+		{name: "rules flushed while the agent is frozen, without local routes", config: withoutRoutes(), breaks: func(w *world) { w.freeze(); w.run("nft delete table ip magic-ip-" + agentName) },
 			status: "has not polled for", level: "FAIL", verdict: "agent default.magic-ip: has not polled for", probe: "left the node untranslated by eth0"},
 		{name: "rules flushed while the agent is dead", breaks: func(w *world) { w.agent.Kill(); w.run("nft flush map ip magic-ip-" + agentName + " endpoints") },
 			status: "not running", level: "FAIL", verdict: "agent default.magic-ip: not running", probe: "probably because of rules"},
@@ -160,9 +165,9 @@ func brokenNodes() []brokenNode {
 			level: "FAIL", verdict: "cni9", probe: "the node rejected the SYN"},
 		{name: "no route in the pod", breaks: script("ip -n echo route delete default; ip -n echo -6 route delete default"), flags: []string{"--from-pod", "default/echo"},
 			level: "FAIL", verdict: "the client cannot send to 169.254.210.210: network is unreachable", probe: "ip route get 169.254.210.210"},
-		{name: "a route in the pod that leads nowhere", breaks: script("ip -n echo route add 169.254.0.0/16 dev eth0"), flags: []string{"--from-pod", "default/echo"},
+		{name: "a route in the pod that leads nowhere", breaks: script("ip -n echo route add unreachable 169.254.0.0/16"), flags: []string{"--from-pod", "default/echo"},
 			level: "FAIL", verdict: "the client cannot send to 169.254.210.210: no route to host"},
-		{name: "no route on the node", breaks: script("ip route delete default; ip -6 route delete default"),
+		{name: "no route on the node", config: withoutRoutes(), breaks: script("ip route delete default; ip -6 route delete default"),
 			level: "warn", verdict: "this node has no route to", probe: "4 answered"},
 		{name: "network namespace of the pod gone", breaks: script("umount /run/netns/echo; rm /run/netns/echo"), flags: []string{"--from-pod", "default/echo"},
 			level: "FAIL", verdict: "the network namespace of pod default/echo is gone", probe: "is gone"},
