@@ -12,7 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -326,16 +326,16 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 func (a *agent) waits() (waits []problem) {
 	const consequence = "; until then the rules in the kernel stay as they are, and new pods are not served"
 	if !a.sources.networkSynced {
-		waits = append(waits, problem{"start", errors.New("waiting for the node's network to be read" + consequence)})
+		waits = append(waits, problem{"waiting", "start", errors.New("waiting for the node's network to be read" + consequence)})
 	}
 	if !a.sources.othersSynced {
-		waits = append(waits, problem{"start", errors.New("waiting for the claims of the other agents to be read" + consequence)})
+		waits = append(waits, problem{"waiting", "start", errors.New("waiting for the claims of the other agents to be read" + consequence)})
 	}
 	if a.keep && a.pods.AllSynced() {
 		a.keep = false
 	}
 	if a.keep {
-		waits = append(waits, problem{"start", errors.New("waiting for the state file and the Kubernetes API: this agent remembers nothing of the rules in the kernel" + consequence)})
+		waits = append(waits, problem{"waiting", "start", errors.New("waiting for the state file and the Kubernetes API: this agent remembers nothing of the rules in the kernel" + consequence)})
 	}
 	return waits
 }
@@ -349,25 +349,14 @@ func soonest(a, b time.Duration) time.Duration {
 
 // problem is an error that is true now, and what it is about.
 type problem struct {
+	kind  string // one of runtimedir.ProblemKinds
 	about string
 	err   error
 }
 
-// kind is the one of runtimedir.ProblemKinds.
-func (p problem) kind() string {
-	about, verify := strings.CutSuffix(p.about, " verify")
-	word, _, _ := strings.Cut(about, " ")
-	switch {
-	case verify:
-		return "verify"
-	case strings.HasSuffix(about, " file") && about != "state file":
-		return "files"
-	}
-	return map[string]string{
-		"start": "waiting", "configuration": "configuration", "state": "state_file", "network": "network", "Kubernetes": "api",
-		"Cilium's": "data_plane", "agent": "claims", "agents": "claims", "nftables": "rules", "iptables": "rules", "conntrack": "conntrack",
-		"hairpin": "hairpin", "local": "local_route",
-	}[word]
+// failed are those of problems that have an error.
+func failed(problems ...problem) []problem {
+	return slices.DeleteFunc(problems, func(p problem) bool { return p.err == nil })
 }
 
 // problems are computed anew in each pass from the sources and the kernel, so that none outlives its cause.
@@ -380,7 +369,7 @@ func (a *agent) report(problems []problem) {
 	logged := map[string]string{}
 	a.kinds = nil
 	for _, p := range problems {
-		a.kinds = append(a.kinds, p.kind())
+		a.kinds = append(a.kinds, p.kind)
 		text := p.err.Error()
 		if before := logged[p.about]; before != "" {
 			text = before + "; " + text

@@ -34,7 +34,8 @@ type kernel struct {
 	hairpins []int
 
 	syncErr, verifyErr, sweepErr error
-	hairpinErrs, routeErrs       []problem
+	hairpinErrs                  []problem
+	routeErrs                    []error
 }
 
 // restorePause keeps the agent from fighting with another program that changes its rules again and again.
@@ -120,13 +121,21 @@ func (k *kernel) routes() {
 		return
 	}
 	network := &k.agent.sources.network
+	addresses := k.agent.localAddresses(k.applied)
+	inPlace := func(there node.LocalRoute, address netip.Addr) bool {
+		return there.Address == address && there.Source == network.Sources[plan.FamilyOf(address)] && there.Source.IsValid()
+	}
+	if slices.EqualFunc(network.LocalRoutes, addresses, inPlace) { // there may be thousands
+		return
+	}
 	there := map[netip.Addr]node.LocalRoute{}
 	for _, route := range network.LocalRoutes {
 		there[route.Address] = route
 	}
 	network.LocalRoutes = nil // as they are after this
 	wanted := map[netip.Addr]bool{}
-	for _, address := range k.agent.localAddresses(k.applied) {
+	var added []netip.Addr
+	for _, address := range addresses {
 		route := node.LocalRoute{Address: address, Source: network.Sources[plan.FamilyOf(address)]}
 		wanted[address] = true
 		if there[address] == route {
@@ -134,16 +143,17 @@ func (k *kernel) routes() {
 			continue
 		}
 		if !route.Source.IsValid() {
-			k.routeErrs = append(k.routeErrs, problem{"local routes", fmt.Errorf("local route for %s: no uplink of the node has an address of its family that processes of the node could connect from", address)})
+			k.routeErrs = append(k.routeErrs, fmt.Errorf("local route for %s: no uplink of the node has an address of its family that processes of the node could connect from", address))
 			continue
 		}
 		if err := k.agent.Node.AddLocalRoute(route); err != nil {
-			k.routeErrs = append(k.routeErrs, problem{"local routes", err})
+			k.routeErrs = append(k.routeErrs, err)
 			continue
 		}
 		network.LocalRoutes = append(network.LocalRoutes, route)
-		k.agent.Log.Info("local route added, so that packets to the magic IP stay on the node", "magicIP", address, "source", route.Source)
+		added = append(added, address)
 	}
+	k.logRoutes("local routes added, so that packets to these magic IPs stay on the node", added)
 	k.removeRoutes(slices.Collect(maps.Values(there)), wanted)
 }
 
@@ -155,17 +165,38 @@ func (k *kernel) removeRoutes(routes []node.LocalRoute, wanted map[netip.Addr]bo
 			wanted[c.Address] = wanted[c.Address] || c.LocalRoute
 		}
 	}
+	var removed []netip.Addr
 	for _, route := range routes {
 		if wanted[route.Address] {
 			continue
 		}
 		if err := k.agent.Node.RemoveLocalRoute(route); err != nil {
-			k.routeErrs = append(k.routeErrs, problem{"local routes", err})
+			k.routeErrs = append(k.routeErrs, err)
 			network.LocalRoutes = append(network.LocalRoutes, route)
 			continue
 		}
-		k.agent.Log.Info("local route removed", "magicIP", route.Address)
+		removed = append(removed, route.Address)
 	}
+	k.logRoutes("local routes removed", removed)
+}
+
+// logRoutes logs what was done for these magic IPs, of which there may be thousands.
+func (k *kernel) logRoutes(message string, addresses []netip.Addr) {
+	const most = 5
+	if len(addresses) > 0 {
+		k.agent.Log.Info(message, "count", len(addresses), "first", addresses[:min(len(addresses), most)])
+	}
+}
+
+// routeErr is the first error of local routes, and how many there are more; nil where there is none.
+func (k *kernel) routeErr() error {
+	switch more := len(k.routeErrs) - 1; {
+	case more < 0:
+		return nil
+	case more > 0:
+		return fmt.Errorf("%w (and %d more)", k.routeErrs[0], more)
+	}
+	return k.routeErrs[0]
 }
 
 // verify reports whether our rules were externally modified.
@@ -206,7 +237,7 @@ func (k *kernel) hairpin() {
 			}
 			done[chosen.Address.Addr()] = true
 			if err := k.agent.Node.SetHairpin(index, true); err != nil {
-				k.hairpinErrs = append(k.hairpinErrs, problem{"hairpin of " + chosen.HostInterface, err})
+				k.hairpinErrs = append(k.hairpinErrs, problem{"hairpin", "hairpin of " + chosen.HostInterface, err})
 				continue
 			}
 			network.PodPorts[index] = true
@@ -232,13 +263,10 @@ func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil &&
 
 func (k *kernel) problems() []problem {
 	backend := k.agent.Backend.Name()
-	problems := slices.Concat(k.hairpinErrs, k.routeErrs)
-	for about, err := range map[string]error{backend: k.syncErr, backend + " verify": k.verifyErr, "conntrack": k.sweepErr} {
-		if err != nil {
-			problems = append(problems, problem{about, err})
-		}
-	}
-	return problems
+	return append(slices.Clone(k.hairpinErrs), failed(
+		problem{"local_route", "local routes", k.routeErr()},
+		problem{"rules", backend, k.syncErr}, problem{"verify", backend + " verify", k.verifyErr}, problem{"conntrack", "conntrack", k.sweepErr},
+	)...)
 }
 
 func inPlace(err error) bool {

@@ -76,8 +76,8 @@ func (a *agent) endRoutes() {
 	a.readOthers()
 	a.kernel.routeErrs = nil
 	a.kernel.removeRoutes(a.sources.snapshot.LocalRoutes, map[netip.Addr]bool{})
-	for _, p := range a.kernel.routeErrs {
-		a.Log.Warn("a local route stays: pods are refused at that address", "error", p.err)
+	if err := a.kernel.routeErr(); err != nil {
+		a.Log.Warn("local routes stay: pods are refused at these addresses", "error", err)
 	}
 }
 

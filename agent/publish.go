@@ -59,13 +59,11 @@ func equalStatus(a, b runtimedir.Status) bool {
 	return equal && reflect.DeepEqual(a, b)
 }
 
-func (f *files) problems() (problems []problem) {
-	for _, p := range []problem{{"status file", f.status.err}, {"claims file", f.claims.err}, {"pods file", f.pods.err}, {"memory file", f.memory.err}} {
-		if p.err != nil {
-			problems = append(problems, p)
-		}
-	}
-	return problems
+func (f *files) problems() []problem {
+	return failed(
+		problem{"files", "status file", f.status.err}, problem{"files", "claims file", f.claims.err},
+		problem{"files", "pods file", f.pods.err}, problem{"files", "memory file", f.memory.err},
+	)
 }
 
 // publish writes what the agent does. With heartbeat, the time stamp of the status file is renewed although nothing has changed.

@@ -51,18 +51,16 @@ func (s *sources) failing() bool {
 	return s.recordsErr != nil || s.networkErr != nil || len(s.othersErrs) > 0 || s.ciliumErr != nil && !errors.Is(s.ciliumErr, fs.ErrNotExist)
 }
 
-func (s *sources) problems() (problems []problem) {
-	for _, p := range []problem{
-		{"configuration", s.settingsErr}, {"state file", s.recordsErr}, {"network of the node", s.networkErr}, {"Kubernetes API", s.apiErr},
-	} {
-		if p.err != nil {
-			problems = append(problems, p)
-		}
+func (s *sources) problems() []problem {
+	cilium := s.ciliumErr
+	if errors.Is(cilium, fs.ErrNotExist) {
+		cilium = nil
 	}
-	if s.ciliumErr != nil && !errors.Is(s.ciliumErr, fs.ErrNotExist) {
-		problems = append(problems, problem{"Cilium's settings", s.ciliumErr})
-	}
-	return append(problems, s.othersErrs...)
+	return append(failed(
+		problem{"configuration", "configuration", s.settingsErr}, problem{"state_file", "state file", s.recordsErr},
+		problem{"network", "network of the node", s.networkErr}, problem{"api", "Kubernetes API", s.apiErr},
+		problem{"data_plane", "Cilium's settings", cilium},
+	), s.othersErrs...)
 }
 
 // hasLink reports whether the node has a link of this name.
@@ -235,7 +233,7 @@ func (a *agent) readOthers() (news bool) {
 	s := &a.sources
 	names, err := a.dir.Agents()
 	if err != nil {
-		s.othersErrs = []problem{{"agents of the node", err}}
+		s.othersErrs = []problem{{"claims", "agents of the node", err}}
 		return false
 	}
 	var others []other
@@ -246,7 +244,7 @@ func (a *agent) readOthers() (news bool) {
 		}
 		claims, err := a.dir.Agent(name).ReadClaims()
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			s.othersErrs = append(s.othersErrs, problem{"agent " + name, err})
+			s.othersErrs = append(s.othersErrs, problem{"claims", "agent " + name, err})
 			if i := slices.IndexFunc(s.others, func(o other) bool { return o.name == name }); i >= 0 {
 				claims = s.others[i].claims
 			}

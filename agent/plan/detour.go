@@ -1,9 +1,6 @@
 package plan
 
-import (
-	"net/netip"
-	"slices"
-)
+import "net/netip"
 
 // Detour is what brings the packets of pods past netfilter where the data plane of the node would forward them around it, and what keeps
 // packets to magic IPs on the node where there are no rules.
@@ -39,14 +36,19 @@ func (p *Plan) LocalAddresses() (addresses []netip.Addr) {
 	if !p.Detour.LocalRoutes && !p.Detour.Backstop {
 		return nil
 	}
-	passes := map[netip.Addr]bool{}
-	for _, rule := range p.Rules {
-		if !rule.Foreign() {
-			addresses = append(addresses, rule.Address)
-			passes[rule.Address] = passes[rule.Address] || rule.Action == Pass || !p.Detour.LocalRoutes && !rule.Confined()
+	for i := 0; i < len(p.Rules); { // in order of their addresses
+		address, ours, passes := p.Rules[i].Address, false, false
+		for ; i < len(p.Rules) && p.Rules[i].Address == address; i++ {
+			if rule := p.Rules[i]; !rule.Foreign() {
+				ours = true
+				passes = passes || rule.Action == Pass || !p.Detour.LocalRoutes && !rule.Confined()
+			}
+		}
+		if ours && !passes {
+			addresses = append(addresses, address)
 		}
 	}
-	return slices.DeleteFunc(slices.Compact(addresses), func(a netip.Addr) bool { return passes[a] })
+	return addresses
 }
 
 // Confined reports whether no packet to the frontend is for somebody beyond the node.
