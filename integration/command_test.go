@@ -33,11 +33,11 @@ func TestNeedsRoot(t *testing.T) {
 		agent: program, filepath.Join(dir, "magic-ip-address"): program,
 		config: []byte("name: default.a\nmagicIPs: [{ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}]\n"),
 	} {
-		if err := os.WriteFile(path, data, 0o755); err != nil { //nolint:gosec // for another user
+		if err := os.WriteFile(path, data, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // for another user
+	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	lock, err := runtimedir.New(runtime).Agent("default.a").Lock()

@@ -69,7 +69,9 @@ type Metrics struct {
 	polledAt time.Time
 	problem  string
 	hash     string // of the configuration
-	log      []byte // the plugin's, as read last; nil before
+	// uncounted is why connections could not be counted last; empty where they could.
+	uncounted string
+	log       []byte // the plugin's, as read last; nil before
 }
 
 // buckets are those of durations in seconds: a change of the rules takes from 0.2 ms on.
@@ -429,12 +431,26 @@ func (m *Metrics) collectConnections(status *runtimedir.Status, d desc, gauge fu
 		}
 	}
 	counts, err := m.Connections(frontends)
-	if err != nil {
+	if m.noteUncounted(err); err != nil {
 		return
 	}
 	for frontend, count := range counts {
 		gauge(d.connections, float64(count), labels(frontend)...)
 	}
+}
+
+// noteUncounted logs why connections cannot be counted, once for as long as that stays the same.
+func (m *Metrics) noteUncounted(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if text != "" && text != m.uncounted {
+		m.Log.Warn("connections cannot be counted: magic_ip_connections is absent", "error", err)
+	}
+	m.uncounted = text
 }
 
 func one(is bool) float64 {

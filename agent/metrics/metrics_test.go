@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -205,6 +206,31 @@ func TestConventions(t *testing.T) {
 	}
 	if process == 0 {
 		t.Error("there is nothing about the process")
+	}
+}
+
+// TestUncounted: why connections cannot be counted is logged once, and the other metrics are there.
+func TestUncounted(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	m := New(Options{RuntimeDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(&log, nil))})
+	err := errors.New("not permitted")
+	m.Connections = func([]runtimedir.Frontend) (map[runtimedir.Frontend]int, error) { return nil, err }
+	m.Observe(nil, &runtimedir.Status{MagicIPs: []runtimedir.MagicIP{magicIP(80)}})
+	for range 2 {
+		if got := scrape(t, m); strings.Contains(got, "magic_ip_connections") || !strings.Contains(got, "magic_ip_ports") {
+			t.Errorf("metrics:\n%.2000s", got)
+		}
+	}
+	if n := strings.Count(log.String(), "not permitted"); n != 1 {
+		t.Errorf("logged %d times:\n%s", n, &log)
+	}
+	if err = nil; !strings.Contains(scrape(t, m), "magic_ip_ports") {
+		t.Error("no metrics once they can be counted")
+	}
+	err = errors.New("not permitted")
+	if scrape(t, m); strings.Count(log.String(), "not permitted") != 2 {
+		t.Errorf("a new failure is not logged:\n%s", &log)
 	}
 }
 

@@ -20,6 +20,8 @@ import (
 // Status is what a node's agents report, and whether they run.
 type Status struct {
 	Agents []Agent `json:"agents"`
+	// uncounted is why connections could not be counted; nil where they were, or nobody asked.
+	uncounted error
 }
 
 // Agent is one agent of the node.
@@ -92,7 +94,7 @@ func (a *Agent) fillLists() {
 	}
 }
 
-// Count has count say how many connections each magic IP has. Where it cannot, the status is without.
+// Count has count say how many connections each magic IP has. Where it cannot, the status is without, and its Frame says why.
 func (s *Status) Count(count func([]runtimedir.Frontend) (map[runtimedir.Frontend]int, error)) {
 	var frontends []runtimedir.Frontend
 	for _, a := range s.Agents {
@@ -101,7 +103,7 @@ func (s *Status) Count(count func([]runtimedir.Frontend) (map[runtimedir.Fronten
 		}
 	}
 	counts, err := count(frontends)
-	if err != nil {
+	if s.uncounted = err; err != nil {
 		return
 	}
 	for _, a := range s.Agents {
@@ -259,6 +261,9 @@ func (s Status) Frame(now time.Time) (screen.Frame, error) {
 	frame := screen.Frame{Text: text.String()}
 	if len(s.Agents) == 0 {
 		frame.Tables = []screen.Table{{Above: []screen.Line{{Text: noAgent, Colour: quote.Red}}}}
+	}
+	if s.uncounted != nil {
+		frame.Tables = append(frame.Tables, screen.Table{Above: []screen.Line{{Label: "connections are not counted", Text: s.uncounted.Error(), Colour: quote.Yellow}}})
 	}
 	for _, a := range s.Agents {
 		table := screen.Table{

@@ -2,6 +2,7 @@ package status_test
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"strings"
@@ -130,6 +131,9 @@ func TestCount(t *testing.T) {
 	})
 	if read.Agents[0].MagicIPs[0].Connections != nil {
 		t.Error("connections that cannot be counted are there")
+	}
+	if frame, err := read.Frame(at); err != nil || !strings.Contains(fmt.Sprint(frame.Tables), "not permitted") {
+		t.Errorf("the screen does not say why connections are not counted: %v, %v", frame.Tables, err)
 	}
 	read.Count(func(frontends []runtimedir.Frontend) (map[runtimedir.Frontend]int, error) {
 		return map[runtimedir.Frontend]int{served: 10 * len(frontends)}, nil

@@ -62,7 +62,7 @@ func TestSyntaxIsTheAgents(t *testing.T) {
 
 // variants are some texts, and each of them with one or two random changes.
 func variants(texts ...string) []string {
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same in each run
+	random := rand.New(rand.NewPCG(1, 2))
 	all := slices.Clone(texts)
 	for range 60 {
 		for _, text := range texts {

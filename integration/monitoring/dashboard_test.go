@@ -153,7 +153,7 @@ func TestDashboard(t *testing.T) {
 	}
 	drawn := draw(panels(t), answers)
 	if *update {
-		if err := os.WriteFile(picture, []byte(drawn), 0o644); err != nil { //nolint:gosec // a document
+		if err := os.WriteFile(picture, []byte(drawn), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

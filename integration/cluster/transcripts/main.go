@@ -71,7 +71,7 @@ run on a machine with two cores, with Go's caches filled and Kubernetes built be
 	if i := strings.Index(text, dir); i >= 0 {
 		return fmt.Errorf("the page names a path of this machine: %q", text[i:min(i+80, len(text))])
 	}
-	return os.WriteFile(filepath.Join(root, "docs/transcripts.md"), []byte(text), 0o644) //nolint:gosec // a document
+	return os.WriteFile(filepath.Join(root, "docs/transcripts.md"), []byte(text), 0o644)
 }
 
 // demo is README.md's first command.

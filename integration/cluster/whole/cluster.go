@@ -296,7 +296,7 @@ func (c *Cluster) WriteCommands(dir string) error {
 			script += "export " + name + "=" + quote.Shell(value) + "\n"
 		}
 		script += "exec " + quote.Shell(command.Args...) + ` "$@"` + "\n"
-		if err := os.WriteFile(filepath.Join(dir, program), []byte(script), 0o700); err != nil { //nolint:gosec // a program
+		if err := os.WriteFile(filepath.Join(dir, program), []byte(script), 0o700); err != nil {
 			return err
 		}
 	}
