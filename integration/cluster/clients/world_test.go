@@ -9,13 +9,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -62,19 +63,7 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	code := 1
-	err := furnish(ctx)
-	if err == nil {
-		code = m.Run()
-	}
-	if code != 0 {
-		err = errors.Join(err, errors.New(cluster.LogTails()))
-	}
-	if err = errors.Join(err, cluster.Close()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return code
+	return cluster.Test(func() error { return furnish(ctx) }, m.Run)
 }
 
 // up brings up the cluster, in the folder from which the commands of the examples work.
@@ -96,12 +85,7 @@ func up(ctx context.Context) (err error) {
 	cluster, err = whole.New(ctx, whole.Options{
 		Name: "clients", Nodes: []whole.NodeOptions{{Runtime: whole.Containerd2}}, Images: []string{"bin/image.tar"},
 	})
-	if err != nil {
-		return err
-	}
-	fmt.Printf("the cluster was up after %v\n", cluster.Took.Round(100*time.Millisecond))
-	node = cluster.Nodes[0]
-	return loadImages(ctx)
+	return err
 }
 
 // loadImages gives the node the images of servers and clients.
@@ -143,8 +127,12 @@ func glibc() (map[string]string, error) {
 	return files, nil
 }
 
-// furnish makes the namespaces, and runs the commands of all examples.
+// furnish loads the images, makes the namespaces, and runs the commands of all examples.
 func furnish(ctx context.Context) error {
+	node = cluster.Nodes[0]
+	if err := loadImages(ctx); err != nil {
+		return err
+	}
 	made := map[string]bool{applicationsNamespace: true, metav1.NamespaceSystem: true}
 	for _, e := range all {
 		if !made[e.Namespace] {
@@ -154,15 +142,7 @@ func furnish(ctx context.Context) error {
 			}
 		}
 	}
-	err := lab.Eventually(ctx, func() error {
-		for namespace := range made {
-			if _, err := cluster.Admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{}); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
+	if err := cluster.AwaitNamespaces(ctx, slices.Sorted(maps.Keys(made))...); err != nil {
 		return err
 	}
 	if err := cluster.Apply(ctx, manifestsDNS()); err != nil {

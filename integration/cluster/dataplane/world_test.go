@@ -67,43 +67,20 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	fmt.Printf("the cluster was up after %v\n", cluster.Took.Round(100*time.Millisecond))
 	node = cluster.Nodes[0]
-	// What the kernel's limit on ICMP errors does to clients is not what is tested here.
-	_, err = node.Exec(ctx, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
-	code := 1
-	if err == nil {
-		err = furnish(ctx)
-	}
-	if err == nil {
-		code = m.Run()
-	}
-	if code != 0 {
-		err = errors.Join(err, errors.New(cluster.LogTails()))
-	}
-	if err = errors.Join(err, cluster.Close()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return code
+	return cluster.Test(func() error { return furnish(ctx) }, m.Run)
 }
 
 // furnish makes the namespace of the clients and installs the chart, with the values of the documentation.
 func furnish(ctx context.Context) error {
+	// What the kernel's limit on ICMP errors does to clients is not what is tested here.
+	if _, err := node.Exec(ctx, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0"); err != nil {
+		return err
+	}
 	if err := cluster.Apply(ctx, "apiVersion: v1\nkind: Namespace\nmetadata: {name: "+clients+"}\n"); err != nil {
 		return err
 	}
-	err := lab.Eventually(ctx, func() error {
-		for _, namespace := range []string{"default", clients, "kube-system"} {
-			_, err := cluster.Admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
-			_, errRoot := cluster.Admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
-			if err := errors.Join(err, errRoot); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
+	if err := cluster.AwaitNamespaces(ctx, "default", clients, "kube-system"); err != nil {
 		return err
 	}
 	return release(ctx)

@@ -6,7 +6,6 @@ package release_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -75,20 +74,10 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	fmt.Printf("the cluster was up after %v\n", cluster.Took.Round(100*time.Millisecond))
-	code := 1
-	if err = furnish(ctx); err == nil {
-		code = m.Run()
-	}
-	fmt.Print(figures.String())
-	if code != 0 {
-		err = errors.Join(err, errors.New(cluster.LogTails()))
-	}
-	if err = errors.Join(err, cluster.Close()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return code
+	return cluster.Test(func() error { return furnish(ctx) }, func() int {
+		defer func() { fmt.Print(figures.String()) }()
+		return m.Run()
+	})
 }
 
 // furnish makes the namespaces and client pods, and looks at everything as it is then.
@@ -99,17 +88,7 @@ func furnish(ctx context.Context) error {
 			return err
 		}
 	}
-	err := lab.Eventually(ctx, func() error {
-		for _, namespace := range append(namespaces, system) {
-			_, err := cluster.Admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
-			_, errRoot := cluster.Admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
-			if err := errors.Join(err, errRoot); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
+	if err := cluster.AwaitNamespaces(ctx, append(namespaces, system)...); err != nil {
 		return err
 	}
 	for _, n := range cluster.Nodes {
@@ -122,6 +101,7 @@ func furnish(ctx context.Context) error {
 			return err
 		}
 	}
+	var err error
 	pristine, err = takeSnapshot(ctx)
 	return err
 }

@@ -227,6 +227,38 @@ func (c *Cluster) ready(ctx context.Context) error {
 	})
 }
 
+// Test makes what the tests of a package find in the cluster, runs them and closes the cluster, whatever has failed. It returns the
+// exit status; errors, and the ends of the logs where there are any, go to standard error.
+func (c *Cluster) Test(furnish func() error, run func() int) int {
+	fmt.Printf("the cluster was up after %v\n", c.Took.Round(100*time.Millisecond))
+	code, err := 1, furnish()
+	if err == nil {
+		code = run()
+	}
+	if code != 0 {
+		err = errors.Join(err, errors.New(c.LogTails()))
+	}
+	if err = errors.Join(err, c.Close()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// AwaitNamespaces waits until pods can be made in these namespaces.
+func (c *Cluster) AwaitNamespaces(ctx context.Context, namespaces ...string) error {
+	return lab.Eventually(ctx, func() error {
+		for _, namespace := range namespaces {
+			_, err := c.Admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
+			_, errRoot := c.Admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
+			if err := errors.Join(err, errRoot); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // Close ends all processes of the cluster and removes its folders and cgroups. The logs stay in bin/logs.
 func (c *Cluster) Close() error {
 	var failed []error

@@ -64,23 +64,12 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	fmt.Printf("the cluster was up after %v\n", cluster.Took.Round(100*time.Millisecond))
-	code := 1
-	if err = place(ctx); err == nil {
-		code = m.Run()
-	}
-	if err = errors.Join(err, failedLogs(code), cluster.Close(), leftAlone(before, cluster)); err != nil {
+	code := cluster.Test(func() error { return place(ctx) }, m.Run)
+	if err := leftAlone(before, cluster); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return code
-}
-
-func failedLogs(code int) error {
-	if code == 0 {
-		return nil
-	}
-	return errors.New(cluster.LogTails())
 }
 
 // place makes the namespaces and the client pods, and puts plugin and agent in place.
