@@ -53,8 +53,11 @@ func readTable(name string) ([]line, error) {
 	}
 	defer func() { _ = file.Close() }()
 	rows, err := csv.NewReader(file).ReadAll()
-	if err != nil || len(rows) == 0 {
-		return nil, fmt.Errorf("%s has no header, or: %w", name, err)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	if len(rows) == 0 {
+		return nil, fmt.Errorf("%s is empty: it must begin with a line of column names", name)
 	}
 	var lines []line
 	for _, row := range rows[1:] {
