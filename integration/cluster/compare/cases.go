@@ -156,7 +156,9 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if err := w.answered(ctx, n, u, pod); err != nil {
 		return m, "", err
 	}
-	forgetFlows(ctx, n) // of those who asked too early
+	if err := forgetFlows(ctx, n); err != nil { // of those who asked too early
+		return m, "", err
+	}
 	rules, err := watchRules(n)
 	if err != nil {
 		return m, "", err
@@ -224,11 +226,15 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 }
 
 // forgetFlows: half-open flows to pods of earlier runs, or to none, stay for two minutes behind kube-proxy and the poller, and take
-// connections that use their ports again. Each run begins without. The command fails where there are none.
-func forgetFlows(ctx context.Context, n *whole.Node) {
+// connections that use their ports again. Each run begins without.
+func forgetFlows(ctx context.Context, n *whole.Node) error {
 	for _, address := range []string{localAddress, sameNodeAddress, pollerAddress} {
-		_, _ = n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
+		_, err := n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
+		if err != nil && !strings.Contains(err.Error(), " 0 flow entries") { // it fails where there are none
+			return err
+		}
 	}
+	return nil
 }
 
 // replaces reports whether the update brings a pod of another name.
@@ -287,7 +293,9 @@ func (w *world) answered(ctx context.Context, n *whole.Node, u update, pod strin
 	if pod == "" {
 		return nil
 	}
-	forgetFlows(ctx, n)
+	if err := forgetFlows(ctx, n); err != nil {
+		return err
+	}
 	of := w.kindsBy(u.target.surge)
 	ctx, cancel := lab.Patience(ctx, time.Minute)
 	defer cancel()

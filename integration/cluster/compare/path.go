@@ -25,7 +25,9 @@ func (w *world) path(ctx context.Context, n *whole.Node, rounds int) (map[peer]l
 	if err := w.answered(ctx, n, update{}, name); err != nil {
 		return nil, err
 	}
-	forgetFlows(ctx, n) // of those who asked too early
+	if err := forgetFlows(ctx, n); err != nil { // of those who asked too early
+		return nil, err
+	}
 	pods, err := w.podsOf(ctx, n)
 	if err != nil {
 		return nil, err
