@@ -227,7 +227,7 @@ func Parse(r io.Reader, noAPI bool) (Config, error) {
 	if err := yaml.Unmarshal(data, &document); err != nil {
 		return Config{}, errors.New(strings.TrimPrefix(err.Error(), "yaml: "))
 	}
-	v = validator{document: &document, noAPI: noAPI}
+	v = validator{document: &document, noAPI: noAPI, inside: map[*yaml.Node]bool{}}
 	if decodeErr == nil || v.shape(document.Content[0], reflect.TypeFor[rawConfig](), nil) {
 		config = v.config(raw)
 	}
@@ -304,6 +304,9 @@ type validator struct {
 	errs     []lineError
 	// misshapen are the paths whose values are of a wrong type, or have a wrong key: nothing more is to be said of them.
 	misshapen [][]any
+	// aliases is how many were followed, inside the nodes that the present ones stand for.
+	aliases int
+	inside  map[*yaml.Node]bool
 	// namespaces is the pattern of allowed namespaces, compiled once: there may be thousands of magic IPs.
 	namespaces *regexp.Regexp
 	// reserved are the operator's reservedAddresses.

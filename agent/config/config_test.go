@@ -215,6 +215,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(validConfig+"  hostInterface: cali+,eth0\n  noEndpoint: hold\n", false)
 	f.Add("name: a\nmagicIPs: [{ipAddress: 'fd00::1', namespace: '*', selector: '!a', ports: [{port: 1}, {port: 1}]}]", true)
 	f.Add("a: &a [*a]", true)
+	f.Add("name: a\nmagicIP: [&n {<<: *n}]", true)
 	f.Add("name: [a]\nmagicIPs: &m [{<<: {port: 1}, ports: x}, &n {<<: *n}]", true)
 	f.Fuzz(func(t *testing.T, text string, noAPI bool) {
 		config, err := Parse(strings.NewReader(text), noAPI)

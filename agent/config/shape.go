@@ -9,12 +9,28 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// maxAliases is how many aliases are followed: those of a document of ten lines can be billions, one in another.
+const maxAliases = 1_000
+
 // shape compares the document with the structs that it is decoded into, and adds an error for each unknown key, each key that is
 // there twice and each value of a wrong type. It returns false where nothing more can be said of the values: the decoder leaves
 // out entries of a list that have a wrong type, so that the positions of the others are not those in the document.
 func (v *validator) shape(node *yaml.Node, into reflect.Type, path []any) bool {
 	if node.Kind == yaml.AliasNode {
+		// The decoder refuses such documents too, but does not look below keys that it does not know.
+		switch v.aliases++; {
+		case v.inside[node.Alias]:
+			v.badAt(node.Line, path, "*%s is a part of what it stands for", node.Value)
+			return false
+		case v.aliases == maxAliases+1:
+			v.badAt(node.Line, path, "there are more than %d aliases, when those in aliases are counted too", maxAliases)
+			fallthrough
+		case v.aliases > maxAliases:
+			return false
+		}
 		node = node.Alias
+		v.inside[node] = true
+		defer delete(v.inside, node)
 	}
 	for into.Kind() == reflect.Pointer {
 		into = into.Elem()

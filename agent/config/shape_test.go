@@ -1,6 +1,32 @@
 package config
 
-import "testing"
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// TestAliases: what the decoder does not look at, because the key above it is misspelt, ends too: aliases that are a part of what they
+// stand for, and aliases of aliases, a billion in twelve lines. Aliases that are neither are followed.
+func TestAliases(t *testing.T) {
+	billion := "name: a\nmagicIP:\n- &a0 {prots: []}\n"
+	for i := range 9 {
+		billion += fmt.Sprintf("- &a%d {<<: [%s]}\n", i+1, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*a%d, ", i), 10), ", "))
+	}
+	for text, want := range map[string]string{
+		"name: a\nmagicIP: [&n {<<: *n}]":                             "line 2: magicIP[0]: *n is a part of what it stands for",
+		"name: a\nmagicIP: [&n {<<: [{}, *n]}]":                       "line 2: magicIP[0]: *n is a part of what it stands for",
+		"name: a\nmagicIP: &n [*n]":                                   "line 2: magicIP[0]: a list is not allowed; allowed: a mapping",
+		"name: a\nmagicIP: [&m {prots: [&n {<<: {<<: *n}}], <<: *m}]": "line 2: magicIP[0]: *m is a part of what it stands for",
+		billion: ": there are more than 1000 aliases, when those in aliases are counted too",
+		"name: a\nmagicIP:\n- &n {ipAddress: 169.254.1.2, prots: [1]}\n- *n": "line 4: magicIP[1].prots[0]: \"1\" is not allowed; allowed: a mapping",
+	} {
+		_, err := Parse(strings.NewReader(text), true)
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Count(err.Error(), want) > 1 {
+			t.Errorf("%.40s:\n%.2000v\nwant once\n%s", text, err, want)
+		}
+	}
+}
 
 // TestSimilar: a key is taken for the one that it has in it or is in, or that differs in two letters at most. Words of three letters
 // are near everything, so they are taken for nothing.
