@@ -57,8 +57,11 @@ const (
 	answerTimeout = 5 * time.Second
 	// lastTimeout bounds the last request after SIGTERM.
 	lastTimeout = 2 * time.Second
-	// awaitTimeout is longer than the time from the deletion of a DaemonSet until kubelet stops its pods.
+	// awaitTimeout bounds the wait for the first answer.
 	awaitTimeout = 5 * time.Second
+	// refusedTimeout bounds the wait for a DaemonSet that the API server does not know, or does not let us read. It is longer than the 30 s from
+	// SIGTERM to SIGKILL: a SIGTERM that comes before a container's first process has a handler is lost.
+	refusedTimeout = 40 * time.Second
 	// watchTime is the shortest time that a watch is asked for, and half the longest.
 	watchTime = 30 * time.Minute
 	// After a failure the request is repeated after these times, and up to as long again.
@@ -140,11 +143,14 @@ func (d *DaemonSet) watch() {
 // finds neither the DaemonSet nor the right to read it: it must not change the node, because it would never learn why it is
 // stopped. A watch that is open brings the deletion even when the right to it is gone.
 //
-// It gives up after awaitTimeout, and at once where no API server answers: the node must be served while that is away.
+// It gives up after refusedTimeout, after awaitTimeout where the API server is silent, and at once where there is none: the node must
+// be served while that is away.
 func (d *DaemonSet) Await(ctx context.Context) {
 	d.watch()
-	ctx, cancel := context.WithTimeout(ctx, awaitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, refusedTimeout)
 	defer cancel()
+	silent := time.NewTimer(awaitTimeout)
+	defer silent.Stop()
 	for ctx.Err() == nil && !d.deleted {
 		pause := minPause
 		err := d.connection.problem()
@@ -160,8 +166,13 @@ func (d *DaemonSet) Await(ctx context.Context) {
 			return
 		}
 		d.report(err)
+		if err != nil {
+			silent.Stop()
+		}
 		select {
 		case <-ctx.Done():
+		case <-silent.C:
+			return
 		case c := <-d.changes:
 			d.take(ctx, c)
 		case <-time.After(pause):

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -492,8 +493,6 @@ func TestAwait(t *testing.T) {
 		"there":                    {exists("u1"), nil, 0, time.Second},
 		"being deleted":            {exists("u1", deleting()), nil, 0, time.Second},
 		"forbidden, and then seen": {forbidden, exists("u1"), time.Second, awaitTimeout},
-		"unauthorized for good":    {unauthorized, nil, awaitTimeout, awaitTimeout + 2*time.Second},
-		"gone for good":            {absent, nil, awaitTimeout, awaitTimeout + 2*time.Second},
 		"no answer":                {nil, nil, awaitTimeout, awaitTimeout + 2*time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -508,6 +507,25 @@ func TestAwait(t *testing.T) {
 			if took := time.Since(begun); took < test.least || passed() > test.most {
 				t.Errorf("waited for %v, want %v to %v", took, test.least, test.most)
 			}
+		})
+	}
+	for name, err := range map[string]error{
+		"unauthorized for good": apierrors.NewUnauthorized("who is that"),
+		"forbidden for good":    apierrors.NewForbidden(appsv1.Resource("daemonsets"), daemonSetName, nil),
+		"gone for good":         apierrors.NewNotFound(appsv1.Resource("daemonsets"), daemonSetName),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := fake.NewClientset()
+				client.PrependReactor("get", "daemonsets", func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, err })
+				own := newDaemonSet(client, "kube-system", daemonSetName, slog.New(slog.DiscardHandler))
+				begun := time.Now()
+				own.Await(t.Context())
+				if took := time.Since(begun); took != refusedTimeout {
+					t.Errorf("waited for %v, want %v", took, refusedTimeout)
+				}
+				following(t, own)
+			})
 		})
 	}
 	t.Run("deleted together with all rights, before another request", func(t *testing.T) {
