@@ -34,6 +34,8 @@ type Backend interface {
 	Sync(ctx context.Context, p *plan.Plan) error
 	// Verify returns what differs from the last Sync: externally modified rules. The next Sync restores them.
 	Verify(ctx context.Context) (differs []string, err error)
+	// Counts is how often each frontend was asked for since the agent started; nil where that is not counted.
+	Counts() (map[plan.Frontend]plan.Count, error)
 	// ModifiedBy names the processes that made what Verify found, where the kernel said it.
 	ModifiedBy() string
 	// Exists reports whether the kernel has rules of this agent.

@@ -33,9 +33,12 @@ type kernel struct {
 	// hairpins are the ifindexes of the bridge ports where this agent has switched hairpin mode on.
 	hairpins []int
 
-	syncErr, verifyErr, sweepErr error
-	hairpinErrs                  []problem
-	routeErrs                    []error
+	// counts is how often each frontend was asked for, as of the last poll; nil where that is not counted.
+	counts map[plan.Frontend]plan.Count
+
+	syncErr, verifyErr, sweepErr, countErr error
+	hairpinErrs                            []problem
+	routeErrs                              []error
 }
 
 // restorePause keeps the agent from fighting with another program that changes its rules again and again.
@@ -89,6 +92,9 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 		} else if k.sweep(ctx, k.due); k.sweepErr == nil {
 			k.again, k.due, k.sweptAt = k.again.Plus(k.due), plan.Change{}, now
 		}
+	}
+	if changed&Poll != 0 {
+		k.counts, k.countErr = k.agent.Backend.Counts()
 	}
 	k.hairpin()
 	k.routes()
@@ -265,7 +271,8 @@ func (k *kernel) problems() []problem {
 	backend := k.agent.Backend.Name()
 	return append(slices.Clone(k.hairpinErrs), failed(
 		problem{"local_route", "local routes", k.routeErr()},
-		problem{"rules", backend, k.syncErr}, problem{"verify", backend + " verify", k.verifyErr}, problem{"conntrack", "conntrack", k.sweepErr},
+		problem{"rules", backend, k.syncErr}, problem{"verify", backend + " verify", k.verifyErr},
+		problem{"verify", backend + " counters", k.countErr}, problem{"conntrack", "conntrack", k.sweepErr},
 	)...)
 }
 

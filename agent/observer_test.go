@@ -221,6 +221,13 @@ func TestEqualStatus(t *testing.T) {
 			field.SetString("x")
 		case reflect.Slice:
 			field.Set(reflect.MakeSlice(field.Type(), 1, 1))
+		case reflect.Pointer: // to a Count
+			field.Set(reflect.ValueOf(&runtimedir.Count{Opened: 1}))
+			a.MagicIPs[0].Count = &runtimedir.Count{Opened: 1}
+			if !equalStatus(a, b) {
+				t.Error("equal counts are not equal")
+			}
+			a.MagicIPs[0].Count.Refused = 1
 		case reflect.Struct:
 			if _, is := field.Interface().(time.Time); is {
 				field.Set(reflect.ValueOf(time.Unix(1, 0)))

@@ -53,7 +53,7 @@ func equalStatus(a, b runtimedir.Status) bool {
 	equal := slices.EqualFunc(a.MagicIPs, b.MagicIPs, func(m, n runtimedir.MagicIP) bool {
 		return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.Namespace == n.Namespace && m.Selector == n.Selector &&
 			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface) &&
-			m.Since.Equal(n.Since)
+			m.Since.Equal(n.Since) && (m.Count == n.Count || m.Count != nil && n.Count != nil && *m.Count == *n.Count)
 	})
 	a.MagicIPs, b.MagicIPs = nil, nil
 	return equal && reflect.DeepEqual(a, b)
@@ -139,6 +139,9 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 				m.Action, m.Why = string(a.action(port, s, now)), s.why
 			}
 			m.Since = s.changedAt
+			if count, counted := a.kernel.counts[port.Frontend]; counted {
+				m.Count = &count
+			}
 			m.Endpoints = append(m.Endpoints, chosenEndpoints(s.endpoints)...)
 		}
 		status.MagicIPs = append(status.MagicIPs, m)

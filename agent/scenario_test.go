@@ -706,7 +706,7 @@ func (s *stage) action(frontend string) string {
 		return err.Error()
 	}
 	for _, line := range strings.Split(s.backend.Dump(), "\n") {
-		if strings.Contains(line, fmt.Sprintf(" services { %s . %s . %d : goto ", f.Address, f.Protocol, f.Port)) {
+		if strings.Contains(line, fmt.Sprintf(" actions { %s . %s . %d : goto ", f.Address, f.Protocol, f.Port)) {
 			_, verdict, _ := strings.Cut(line, ": goto ")
 			action, _, _ := strings.Cut(verdict, "-")
 			return action

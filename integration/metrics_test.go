@@ -65,7 +65,7 @@ func TestMetrics(t *testing.T) {
 	if err := w.want("client", magic(false), "answered by echo"); err != nil {
 		t.Fatal(err)
 	}
-	tells(endpoints+"1", `magic_ip_ports{state="served"} 4`, "magic_ip_record_to_rule_seconds_count 1", `magic_ip_sync_failures_total{backend="nftables"} 0`)
+	tells(endpoints+"1", `magic_ip_ports{state="served"} 4`, `magic_ip_connections_opened_total{magic_ip="169.254.210.210",port="8080",protocol="tcp"} 1`, "magic_ip_record_to_rule_seconds_count 1", `magic_ip_sync_failures_total{backend="nftables"} 0`)
 
 	if _, err := w.StartAgent(config(), w.flags...); err != nil { // it stands by
 		t.Fatal(err)

@@ -445,9 +445,9 @@ func (m *model) damage() {
 		"flush ruleset",
 		"delete table ip "+table,
 		"delete table ip6 "+table,
-		"flush map ip "+table+" services",
-		"flush map ip "+table+" endpoints",
-		"flush map ip6 "+table+" endpoints",
+		"flush map ip "+table+" actions",
+		"flush map ip "+table+" destinations",
+		"flush map ip6 "+table+" destinations",
 		"flush set ip "+table+" addresses",
 		"flush chain ip6 "+table+" nat-prerouting",
 	)
@@ -609,7 +609,7 @@ func (m *model) kernel() (map[string]string, error) {
 	if diff := cmp.Diff(m.fixed, rules.fixed); diff != "" {
 		found["other rules than at the start: "+diff] = ""
 	}
-	for key, verdict := range rules.maps["services"] {
+	for key, verdict := range rules.maps["actions"] {
 		if strings.HasPrefix(key, markerIP+" ") {
 			continue
 		}
@@ -619,11 +619,11 @@ func (m *model) kernel() (map[string]string, error) {
 			found["addresses lacks "+address] = ""
 		}
 		var endpoints []string
-		if endpoint, there := rules.maps["endpoints"][key]; there {
+		if endpoint, there := rules.maps["destinations"][key]; there {
 			ip, port, _ := strings.Cut(endpoint, " ")
 			endpoints = []string{netip.AddrPortFrom(netip.MustParseAddr(ip), uint16(number(m.t, port))).String()}
 		}
-		if chain, there := rules.maps["spread"][key]; there {
+		if chain, there := rules.maps["spreads"][key]; there {
 			endpoints = append(endpoints, rules.spread[strings.TrimPrefix(chain, "goto ")]...)
 		}
 		slices.Sort(endpoints)
@@ -635,7 +635,7 @@ func (m *model) kernel() (map[string]string, error) {
 			}
 			return action
 		}
-		text := fmt.Sprintf("pods: %s; host: %s; to: %s", word(verdict), word(rules.maps["host-services"][key]), strings.Join(endpoints, ", "))
+		text := fmt.Sprintf("pods: %s; host: %s; to: %s", word(verdict), word(rules.maps["host-actions"][key]), strings.Join(endpoints, ", "))
 		var excluded []string
 		for source := range rules.maps["excluded"] {
 			if address, found := strings.CutSuffix(source, " "+key); found {
@@ -653,8 +653,8 @@ func (m *model) kernel() (map[string]string, error) {
 		}
 		found[key] = text
 	}
-	for key := range rules.maps["endpoints"] {
-		if rules.maps["services"][key] == "" {
+	for key := range rules.maps["destinations"] {
+		if rules.maps["actions"][key] == "" {
 			found["endpoint without service "+key] = ""
 		}
 	}
@@ -724,6 +724,8 @@ func words(expression any) string {
 			switch kind {
 			case "concat":
 				return words(argument)
+			case "elem": // with a counter
+				return words(argument.(map[string]any)["val"])
 			case "goto":
 				return "goto " + words(argument.(map[string]any)["target"])
 			default:

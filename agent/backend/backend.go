@@ -60,6 +60,8 @@ type backend interface {
 	Name() string
 	Sync(ctx context.Context, p *plan.Plan) error
 	Verify(ctx context.Context) (differs []string, err error)
+	// Counts is how often each frontend was asked for since the agent started; nil where that is not counted.
+	Counts() (map[plan.Frontend]plan.Count, error)
 	// ModifiedBy names the processes that have changed the rules since Verify last found them as wanted, where the kernel said it.
 	ModifiedBy() string
 	Remove(ctx context.Context) error

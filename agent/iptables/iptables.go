@@ -99,6 +99,9 @@ func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	return differs, err
 }
 
+// Counts is nil: each change of a chain sets its counters to zero.
+func (b *Backend) Counts() (map[plan.Frontend]plan.Count, error) { return nil, nil }
+
 // ModifiedBy is empty: the kernel does not say who changes rules of iptables.
 func (b *Backend) ModifiedBy() string { return "" }
 

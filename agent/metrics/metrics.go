@@ -319,7 +319,7 @@ func (m *Metrics) gather() ([]*dto.MetricFamily, error) {
 // desc are what is told as of the moment of asking.
 type desc struct {
 	info, heartbeat, failing, endpoints, ports, healthy, heard, refused, requests, installed *prometheus.Desc
-	connections, targets, problem, config, conflist                                          *prometheus.Desc
+	connections, opened, refusedPackets, targets, problem, config, conflist                  *prometheus.Desc
 }
 
 func descs() desc {
@@ -327,21 +327,23 @@ func descs() desc {
 		return prometheus.NewDesc(name, help, labels, nil)
 	}
 	return desc{
-		info:        d("magic_ip_agent_info", "Always 1: name, version and backend of the agent.", "name", "version", "backend"),
-		heartbeat:   d("magic_ip_agent_heartbeat_timestamp_seconds", "When the agent last went through its loop; it does so every pollInterval."),
-		failing:     d("magic_ip_agent_failing", "1 where `magic-ip-agent status` shows an error, else 0."),
-		endpoints:   d("magic_ip_endpoints", "Pods that the traffic to a port of a magic IP goes to now.", "magic_ip", "port", "protocol"),
-		ports:       d("magic_ip_ports", "Ports of magic IPs by state: served, without_endpoint, unserved (claimed by another agent, or not allowed).", "state"),
-		healthy:     d("magic_ip_api_watch_healthy", "1 while the watch of a namespace's pods brings what it should, else 0.", "namespace"),
-		heard:       d("magic_ip_api_watch_last_event_timestamp_seconds", "When the watch last brought an event or a bookmark.", "namespace"),
-		refused:     d("magic_ip_api_forbidden", "1 where RBAC refuses the pods of a namespace, else 0.", "namespace"),
-		requests:    d("magic_ip_api_requests_total", "Requests to the Kubernetes API: list, watch, poll (the lists made while the watch is not healthy) and owner.", "kind"),
-		connections: d("magic_ip_connections", "Flows that the kernel translates now: open TCP connections, and the flows of UDP and SCTP that it remembers.", "magic_ip", "port", "protocol"),
-		targets:     d("magic_ip_targets", "Pods of the node that a magic IP selects, by state: ready, not_ready, terminating.", "state"),
-		problem:     d("magic_ip_problem", "1 while status shows an error, a note or a link of this kind, else 0.", "kind"),
-		config:      d("magic_ip_config_info", "Always 1: hash of the configuration in force.", "hash"),
-		conflist:    d("magic_ip_conflist_restored_total", "How often the installer has put an entry back that another program had removed; absent without an installer."),
-		installed:   d("magic_ip_installed", "1 where the installer has put the plugin in place and reports no error, 0 where it reports one; absent without an installer."),
+		info:           d("magic_ip_agent_info", "Always 1: name, version and backend of the agent.", "name", "version", "backend"),
+		heartbeat:      d("magic_ip_agent_heartbeat_timestamp_seconds", "When the agent last went through its loop; it does so every pollInterval."),
+		failing:        d("magic_ip_agent_failing", "1 where `magic-ip-agent status` shows an error, else 0."),
+		endpoints:      d("magic_ip_endpoints", "Pods that the traffic to a port of a magic IP goes to now.", "magic_ip", "port", "protocol"),
+		ports:          d("magic_ip_ports", "Ports of magic IPs by state: served, without_endpoint, unserved (claimed by another agent, or not allowed).", "state"),
+		healthy:        d("magic_ip_api_watch_healthy", "1 while the watch of a namespace's pods brings what it should, else 0.", "namespace"),
+		heard:          d("magic_ip_api_watch_last_event_timestamp_seconds", "When the watch last brought an event or a bookmark.", "namespace"),
+		refused:        d("magic_ip_api_forbidden", "1 where RBAC refuses the pods of a namespace, else 0.", "namespace"),
+		requests:       d("magic_ip_api_requests_total", "Requests to the Kubernetes API: list, watch, poll (the lists made while the watch is not healthy) and owner.", "kind"),
+		connections:    d("magic_ip_connections", "Flows that the kernel translates now: open TCP connections, and the flows of UDP and SCTP that it remembers.", "magic_ip", "port", "protocol"),
+		opened:         d("magic_ip_connections_opened_total", "New connections, and new flows of UDP and SCTP, that led to an endpoint, as of the last poll.", "magic_ip", "port", "protocol"),
+		refusedPackets: d("magic_ip_refused_packets_total", "Packets that were rejected or held because there was no endpoint, as of the last poll.", "magic_ip", "port", "protocol"),
+		targets:        d("magic_ip_targets", "Pods of the node that a magic IP selects, by state: ready, not_ready, terminating.", "state"),
+		problem:        d("magic_ip_problem", "1 while status shows an error, a note or a link of this kind, else 0.", "kind"),
+		config:         d("magic_ip_config_info", "Always 1: hash of the configuration in force.", "hash"),
+		conflist:       d("magic_ip_conflist_restored_total", "How often the installer has put an entry back that another program had removed; absent without an installer."),
+		installed:      d("magic_ip_installed", "1 where the installer has put the plugin in place and reports no error, 0 where it reports one; absent without an installer."),
 	}
 }
 
@@ -360,6 +362,7 @@ func (m *Metrics) Collect(c chan<- prometheus.Metric) {
 	if status != nil {
 		gauge(d.failing, one(status.LastError != ""))
 		collectPorts(status, d, gauge)
+		collectCounts(status, d, c)
 		for kind := range runtimedir.ProblemKinds() {
 			gauge(d.problem, one(slices.Contains(status.Problems, kind)), kind)
 		}
@@ -416,6 +419,16 @@ func collectPorts(status *runtimedir.Status, d desc, gauge func(d *prometheus.De
 	}
 	for state, count := range states {
 		gauge(d.ports, float64(count), state)
+	}
+}
+
+// collectCounts tells how often each port was asked for, where the kernel counts it.
+func collectCounts(status *runtimedir.Status, d desc, c chan<- prometheus.Metric) {
+	for _, m := range status.MagicIPs {
+		if m.Count != nil && m.Reason == "" {
+			c <- prometheus.MustNewConstMetric(d.opened, prometheus.CounterValue, float64(m.Count.Opened), labels(m.Frontend)...)
+			c <- prometheus.MustNewConstMetric(d.refusedPackets, prometheus.CounterValue, float64(m.Count.Refused), labels(m.Frontend)...)
+		}
 	}
 }
 

@@ -77,6 +77,7 @@ func TestMetrics(t *testing.T) {
 		return counts, nil
 	}
 	before, after := magicIP(80), magicIP(80, endpoint)
+	after.Count = &runtimedir.Count{Opened: 5, Refused: 7}
 	before.Since, after.Since = start, start.Add(time.Second)
 	unserved := magicIP(82)
 	unserved.Reason = "claimed"
@@ -133,6 +134,7 @@ magic_ip_config_last_reload_successful 0
 magic_ip_conflist_restored_total 2
 magic_ip_connections{magic_ip="169.254.210.210",port="80",protocol="tcp"} 80
 magic_ip_connections{magic_ip="169.254.210.210",port="81",protocol="tcp"} 81
+magic_ip_connections_opened_total{magic_ip="169.254.210.210",port="80",protocol="tcp"} 5
 magic_ip_endpoint_changes_total{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
 magic_ip_endpoint_changes_total{magic_ip="169.254.210.210",port="81",protocol="tcp"} 0
 magic_ip_endpoints{magic_ip="169.254.210.210",port="80",protocol="tcp"} 1
@@ -168,6 +170,7 @@ magic_ip_problem{kind="unserved_link"} 0
 magic_ip_problem{kind="verify"} 0
 magic_ip_problem{kind="waiting"} 0
 magic_ip_record_to_rule_seconds_count 1
+magic_ip_refused_packets_total{magic_ip="169.254.210.210",port="80",protocol="tcp"} 7
 magic_ip_rules_restored_total 1
 magic_ip_sync_duration_seconds_count{backend="nftables"} 3
 magic_ip_sync_failures_total{backend="nftables"} 1

@@ -74,7 +74,7 @@ func TestElementsWithoutNFT(t *testing.T) {
 	}
 	for _, table := range backend.tables {
 		table.nft = noNFT{table.nft}
-		changed := map[string]bool{"spread": true} // never without its chains
+		changed := map[string]bool{"spreads": true} // never without its chains
 		for _, change := range changes(&first, &second, table.family).sets {
 			changed[change.wanted.name] = true
 		}
@@ -225,7 +225,7 @@ func TestManyElementsWithoutNFT(t *testing.T) {
 	if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
 		t.Errorf("%d differences, %v", len(differs), err)
 	}
-	if got := strings.Count(nodetest.Run(t, "nft", "list", "map", "ip", "magic-ip-many", "endpoints"), "10.0.0.3 . 8080"); got != 5000 {
+	if got := strings.Count(nodetest.Run(t, "nft", "list", "map", "ip", "magic-ip-many", "destinations"), "10.0.0.3 . 8080"); got != 5000 {
 		t.Errorf("%d elements lead to the new endpoint, want 5000", got)
 	}
 }

@@ -41,7 +41,7 @@ func inspectTable(family plan.Family, name string, p *plan.Plan) ([]string, erro
 		}
 	}
 	// The rest of the data follows from what is not known here.
-	known := []string{"addresses", "endpoints", "spread"}
+	known := []string{"addresses", "destinations", "spreads"}
 	wanted.sets = slices.DeleteFunc(wanted.sets, func(s set) bool { return !slices.Contains(known, s.name) })
 	for _, s := range wanted.sets {
 		if there.elements[s.name] == nil {

@@ -96,7 +96,7 @@ func TestNFTablesInKernel(t *testing.T) {
 	for _, damage := range []struct{ command, want string }{
 		{"add table ip unrelated", ""},
 		{"delete table " + table, "the whole table"},
-		{"delete element " + table + " endpoints { 169.254.210.210 . tcp . 80 }", "missing from endpoints: 169.254.210.210 . tcp . 80"},
+		{"delete element " + table + " destinations { 169.254.210.210 . tcp . 80 }", "missing from destinations: 169.254.210.210 . tcp . 80"},
 		{"add element " + table + " pod-interfaces { eth1 }", "foreign in pod-interfaces: eth1"},
 		{"flush chain " + table + " reject-packet", "missing rules reject-packet"},
 		{"add chain " + table + " theirs", "foreign chain theirs"},

@@ -57,8 +57,7 @@ func (r *reader) listTable(family plan.Family, name string, known []set) (*listi
 			if len(message.Data) < sizeofNfgenmsg {
 				continue
 			}
-			attributes := map[uint16][]byte{}
-			err := attributesOf(message.Data[sizeofNfgenmsg:], func(kind uint16, value []byte) { attributes[kind] = value })
+			attributes, err := attributeMap(message.Data[sizeofNfgenmsg:])
 			if err == nil {
 				err = each(attributes)
 			}
@@ -102,7 +101,7 @@ func (r *reader) listTable(family plan.Family, name string, known []set) (*listi
 		elements := map[string]string{}
 		l.elements[s.name] = elements
 		err = errors.Join(err, dump(unix.NFT_MSG_GETSETELEM, func(a map[uint16][]byte) error {
-			return decodeElements(s, a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], elements)
+			return decodeElements(s, a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(e element) { elements[e.key] = e.value })
 		}, text(unix.NFTA_SET_ELEM_LIST_TABLE, name), text(unix.NFTA_SET_ELEM_LIST_SET, s.name)))
 	}
 	return l, err
@@ -225,30 +224,46 @@ func Summary(what string, names []string) []string {
 	return []string{what + ": " + strings.Join(names, ", ")}
 }
 
-// decodeElements adds the elements of a message (NFTA_SET_ELEM_LIST_ELEMENTS) to all.
-func decodeElements(s set, list []byte, all map[string]string) (err error) {
+// decodeElements calls each for the elements of a message (NFTA_SET_ELEM_LIST_ELEMENTS).
+func decodeElements(s set, list []byte, each func(element)) (err error) {
 	fail := func(e error) {
 		if err == nil && e != nil {
 			err = fmt.Errorf("set %s: %w", s.name, e)
 		}
 	}
-	fail(attributesOf(list, func(_ uint16, element []byte) {
-		key, value := "", ""
-		fail(attributesOf(element, func(kind uint16, data []byte) {
+	fail(attributesOf(list, func(_ uint16, data []byte) {
+		var e element
+		fail(attributesOf(data, func(kind uint16, data []byte) {
 			switch kind {
 			case unix.NFTA_SET_ELEM_KEY:
-				var e error
-				key, e = decodeData(s.key, data)
-				fail(e)
+				var err error
+				e.key, err = decodeData(s.key, data)
+				fail(err)
 			case unix.NFTA_SET_ELEM_DATA:
-				var e error
-				value, e = decodeData(s.value, data)
-				fail(e)
+				var err error
+				e.value, err = decodeData(s.value, data)
+				fail(err)
+			case unix.NFTA_SET_ELEM_EXPR:
+				var err error
+				e.packets, err = decodeCounter(data)
+				fail(err)
 			}
 		}))
-		all[key] = value
+		each(e)
 	}))
 	return err
+}
+
+// decodeCounter is the packets of an expression, which is a counter.
+func decodeCounter(expression []byte) (packets uint64, err error) {
+	attributes, err := attributeMap(expression)
+	if err == nil {
+		attributes, err = attributeMap(attributes[unix.NFTA_EXPR_DATA])
+	}
+	if value := attributes[unix.NFTA_COUNTER_PACKETS]; err == nil && len(value) >= 8 {
+		packets = binary.BigEndian.Uint64(value)
+	}
+	return packets, err
 }
 
 // decodeData is the text of a key or a value: NFTA_DATA_VALUE, or NFTA_DATA_VERDICT of a verdict map.

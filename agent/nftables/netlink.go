@@ -62,6 +62,12 @@ func attributesOf(data []byte, f func(kind uint16, value []byte)) error {
 	return attributes.Err()
 }
 
+// attributeMap is the attributes of data; of those of one kind the last.
+func attributeMap(data []byte) (map[uint16][]byte, error) {
+	attributes := map[uint16][]byte{}
+	return attributes, attributesOf(data, func(kind uint16, value []byte) { attributes[kind] = value })
+}
+
 func text(kind uint16, value string) netlink.Attribute {
 	return netlink.Attribute{Type: kind, Data: append([]byte(value), 0)}
 }

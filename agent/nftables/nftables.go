@@ -52,6 +52,7 @@ func New(agentName string) (*Backend, error) {
 			family: family, name: name, nft: nft, generation: NewGeneration(),
 			list:     func(known []set) (*listing, error) { return r.listTable(family, name, known) },
 			elements: func(changes []setChange) error { return elements.apply(family, name, changes) },
+			counters: func(s set) ([]element, error) { return r.listCounters(family, name, s) },
 		})
 	}
 	for _, t := range b.tables {

@@ -136,7 +136,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		)},
 		{name: "from-network", comment: "packets that come in by an interface", rules: []string{
 			translated + " iifname @pod-interfaces accept",
-			frontendKey(ip) + " vmap @services",
+			frontendKey(ip) + " vmap @actions",
 			notByName,
 			"goto reject-new",
 		}},
@@ -156,7 +156,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "from-host", comment: "packets of processes of this node", rules: []string{
 			translated + " accept",
 			"ct state invalid goto invalid-from-host",
-			frontendKey(ip) + " vmap @host-services",
+			frontendKey(ip) + " vmap @host-actions",
 			"goto " + rejectChain,
 		}},
 		{name: "invalid-from-host", rules: rules(
@@ -187,8 +187,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 
 		{name: "translate", rules: rules(
 			rule(excluded, "accept"),
-			"dnat "+ip+" addr . port to "+frontendKey(ip)+" map @endpoints",
-			frontendKey(ip)+" vmap @spread",
+			"dnat "+ip+" addr . port to "+frontendKey(ip)+" map @destinations",
+			frontendKey(ip)+" vmap @spreads",
 		)},
 		{name: "translate-host", rules: rules(
 			rule(hostExcluded, "accept"),

@@ -20,6 +20,8 @@ type set struct {
 	// until is when the kernel removes an element, in a set whose elements have timeouts; zero is never. Such elements are
 	// never deleted: whether they are still there is a matter of time.
 	until map[string]time.Time
+	// counted: the kernel counts the packets that meet an element.
+	counted bool
 }
 
 // The sets in which several rules may have the same element; see shared.
@@ -31,6 +33,9 @@ const (
 	hairpinsSet      = "hairpins"
 )
 
+// actionsSuffix ends the names of the maps of actions.
+const actionsSuffix = "actions"
+
 // zoneType is the type of the zones, which nft names by an expression only.
 const zoneType = "ct zone"
 
@@ -39,6 +44,11 @@ func concat(parts ...string) string { return strings.Join(parts, " . ") }
 
 func concatPort(a netip.AddrPort) string {
 	return concat(a.Addr().String(), strconv.Itoa(int(a.Port())))
+}
+
+// elementKey is the key of a frontend's elements.
+func elementKey(f plan.Frontend) string {
+	return concat(f.Address.String(), string(f.Protocol), strconv.Itoa(int(f.Port)))
 }
 
 // sets are the data of the plan. A packet to any other address costs at most one lookup in each hook, however many magic IPs there are.
@@ -56,11 +66,14 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	passing := newSet(passingSet, address, "", "the magic IPs of which a frontend passes")
 	interfaces := newSet("pod-interfaces", "ifname", "", "links of this node's pods")
 	unserved := newSet("unserved-pairs", "ifname", "", "links that are not served whatever their kind")
-	services := newSet("services", frontend, "verdict", "actions for packets of pods")
-	hostServices := newSet("host-services", frontend, "verdict", "actions for packets of processes of this node")
-	endpoints := newSet("endpoints", frontend, concat(address, "inet_service"), "destinations of new flows")
+	services := newSet(actionsSuffix, frontend, "verdict", "actions for packets of pods")
+	hostServices := newSet("host-"+actionsSuffix, frontend, "verdict", "actions for packets of processes of this node")
+	endpoints := newSet("destinations", frontend, concat(address, "inet_service"), "destinations of new flows")
 	zones := newSet("zones", concat(address, "inet_service"), zoneType, "zones of UDP flows, by the endpoint")
-	spread := newSet("spread", frontend, "verdict", "frontends with several endpoints")
+	spread := newSet("spreads", frontend, "verdict", "frontends with several endpoints")
+	for _, s := range []*set{&services, &hostServices, &endpoints, &spread} {
+		s.counted = true
+	}
 	held := newSet("held", frontend, "", "frontends whose clients wait")
 	held.until = map[string]time.Time{}
 	excluded := newSet("excluded", concat(address, frontend), "", "sources that are exempt")
@@ -75,7 +88,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		if plan.FamilyOf(rule.Address) != family {
 			continue
 		}
-		key := concat(rule.Address.String(), string(rule.Protocol), strconv.Itoa(int(rule.Port)))
+		key := elementKey(rule.Frontend)
 		if rule.Foreign() {
 			services.elements[key], hostServices.elements[key] = "accept", "accept"
 			passed.elements[key] = ""

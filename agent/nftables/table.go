@@ -22,8 +22,9 @@ type table struct {
 	generation func() (uint32, error)
 	// list reads the table, with the elements of these sets.
 	list func(known []set) (*listing, error)
-	// elements changes sets without nft; nil where there is no kernel.
+	// elements changes sets without nft, counters reads what one counts; nil where there is no kernel.
 	elements func([]setChange) error
+	counters func(set) ([]element, error)
 
 	known bool       // false until the first sync, and after a failed one
 	plan  *plan.Plan // nil: no table
@@ -34,6 +35,8 @@ type table struct {
 	siblings  []*table // all tables of the backend, this one included
 	// restored is why a sync has loaded the table again: it was externally modified. Verify has yet to report it.
 	restored error
+	// counted is what elements had counted that have since been replaced.
+	counted map[plan.Frontend]plan.Count
 	// degraded is why elements cannot be changed by netlink, although nft can change them; nil while they can.
 	degraded error
 }
@@ -94,6 +97,7 @@ func (t *table) change(ctx context.Context, d diff) error {
 	if err != nil {
 		return err
 	}
+	t.keepCounts(&d)
 	byNFT := t.elements == nil || len(d.chains)+len(d.gone) > 0
 	var errNetlink error
 	if !byNFT {
@@ -167,6 +171,7 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 	if err != nil {
 		return err
 	}
+	t.keepCounts(nil)
 	transactions, err := t.load(ctx, &wanted)
 	if err != nil {
 		return err

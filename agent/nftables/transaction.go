@@ -50,9 +50,11 @@ func (rs *ruleset) write(tx *knftables.Transaction) {
 }
 
 // prune is the transaction that deletes what rs does not have. It comes after write: nothing refers to these chains and sets
-// any more.
+// any more. Maps go before the chains that their elements lead to.
 func (rs *ruleset) prune(tx *knftables.Transaction, there []object) {
-	for _, o := range there {
+	sets := slices.DeleteFunc(slices.Clone(there), func(o object) bool { return o.kind == "chain" })
+	chains := slices.DeleteFunc(slices.Clone(there), func(o object) bool { return o.kind != "chain" })
+	for _, o := range append(sets, chains...) {
 		isChain := func(c chain) bool { return o.kind == "chain" && o.name == c.name }
 		isSet := func(s set) bool { return o.kind == s.kind() && o.name == s.name }
 		if slices.ContainsFunc(rs.chains, isChain) || slices.ContainsFunc(rs.sets, isSet) {
@@ -64,6 +66,7 @@ func (rs *ruleset) prune(tx *knftables.Transaction, there []object) {
 		case "set":
 			tx.Delete(&knftables.Set{Name: o.name})
 		case "map":
+			tx.Flush(&knftables.Map{Name: o.name})
 			tx.Delete(&knftables.Map{Name: o.name})
 		}
 	}
@@ -125,7 +128,11 @@ func (s set) object() knftables.Object {
 		return &knftables.Map{Name: s.name, TypeOf: string(ip) + " daddr . udp dport : " + zoneType, Comment: &s.comment}
 	}
 	if s.value != "" {
-		return &knftables.Map{Name: s.name, Type: s.key + " : " + s.value, Comment: &s.comment}
+		object := &knftables.Map{Name: s.name, Type: s.key + " : " + s.value, Comment: &s.comment}
+		if s.counted { // knftables has no word for it
+			object.Type += " ; counter"
+		}
+		return object
 	}
 	object := &knftables.Set{Name: s.name, Type: s.key, Comment: &s.comment}
 	if s.until != nil {

@@ -194,6 +194,15 @@ type Plan struct {
 	Zones                    bool
 }
 
+// Count is how often a frontend was asked for.
+type Count = runtimedir.Count
+
+// mostCounted is how many rules a plan may have whose packets are counted by frontend: reading the counters costs time.
+const mostCounted = 500
+
+// Counted reports whether packets are counted by frontend.
+func (p *Plan) Counted() bool { return len(p.Rules) <= mostCounted }
+
 // Build makes the plan. Services must be distinct in their frontends.
 func Build(in Input) Plan {
 	p := Plan{

@@ -268,18 +268,21 @@ func (s Status) Frame(now time.Time) (screen.Frame, error) {
 	for _, a := range s.Agents {
 		table := screen.Table{
 			Above: a.above(now), Below: a.below(),
-			Columns: []string{"MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS"},
+			Columns: []string{"MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS", "OPENED", "REFUSED"},
 		}
 		for _, m := range a.MagicIPs {
 			endpoint, pod := traffic(m.MagicIP)
-			age, connections := "", ""
+			age, connections, opened, refused := "", "", "", ""
 			if !m.Since.IsZero() {
 				age = screen.Age(now.Sub(m.Since))
 			}
 			if m.Connections != nil {
 				connections = strconv.Itoa(*m.Connections)
 			}
-			row := screen.Row{Key: m.Frontend.String(), Cells: []string{m.AddrPort().String(), string(m.Protocol), endpoint, pod, age, connections}}
+			if m.Count != nil {
+				opened, refused = strconv.FormatUint(m.Count.Opened, 10), strconv.FormatUint(m.Count.Refused, 10)
+			}
+			row := screen.Row{Key: m.Frontend.String(), Cells: []string{m.AddrPort().String(), string(m.Protocol), endpoint, pod, age, connections, opened, refused}}
 			row.State = strings.TrimSpace(endpoint + " " + pod)
 			if len(s.Agents) > 1 {
 				row.Key = a.Name + " " + row.Key

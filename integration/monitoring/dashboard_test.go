@@ -86,6 +86,12 @@ func rollout() string {
 		}
 		add("magic_ip_endpoints", port, endpoints)
 		add("magic_ip_connections", port, fmt.Sprintf("%dx%d %d+%dx%d", 20+5*i, at-1, 2, 2, late/4)+fmt.Sprintf(" %dx%d", 20+4*i, late-late/4-1))
+		add("magic_ip_connections_opened_total", port, fmt.Sprintf("0+%dx60", 90+30*i))
+		refused := fmt.Sprintf("0x%d 0+4x1 4x%d", at-1, late-1)
+		if node == "node3" {
+			refused = fmt.Sprintf("0x%d 0+60x10 600x%d", at-1, late-11)
+		}
+		add("magic_ip_refused_packets_total", port, refused)
 		add("magic_ip_endpoint_changes_total", port, fmt.Sprintf("1x%d 2 3x%d", at-1, late))
 		add("magic_ip_ports", on+`, state="served"`, endpoints)
 		add("magic_ip_ports", on+`, state="without_endpoint"`, pending)

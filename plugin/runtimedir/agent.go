@@ -121,8 +121,18 @@ type MagicIP struct {
 	Endpoints []Endpoint `json:"endpoints"`
 	// Since is when the addresses of the endpoints last changed (RFC 3339); zero while the frontend is unserved.
 	Since time.Time `json:"since,omitzero"`
+	// Count is how often the frontend was asked for since the agent started; nil where that is not counted.
+	Count *Count `json:"count,omitempty"`
 	// Why says why there is none, one sentence each; empty where there is one, and beyond the first fifty frontends without one.
 	Why []string `json:"why,omitempty"`
+}
+
+// Count is how often a frontend was asked for.
+type Count struct {
+	// Opened are new connections, and new flows of UDP and SCTP, that led to an endpoint.
+	Opened uint64 `json:"opened"`
+	// Refused are packets that were rejected or held because there was no endpoint.
+	Refused uint64 `json:"refused"`
 }
 
 // Links are links of the node of one kind and role.
