@@ -35,8 +35,8 @@ type Selected struct {
 	backend
 	// Reason is why it is this one, in a few words for people; empty where nothing was to be decided.
 	Reason string
-	// NoZones is why UDP flows are not kept apart by zones of connection tracking; empty where they are.
-	NoZones string
+	// NoZones is why UDP flows are not kept apart by zones of connection tracking; nil where they are.
+	NoZones error
 	// Fallback is why it is not nftables although it might be; empty where that was not wanted, or is.
 	Fallback  string
 	leftovers []backend
@@ -46,10 +46,10 @@ type Selected struct {
 
 // Note is what people should know of the backend: why it is this one, and what it cannot do. Empty where there is nothing to say.
 func (s *Selected) Note() string {
-	if s.NoZones == "" {
+	if s.NoZones == nil {
 		return s.Reason
 	}
-	note := "a datagram that the old server has not answered when a UDP flow moves is lost, since flows cannot be put into zones of connection tracking: " + s.NoZones
+	note := "a datagram that the old server has not answered when a UDP flow moves is lost, since flows cannot be put into zones of connection tracking: " + s.NoZones.Error()
 	if s.Reason != "" {
 		return s.Reason + "; " + note
 	}
@@ -85,11 +85,7 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 		}
 		if unusable == nil {
 			others, unread := otherIPTables(agentName, nil)
-			s := &Selected{backend: nft, leftovers: others, Unread: unread}
-			if noZones != nil {
-				s.NoZones = noZones.Error()
-			}
-			return s, nil
+			return &Selected{backend: nft, NoZones: noZones, leftovers: others, Unread: unread}, nil
 		}
 		if name == NFTables {
 			return nil, fmt.Errorf("backend nftables: %w", unusable)
@@ -99,9 +95,9 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	if err == nil {
 		ipt := iptables.New(agentName, variant)
 		var version string
-		if version, err = ipt.Trial(ctx); err == nil {
+		if version, noZones, err = ipt.Trial(ctx); err == nil {
 			others, unread := otherIPTables(agentName, &variant)
-			s := &Selected{backend: ipt, NoZones: "backend iptables has no rules for it", Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
+			s := &Selected{backend: ipt, NoZones: noZones, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {
 				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
 				s.Reason += "; " + s.Fallback

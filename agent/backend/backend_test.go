@@ -42,7 +42,7 @@ func planOf(addresses ...string) *plan.Plan {
 func hasChains(t *testing.T, suffix string) bool {
 	t.Helper()
 	for _, command := range []string{"iptables", "ip6tables"} {
-		for _, table := range []string{"mangle", "filter", "nat"} {
+		for _, table := range []string{"mangle", "filter", "nat", "raw"} {
 			if strings.Contains(nodetest.Run(t, command+suffix+"-save", "-t", table), iptables.ChainPrefix) {
 				return true
 			}

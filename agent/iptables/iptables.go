@@ -1,4 +1,4 @@
-// Package iptables keeps an agent's rules in the kernel's iptables: chains of its own in the tables mangle, filter and nat,
+// Package iptables keeps an agent's rules in the kernel's iptables: chains of its own in the tables mangle, filter, nat and raw,
 // one jump to them from each built-in chain that it needs, and nothing else. See render.
 package iptables
 
@@ -42,32 +42,40 @@ func New(agentName string, v Variant) *Backend {
 	return b
 }
 
-// Trial says which iptables this is, and why it cannot do what the rules need; nil where it can. Nothing is loaded.
-func (b *Backend) Trial(ctx context.Context) (version string, err error) {
+// Trial says which iptables this is, and why it cannot do what the rules need; nil where it can. noZones is why UDP flows cannot be put
+// into zones of connection tracking, which the rules can do without. Nothing is loaded.
+func (b *Backend) Trial(ctx context.Context) (version string, noZones, err error) {
 	tool, err := iptables.New(iptables.Path("iptables" + b.Variant.suffix))
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	// --random-fully came with iptables 1.6.2, and with it what we need: iptables-restore --wait.
 	v1, v2, v3 := tool.GetIptablesVersion()
 	version = fmt.Sprintf("iptables%s %d.%d.%d", b.Variant.suffix, v1, v2, v3)
 	if !tool.HasRandomFully() {
-		return version, fmt.Errorf("%s is too old: 1.6.2 is the least", version)
+		return version, nil, fmt.Errorf("%s is too old: 1.6.2 is the least", version)
 	}
-	trial := plan.Build(plan.Input{Services: []plan.Service{{
+	trial := plan.Build(plan.Input{Zones: true, Services: []plan.Service{{
 		Frontend: plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.TCP, Port: 1},
 		Endpoints: []netip.AddrPort{
 			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 2}), 1),
 			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 3}), 1),
 		},
+	}, {
+		Frontend:  plan.Frontend{Address: netip.AddrFrom4([4]byte{192, 0, 2, 1}), Protocol: plan.UDP, Port: 1},
+		Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 2}), 1)},
 	}}, Bridges: []plan.Bridge{{Name: "bridge", Unfiltered4: true}}})
 	f := b.families[0]
 	for _, t := range render(&trial, plan.IPv4, f.agent) {
-		if err := f.restore(ctx, lockWaitAtEnd, t.write(&listing{}, f.prefix, nil), "--test"); err != nil {
-			return version, fmt.Errorf("%s cannot load the rules: %w", version, err)
+		err := f.restore(ctx, lockWaitAtEnd, t.write(&listing{}, f.prefix, nil), "--test")
+		switch {
+		case err != nil && t.name == rawTable:
+			noZones = err
+		case err != nil:
+			return version, nil, fmt.Errorf("%s cannot load the rules: %w", version, err)
 		}
 	}
-	return version, nil
+	return version, noZones, nil
 }
 
 // Name is the backend's name as in --backend.
@@ -123,7 +131,7 @@ func (b *Backend) Exists(ctx context.Context) (bool, error) {
 		if !present(f.command) {
 			continue
 		}
-		for _, table := range []string{"nat", "filter", "mangle"} {
+		for _, table := range []string{"nat", "filter", "mangle", rawTable} {
 			if !b.Variant.Legacy { // there are no jumps without the chain
 				if exists, err := nftables.HasChain(f.family, table, f.prefix); err != nil || exists {
 					return exists, err
@@ -199,10 +207,15 @@ func (f *chains) update(ctx context.Context, wanted []table) (err error) {
 	var changed []int
 	for i := range wanted {
 		update := wanted[i].update(f.tables[i])
+		if !slices.Equal(wanted[i].jumps, f.tables[i].jumps) {
+			err = f.load(ctx, wanted[i])
+		} else if update != "" {
+			err = f.restore(ctx, lockWait, update)
+		}
+		if err != nil {
+			break
+		}
 		if update != "" {
-			if err = f.restore(ctx, lockWait, update); err != nil {
-				break
-			}
 			changed = append(changed, i)
 		}
 		f.tables[i] = wanted[i]
@@ -240,6 +253,9 @@ func (f *chains) load(ctx context.Context, t table) error {
 		var there *listing
 		if there, err = f.list(ctx, t.name); err != nil {
 			return err
+		}
+		if len(t.jumps) == 0 && there.empty(f.prefix) { // the table may not be in use
+			return nil
 		}
 		err = f.restore(ctx, lockWait, t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) }))
 		if ownFailure(err) {
@@ -318,6 +334,9 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 	}
 	var differs []string
 	for i, t := range f.tables {
+		if len(t.jumps) == 0 {
+			continue
+		}
 		there, err := f.list(ctx, t.name)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f.command, err)
@@ -352,7 +371,7 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 // translated any more.
 func (f *chains) remove(ctx context.Context, wait int) error {
 	if present(f.command) {
-		for _, name := range []string{"filter", "nat", "mangle"} {
+		for _, name := range []string{"filter", "nat", "mangle", rawTable} {
 			there, err := f.list(ctx, name)
 			if err != nil {
 				return err

@@ -49,8 +49,8 @@ func newTestIPTables(t *testing.T, suffix, agentName string) *Backend {
 		t.Fatalf("variant %q, want %q", variant.suffix, suffix)
 	}
 	backend := New(agentName, variant)
-	if _, err := backend.Trial(t.Context()); err != nil {
-		t.Fatal(err)
+	if _, noZones, err := backend.Trial(t.Context()); noZones != nil || err != nil {
+		t.Fatal(noZones, err)
 	}
 	return backend
 }
@@ -74,7 +74,7 @@ func savedRules(t *testing.T, suffix string) string {
 	t.Helper()
 	var all []string
 	for _, command := range []string{"iptables", "ip6tables"} {
-		for _, table := range []string{"mangle", "filter", "nat"} {
+		for _, table := range []string{"mangle", "filter", "nat", "raw"} {
 			lines := strings.Split(nodetest.Run(t, command+suffix+"-save", "-t", table), "\n")
 			lines = slices.DeleteFunc(lines, func(line string) bool { return strings.HasPrefix(line, "#") || line == "" })
 			for i, line := range lines {

@@ -51,7 +51,12 @@ const (
 	translatedOut = "local"  // nat OUTPUT
 	masqueraded   = "snat"   // nat POSTROUTING
 	detoured      = "detour" // nat: flows of pods whose replies would bypass this node
+	zoned         = "zone"   // raw PREROUTING: each endpoint has a zone of its own
+	zonedOut      = "zoneo"  // raw OUTPUT
 )
+
+// rawTable is in use only where there are UDP ports.
+const rawTable = "raw"
 
 // ChainPrefix begins the name of every chain of every agent of this kind.
 const ChainPrefix = "MIP-"
@@ -93,6 +98,9 @@ const mostInChain = 8
 // the order: with filter before nat, a frontend that gains or loses its endpoint never lets a packet out,
 // and never rejects one that the rules before or after would have answered or held.
 //
+// The zones of connection tracking come last: a datagram that finds its new zone makes a flow, which must lead to the new endpoint. One
+// that comes earlier goes to the old endpoint by its flow of before. There is no table raw without a UDP port.
+//
 // A packet that the node has no route for does not get as far as FORWARD or OUTPUT: its sender is told
 // that the network is unreachable. A translated packet whose endpoint's route is gone follows the default route: filter
 // FORWARD rejects it, and mangle POSTROUTING drops it where a process of this node has sent it.
@@ -109,7 +117,7 @@ func render(p *plan.Plan, family plan.Family, agentName string) []table {
 		last.rules = append(last.rules, rule)
 		last.hostClients = last.hostClients || !rule.Foreign() && rule.HostClients
 	}
-	return []table{b.mangle(), b.filter(), b.nat()}
+	return []table{b.mangle(), b.filter(), b.nat(), b.raw()}
 }
 
 type builder struct {
@@ -428,6 +436,40 @@ func (b *builder) nat() table {
 			b.add(chain, "-m conntrack --ctorigdst", a.address.String(), b.note("replies of "+a.address.String()+" would bypass this node"), "-j MASQUERADE")
 		})
 	}
+	return b.table
+}
+
+// raw puts the datagrams of clients into the zone of the present endpoint: see the zone chains of package nftables.
+func (b *builder) raw() table {
+	b.begin(rawTable)
+	all := slices.DeleteFunc(slices.Clone(b.addresses), func(a addressRules) bool {
+		return !slices.ContainsFunc(a.rules, func(r plan.Rule) bool { return r.Zoned })
+	})
+	if len(all) == 0 {
+		return b.table
+	}
+	entry, out := b.hook("PREROUTING", zoned), b.hook("OUTPUT", zonedOut)
+	zone := func(chain string, rule plan.Rule) {
+		if rule.Zone == 0 {
+			return
+		}
+		for _, source := range rule.Excluded {
+			b.add(chain, "-s", one(source), match(rule), b.note(rule.String()), "-j RETURN")
+		}
+		b.add(chain, match(rule), b.note(rule.String()), "-j CT --zone-orig", fmt.Sprint(rule.Zone))
+	}
+	dispatch(b, entry, "-d %s", all, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			zone(chain, rule)
+		}
+	})
+	dispatch(b, out, "-d %s", all, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if rule.HostClients {
+				zone(chain, rule)
+			}
+		}
+	})
 	return b.table
 }
 

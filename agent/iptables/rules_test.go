@@ -30,7 +30,7 @@ func addrPorts(texts ...string) []netip.AddrPort {
 // cases are plans that between them use every rule there is. Magic IPs are in 169.254.210.0/24 and
 // fd00:a91c::/64, pods in 10.244.1.0/24 and fd00:10:244::/64.
 func cases() map[string]plan.Input {
-	many := plan.Input{PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}}
+	many := plan.Input{Zones: true, PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}}
 	for i := range 20 {
 		many.Services = append(many.Services, plan.Service{
 			Frontend:  plan.Frontend{Address: netip.AddrFrom4([4]byte{169, 254, 210, byte(10 * i)}), Protocol: plan.UDP, Port: 8125},
@@ -54,6 +54,7 @@ func cases() map[string]plan.Input {
 				{Frontend: frontend("169.254.210.3", plan.TCP, 1), HostClients: true, HostInterface: []string{"cali+", "cni0"},
 					ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
 				{Frontend: frontend("169.254.210.3", plan.UDP, 2), HostClients: true, HostInterface: []string{"cali+", "cni0"}, WithoutEndpoint: plan.Hold},
+				{Frontend: frontend("169.254.210.3", plan.UDP, 3), ExcludeTarget: true, Endpoints: addrPorts("10.244.1.7:1")},
 				{Frontend: frontend("169.254.210.4", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("10.244.1.7:1", "10.244.1.8:1", "10.244.1.9:2")},
 				{Frontend: frontend("fd00:a91c::1", plan.TCP, 1), HostClients: true, Endpoints: addrPorts("[fd00:10:244::7]:2")},
 			},
@@ -61,6 +62,7 @@ func cases() map[string]plan.Input {
 			PodInterfaces: []string{"cni0", "veth1"},
 			Uplinks:       []string{"eth0", "wan0"},
 			StrictTCP:     true,
+			Zones:         true,
 			HostAddresses: []netip.Addr{netip.MustParseAddr("10.244.1.9")},
 			Bridges:       []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}, {Name: "docker0", Unfiltered4: true}},
 		},
@@ -80,7 +82,9 @@ func cases() map[string]plan.Input {
 func everything(p *plan.Plan, family plan.Family, agentName string) string {
 	var all strings.Builder
 	for _, t := range render(p, family, agentName) {
-		all.WriteString(t.write(&listing{}, Prefix(agentName), nil))
+		if len(t.jumps) > 0 {
+			all.WriteString(t.write(&listing{}, Prefix(agentName), nil))
+		}
 	}
 	return all.String()
 }

@@ -88,7 +88,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		Load:        load,
 		Backend:     selected,
 		BackendNote: selected.Note(),
-		Zones:       selected.NoZones == "",
+		Zones: selected.NoZones == nil,
 		Flows:       conntrack.Table{},
 		Node:        node.Kernel{},
 		Cilium:      func() (dataplane.Settings, error) { return dataplane.Read(f.ciliumStateDir) },
