@@ -91,6 +91,15 @@ func lines(p panel, named []series, x, y, w, h int) string {
 		most = 1
 	}
 	var out strings.Builder
+	const names = 3 // that the legend has room for
+	letters := 0
+	for _, s := range named[:min(len(named), names)] {
+		letters += 4 + len(s.name)
+	}
+	oneLine := 7*letters < w
+	if !oneLine {
+		h -= 16 * (min(len(named), names) - 1)
+	}
 	left, bottom, width, height := x+58, y+h-42, w-70, h-72
 	for _, share := range []float64{0, 0.5, 1} {
 		at := float64(bottom) - share*float64(height)
@@ -104,7 +113,7 @@ func lines(p panel, named []series, x, y, w, h int) string {
 	for minute := 0; minute <= 30; minute += every {
 		fmt.Fprintf(&out, "  <text x=\"%d\" y=\"%d\" text-anchor=\"middle\" fill=\"#6b7280\">%d min</text>\n", left+minute*(width-18)/30, bottom+14, minute)
 	}
-	legendAt := x + 10
+	legendX, legendY := x+10, y+h
 	for i, s := range named {
 		colour := colours[i%len(colours)]
 		var path strings.Builder
@@ -121,9 +130,13 @@ func lines(p panel, named []series, x, y, w, h int) string {
 			fmt.Fprintf(&path, "%s%.1f %.1f", command, float64(left)+float64(point.T)/1000/1800*float64(width-18), float64(bottom)-point.F/most*float64(height))
 		}
 		fmt.Fprintf(&out, "  <path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"1.5\" stroke-linecap=\"round\"/>\n", path.String(), colour)
-		if i < 3 {
-			fmt.Fprintf(&out, "  <rect x=\"%d\" y=\"%d\" width=\"10\" height=\"3\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">%s</text>\n", legendAt, y+h-14, colour, legendAt+14, y+h-9, html.EscapeString(s.name))
-			legendAt += 28 + 7*len(s.name)
+		if i < names {
+			fmt.Fprintf(&out, "  <rect x=\"%d\" y=\"%d\" width=\"10\" height=\"3\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">%s</text>\n", legendX, legendY-14, colour, legendX+14, legendY-9, html.EscapeString(s.name))
+			if oneLine {
+				legendX += 28 + 7*len(s.name)
+			} else {
+				legendY += 16
+			}
 		}
 	}
 	return out.String()
