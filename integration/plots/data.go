@@ -114,7 +114,7 @@ const stall = 20
 func disturbed(l line) bool { return l.number("witness_ms") >= stall }
 
 // lost are the requests of a run that failed while a process listened, what the old process took with it apart.
-func lost(l line) float64 { return l.number("blamed") + l.number("moved") }
+func lost(l line) float64 { return l.number("blamed") }
 
 // spread is the median of the runs, and the least and the most of those that no stall has disturbed; disturbed is the most of the others.
 type spread struct {

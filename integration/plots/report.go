@@ -295,16 +295,15 @@ func (s spread) String() string {
 func taken(out io.Writer, d data) {
 	fmt.Fprint(out, `## What the old process took with it
 
-Requests of all runs and clients of a case that are not counted as lost, and moved datagrams, which are:
+Requests of all runs and clients of a case that failed and are not counted as lost:
 
 - *taken*: the old process had the request when it stopped, and so nobody answers it. A connection says so; of a datagram it is taken for granted where it was sent in the last 10 ms
   (and the time that an answer takes) before the socket was closed.
-- *moved*: the old process had the datagram when its flow was given to the new one, the last 25 ms before that; its answer is not translated back. It counts as lost.
 - *during a stall*: the witness waited at that time too.
 - *unserved*: sent while no process listened.
 
 `)
-	fmt.Fprint(out, "| case | peer | sent | taken | moved | during a stall | unserved |\n|---|---|---|---|---|---|---|\n")
+	fmt.Fprint(out, "| case | peer | sent | taken | during a stall | unserved |\n|---|---|---|---|---|---|\n")
 	for _, c := range cases(d) {
 		name := c.title()
 		for _, peer := range distinct(c.runs(d), "peer") {
@@ -314,7 +313,7 @@ Requests of all runs and clients of a case that are not counted as lost, and mov
 			}
 			fmt.Fprintf(out, "| %s | %s |", name, peer)
 			name = ""
-			for _, column := range []string{"sent", "cut", "moved", "stalled", "unserved"} {
+			for _, column := range []string{"sent", "cut", "stalled", "unserved"} {
 				sum := 0.0
 				for _, v := range numbers(runs, column) {
 					sum += v

@@ -204,7 +204,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 				if m.costs[p] == nil {
 					m.costs[p] = map[lab.Kind]cost{}
 				}
-				m.costs[p][kind] = assess(kind, byKind[kind], witness, servers{lives: all, fresh: last.server, since: mended, delay: u.target.delay})
+				m.costs[p][kind] = assess(byKind[kind], witness, servers{lives: all, fresh: last.server, since: mended, delay: u.target.delay})
 			}
 		}
 	}
@@ -382,8 +382,8 @@ func (m measured) String() string {
 			if c.excess == never {
 				excess = "never"
 			}
-			fmt.Fprintf(&text, "  %-22.22s %-14s %4d requests, %3d failed (%d unserved, %d while a process listened, %d cut, %d moved, %d stalled), %d elsewhere, gap %v, excess %s\n",
-				p, kind, c.sent, c.failed, c.unserved, len(c.blamed), c.cut, c.moved, c.stalled, c.elsewhere, c.gap.Round(time.Millisecond), excess)
+			fmt.Fprintf(&text, "  %-22.22s %-14s %4d requests, %3d failed (%d unserved, %d while a process listened, %d cut, %d stalled), %d elsewhere, gap %v, excess %s\n",
+				p, kind, c.sent, c.failed, c.unserved, len(c.blamed), c.cut, c.stalled, c.elsewhere, c.gap.Round(time.Millisecond), excess)
 			if p.magic() {
 				for _, o := range c.blamed[:min(len(c.blamed), 5)] {
 					fmt.Fprintf(&text, "    sent %v, after %v: %v\n", o.Sent.Sub(m.at), o.Took, o.Err)

@@ -18,9 +18,8 @@ type cost struct {
 	// blamed are the failed ones that neither the pod nor the machine can be blamed for: a process of the node
 	// listened when they were sent.
 	blamed []lab.Outcome
-	// cut are failed ones that the server had when it stopped, moved are datagrams that it had when their flow moved to
-	// the next one, stalled those that failed while the machine stood still, unserved those that were sent while no process listened.
-	cut, moved, stalled, unserved int
+	// cut are failed ones that the server had when it stopped, stalled those that failed while the machine stood still, unserved those that were sent while no process listened.
+	cut, stalled, unserved int
 	// elsewhere are answers by servers of other nodes.
 	elsewhere int
 }
@@ -34,12 +33,8 @@ type servers struct {
 	delay time.Duration // that each answer takes
 }
 
-// cutWithin is how long before a server stops, and movedWithin how long before it loses a flow, it may have taken a request that is
-// never answered. Both are working time.
-const (
-	cutWithin   = 10 * time.Millisecond
-	movedWithin = 25 * time.Millisecond
-)
+// cutWithin is how long before a server stops it may have taken a request that is never answered, in working time.
+const cutWithin = 10 * time.Millisecond
 
 // stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
 // has no time for client or server.
@@ -51,9 +46,8 @@ const (
 const never = time.Duration(-1)
 
 // assess says what an update has cost.
-func assess(kind lab.Kind, outcomes, witness lab.Outcomes, s servers) cost {
+func assess(outcomes, witness lab.Outcomes, s servers) cost {
 	c := cost{sent: len(outcomes), excess: never, gap: outcomes.LongestGap(), failed: len(outcomes.Failed())}
-	var toFresh time.Time // when the first request was sent that the new server has answered
 	here := map[string]bool{}
 	for _, server := range s.lives {
 		here[server.server] = true
@@ -71,9 +65,6 @@ func assess(kind lab.Kind, outcomes, witness lab.Outcomes, s servers) cost {
 			if after := max(0, o.Sent.Add(o.Took).Sub(from)-s.delay); c.excess == never || after < c.excess {
 				c.excess = after
 			}
-			if toFresh.IsZero() || o.Sent.Before(toFresh) {
-				toFresh = o.Sent
-			}
 		}
 	}
 	for _, o := range outcomes {
@@ -89,8 +80,6 @@ func assess(kind lab.Kind, outcomes, witness lab.Outcomes, s servers) cost {
 			c.unserved++
 		case isStalled(o, witness):
 			c.stalled++
-		case (kind == lab.UDP || kind == lab.SendTo) && isMoved(o, toFresh, s):
-			c.moved++
 		default:
 			c.blamed = append(c.blamed, o)
 		}
@@ -122,19 +111,6 @@ func isCut(o lab.Outcome, s servers) bool {
 
 func timedOut(o lab.Outcome) bool {
 	return o.Err != nil && strings.Contains(o.Err.Error(), "deadline exceeded")
-}
-
-// isMoved reports whether the one server had a datagram when the other had got the next.
-func isMoved(o lab.Outcome, toFresh time.Time, s servers) bool {
-	if !timedOut(o) || toFresh.Before(o.Sent) || lab.WorkingTime(o.Sent, toFresh) > movedWithin+s.delay {
-		return false
-	}
-	for _, server := range s.lives {
-		if server.server != s.fresh && (server.closed.IsZero() || toFresh.Before(server.closed)) {
-			return true
-		}
-	}
-	return false
 }
 
 // isStalled reports whether the witness has waited too, then or shortly before or after: a machine that has no time for

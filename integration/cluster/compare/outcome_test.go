@@ -25,7 +25,7 @@ func TestAssess(t *testing.T) {
 	refused, silent := errors.New("connect: connection refused"), context.DeadlineExceeded
 	replaced := []life{{server: "old", listening: at(0), closed: at(100)}, {server: "new", listening: at(300)}}
 	surged := []life{{server: "old", listening: at(0), closed: at(300)}, {server: "new", listening: at(100)}}
-	type want struct{ excess, gap, failed, blamed, cut, moved, stalled, unserved, elsewhere int }
+	type want struct{ excess, gap, failed, blamed, cut, stalled, unserved, elsewhere int }
 	for name, test := range map[string]struct {
 		outcomes, witness lab.Outcomes
 		servers           []life
@@ -66,7 +66,7 @@ func TestAssess(t *testing.T) {
 		},
 		"the old process has a datagram when the flow moves": {
 			outcomes: lab.Outcomes{outcome(150, 1, "old", nil), outcome(160, 1, "new", nil), outcome(140, 200, "", silent)},
-			servers:  surged, want: want{excess: 61, gap: 179, failed: 1, moved: 1},
+			servers:  surged, want: want{excess: 61, gap: 179, failed: 1, blamed: 1},
 		},
 		"lost before the flow moves": {
 			outcomes: lab.Outcomes{outcome(160, 1, "new", nil), outcome(130, 200, "", silent)},
@@ -98,12 +98,12 @@ func TestAssess(t *testing.T) {
 		if test.since > 0 {
 			s.since = at(test.since)
 		}
-		c := assess(lab.UDP, test.outcomes, test.witness, s)
+		c := assess(test.outcomes, test.witness, s)
 		excess := int(c.excess / time.Millisecond)
 		if c.excess == never {
 			excess = -1
 		}
-		got := want{excess, int(c.gap / time.Millisecond), c.failed, len(c.blamed), c.cut, c.moved, c.stalled, c.unserved, c.elsewhere}
+		got := want{excess, int(c.gap / time.Millisecond), c.failed, len(c.blamed), c.cut, c.stalled, c.unserved, c.elsewhere}
 		if got != test.want || c.sent != len(test.outcomes) {
 			t.Errorf("%s: got %+v, want %+v", name, got, test.want)
 		}
@@ -173,8 +173,8 @@ func TestSave(t *testing.T) {
 	}
 	line := func(part, gap string) [][]string {
 		return [][]string{
-			{part, "rolling update", string(unixSocket), "new-connection", "1", "node1", "7", "0", "0", "0", "0", "0", "0", "0", gap, "never", "0", "0", "0", ""},
-			{part, "rolling update", string(unixSocket), "udp", "1", "node1", "", "", "", "", "", "", "", "", "", "", "", "", "", "a stream socket takes no datagrams"},
+			{part, "rolling update", string(unixSocket), "new-connection", "1", "node1", "7", "0", "0", "0", "0", "0", "0", gap, "never", "0", "0", "0", ""},
+			{part, "rolling update", string(unixSocket), "udp", "1", "node1", "", "", "", "", "", "", "", "", "", "", "", "", "a stream socket takes no datagrams"},
 		}
 	}
 	want := slices.Concat([][]string{columns()[runsTable]}, line("rolling", "1000"), line("surge", "2000"))

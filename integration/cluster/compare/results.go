@@ -29,7 +29,7 @@ const (
 func columns() map[string][]string {
 	return map[string][]string{
 		partsTable: {"part", "date", "kubernetes", "nodes", "machine", "load_at_start", "load_at_end"},
-		runsTable: {"part", "case", "peer", "client", "run", "node", "sent", "failed", "unserved", "blamed", "cut", "moved", "stalled", "elsewhere",
+		runsTable: {"part", "case", "peer", "client", "run", "node", "sent", "failed", "unserved", "blamed", "cut", "stalled", "elsewhere",
 			"gap_ms", "excess_ms", "alone_ms", "ruled_ms", "witness_ms", "lacks"},
 		absentTable: {"part", "peer", "client", "node", "per_second", "sent", "refused", "answered", "timed_out", "other", "p50_ms", "p99_ms"},
 		pathTable:   {"part", "peer", "node", "rounds", "connection_us", "connection_ratio", "request_us", "request_ratio", "datagram_us", "datagram_ratio"},
@@ -73,7 +73,7 @@ func (r *results) addRuns(part string, peers []peer, kinds []lab.Kind, runs []me
 				line := []any{part, m.update.name, p, kind, i + 1, m.node.Name}
 				if why := p.lacks(kind, m.update.target.surge); why != "" {
 					if i == 0 {
-						r.add(runsTable, append(line, "", "", "", "", "", "", "", "", "", "", "", "", "", why)...)
+						r.add(runsTable, append(line, "", "", "", "", "", "", "", "", "", "", "", "", why)...)
 					}
 					continue
 				}
@@ -82,7 +82,7 @@ func (r *results) addRuns(part string, peers []peer, kinds []lab.Kind, runs []me
 				if c.excess == never {
 					excess = "never"
 				}
-				r.add(runsTable, append(line, c.sent, c.failed, c.unserved, len(c.blamed), c.cut, c.moved, c.stalled, c.elsewhere,
+				r.add(runsTable, append(line, c.sent, c.failed, c.unserved, len(c.blamed), c.cut, c.stalled, c.elsewhere,
 					inMilliseconds(c.gap), excess, inMilliseconds(m.alone[kind]), inMilliseconds(m.ruled), inMilliseconds(m.witness), "")...)
 			}
 		}
