@@ -6,14 +6,18 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -26,30 +30,25 @@ func load(ctx context.Context, args []string) error {
 		return err
 	}
 	client := lab.Client{Kind: kind}
-	target := "unix://" + flags.Arg(0)
+	network := "unix"
 	if !strings.HasPrefix(flags.Arg(0), "/") {
 		to, err := netip.ParseAddrPort(flags.Arg(0))
 		if err != nil {
 			return fmt.Errorf("%w\n%s", err, usage)
 		}
-		client.To, target = to, "passthrough:///"+to.String()
+		client.To, network = to, "tcp"
 	}
-	// gRPC waits for a second before it connects again to a server that has refused, and longer each time. Here it does not, so that
-	// what is measured is the network and not that.
-	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{
-		Backoff: backoff.Config{BaseDelay: pace.Interval, Multiplier: 1, MaxDelay: pace.Interval}, MinConnectTimeout: time.Second,
-	}))
+	s, err := newStream(network, flags.Arg(0))
 	if err != nil {
 		return err
 	}
-	s := &stream{conn: conn}
 	probe := lab.StartAsking(s.ask, pace.Interval)
 	select {
 	case <-ctx.Done():
 	case <-time.After(*during):
 	}
 	outcomes := probe.Stop()
-	return errors.Join(lab.WriteRequests(json.NewEncoder(os.Stdout), client, outcomes), conn.Close())
+	return errors.Join(lab.WriteRequests(json.NewEncoder(os.Stdout), client, outcomes), s.conn.Close())
 }
 
 // pace is that of a keep-alive client.
@@ -61,6 +60,28 @@ type stream struct {
 	cancel  context.CancelFunc // nil: there is no stream
 	open    grpc.ClientStream
 	answers chan received // closed after the end of the stream
+	// refused is when the last attempt to connect that has failed began; 0 before.
+	refused atomic.Int64
+}
+
+// newStream makes a client that has not connected yet. gRPC waits for a second before it connects again to a server that has refused, and
+// longer each time. Here it does not, so that what is measured is the network and not that.
+func newStream(network, address string) (*stream, error) {
+	s := &stream{}
+	dial := func(ctx context.Context, _ string) (net.Conn, error) {
+		began := time.Now()
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		if err != nil {
+			s.refused.Store(began.UnixNano())
+		}
+		return conn, err
+	}
+	var err error
+	s.conn, err = grpc.NewClient("passthrough:///"+address, grpc.WithContextDialer(dial), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: pace.Interval, Multiplier: 1, MaxDelay: pace.Interval}, MinConnectTimeout: time.Second,
+		}))
+	return s, err
 }
 
 type received struct {
@@ -81,7 +102,7 @@ func (s *stream) ask(ctx context.Context) (lab.Answer, error) {
 		}
 	}
 	if s.cancel == nil {
-		if err := s.connect(); err != nil {
+		if err := s.connect(ctx); err != nil {
 			return lab.Answer{}, err
 		}
 	}
@@ -104,9 +125,17 @@ func (s *stream) ask(ctx context.Context) (lab.Answer, error) {
 	}
 }
 
-func (s *stream) connect() error {
+// connect opens a stream. Between two attempts to connect gRPC answers with the error of the last one: that of one from before this
+// message says nothing about it, so the next one is waited for.
+func (s *stream) connect(asked context.Context) error {
+	const pause = time.Millisecond
+	began := time.Now().UnixNano()
 	ctx, cancel := context.WithCancel(context.Background())
 	open, err := s.conn.NewStream(ctx, &call, "/"+service+"/"+method)
+	for status.Code(err) == codes.Unavailable && s.refused.Load() < began && asked.Err() == nil {
+		time.Sleep(pause)
+		open, err = s.conn.NewStream(ctx, &call, "/"+service+"/"+method)
+	}
 	if err != nil {
 		cancel()
 		return err

@@ -8,9 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
@@ -21,12 +18,11 @@ func TestServersReplaced(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "socket")
 	ctx, cancel := lab.Patience(t.Context(), time.Minute)
 	defer cancel()
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	s, err := newStream("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = conn.Close() }()
-	s := &stream{conn: conn}
+	defer func() { _ = s.conn.Close() }()
 	ask := func(want string) {
 		t.Helper()
 		err := lab.Eventually(ctx, func() error {
@@ -56,8 +52,13 @@ func TestServersReplaced(t *testing.T) {
 			t.Fatal(err)
 		}
 		if i == 0 {
-			if answer, err := s.ask(ctx); err == nil {
-				t.Errorf("answered by %+v although no server is there", answer)
+			for range 3 {
+				began := time.Now().UnixNano()
+				if answer, err := s.ask(ctx); err == nil {
+					t.Errorf("answered by %+v although no server is there", answer)
+				} else if s.refused.Load() < began {
+					t.Errorf("%v, of an attempt from before the message", err)
+				}
 			}
 			if _, err := net.Dial("unix", path); err == nil {
 				t.Error("the socket of a server that has ended takes connections")
