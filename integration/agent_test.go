@@ -22,10 +22,10 @@ const magic4 = "169.254.210.210"
 func TestDrift(t *testing.T) {
 	damages := []struct{ name, command, wantLog string }{
 		{"table gone", "nft delete table ip magic-ip-" + agentName, "the whole table"},
-		{"map emptied", "nft flush map ip magic-ip-" + agentName + " endpoints", "missing from endpoints"},
+		{"map emptied", "nft flush map ip magic-ip-" + agentName + " destinations", "missing from destinations"},
 		{"chain flushed", "nft flush chain ip magic-ip-" + agentName + " translate", "missing rules translate"},
 		{"rule added", "nft insert rule ip magic-ip-" + agentName + " from-network drop", "changed rules from-network"},
-		{"element added", "nft add element ip magic-ip-" + agentName + " endpoints { 169.254.210.210 . tcp . 99 : 10.244.3.99 . 99 }", "foreign in endpoints"},
+		{"element added", "nft add element ip magic-ip-" + agentName + " destinations { 169.254.210.210 . tcp . 99 : 10.244.3.99 . 99 }", "foreign in destinations"},
 		{"ruleset flushed", "nft flush ruleset", "the whole table"},
 	}
 	w := serving(t, "nftables", "bridge", config())

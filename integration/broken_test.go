@@ -65,7 +65,7 @@ func brokenNodes() []brokenNode {
 			status: "has not polled for", level: "FAIL", verdict: "agent default.magic-ip: has not polled for", probe: "probably because of rules: those of agent default.magic-ip are not as it says"},
 		{name: "rules flushed while the agent is frozen, without local routes", config: withoutRoutes(), breaks: func(w *world) { w.freeze(); w.run("nft delete table ip magic-ip-" + agentName) },
 			status: "has not polled for", level: "FAIL", verdict: "agent default.magic-ip: has not polled for", probe: "left the node untranslated by eth0"},
-		{name: "rules flushed while the agent is dead", breaks: func(w *world) { w.agent.Kill(); w.run("nft flush map ip magic-ip-" + agentName + " endpoints") },
+		{name: "rules flushed while the agent is dead", breaks: func(w *world) { w.agent.Kill(); w.run("nft flush map ip magic-ip-" + agentName + " destinations") },
 			status: "not running", level: "FAIL", verdict: "agent default.magic-ip: not running", probe: "probably because of rules"},
 
 		{name: "runtime directory of the entry is another", breaks: script("sed -i s,/run/magic-ip-address,/run/elsewhere, " + conflistFile),

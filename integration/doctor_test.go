@@ -272,7 +272,7 @@ func (w *world) doctorOfRules(backend string) {
 	} else {
 		table := "ip magic-ip-" + agentName
 		breaches = []breach{
-			{"nft flush map " + table + " endpoints", "missing from endpoints"},
+			{"nft flush map " + table + " destinations", "missing from destinations"},
 			{"nft flush chain " + table + " nat-prerouting", "chain nat-prerouting has 0 rules instead of 1"},
 			{"nft delete table " + table, "is missing"},
 		}
