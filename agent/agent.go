@@ -220,6 +220,7 @@ func newAgent(options Options) (*agent, error) {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	a.own = a.dir.Agent(a.config.Name)
+	a.files.writer = a.own.StatusWriter()
 	return a, nil
 }
 

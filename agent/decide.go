@@ -33,6 +33,10 @@ const maxExplained = 50
 type services struct {
 	byFrontend map[plan.Frontend]*service
 	inOrder    []*service
+	// sorted are the positions of those that are not nil, by Frontend: in this order are plans and claims.
+	sorted []int
+	// planned is the memory of the last plan's input, which none keeps.
+	planned []plan.Service
 	// targets are the pods that they select.
 	targets runtimedir.Targets
 }
@@ -47,16 +51,16 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 	}
 	var standing map[netip.Addr]bool
 	explained := 0
-	for i, port := range a.config.Ports {
-		s := a.services.inOrder[i]
+	for i, s := range a.services.inOrder {
 		if s == nil {
 			continue // unserved since it was parsed
 		}
+		port := &a.config.Ports[i]
 		before, unservedBefore := s.endpoints, s.unserved
 		s.unserved = a.unserved(port, s.claimedAt, claims[port.Frontend])
 		s.endpoints = nil
 		if s.unserved == "" {
-			s.endpoints = targets.Choose(port.Selection)
+			s.endpoints = targets.Choose(&port.Selection)
 		}
 		if s.unserved == "" && len(s.endpoints) == 0 && len(before) > 0 && !(a.pods.Synced(port.Namespace) && a.pods.OwnerResolved(port.Namespace, port.Owner)) {
 			// That there is no endpoint cannot be decided yet: those in the kernel stay, as long as nothing speaks against them.
@@ -68,7 +72,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		s.why = nil
 		if s.unserved == "" && len(s.endpoints) == 0 && explained < maxExplained {
 			explained++
-			s.why = targets.Why(port.Selection)
+			s.why = targets.Why(&port.Selection)
 		}
 		if len(s.endpoints) > 0 {
 			s.lostAt = time.Time{}
@@ -105,8 +109,9 @@ func addressSet(addresses []netip.Addr) map[netip.Addr]bool {
 // younger than all that are there, whatever the clock has done since they were made.
 func (a *agent) takeServices(claims map[plan.Frontend][]claim, now time.Time) {
 	byFrontend := make(map[plan.Frontend]*service, len(a.config.Ports))
-	a.services.inOrder = make([]*service, len(a.config.Ports))
-	for i, port := range a.config.Ports {
+	a.services.inOrder, a.services.sorted = make([]*service, len(a.config.Ports)), nil
+	for i := range a.config.Ports {
+		port := &a.config.Ports[i]
 		if _, twice := byFrontend[port.Frontend]; twice {
 			continue
 		}
@@ -120,7 +125,9 @@ func (a *agent) takeServices(claims map[plan.Frontend][]claim, now time.Time) {
 			}
 		}
 		byFrontend[port.Frontend], a.services.inOrder[i] = s, s
+		a.services.sorted = append(a.services.sorted, i)
 	}
+	slices.SortFunc(a.services.sorted, func(i, j int) int { return a.config.Ports[i].Compare(a.config.Ports[j].Frontend) })
 	a.services.byFrontend = byFrontend
 }
 
@@ -144,7 +151,7 @@ func (a *agent) claimsOfOthers() map[plan.Frontend][]claim {
 }
 
 // unserved says why this agent may not serve a frontend; empty where it may.
-func (a *agent) unserved(port config.Port, claimedAt time.Time, others []claim) string {
+func (a *agent) unserved(port *config.Port, claimedAt time.Time, others []claim) string {
 	if port.Unserved != "" {
 		return port.Unserved
 	}
@@ -168,7 +175,7 @@ func (a *agent) unserved(port config.Port, claimedAt time.Time, others []claim) 
 }
 
 // action is what becomes of new packets to a frontend that this agent may serve.
-func (a *agent) action(port config.Port, s *service, now time.Time) plan.Action {
+func (a *agent) action(port *config.Port, s *service, now time.Time) plan.Action {
 	switch {
 	case len(s.endpoints) > 0:
 		return plan.Serve
@@ -192,23 +199,20 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		Synced:        a.pods.AllSynced(),
 		Detour:        a.plane.Detour,
 		Zones:         a.Zones,
-		Services:      make([]plan.Service, 0, len(a.config.Ports)),
+		Services:      a.services.planned[:0],
 	}
-	for i, port := range a.config.Ports {
-		s := a.services.inOrder[i]
-		if s == nil || s.unserved != "" {
+	for _, i := range a.services.sorted {
+		port, s := &a.config.Ports[i], a.services.inOrder[i]
+		if s.unserved != "" {
 			continue
 		}
-		service := plan.Service{
+		in.Services = append(in.Services, plan.Service{
 			Frontend: port.Frontend, HostInterface: port.HostInterface, HostClients: port.HostClients,
 			ExcludeTarget: port.ExcludeTarget, WithoutEndpoint: a.action(port, s, now), HoldUntil: s.lostAt.Add(port.HoldFor),
-			Spread: port.Spread,
-		}
-		for _, chosen := range s.endpoints {
-			service.Endpoints = append(service.Endpoints, chosen.Address)
-		}
-		in.Services = append(in.Services, service)
+			Spread: port.Spread, Endpoints: addresses(s.endpoints),
+		})
 	}
+	a.services.planned = in.Services
 	for _, other := range a.sources.others {
 		for _, c := range other.claims {
 			if c.Served {
@@ -224,20 +228,24 @@ func sameAddresses(a, b []endpoint.Chosen) bool {
 	return slices.EqualFunc(a, b, func(a, b endpoint.Chosen) bool { return a.Address == b.Address })
 }
 
+func addresses(chosen []endpoint.Chosen) (all []netip.AddrPort) {
+	for _, c := range chosen {
+		all = append(all, c.Address)
+	}
+	return all
+}
+
 // logDecision logs what a decision has changed.
-func (a *agent) logDecision(port config.Port, s *service, before []endpoint.Chosen, unservedBefore string) {
+func (a *agent) logDecision(port *config.Port, s *service, before []endpoint.Chosen, unservedBefore string) {
 	log := a.Log.With("magicIP", port.String())
 	if s.unserved != unservedBefore && s.unserved != "" {
 		log.Error("not served", "reason", s.unserved)
 	}
-	addresses := func(chosen []endpoint.Chosen) (all []netip.AddrPort, pods []string) {
-		for _, c := range chosen {
-			all, pods = append(all, c.Address), append(pods, podName(c))
-		}
-		return all, pods
+	had, has := addresses(before), addresses(s.endpoints)
+	var pods []string
+	for _, c := range s.endpoints {
+		pods = append(pods, podName(c))
 	}
-	had, _ := addresses(before)
-	has, pods := addresses(s.endpoints)
 	switch {
 	case slices.Equal(had, has):
 	case len(has) == 0:

@@ -104,9 +104,8 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now tim
 // localAddresses are the magic IPs that are to be addresses of the node by a plan. As a backstop, they are not those of which another
 // agent lets packets pass, nor those of a family that the node has no way out for.
 func (a *agent) localAddresses(p *plan.Plan) []netip.Addr {
-	addresses := p.LocalAddresses()
 	if a.plane.LocalRoutes {
-		return addresses
+		return p.LocalAddresses
 	}
 	passes := map[netip.Addr]bool{}
 	for _, other := range a.sources.others {
@@ -114,9 +113,13 @@ func (a *agent) localAddresses(p *plan.Plan) []netip.Addr {
 			passes[c.Address] = passes[c.Address] || c.Served && !c.Confined
 		}
 	}
-	return slices.DeleteFunc(addresses, func(address netip.Addr) bool {
+	excluded := func(address netip.Addr) bool {
 		return passes[address] || !a.sources.network.Sources[plan.FamilyOf(address)].IsValid()
-	})
+	}
+	if !slices.ContainsFunc(p.LocalAddresses, excluded) {
+		return p.LocalAddresses
+	}
+	return slices.DeleteFunc(slices.Clone(p.LocalAddresses), excluded)
 }
 
 // routes makes magic IPs addresses of the node where the plan in the kernel wants that: after the rules, without which the node
@@ -231,9 +234,8 @@ func (k *kernel) hairpin() {
 	k.hairpinErrs = nil
 	network := &k.agent.sources.network
 	done := map[netip.Addr]bool{} // many magic IPs may lead to one pod
-	for i, port := range k.agent.config.Ports {
-		s := k.agent.services.inOrder[i]
-		if s == nil || port.ExcludeTarget {
+	for i, s := range k.agent.services.inOrder {
+		if s == nil || k.agent.config.Ports[i].ExcludeTarget {
 			continue
 		}
 		for _, chosen := range s.endpoints {

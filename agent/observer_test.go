@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -224,7 +225,7 @@ func TestEqualStatus(t *testing.T) {
 		case reflect.Pointer: // to a Count
 			field.Set(reflect.ValueOf(&runtimedir.Count{Opened: 1}))
 			a.MagicIPs[0].Count = &runtimedir.Count{Opened: 1}
-			if !equalStatus(a, b) {
+			if !a.Equal(&b) {
 				t.Error("equal counts are not equal")
 			}
 			a.MagicIPs[0].Count.Refused = 1
@@ -237,12 +238,17 @@ func TestEqualStatus(t *testing.T) {
 		default:
 			t.Fatalf("%s is a %s", fields.Field(i).Name, field.Kind())
 		}
-		if equalStatus(a, b) || !equalStatus(a, a) || !equalStatus(b, b) {
+		if a.Equal(&b) || !a.Equal(&a) || !b.Equal(&b) {
 			t.Errorf("a change of %s is not seen", fields.Field(i).Name)
 		}
 	}
-	if equalStatus(runtimedir.Status{}, runtimedir.Status{LastError: "x"}) || equalStatus(runtimedir.Status{}, runtimedir.Status{MagicIPs: []runtimedir.MagicIP{{}}}) {
-		t.Error("a change of the rest is not seen")
+	for what, other := range map[string]runtimedir.Status{
+		"a field": {LastError: "x"}, "the number of magic IPs": {MagicIPs: []runtimedir.MagicIP{{}}}, "a field of the data plane": {DataPlane: runtimedir.DataPlane{Name: "x"}},
+		"the local routes": {DataPlane: runtimedir.DataPlane{LocalRoutes: []netip.Addr{{}}}},
+	} {
+		if (&runtimedir.Status{}).Equal(&other) {
+			t.Errorf("a change of %s is not seen", what)
+		}
 	}
 }
 

@@ -21,7 +21,9 @@ import (
 // files are the agent's files in the runtime directory. Each has one reader, and is written only where it has changed.
 type files struct {
 	agent  *agent
-	status file[runtimedir.Status]
+	status file[*runtimedir.Status]
+	// writer writes the status.
+	writer *runtimedir.StatusWriter
 	claims file[[]runtimedir.Claim]
 	pods   file[runtimedir.Pods]
 	memory file[runtimedir.Memory]
@@ -47,17 +49,6 @@ func (f *file[T]) put(now T, equal func(a, b T) bool, write func(T) error) {
 }
 
 func deepEqual[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
-
-// equalStatus is deepEqual for what may have thousands of magic IPs.
-func equalStatus(a, b runtimedir.Status) bool {
-	equal := slices.EqualFunc(a.MagicIPs, b.MagicIPs, func(m, n runtimedir.MagicIP) bool {
-		return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.Namespace == n.Namespace && m.Selector == n.Selector &&
-			slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface) &&
-			m.Since.Equal(n.Since) && (m.Count == n.Count || m.Count != nil && n.Count != nil && *m.Count == *n.Count)
-	})
-	a.MagicIPs, b.MagicIPs = nil, nil
-	return equal && reflect.DeepEqual(a, b)
-}
 
 func (f *files) problems() []problem {
 	return failed(
@@ -85,38 +76,47 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 	if len(waits) > 0 && f.observed != nil {
 		status.MagicIPs = f.observed.MagicIPs // what the kernel has
 	}
-	if f.observed == nil || !equalStatus(*f.observed, status) {
+	if f.observed == nil || !f.observed.Equal(&status) {
 		for _, observe := range a.Observers {
 			observe(f.observed, &status)
 		}
 		f.observed, f.status.written = &status, nil
 	}
+	write := func(status *runtimedir.Status) error { return f.writer.Write(*status) }
 	unchanged := f.status.written
 	if unchanged == nil {
-		f.status.put(status, equalStatus, a.own.WriteStatus)
+		f.status.put(&status, (*runtimedir.Status).Equal, write)
 	}
 	if heartbeat && f.status.written != nil && f.status.written == unchanged {
 		if f.status.err = a.own.Renew(now); errors.Is(f.status.err, fs.ErrNotExist) { // it was removed: write it again
 			f.status.written = nil
-			f.status.put(status, equalStatus, a.own.WriteStatus)
+			f.status.put(&status, (*runtimedir.Status).Equal, write)
 		}
 	}
 }
 
 func (f *files) publishClaims() {
-	claims := []runtimedir.Claim{}
-	wanted := &f.agent.wanted
-	local := addressSet(f.agent.localAddresses(wanted))
-	for i, s := range f.agent.services.inOrder {
-		if s != nil && f.agent.config.Ports[i].Unserved == "" {
-			claim := runtimedir.Claim{Frontend: f.agent.config.Ports[i].Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == ""}
-			claim.LocalRoute = local[claim.Address]
-			rule, _ := wanted.Find(claim.Frontend)
-			claim.Confined = rule.Confined()
-			claims = append(claims, claim)
+	a := f.agent
+	claims := make([]runtimedir.Claim, 0, len(a.services.sorted))
+	rules, local := a.wanted.Rules, a.localAddresses(&a.wanted) // in the same order as the services
+	for _, i := range a.services.sorted {
+		port, s := &a.config.Ports[i], a.services.inOrder[i]
+		if port.Unserved != "" {
+			continue
 		}
+		for len(rules) > 0 && rules[0].Frontend != port.Frontend && rules[0].Compare(port.Frontend) < 0 {
+			rules = rules[1:]
+		}
+		for len(local) > 0 && local[0] != port.Address && local[0].Less(port.Address) {
+			local = local[1:]
+		}
+		claims = append(claims, runtimedir.Claim{
+			Frontend: port.Frontend, ClaimedAt: s.claimedAt, Served: s.unserved == "",
+			LocalRoute: len(local) > 0 && local[0] == port.Address,
+			Confined:   len(rules) > 0 && rules[0].Frontend == port.Frontend && rules[0].Confined(),
+		})
 	}
-	f.claims.put(claims, slices.Equal, f.agent.own.WriteClaims)
+	f.claims.put(claims, slices.Equal, a.own.WriteClaims)
 }
 
 // status is what the agent does, for people.
@@ -128,7 +128,8 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(),
 		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)), Links: links(a.sources.network.Links),
 	}
-	for i, port := range a.config.Ports {
+	for i := range a.config.Ports {
+		port := &a.config.Ports[i]
 		m := runtimedir.MagicIP{
 			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface,
 			Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
@@ -367,8 +368,10 @@ func (a *agent) unrecordedEndpoints() []string {
 			continue
 		}
 		for _, chosen := range s.endpoints {
-			name := podName(chosen) + " (" + chosen.Address.Addr().String() + ")"
-			if chosen.Unrecorded && !slices.Contains(pods, name) {
+			if !chosen.Unrecorded {
+				continue
+			}
+			if name := podName(chosen) + " (" + chosen.Address.Addr().String() + ")"; !slices.Contains(pods, name) {
 				pods = append(pods, name)
 			}
 		}

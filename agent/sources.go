@@ -221,7 +221,7 @@ func (a *agent) readSettings() {
 }
 
 func (a *agent) configure(c config.Config) {
-	a.config, a.query, a.services.inOrder = c, c.Query(), nil
+	a.config, a.query, a.services.inOrder, a.services.sorted = c, c.Query(), nil, nil
 	a.pods.SetNamespaces(c.Namespaces())
 	if a.API != nil {
 		a.API.Select(a.query)

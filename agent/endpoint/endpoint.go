@@ -4,6 +4,7 @@ package endpoint
 import (
 	"net/netip"
 	"slices"
+	"unique"
 
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -43,10 +44,13 @@ type Selection struct {
 type Selector struct {
 	labels.Selector
 	// anyOf are labels of which a pod that is selected has one; empty where the selector requires none.
-	anyOf []label
+	anyOf []unique.Handle[label]
 }
 
 type label struct{ key, value string }
+
+// labelOf is a label as it is looked up: the handle is compared, not its text.
+func labelOf(key, value string) unique.Handle[label] { return unique.Make(label{key, value}) }
 
 // ParseSelector parses the whole grammar of Kubernetes label selectors.
 func ParseSelector(text string) (Selector, error) {
@@ -60,7 +64,7 @@ func ParseSelector(text string) (Selector, error) {
 		switch r.Operator() {
 		case "=", "==", "in":
 			for value := range r.Values() {
-				s.anyOf = append(s.anyOf, label{r.Key(), value})
+				s.anyOf = append(s.anyOf, labelOf(r.Key(), value))
 			}
 			return s, nil
 		}
@@ -88,24 +92,25 @@ type Index struct {
 	targets []*inventory.Target
 	// selected are those that a selection has asked for, whatever their rank.
 	selected map[*inventory.Target]bool
-	byLabel  map[label][]*inventory.Target
+	byLabel  map[unique.Handle[label]][]*inventory.Target
 }
 
 // NewIndex makes an index of targets.
 func NewIndex(targets []inventory.Target) *Index {
-	index := &Index{selected: map[*inventory.Target]bool{}, byLabel: map[label][]*inventory.Target{}}
+	index := &Index{selected: map[*inventory.Target]bool{}, byLabel: map[unique.Handle[label]][]*inventory.Target{}}
 	for i := range targets {
 		target := &targets[i]
 		index.targets = append(index.targets, target)
 		for key, value := range target.Labels {
-			index.byLabel[label{key, value}] = append(index.byLabel[label{key, value}], target)
+			l := labelOf(key, value)
+			index.byLabel[l] = append(index.byLabel[l], target)
 		}
 	}
 	return index
 }
 
 // Choose returns the endpoints: the newest target of the best rank, or with Spread all of that rank.
-func (i *Index) Choose(s Selection) []Chosen {
+func (i *Index) Choose(s *Selection) []Chosen {
 	best := never
 	var chosen []Chosen
 	consider := func(targets []*inventory.Target) {

@@ -153,7 +153,7 @@ func TestChoose(t *testing.T) {
 			}
 			choose := func() string {
 				var got []string
-				for _, c := range endpoint.NewIndex(tt.sources.targets()).Choose(selection) {
+				for _, c := range endpoint.NewIndex(tt.sources.targets()).Choose(&selection) {
 					got = append(got, c.Address.String())
 				}
 				return strings.Join(got, " ")
@@ -195,7 +195,7 @@ func TestSelectors(t *testing.T) {
 			sources.Pods = append(sources.Pods, p)
 		}
 		var got []string
-		for _, c := range endpoint.NewIndex(sources.targets()).Choose(s) {
+		for _, c := range endpoint.NewIndex(sources.targets()).Choose(&s) {
 			got = append(got, c.Address.String())
 		}
 		slices.Sort(got)

@@ -16,7 +16,7 @@ const maxReasons = 5
 
 // Why says, a sentence each, why a selection for which Choose returns nothing has no endpoint: what excludes each pod that comes
 // close, or that none does.
-func (i *Index) Why(s Selection) (reasons []string) {
+func (i *Index) Why(s *Selection) (reasons []string) {
 	inNamespace, unlabelled := 0, 0
 	for _, target := range i.targets {
 		if s.inNamespace(target) {

@@ -64,10 +64,10 @@ func TestWhy(t *testing.T) {
 				test.change(&s)
 			}
 			index := endpoint.NewIndex(test.targets())
-			if chosen := index.Choose(s); len(chosen) > 0 {
+			if chosen := index.Choose(&s); len(chosen) > 0 {
 				t.Fatalf("there is an endpoint: %v", chosen)
 			}
-			if diff := cmp.Diff(test.want, index.Why(s)); diff != "" {
+			if diff := cmp.Diff(test.want, index.Why(&s)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

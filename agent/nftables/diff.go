@@ -73,7 +73,7 @@ func keysWithout(s, other set, of *plan.Plan) (keys []string) {
 
 // shared reports whether a plan makes an element of one of the sets in which several rules may have the same.
 func shared(p *plan.Plan, set, key string) bool {
-	var needs func(plan.Rule) bool
+	var needs func(*plan.Rule) bool
 	text, _, _ := strings.Cut(key, " . ")
 	address, err := netip.ParseAddr(text)
 	if err != nil {
@@ -82,21 +82,26 @@ func shared(p *plan.Plan, set, key string) bool {
 	isHost := slices.Contains(p.HostAddresses, address)
 	switch set {
 	case addressesSet:
-		needs = func(r plan.Rule) bool { return r.Address == address && !r.Foreign() }
+		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() }
 	case hostAddressesSet:
-		needs = func(r plan.Rule) bool { return r.Address == address && !r.Foreign() && r.HostClients }
+		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() && r.HostClients }
 	case passingSet:
-		needs = func(r plan.Rule) bool { return r.Address == address && !r.Foreign() && r.Action == plan.Pass }
+		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() && r.Action == plan.Pass }
 	case hairpinsSet:
-		needs = func(r plan.Rule) bool {
+		needs = func(r *plan.Rule) bool {
 			return !isHost && slices.ContainsFunc(r.Endpoints, func(e netip.AddrPort) bool { return e.Addr() == address })
 		}
 	case hostEndpointsSet:
-		needs = func(r plan.Rule) bool {
+		needs = func(r *plan.Rule) bool {
 			return isHost && r.Protocol == plan.TCP && slices.ContainsFunc(r.Endpoints, func(e netip.AddrPort) bool { return concatPort(e) == key })
 		}
 	default:
 		return false
 	}
-	return slices.ContainsFunc(p.Rules, needs)
+	for i := range p.Rules {
+		if needs(&p.Rules[i]) {
+			return true
+		}
+	}
+	return false
 }

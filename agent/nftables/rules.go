@@ -72,8 +72,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		notByName   = "iifname != @pod-interfaces jump unknown-links"
 	)
 	var (
-		addresses     = addressesOf(p, family, func(plan.Rule) bool { return true })
-		hostAddresses = addressesOf(p, family, func(r plan.Rule) bool { return r.HostClients })
+		addresses     = addressesOf(p, family, func(*plan.Rule) bool { return true })
+		hostAddresses = addressesOf(p, family, func(r *plan.Rule) bool { return r.HostClients })
 		from          = among(ip+" saddr", addressesSet, addresses)
 		to            = among(ip+" daddr", addressesSet, addresses)
 		hostTo        = among(ip+" daddr", hostAddressesSet, hostAddresses)
@@ -82,7 +82,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		inByUplink    = byLink("iifname", p.Uplinks)
 		outByUplink   = byLink("oifname", p.Uplinks)
 		excluded      = when(p.Exempts, ip+" saddr . "+frontendKey(ip)+" @excluded")
-		hostExcluded  = when(len(hostAddresses) > 0 && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return !r.HostClients && !r.Foreign() }), frontendKey(ip)+" @host-excluded")
+		hostExcluded  = when(hostAddresses.count > 0 && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return !r.HostClients && !r.Foreign() }), frontendKey(ip)+" @host-excluded")
 	)
 	all := []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
@@ -302,27 +302,38 @@ func when(wanted bool, rule string) string {
 	return never
 }
 
-// addressesOf are the magic IPs of a family of which a rule is wanted, in order.
-func addressesOf(p *plan.Plan, family plan.Family, wanted func(plan.Rule) bool) (addresses []netip.Addr) {
-	for _, r := range p.Rules { // in order
-		if plan.FamilyOf(r.Address) == family && !r.Foreign() && wanted(r) && (len(addresses) == 0 || addresses[len(addresses)-1] != r.Address) {
-			addresses = append(addresses, r.Address)
+// extent is how many addresses there are, the first and the last.
+type extent struct {
+	count       int
+	first, last netip.Addr
+}
+
+// addressesOf are the magic IPs of a family of which a rule is wanted.
+func addressesOf(p *plan.Plan, family plan.Family, wanted func(*plan.Rule) bool) (addresses extent) {
+	for i := range p.Rules { // in order
+		r := &p.Rules[i]
+		if addresses.last == r.Address || plan.FamilyOf(r.Address) != family || r.Foreign() || !wanted(r) {
+			continue
 		}
+		if addresses.count++; addresses.count == 1 {
+			addresses.first = r.Address
+		}
+		addresses.last = r.Address
 	}
 	return addresses
 }
 
 // among matches packets of which a field is among addresses, the elements of a set. A packet with an address outside of their
 // common prefix costs no lookup.
-func among(field, set string, addresses []netip.Addr) string {
+func among(field, set string, addresses extent) string {
 	match := field + " @" + set
-	switch len(addresses) {
+	switch addresses.count {
 	case 0:
 		return match
 	case 1:
-		return field + " " + addresses[0].String()
+		return field + " " + addresses.first.String()
 	}
-	if prefix := commonPrefix(addresses[0], addresses[len(addresses)-1]); prefix.Bits() > 0 {
+	if prefix := commonPrefix(addresses.first, addresses.last); prefix.Bits() > 0 {
 		match = field + " " + prefix.String() + " " + match
 	}
 	return match

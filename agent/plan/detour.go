@@ -29,17 +29,18 @@ func (d Detour) Masquerade(family Family) bool {
 	return family == IPv4 && d.Masquerade4 || family == IPv6 && d.Masquerade6
 }
 
-// LocalAddresses are the magic IPs that are to be addresses of the node, in order: those of which no frontend passes now. A packet
+// localAddresses are the magic IPs that are to be addresses of the node, in order: those of which no frontend passes now. A packet
 // that passes is one for somebody else. As a backstop, they are not those either that processes of the node or targets are to reach
-// elsewhere.
-func (p *Plan) LocalAddresses() (addresses []netip.Addr) {
+// elsewhere. There may be thousands.
+func (p *Plan) localAddresses() (addresses []netip.Addr) {
 	if !p.Detour.LocalRoutes && !p.Detour.Backstop {
 		return nil
 	}
+	addresses = make([]netip.Addr, 0, len(p.Rules))
 	for i := 0; i < len(p.Rules); { // in order of their addresses
 		address, ours, passes := p.Rules[i].Address, false, false
 		for ; i < len(p.Rules) && p.Rules[i].Address == address; i++ {
-			if rule := p.Rules[i]; !rule.Foreign() {
+			if rule := &p.Rules[i]; !rule.Foreign() {
 				ours = true
 				passes = passes || rule.Action == Pass || !p.Detour.LocalRoutes && !rule.Confined()
 			}
@@ -52,4 +53,4 @@ func (p *Plan) LocalAddresses() (addresses []netip.Addr) {
 }
 
 // Confined reports whether no packet to the frontend is for somebody beyond the node.
-func (r Rule) Confined() bool { return r.Action != Pass && r.HostClients && !r.ExcludeTarget }
+func (r *Rule) Confined() bool { return r.Action != Pass && r.HostClients && !r.ExcludeTarget }

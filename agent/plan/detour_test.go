@@ -29,7 +29,7 @@ func TestLocalAddresses(t *testing.T) {
 		Detour: plan.Detour{LocalRoutes: true},
 	}
 	p := plan.Build(in)
-	if got := fmt.Sprint(p.LocalAddresses()); got != "[169.254.210.1 169.254.210.2 169.254.210.4 fd00::1]" {
+	if got := fmt.Sprint(p.LocalAddresses); got != "[169.254.210.1 169.254.210.2 169.254.210.4 fd00::1]" {
 		t.Errorf("local addresses %s", got)
 	}
 	// As a backstop, those are not addresses of the node either that processes of the node, or targets, are to reach elsewhere.
@@ -37,12 +37,12 @@ func TestLocalAddresses(t *testing.T) {
 	in.Services[1].HostClients, in.Services[0].HostClients, in.Services[2].HostClients, in.Services[5].HostClients = true, true, true, true
 	in.Services[2].ExcludeTarget = true
 	p = plan.Build(in)
-	if got := fmt.Sprint(p.LocalAddresses()); got != "[169.254.210.1 169.254.210.4]" {
+	if got := fmt.Sprint(p.LocalAddresses); got != "[169.254.210.1 169.254.210.4]" {
 		t.Errorf("local addresses as a backstop %s", got)
 	}
 	in.Detour = plan.Detour{Masquerade4: true}
-	if p = plan.Build(in); p.LocalAddresses() != nil {
-		t.Errorf("local addresses %s without local routes", p.LocalAddresses())
+	if p = plan.Build(in); p.LocalAddresses != nil {
+		t.Errorf("local addresses %s without local routes", p.LocalAddresses)
 	}
 }
 

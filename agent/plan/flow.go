@@ -124,28 +124,28 @@ func (c Change) OnlyGone() bool {
 	return c.Empty()
 }
 
-// Add makes c what has changed in c or in d.
-func (c *Change) Add(d Change) {
-	c.Frontends = append(c.Frontends, d.Frontends...)
-	c.Removed = append(c.Removed, d.Removed...)
-	c.Moved = append(c.Moved, d.Moved...)
-	c.Untranslated = append(c.Untranslated, d.Untranslated...)
-	c.Gone = append(c.Gone, d.Gone...)
-	c.Bridges = append(c.Bridges, d.Bridges...)
-	c.Bypassed = c.Bypassed.plus(d.Bypassed)
-}
-
 // Plus is where flows may have become stale by either change.
 func (c Change) Plus(d Change) Change {
 	return Change{
-		Frontends:    sortedSet(slices.Concat(c.Frontends, d.Frontends), Frontend.Compare),
-		Removed:      sortedSet(slices.Concat(c.Removed, d.Removed), Frontend.Compare),
-		Moved:        sortedSet(slices.Concat(c.Moved, d.Moved), Frontend.Compare),
-		Untranslated: sortedSet(slices.Concat(c.Untranslated, d.Untranslated), Frontend.Compare),
-		Gone:         sortedSet(slices.Concat(c.Gone, d.Gone), netip.Addr.Compare),
+		Frontends:    union(c.Frontends, d.Frontends, Frontend.Compare),
+		Removed:      union(c.Removed, d.Removed, Frontend.Compare),
+		Moved:        union(c.Moved, d.Moved, Frontend.Compare),
+		Untranslated: union(c.Untranslated, d.Untranslated, Frontend.Compare),
+		Gone:         union(c.Gone, d.Gone, netip.Addr.Compare),
 		Bridges:      slices.Concat(c.Bridges, d.Bridges),
 		Bypassed:     c.Bypassed.plus(d.Bypassed),
 	}
+}
+
+// union is what is in one of two sets. Mostly one of them is empty, and the other may be large.
+func union[E any](a, b []E, compare func(E, E) int) []E {
+	switch {
+	case len(a) == 0:
+		return b
+	case len(b) == 0:
+		return a
+	}
+	return sortedSet(slices.Concat(a, b), compare)
 }
 
 // Since compares p with the plan before it; nil is a plan of which nothing is known.
@@ -155,7 +155,8 @@ func (p *Plan) Since(before *Plan) Change {
 	}
 	var change Change
 	was, now := Diff(before, p)
-	for _, rule := range now {
+	for i := range now {
+		rule := &now[i]
 		old, found := find(was, rule.Frontend)
 		if !found || old.Action != rule.Action || old.HostClients != rule.HostClients ||
 			old.Zone != rule.Zone || !slices.Equal(old.Endpoints, rule.Endpoints) || !slices.Equal(old.Excluded, rule.Excluded) {

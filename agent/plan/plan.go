@@ -58,7 +58,12 @@ func FamilyOf(address netip.Addr) Family {
 
 // Has reports whether the plan has any rule of a family.
 func (p *Plan) Has(family Family) bool {
-	return slices.ContainsFunc(p.Rules, func(r Rule) bool { return FamilyOf(r.Address) == family })
+	for i := range p.Rules {
+		if FamilyOf(p.Rules[i].Address) == family {
+			return true
+		}
+	}
+	return false
 }
 
 // Action is what becomes of a new packet of a served client.
@@ -192,6 +197,8 @@ type Plan struct {
 	Synced                   bool
 	Detour                   Detour
 	Zones                    bool
+	// LocalAddresses are the magic IPs that are to be addresses of the node; see localAddresses.
+	LocalAddresses []netip.Addr
 }
 
 // Count is how often a frontend was asked for.
@@ -226,27 +233,27 @@ func Build(in Input) Plan {
 	}
 	slices.SortFunc(p.Bridges, func(a, b Bridge) int { return strings.Compare(a.Name, b.Name) })
 	p.AllBridges = sortedSet(p.AllBridges, strings.Compare)
-	for _, service := range in.Services {
-		c := Clients{Interfaces: sortedSet(service.HostInterface, strings.Compare)}
-		if !slices.ContainsFunc(p.Clients, func(d Clients) bool { return slices.Equal(c.Interfaces, d.Interfaces) }) {
+	for i := range in.Services {
+		c := Clients{Interfaces: sortedSet(in.Services[i].HostInterface, strings.Compare)}
+		if p.indexOf(c) < 0 {
 			p.Clients = append(p.Clients, c)
 		}
 	}
 	slices.SortFunc(p.Clients, func(a, b Clients) int { return slices.Compare(a.Interfaces, b.Interfaces) })
 	p.links(in)
 
-	p.Rules = make([]Rule, 0, len(in.Services))
+	p.Rules = make([]Rule, len(in.Services), len(in.Services)+len(in.Foreign))
 	claimed := map[Frontend]bool{}
 	addresses := map[netip.Addr]bool{}
-	for _, service := range in.Services {
+	for i := range in.Services {
+		service, rule := &in.Services[i], &p.Rules[i]
 		if len(in.Foreign) > 0 {
 			claimed[service.Frontend], addresses[service.Address] = true, true
 		}
-		interfaces := sortedSet(service.HostInterface, strings.Compare)
-		rule := Rule{
+		*rule = Rule{
 			Frontend:    service.Frontend,
 			Action:      Serve,
-			Clients:     slices.IndexFunc(p.Clients, func(c Clients) bool { return slices.Equal(c.Interfaces, interfaces) }),
+			Clients:     p.indexOf(Clients{Interfaces: sortedSet(service.HostInterface, strings.Compare)}),
 			Endpoints:   sortedSet(service.Endpoints, netip.AddrPort.Compare),
 			HostClients: service.HostClients, ExcludeTarget: service.ExcludeTarget,
 		}
@@ -272,7 +279,6 @@ func Build(in Input) Plan {
 		for _, endpoint := range rule.Endpoints {
 			p.Servers = append(p.Servers, endpoint.Addr())
 		}
-		p.Rules = append(p.Rules, rule)
 	}
 	p.Servers = sortedSet(p.Servers, netip.Addr.Compare)
 	// A port that another agent serves on one of our addresses is not ours to reject.
@@ -281,8 +287,24 @@ func Build(in Input) Plan {
 			p.Rules = append(p.Rules, Rule{Frontend: frontend, Action: Pass, Clients: -1})
 		}
 	}
-	slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
+	p.sortRules()
+	p.LocalAddresses = p.localAddresses()
 	return p
+}
+
+// indexOf is the position of c among the clients; -1 where it is not among them.
+func (p *Plan) indexOf(c Clients) int {
+	return slices.IndexFunc(p.Clients, func(d Clients) bool { return slices.Equal(c.Interfaces, d.Interfaces) })
+}
+
+// sortRules brings the rules into the order of their frontends. There may be thousands, mostly in order.
+func (p *Plan) sortRules() {
+	for i := 1; i < len(p.Rules); i++ {
+		if p.Rules[i-1].Compare(p.Rules[i].Frontend) > 0 {
+			slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
+			return
+		}
+	}
 }
 
 // Inherit adds to the servers of p those of the plan before it whose sandbox is live: established connections lead there. nil is
@@ -307,7 +329,8 @@ func (p *Plan) Equal(q *Plan) bool {
 		slices.Equal(p.PodInterfaces, q.PodInterfaces) && slices.Equal(p.Uplinks, q.Uplinks) && slices.Equal(p.UnservedPairs, q.UnservedPairs) &&
 		slices.Equal(p.Unnamed, q.Unnamed) && slices.EqualFunc(p.Bridges, q.Bridges, Bridge.equal) && slices.Equal(p.AllBridges, q.AllBridges) &&
 		p.NamedOnly == q.NamedOnly && p.Exempts == q.Exempts && p.StrictTCP == q.StrictTCP &&
-		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Servers, q.Servers) && slices.Equal(p.Sandboxes, q.Sandboxes)
+		slices.Equal(p.HostAddresses, q.HostAddresses) && slices.Equal(p.Servers, q.Servers) && slices.Equal(p.Sandboxes, q.Sandboxes) &&
+		slices.Equal(p.LocalAddresses, q.LocalAddresses)
 }
 
 func (r *Rule) equal(s *Rule) bool {
@@ -325,7 +348,7 @@ func Diff(p, q *Plan) (ofP, ofQ []Rule) {
 			order = 1
 		case j == len(q.Rules):
 			order = -1
-		default:
+		case p.Rules[i].Frontend != q.Rules[j].Frontend:
 			order = p.Rules[i].Compare(q.Rules[j].Frontend)
 		}
 		if order != 0 || !p.Rules[i].equal(&q.Rules[j]) {
@@ -347,7 +370,7 @@ func Diff(p, q *Plan) (ofP, ofQ []Rule) {
 }
 
 // Foreign reports whether another agent claims the frontend of r.
-func (r Rule) Foreign() bool { return r.Clients < 0 }
+func (r *Rule) Foreign() bool { return r.Clients < 0 }
 
 // Find returns the rule of a frontend.
 func (p *Plan) Find(f Frontend) (Rule, bool) { return find(p.Rules, f) }
@@ -372,6 +395,9 @@ func ZoneOf(endpoint netip.Addr) (zone uint16) {
 
 func sortedSet[E any](in []E, compare func(E, E) int) []E {
 	out := slices.Clone(in)
+	if len(out) < 2 {
+		return out
+	}
 	slices.SortFunc(out, compare)
 	return slices.CompactFunc(out, func(a, b E) bool { return compare(a, b) == 0 })
 }

@@ -172,11 +172,8 @@ func (a Agent) ReadStatus() (*Status, error) {
 	return status, nil
 }
 
-// WriteStatus replaces the status. The caller holds the lock, as with everything that writes.
-func (a Agent) WriteStatus(status Status) error {
-	status.Name = a.name
-	return a.write(statusFile, statusLimit, &status)
-}
+// WriteStatus replaces the status once. The caller holds the lock, as with everything that writes.
+func (a Agent) WriteStatus(status Status) error { return a.StatusWriter().Write(status) }
 
 // StatusPath is the status file, for messages.
 func (a Agent) StatusPath() string {

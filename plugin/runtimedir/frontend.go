@@ -42,5 +42,8 @@ func (f Frontend) String() string { return fmt.Sprintf("%s/%s", f.AddrPort(), f.
 
 // Compare orders frontends by address, protocol and port.
 func (f Frontend) Compare(g Frontend) int {
-	return cmp.Or(f.Address.Compare(g.Address), cmp.Compare(f.Protocol, g.Protocol), cmp.Compare(f.Port, g.Port))
+	if order := f.Address.Compare(g.Address); order != 0 {
+		return order
+	}
+	return cmp.Or(cmp.Compare(f.Protocol, g.Protocol), cmp.Compare(f.Port, g.Port))
 }

@@ -1,0 +1,86 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
+)
+
+// BenchmarkChange is a pass of the agent in which one of two pods takes the endpoint of one magic IP from the other, among so many.
+func BenchmarkChange(b *testing.B) {
+	for _, size := range []int{1, 100, 10000} {
+		b.Run(fmt.Sprint(size), func(b *testing.B) {
+			var text strings.Builder
+			text.WriteString("name: a\nmagicIPs:\n")
+			address := netip.MustParseAddr("198.18.0.1")
+			for i := range size {
+				fmt.Fprintf(&text, "- {ipAddress: %s, namespace: default, selector: \"app in (all, s%d)\", ports: [{port: 80}]}\n", address, i)
+				address = address.Next()
+			}
+			a, err := newAgent(Options{
+				RuntimeDir: b.TempDir(), Backend: nullBackend{nftables.NewFake("a")}, Flows: nullFlows{}, Node: ownedNode{}, Zones: true,
+				Load:   func() (config.Config, error) { return config.Parse(strings.NewReader(text.String()), true) },
+				Uptime: func() time.Duration { return time.Hour },
+				Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			a.restore(context.Background())
+			pods := make([]runtimedir.Attachment, 2)
+			for i := range pods {
+				pods[i] = runtimedir.Attachment{
+					ContainerID: fmt.Sprint("c", i), IfName: "eth0", Namespace: "default", Name: fmt.Sprint("pod", i), UID: fmt.Sprint("uid", i),
+					Labels: map[string]string{"app": fmt.Sprint("s", size-1)}, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(1 + i)})}, AddedAt: time.Now(),
+				}
+			}
+			change := func(i int) {
+				if _, err := a.dir.Update(time.Second, []runtimedir.Key{pods[0].Key(), pods[1].Key()}, pods[i%2]); err != nil {
+					b.Fatal(err)
+				}
+			}
+			change(1)
+			if _, ok := a.pass(context.Background(), allSources); !ok {
+				b.Fatalf("the first pass: %v", a.logged)
+			}
+			b.ResetTimer()
+			for i := range b.N {
+				change(i)
+				a.pass(context.Background(), Records)
+				if s := a.services.inOrder[size-1]; s.endpoints[0].Address.Addr() != pods[i%2].IPs[0] {
+					b.Fatalf("the endpoint is %v", s.endpoints)
+				}
+			}
+		})
+	}
+}
+
+type nullBackend struct{ *nftables.Fake }
+
+func (nullBackend) Sync(context.Context, *plan.Plan) error { return nil }
+
+type nullFlows struct{}
+
+func (nullFlows) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { return 0, nil }
+
+// ownedNode is a node with an uplink and local routes.
+type ownedNode struct{ noNode }
+
+func (ownedNode) Snapshot() (node.Snapshot, error) {
+	return node.Snapshot{
+		Links:     []node.LinkState{{Index: 1, Name: "eth0"}},
+		Addresses: []node.Address{{Link: 1, Prefix: netip.MustParsePrefix("192.0.2.1/24")}},
+		Routes:    []node.Route{{Link: 1, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}},
+	}, nil
+}
