@@ -50,6 +50,8 @@ type Flows interface {
 // Node is the network of the node.
 type Node interface {
 	Snapshot() (node.Snapshot, error)
+	// SnapshotWithoutLocalRoutes is Snapshot without what there may be thousands of.
+	SnapshotWithoutLocalRoutes() (node.Snapshot, error)
 	// SetHairpin switches hairpin mode of a bridge port, by its ifindex; a port that is gone is not an error.
 	SetHairpin(port int, on bool) error
 	// AddLocalRoute adds a local route, or gives it another source.
@@ -91,16 +93,17 @@ type Source uint32
 
 // The sources that wake the agent.
 const (
-	Records    Source = 1 << iota // the plugin's state file
-	Network                       // links, addresses, routes
-	Others                        // the claims of other agents
-	Settings                      // the configuration
-	Rules                         // the kernel's rules were externally modified
-	Pods                          // the Kubernetes API
-	Notes                         // Options.Notes
-	DataPlane                     // Cilium's settings
-	Poll                          // time for the backstop: everything, and the kernel
-	allSources = Records | Network | Others | Settings | Rules | Pods | Notes | DataPlane | Poll
+	Records     Source = 1 << iota // the plugin's state file
+	Network                        // links, addresses, routes
+	Others                         // the claims of other agents
+	Settings                       // the configuration
+	Rules                          // the kernel's rules were externally modified
+	Pods                           // the Kubernetes API
+	Notes                          // Options.Notes
+	DataPlane                      // Cilium's settings
+	LocalRoutes                    // local routes of agents
+	Poll                           // time for the backstop: everything, and the kernel
+	allSources  = Records | Network | Others | Settings | Rules | Pods | Notes | DataPlane | LocalRoutes | Poll
 )
 
 // Task runs beside the loop until ctx ends; an error ends the agent. wake tells the loop that a source may have changed.

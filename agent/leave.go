@@ -72,7 +72,7 @@ func (a *agent) installerLeft(ctx context.Context) bool {
 
 // endRoutes removes the local routes that no other agent wants.
 func (a *agent) endRoutes() {
-	a.readNetwork()
+	a.readNetwork(true)
 	a.readOthers()
 	a.kernel.routeErrs = nil
 	a.kernel.removeRoutes(a.sources.snapshot.LocalRoutes, map[netip.Addr]bool{})

@@ -114,6 +114,12 @@ magicIPs:
 	}
 }
 
+func (l *leaving) SnapshotWithoutLocalRoutes() (node.Snapshot, error) {
+	snapshot, err := l.Snapshot()
+	snapshot.LocalRoutes = nil
+	return snapshot, err
+}
+
 // Snapshot and the rest make it the Node: cni0 with the target's link, a link where hairpin mode is on already, and Cilium.
 func (l *leaving) Snapshot() (node.Snapshot, error) {
 	l.mu.Lock()

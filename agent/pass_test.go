@@ -77,6 +77,8 @@ func (nullFlows) Sweep(context.Context, *plan.Plan, plan.Change) (int, error) { 
 // ownedNode is a node with an uplink and local routes.
 type ownedNode struct{ noNode }
 
+func (n ownedNode) SnapshotWithoutLocalRoutes() (node.Snapshot, error) { return n.Snapshot() }
+
 func (ownedNode) Snapshot() (node.Snapshot, error) {
 	return node.Snapshot{
 		Links:     []node.LinkState{{Index: 1, Name: "eth0"}},

@@ -268,6 +268,13 @@ func (s *stage) Snapshot() (node.Snapshot, error) {
 	return snapshot, nil
 }
 
+// SnapshotWithoutLocalRoutes is Snapshot without them.
+func (s *stage) SnapshotWithoutLocalRoutes() (node.Snapshot, error) {
+	snapshot, err := s.Snapshot()
+	snapshot.LocalRoutes = nil
+	return snapshot, err
+}
+
 func (s *stage) addLink(l node.LinkState) {
 	s.links++
 	l.Index = s.links
@@ -419,7 +426,7 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		s.wake(Network) // what the agent's goroutine reads is written before
 	case "unroute":
 		s.removeRoute(netip.MustParseAddr(args[0]))
-		s.wake(Network)
+		s.wake(LocalRoutes)
 	case "netns":
 		s.network.Namespace = args[0]
 		s.wake(Network)

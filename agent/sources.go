@@ -78,8 +78,9 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 		changed |= Records
 	}
 	// After the records: the record of a new pod may come before the event of its link.
-	if changed&(Network|Poll) != 0 || s.networkErr != nil || changed&Records != 0 && a.pods.HasNewLink() {
-		a.readNetwork()
+	localRoutes := changed&(LocalRoutes|Poll) != 0 || s.networkErr != nil
+	if localRoutes || changed&Network != 0 || changed&Records != 0 && a.pods.HasNewLink() {
+		a.readNetwork(localRoutes)
 		changed |= Network
 	}
 	if changed&(Records|Network) != 0 && s.networkSynced {
@@ -88,8 +89,8 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 		s.uplinks = s.network.Keep
 		a.logLinks(before)
 	}
-	if changed&(Network|Settings|Poll) != 0 && s.networkSynced {
-		a.pods.SetOwnAddresses(s.network.Addresses, a.config.Addresses())
+	if changed&Network != 0 && s.networkSynced {
+		a.pods.SetOwnAddresses(s.network.Addresses)
 	}
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
 		news = a.readOthers()
@@ -113,10 +114,17 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 }
 
 // readNetwork reads the node's links, addresses and routes. What a dump lacks that changes have interrupted each time may be
-// there all the same: the links of before stay.
-func (a *agent) readNetwork() {
+// there all the same: the links of before stay. Local routes, of which there may be thousands, are read only where they may have changed.
+func (a *agent) readNetwork(localRoutes bool) {
 	s := &a.sources
-	snapshot, err := a.Node.Snapshot()
+	read := a.Node.Snapshot
+	if !localRoutes {
+		read = a.Node.SnapshotWithoutLocalRoutes
+	}
+	snapshot, err := read()
+	if err == nil && !localRoutes && snapshot.Namespace != s.namespace {
+		snapshot, err = a.Node.Snapshot() // those of another network
+	}
 	if s.networkErr = err; err != nil {
 		return
 	}
@@ -133,6 +141,8 @@ func (a *agent) readNetwork() {
 	}
 	if s.namespace != snapshot.Namespace {
 		s.namespace, s.uplinks, s.cilium, a.kernel.hairpins = snapshot.Namespace, nil, nil, nil
+	} else if !localRoutes {
+		snapshot.LocalRoutes = s.network.LocalRoutes
 	}
 	gone := func(port int) bool {
 		return !slices.ContainsFunc(snapshot.Links, func(l node.LinkState) bool { return l.Index == port })
@@ -223,6 +233,7 @@ func (a *agent) readSettings() {
 func (a *agent) configure(c config.Config) {
 	a.config, a.query, a.services.inOrder, a.services.sorted = c, c.Query(), nil, nil
 	a.pods.SetNamespaces(c.Namespaces())
+	a.pods.SetMagicIPs(c.Addresses())
 	if a.API != nil {
 		a.API.Select(a.query)
 	}

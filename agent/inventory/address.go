@@ -1,20 +1,20 @@
 package inventory
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
-// SetOwnAddresses takes in the addresses of the node, and the magic IPs: a podIP that is one of them would lead to a service of the node,
-// or to itself.
-func (i *Inventory) SetOwnAddresses(node, magicIPs []netip.Addr) {
-	i.own = map[netip.Addr]string{}
-	for _, ip := range node {
-		i.own[ip] = ofNode
-	}
-	for _, ip := range magicIPs {
-		i.own[ip] = "a magic IP"
+// SetOwnAddresses takes in the addresses of the node: a podIP that is one of them would lead to a service of the node.
+func (i *Inventory) SetOwnAddresses(addresses []netip.Addr) { i.own = addresses }
+
+// SetMagicIPs takes in the magic IPs, of which there may be thousands: a podIP that is one of them would lead to itself.
+func (i *Inventory) SetMagicIPs(addresses []netip.Addr) {
+	i.magicIPs = make(map[netip.Addr]bool, len(addresses))
+	for _, ip := range addresses {
+		i.magicIPs[ip] = true
 	}
 }
-
-const ofNode = "an address of this node"
 
 // special says what an address is that no pod has; empty where a pod may have it. Those are the addresses that the API server does not
 // accept in Endpoints and EndpointSlices (ValidateEndpointIP and ValidateNonSpecialIP in pkg/apis/core/validation), and forms that
@@ -46,8 +46,11 @@ func (i *Inventory) unusable(ip netip.Addr, hostNetwork bool) string {
 	if reason := special(ip); reason != "" {
 		return reason
 	}
-	if reason := i.own[ip]; reason != ofNode || !hostNetwork {
-		return reason
+	switch {
+	case i.magicIPs[ip]:
+		return "a magic IP"
+	case !hostNetwork && slices.Contains(i.own, ip):
+		return "an address of this node"
 	}
 	return ""
 }

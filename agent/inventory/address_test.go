@@ -37,7 +37,8 @@ func TestUnusableAddresses(t *testing.T) {
 			{"hostNetwork pod", synced(nil, host), map[bool]string{true: usable, false: want}[want == hostOnly]},
 			{"record", synced([]runtimedir.Attachment{record}), want},
 		} {
-			test.of.SetOwnAddresses([]netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7")}, []netip.Addr{netip.MustParseAddr("198.51.100.1")})
+			test.of.SetOwnAddresses([]netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7")})
+			test.of.SetMagicIPs([]netip.Addr{netip.MustParseAddr("198.51.100.1")})
 			targets := test.of.Targets(now)
 			if len(targets) != 1 {
 				t.Fatalf("%s of a %s: targets %+v", address, test.what, targets)

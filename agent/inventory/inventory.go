@@ -33,8 +33,9 @@ type Inventory struct {
 	since         time.Time
 	recordsSynced bool
 
-	own      map[netip.Addr]string // addresses that no pod has, and what they are
-	links    map[string]int        // by name, the index; nil before the first report
+	own      []netip.Addr // addresses of the node
+	magicIPs map[netip.Addr]bool
+	links    map[string]int // by name, the index; nil before the first report
 	linkName map[int]string
 
 	view View

@@ -11,12 +11,20 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
 // Snapshot reads links, addresses and routes of the network namespace of the calling thread (rtnetlink).
 func (k Kernel) Snapshot() (Snapshot, error) {
-	s, err := snapshot(dump)
+	s, err := snapshot(dump, true)
+	s.Namespace = k.Namespace()
+	return s, err
+}
+
+// SnapshotWithoutLocalRoutes is Snapshot but for LocalRoutes, of which there may be thousands.
+func (k Kernel) SnapshotWithoutLocalRoutes() (Snapshot, error) {
+	s, err := snapshot(dump, false)
 	s.Namespace = k.Namespace()
 	return s, err
 }
@@ -35,27 +43,39 @@ type dumper func(request, reply uint16, header []byte) ([][]byte, error)
 func dump(request, reply uint16, header []byte) ([][]byte, error) {
 	r := nl.NewNetlinkRequest(int(request), unix.NLM_F_DUMP)
 	r.AddRawData(header)
+	if request == unix.RTM_GETROUTE && header[rtmType] != 0 {
+		socket, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+		if err != nil {
+			return nil, err
+		}
+		defer socket.Close()
+		// Without it the kernel does not heed the header (Linux before 4.20 never does), and lists all.
+		_ = unix.SetsockoptInt(socket.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
+		r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
+	}
 	return r.Execute(unix.NETLINK_ROUTE, reply)
 }
 
 // dumpAttempts is how often an interrupted dump is repeated before its last list is taken as it is.
 const dumpAttempts = 5
 
-func snapshot(dump dumper) (Snapshot, error) {
+func snapshot(dump dumper, localRoutes bool) (Snapshot, error) {
 	var s Snapshot
-	read := func(what string, request, reply uint16, header int, parse func([]byte)) error {
+	read := func(what string, request, reply uint16, header []byte, parse func([]byte)) error {
 		var messages [][]byte
 		var err error
 		for range dumpAttempts {
-			if messages, err = dump(request, reply, make([]byte, header)); !errors.Is(err, nl.ErrDumpInterrupted) {
+			if messages, err = dump(request, reply, header); !errors.Is(err, nl.ErrDumpInterrupted) {
 				break
 			}
 		}
 		if errors.Is(err, nl.ErrDumpInterrupted) {
-			s.Torn = append(s.Torn, what)
+			if !slices.Contains(s.Torn, what) {
+				s.Torn = append(s.Torn, what)
+			}
 			err = nil
 		}
-		if slices.ContainsFunc(messages, func(m []byte) bool { return len(m) < header }) {
+		if slices.ContainsFunc(messages, func(m []byte) bool { return len(m) < len(header) }) {
 			err = unix.EBADMSG
 		}
 		if err != nil {
@@ -70,7 +90,7 @@ func snapshot(dump dumper) (Snapshot, error) {
 		s.StrictTCP = strings.TrimSpace(string(loose)) == "0"
 	}
 	filtered4, filtered6 := bridgeSysctl("iptables"), bridgeSysctl("ip6tables")
-	err := read("links", unix.RTM_GETLINK, unix.RTM_NEWLINK, unix.SizeofIfInfomsg, func(message []byte) {
+	err := read("links", unix.RTM_GETLINK, unix.RTM_NEWLINK, make([]byte, unix.SizeofIfInfomsg), func(message []byte) {
 		link, own4, own6 := parseLink(message)
 		if link.Kind == "bridge" {
 			link.Unfiltered4, link.Unfiltered6 = !filtered4.passes(own4), !filtered6.passes(own6)
@@ -80,41 +100,43 @@ func snapshot(dump dumper) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, err
 	}
-	err = read("addresses", unix.RTM_GETADDR, unix.RTM_NEWADDR, unix.SizeofIfAddrmsg, func(message []byte) {
+	err = read("addresses", unix.RTM_GETADDR, unix.RTM_NEWADDR, make([]byte, unix.SizeofIfAddrmsg), func(message []byte) {
 		if address := parseAddress(message); address.Prefix.IsValid() {
 			s.Addresses = append(s.Addresses, address)
+			s.IPv6 = s.IPv6 || isGlobalIPv6(address.Prefix.Addr())
 		}
 	})
 	if err != nil {
 		return Snapshot{}, err
 	}
 	var objects []routeMessage // routes that name no link, but a next hop object
-	err = read("routes", unix.RTM_GETROUTE, unix.RTM_NEWROUTE, unix.SizeofRtMsg, func(message []byte) {
+	parse := func(message []byte) {
 		route := parseRoute(message)
-		if route.skip {
-			return
-		}
-		if route.ours {
+		if route.ours && localRoutes {
 			s.LocalRoutes = append(s.LocalRoutes, LocalRoute{Address: route.Destination.Addr(), Source: route.source})
+		}
+		if route.skip || route.local {
 			return
 		}
-		s.IPv6 = s.IPv6 || route.Destination.Addr().Is6() && (route.Default() && !route.local || route.Destination.Addr().IsGlobalUnicast())
+		destination := route.Destination.Addr()
+		s.IPv6 = s.IPv6 || destination.Is6() && route.Default() || isGlobalIPv6(destination)
 		switch {
-		case route.local:
 		case len(route.links) == 0 && route.object != 0:
 			objects = append(objects, route)
 		default:
 			s.add(route.Route, route.links)
 		}
-	})
-	if err != nil {
-		return Snapshot{}, err
+	}
+	for _, header := range routeHeaders(localRoutes) {
+		if err := read("routes", unix.RTM_GETROUTE, unix.RTM_NEWROUTE, header, parse); err != nil {
+			return Snapshot{}, err
+		}
 	}
 	if len(objects) == 0 {
 		return s, nil
 	}
 	hops := nextHops{}
-	if err := read("next hops", unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, sizeofNhmsg, hops.parse); err != nil {
+	if err := read("next hops", unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, make([]byte, sizeofNhmsg), hops.parse); err != nil {
 		return Snapshot{}, err
 	}
 	for _, route := range objects {
@@ -122,6 +144,21 @@ func snapshot(dump dumper) (Snapshot, error) {
 	}
 	return s, nil
 }
+
+// routeHeaders ask for all routes, or for the unicast routes of each family: not all families can leave out some.
+func routeHeaders(localRoutes bool) (headers [][]byte) {
+	if localRoutes {
+		return [][]byte{make([]byte, unix.SizeofRtMsg)}
+	}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		header := make([]byte, unix.SizeofRtMsg)
+		header[0], header[rtmType] = family, unix.RTN_UNICAST
+		headers = append(headers, header)
+	}
+	return headers
+}
+
+func isGlobalIPv6(address netip.Addr) bool { return address.Is6() && address.IsGlobalUnicast() }
 
 func (s *Snapshot) add(route Route, links []int) {
 	for _, route.Link = range links {
@@ -131,6 +168,7 @@ func (s *Snapshot) add(route Route, links []int) {
 
 // What x/sys does not name, of linux/if_link.h, linux/if_tun.h, linux/rtnetlink.h and linux/nexthop.h.
 const (
+	rtmType               = 7 // offset of rtm_type in struct rtmsg
 	iflaLinkNetNSID       = 37
 	iflaInfoKind          = 1
 	iflaInfoData          = 2
@@ -261,7 +299,7 @@ type routeMessage struct {
 
 // parseRoute reads struct rtmsg and its attributes.
 func parseRoute(message []byte) (r routeMessage) {
-	family, bits, table, kind := message[0], int(message[1]), message[4], message[7]
+	family, bits, table, kind := message[0], int(message[1]), message[4], message[rtmType]
 	unspecified := netip.IPv4Unspecified()
 	switch family {
 	case unix.AF_INET:

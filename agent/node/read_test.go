@@ -38,7 +38,7 @@ func TestInterruptedDumps(t *testing.T) {
 					return [][]byte{linkMessage(1, "a")}, nl.ErrDumpInterrupted
 				}
 				return [][]byte{linkMessage(1, "a"), linkMessage(2, "b")}, nil
-			})
+			}, true)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -68,7 +68,7 @@ func TestFailedDumps(t *testing.T) {
 					return [][]byte{{1, 2, 3}}, nil // shorter than its header
 				}
 				return nil, failure
-			})
+			}, failure != nil)
 			want := failure
 			if want == nil {
 				want = unix.EBADMSG

@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -41,6 +42,14 @@ func TestLocalRoutes(t *testing.T) {
 		if diff := cmp.Diff(sources, network.Sources, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 			t.Errorf("%s: sources (-want +got):\n%s", when, diff)
 		}
+		all, err := node.Kernel{}.Snapshot()
+		rest, errRest := node.Kernel{}.SnapshotWithoutLocalRoutes()
+		if all.LocalRoutes = nil; errors.Join(err, errRest) != nil {
+			t.Fatal(err, errRest)
+		}
+		if diff := cmp.Diff(all, rest, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+			t.Errorf("%s: without local routes (-all +rest):\n%s", when, diff)
+		}
 		for _, address := range network.Addresses {
 			if address.String() == "169.254.210.210" {
 				t.Errorf("%s: %s is taken for an address of the node", when, address)
@@ -71,10 +80,14 @@ func TestLocalRoutes(t *testing.T) {
 
 	// Another source: there is never no route.
 	events := watch(t)
-	events.next()
+	if !events.next() {
+		t.Error("at the start, local routes may have changed")
+	}
 	four.Source = netip.MustParseAddr("192.0.2.3")
 	must(kernel.AddLocalRoute(four))
-	events.next()
+	if !events.next() {
+		t.Error("local routes have changed")
+	}
 	check("with another source", four, six)
 
 	// Somebody removes one, and takes the address.

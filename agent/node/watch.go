@@ -17,14 +17,14 @@ func groups() []uint32 {
 	}
 }
 
-// Watch calls changed after each event that may change what Snapshot returns, until ctx ends. It calls it once at the
-// start, since what changed before the subscription went unseen, and after lost events. An error does not end it: Watch
+// Watch calls changed after each event that may change what Snapshot returns, until ctx ends; localRoutes says whether its LocalRoutes
+// may have changed. It calls it once at the start, since what changed before the subscription went unseen, and after lost events. An error does not end it: Watch
 // reports the error and subscribes again.
-func Watch(ctx context.Context, changed func(), report func(error)) error {
+func Watch(ctx context.Context, changed func(localRoutes bool), report func(error)) error {
 	return keepWatching(ctx, subscribe, changed, report)
 }
 
-func keepWatching(ctx context.Context, subscribe func() (*netlink.Conn, error), changed func(), report func(error)) error {
+func keepWatching(ctx context.Context, subscribe func() (*netlink.Conn, error), changed func(localRoutes bool), report func(error)) error {
 	const retry = time.Second
 	for {
 		connection, err := subscribe()
@@ -59,21 +59,21 @@ func subscribe() (*netlink.Conn, error) {
 }
 
 // watch returns when ctx has ended or the connection, which it closes, has failed.
-func watch(ctx context.Context, connection *netlink.Conn, changed func()) error {
+func watch(ctx context.Context, connection *netlink.Conn, changed func(localRoutes bool)) error {
 	defer func() { _ = connection.Close() }()
 	defer context.AfterFunc(ctx, func() { _ = connection.SetReadDeadline(time.Unix(1, 0)) })()
-	changed()
+	changed(true)
 	for {
 		messages, err := connection.Receive()
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, unix.ENOBUFS): // events were lost; the subscription goes on
-			changed()
+			changed(true)
 		case err != nil:
 			return err
 		case slices.ContainsFunc(messages, matters):
-			changed()
+			changed(slices.ContainsFunc(messages, ofLocalRoutes))
 		}
 	}
 }
@@ -86,4 +86,17 @@ func matters(message netlink.Message) bool {
 	}
 	route := parseRoute(message.Data)
 	return !route.skip && (route.ours || !route.local && (route.Default() || !route.gateway))
+}
+
+// ofLocalRoutes reports whether an event may be about a LocalRoute. An IPv6 route loses its source without an event when that address
+// goes (rt6_remove_prefsrc).
+func ofLocalRoutes(message netlink.Message) bool {
+	data := message.Data
+	switch message.Header.Type {
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		return len(data) < unix.SizeofRtMsg || parseRoute(data).ours
+	case unix.RTM_DELADDR: // links of pods have link-local ones
+		return len(data) < unix.SizeofIfAddrmsg || !parseAddress(data).Prefix.Addr().IsLinkLocalUnicast()
+	}
+	return false
 }

@@ -22,7 +22,7 @@ import (
 type watched struct {
 	t          *testing.T
 	connection *netlink.Conn
-	changes    chan struct{}
+	changes    chan bool
 	cancel     func()
 	ended      chan error
 }
@@ -34,11 +34,11 @@ func watch(t *testing.T) *watched {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	w := &watched{t: t, connection: connection, changes: make(chan struct{}), cancel: cancel, ended: make(chan error, 1)}
+	w := &watched{t: t, connection: connection, changes: make(chan bool), cancel: cancel, ended: make(chan error, 1)}
 	go func() {
-		w.ended <- node.WatchOn(ctx, connection, func() {
+		w.ended <- node.WatchOn(ctx, connection, func(localRoutes bool) {
 			select {
-			case w.changes <- struct{}{}:
+			case w.changes <- localRoutes:
 			case <-ctx.Done():
 			}
 		})
@@ -46,16 +46,17 @@ func watch(t *testing.T) *watched {
 	return w
 }
 
-// next waits for a call of changed.
-func (w *watched) next() {
+// next waits for a call of changed, and returns what it says of local routes.
+func (w *watched) next() (localRoutes bool) {
 	w.t.Helper()
 	select {
-	case <-w.changes:
+	case localRoutes = <-w.changes:
 	case err := <-w.ended:
 		w.t.Fatalf("the watch ended with %v", err)
 	case <-lab.After(w.t, time.Minute):
 		w.t.Fatal("a change is not reported")
 	}
+	return localRoutes
 }
 
 // stop ends the watch.
@@ -76,26 +77,30 @@ func TestEvents(t *testing.T) {
 		before, change string
 		kind           netlink.HeaderType
 		matters        bool
+		localRoutes    bool
 	}{
-		{"", "link add if0 type ifb", unix.RTM_NEWLINK, true},
-		{"", "link set br0 name br1", unix.RTM_NEWLINK, true},
-		{"", "link delete port", unix.RTM_DELLINK, true},
-		{"", "addr add 192.0.2.9/32 dev br0", unix.RTM_NEWADDR, true},
-		{"", "-6 addr add 2001:db8::9/64 dev br0 nodad", unix.RTM_NEWADDR, true},
-		{"", "addr del 192.0.2.2/24 dev br0", unix.RTM_DELADDR, true},
-		{"", "route add default dev br0", unix.RTM_NEWROUTE, true},
-		{"", "route add 128.0.0.0/1 via 192.0.2.1", unix.RTM_NEWROUTE, true},
-		{"", "route add default via 192.0.2.1 table 7", unix.RTM_NEWROUTE, true},
-		{"", "route add default nexthop via 192.0.2.1 nexthop via 192.0.2.3", unix.RTM_NEWROUTE, true},
-		{"", "-6 route add default dev br0", unix.RTM_NEWROUTE, true},
-		{"route add default via 192.0.2.1", "route delete default", unix.RTM_DELROUTE, true},
-		{"", "route add 10.244.1.5 dev br0", unix.RTM_NEWROUTE, true},
-		{"", "nexthop add id 5 via 192.0.2.1 dev br0", unix.RTM_NEWNEXTHOP, true},
+		{"", "link add if0 type ifb", unix.RTM_NEWLINK, true, false},
+		{"", "link set br0 name br1", unix.RTM_NEWLINK, true, false},
+		{"", "link delete port", unix.RTM_DELLINK, true, false},
+		{"", "addr add 192.0.2.9/32 dev br0", unix.RTM_NEWADDR, true, false},
+		{"", "-6 addr add 2001:db8::9/64 dev br0 nodad", unix.RTM_NEWADDR, true, false},
+		{"", "addr del 192.0.2.2/24 dev br0", unix.RTM_DELADDR, true, true},
+		{"", "route add default dev br0", unix.RTM_NEWROUTE, true, false},
+		{"", "route add 128.0.0.0/1 via 192.0.2.1", unix.RTM_NEWROUTE, true, false},
+		{"", "route add default via 192.0.2.1 table 7", unix.RTM_NEWROUTE, true, false},
+		{"", "route add default nexthop via 192.0.2.1 nexthop via 192.0.2.3", unix.RTM_NEWROUTE, true, false},
+		{"", "-6 route add default dev br0", unix.RTM_NEWROUTE, true, false},
+		{"route add default via 192.0.2.1", "route delete default", unix.RTM_DELROUTE, true, false},
+		{"", "route add 10.244.1.5 dev br0", unix.RTM_NEWROUTE, true, false},
+		{"-6 addr add fe80::9/64 dev br0 nodad", "-6 addr del fe80::9/64 dev br0", unix.RTM_DELADDR, true, false},
+		{"", "route add local 169.254.210.210 dev lo table local proto 109", unix.RTM_NEWROUTE, true, true},
+		{"route add local 169.254.210.210 dev lo table local proto 109", "route del local 169.254.210.210 dev lo table local", unix.RTM_DELROUTE, true, true},
+		{"", "nexthop add id 5 via 192.0.2.1 dev br0", unix.RTM_NEWNEXTHOP, true, false},
 		// A node may learn these by the thousand.
-		{"", "route add 203.0.113.0/24 via 192.0.2.1", unix.RTM_NEWROUTE, false},
-		{"", "route add 198.51.100.0/24 nexthop via 192.0.2.1 nexthop via 192.0.2.3", unix.RTM_NEWROUTE, false},
-		{"", "-6 route add unreachable 2001:db8::/32", unix.RTM_NEWROUTE, false},
-		{"", "route add local 203.0.113.1 dev br0 table local", unix.RTM_NEWROUTE, false},
+		{"", "route add 203.0.113.0/24 via 192.0.2.1", unix.RTM_NEWROUTE, false, false},
+		{"", "route add 198.51.100.0/24 nexthop via 192.0.2.1 nexthop via 192.0.2.3", unix.RTM_NEWROUTE, false, false},
+		{"", "-6 route add unreachable 2001:db8::/32", unix.RTM_NEWROUTE, false, false},
+		{"", "route add local 203.0.113.1 dev br0 table local", unix.RTM_NEWROUTE, false, false},
 	} {
 		t.Run(test.change, func(t *testing.T) {
 			nodetest.Namespace(t, `
@@ -114,7 +119,7 @@ func TestEvents(t *testing.T) {
 			}
 			defer func() { _ = connection.Close() }()
 			nodetest.IP(t, test.change+"\nlink add last type ifb")
-			seen, matters := false, false
+			seen, matters, localRoutes := false, false, false
 			if err := connection.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 				t.Fatal(err)
 			}
@@ -125,13 +130,13 @@ func TestEvents(t *testing.T) {
 				}
 				for _, m := range messages {
 					if m.Header.Type == test.kind {
-						seen, matters = true, matters || node.Matters(m)
+						seen, matters, localRoutes = true, matters || node.Matters(m), localRoutes || node.OfLocalRoutes(m)
 					}
 					last = last || m.Header.Type == unix.RTM_NEWLINK && bytes.Contains(m.Data, []byte("last\x00"))
 				}
 			}
-			if matters != test.matters {
-				t.Errorf("matters: %v, want %v", matters, test.matters)
+			if matters != test.matters || localRoutes != test.localRoutes {
+				t.Errorf("matters: %v, want %v; may be of local routes: %v, want %v", matters, test.matters, localRoutes, test.localRoutes)
 			}
 		})
 	}
@@ -178,7 +183,7 @@ func TestFailedSubscription(t *testing.T) {
 		reported := 0
 		err := node.KeepWatching(ctx,
 			func() (*netlink.Conn, error) { return nil, unix.EMFILE },
-			func() { t.Error("a change is reported without a subscription") },
+			func(bool) { t.Error("a change is reported without a subscription") },
 			func(err error) {
 				if !errors.Is(err, unix.EMFILE) {
 					t.Errorf("reported: %v", err)

@@ -88,7 +88,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		Load:        load,
 		Backend:     selected,
 		BackendNote: selected.Note(),
-		Zones: selected.NoZones == nil,
+		Zones:       selected.NoZones == nil,
 		Flows:       conntrack.Table{},
 		Node:        node.Kernel{},
 		Cilium:      func() (dataplane.Settings, error) { return dataplane.Read(f.ciliumStateDir) },
@@ -96,7 +96,12 @@ func (f *runFlags) run(ctx context.Context) error {
 		Tasks: []agent.Task{
 			agent.WatchFiles(f.runtimeDir, f.config, f.ciliumStateDir),
 			func(ctx context.Context, wake func(agent.Source)) error {
-				return node.Watch(ctx, func() { wake(agent.Network) }, func(err error) {
+				return node.Watch(ctx, func(localRoutes bool) {
+					if localRoutes {
+						wake(agent.LocalRoutes)
+					}
+					wake(agent.Network)
+				}, func(err error) {
 					log.Error("changes of links, addresses and routes are seen by polling only until the kernel reports them again", "error", err)
 				})
 			},
