@@ -308,17 +308,21 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 	}
 	waits := a.waits()
 	if len(waits) == 0 {
-		next = a.decide(now)
+		damaged, pause := a.kernel.check(ctx, changed, now)
+		if changed == Rules && !damaged && pause == 0 && a.kernel.verifyErr == nil && a.kernel.applied != nil && len(a.logged) == 0 {
+			return 0, true // the agent's own change wakes it too
+		}
+		next = soonest(pause, a.decide(now))
 		if a.files.claims.written == nil {
 			// Claims are made known before they are acted on: of two agents that start at once the younger
 			// sees the older in time.
 			a.wanted = a.plan(now)
 			a.files.publishClaims()
 			a.readOthers()
-			next = a.decide(now)
+			next = soonest(pause, a.decide(now))
 		}
 		a.wanted = a.plan(now)
-		next = soonest(next, a.kernel.apply(ctx, a.wanted, changed, now))
+		next = soonest(next, a.kernel.apply(ctx, a.wanted, changed, damaged, now))
 	}
 	a.report(append(a.problems(), waits...))
 	a.files.publish(now, changed&Poll != 0, waits)

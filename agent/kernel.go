@@ -48,17 +48,21 @@ const restorePause = time.Second
 // dumps: each walks the whole table of the kernel, however few connections are in it.
 const sweepPause = 500 * time.Millisecond
 
-// apply brings the kernel to the plan. next is when to look again (0: never).
-func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, now time.Time) (next time.Duration) {
-	p.Inherit(k.applied)
-	damaged := false
+// check reports whether our rules were externally modified, where they may have been. next is when to look again (0: never).
+func (k *kernel) check(ctx context.Context, changed Source, now time.Time) (damaged bool, next time.Duration) {
 	switch pause := k.restoredAt.Add(restorePause).Sub(now); {
 	case changed&Poll != 0 || changed&Rules != 0 && pause <= 0:
-		damaged = k.verify(ctx, now)
+		return k.verify(ctx, now), 0
 	case changed&Rules != 0:
 		k.agent.pending.Or(uint32(Rules))
-		next = pause
+		return false, pause
 	}
+	return false, 0
+}
+
+// apply brings the kernel to the plan, also where it is there but damaged. next is when to look again (0: never).
+func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged bool, now time.Time) (next time.Duration) {
+	p.Inherit(k.applied)
 	if changed&Poll != 0 && !k.again.Empty() {
 		if k.sweep(ctx, k.again); k.sweepErr != nil {
 			k.due = k.due.Plus(k.again)
