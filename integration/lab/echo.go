@@ -68,9 +68,8 @@ func formatAnswer(server string, client netip.AddrPort) string {
 
 // Echo is a server that answers HTTP requests and datagrams with its name and the client's address.
 type Echo struct {
-	http  *http.Server
-	udp   net.PacketConn // nil: none
-	delay time.Duration
+	http *http.Server
+	udp  []net.PacketConn
 }
 
 // StartEcho starts a server on a TCP and UDP port, on all addresses of a network namespace of the node.
@@ -93,14 +92,14 @@ func (n *Node) StartEchoAt(namespace, name, address string) (*Echo, error) {
 }
 
 // NewEcho serves on these sockets, which are its own from now on. The name contains no space.
-func NewEcho(name string, tcp net.Listener, udp net.PacketConn) *Echo {
-	return NewSlowEcho(name, 0, tcp, udp)
+func NewEcho(name string, tcp net.Listener, udp ...net.PacketConn) *Echo {
+	return NewSlowEcho(name, 0, tcp, udp...)
 }
 
 // NewSlowEcho is NewEcho for a server that takes so long for each answer. Without a socket for datagrams it takes none;
 // clients of a Unix socket have the address 0.0.0.0:0.
-func NewSlowEcho(name string, delay time.Duration, listener net.Listener, udp net.PacketConn) *Echo {
-	echo := &Echo{udp: udp, delay: delay}
+func NewSlowEcho(name string, delay time.Duration, listener net.Listener, udp ...net.PacketConn) *Echo {
+	echo := &Echo{udp: udp}
 	echo.http = &http.Server{
 		ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -113,17 +112,17 @@ func NewSlowEcho(name string, delay time.Duration, listener net.Listener, udp ne
 		}),
 	}
 	go func() { _ = echo.http.Serve(listener) }()
-	if udp != nil {
-		go echo.serveUDP(name)
+	for _, packets := range udp {
+		go serveUDP(name, delay, packets)
 	}
 	return echo
 }
 
 // serveUDP answers "<payload>" with "<answer> <payload>".
-func (e *Echo) serveUDP(name string) {
+func serveUDP(name string, delay time.Duration, packets net.PacketConn) {
 	buffer := make([]byte, 2048)
 	for {
-		size, from, err := e.udp.ReadFrom(buffer)
+		size, from, err := packets.ReadFrom(buffer)
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -132,10 +131,10 @@ func (e *Echo) serveUDP(name string) {
 		}
 		client := from.(*net.UDPAddr).AddrPort()
 		answer := fmt.Appendf(nil, "%s %s", formatAnswer(name, client), buffer[:size])
-		if e.delay > 0 {
-			time.AfterFunc(e.delay, func() { _, _ = e.udp.WriteTo(answer, from) })
+		if delay > 0 {
+			time.AfterFunc(delay, func() { _, _ = packets.WriteTo(answer, from) })
 		} else {
-			_, _ = e.udp.WriteTo(answer, from)
+			_, _ = packets.WriteTo(answer, from)
 		}
 	}
 }
@@ -149,11 +148,11 @@ func (e *Echo) Shutdown(ctx context.Context) error {
 // unless the interface has gone before (see Node.Del).
 func (e *Echo) Close() error { return errors.Join(e.http.Close(), e.closeUDP()) }
 
-func (e *Echo) closeUDP() error {
-	if e.udp == nil {
-		return nil
+func (e *Echo) closeUDP() (err error) {
+	for _, packets := range e.udp {
+		err = errors.Join(err, packets.Close())
 	}
-	return e.udp.Close()
+	return err
 }
 
 // Instance names one of the processes that may run under a name, one after the other.

@@ -84,7 +84,7 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	fmt.Println("started", started.UTC().Format(time.RFC3339Nano))
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	tcp := flags.String("tcp", ":8080", "`ADDRESS` for HTTP")
-	udp := flags.String("udp", ":8080", "`ADDRESS` for datagrams")
+	udp := flags.String("udp", ":8080", "`ADDRESSES` for datagrams, separated by commas")
 	unix := flags.String("unix", "", "`PATH` of a socket for HTTP; it is taken over from a server that has it")
 	control := flags.String("control", ":8081", "`ADDRESS` that kubelet and the tests ask")
 	readyAfter := flags.Duration("ready-after", 0, "be ready after this time")
@@ -113,18 +113,23 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	time.AfterFunc(*readyAfter, func() { ready.Store(true) })
 
 	listener, errTCP := net.Listen("tcp", *tcp)
-	packets, errUDP := net.ListenPacket("udp", *udp)
+	var packets []net.PacketConn
+	var errUDP error
+	for address := range strings.SplitSeq(*udp, ",") {
+		conn, err := net.ListenPacket("udp", address)
+		packets, errUDP = append(packets, conn), errors.Join(errUDP, err)
+	}
 	asked, errControl := net.Listen("tcp", *control)
 	if err := errors.Join(errTCP, errUDP, errControl); err != nil {
 		return err
 	}
-	echoes := []*lab.Echo{lab.NewSlowEcho(*name, *delay, listener, packets)}
+	echoes := []*lab.Echo{lab.NewSlowEcho(*name, *delay, listener, packets...)}
 	if *unix != "" {
 		local, err := lab.ListenUnix(*unix)
 		if err != nil {
 			return err
 		}
-		echoes = append(echoes, lab.NewSlowEcho(*name, *delay, local, nil))
+		echoes = append(echoes, lab.NewSlowEcho(*name, *delay, local))
 	}
 	write("listening", time.Now())
 	mux := http.NewServeMux()

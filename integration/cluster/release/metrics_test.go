@@ -24,7 +24,7 @@ func TestMetricsOfTwoReleases(t *testing.T) {
 	other := release{system, "other"}
 	surge := []string{"metrics.enabled=true", "updateStrategy.rollingUpdate.maxSurge=1", "updateStrategy.rollingUpdate.maxUnavailable=0"}
 	ours := apmValues(surge...)
-	theirs := append(apmValues(surge...), "config.ipAddress="+second.Addr().String())
+	theirs := apmValues(append(surge, "config.ipAddress="+second.Addr().String())...)
 	if notes := w.upgrade(apm, ours...); !strings.Contains(notes, "Metrics are at port 9641 of each node") || strings.Contains(notes, "WARNING") {
 		t.Errorf("helm says of the first release:\n%s", notes)
 	}

@@ -22,7 +22,7 @@ import (
 
 // udp is the same address and port for datagrams, as values.
 func udp() []string {
-	one := "config.magicIPs[0]."
+	one := "config.magicIPs[1]."
 	return []string{one + "ipAddress=" + magic.Addr().String(), one + "selector=app=apm-server", one + "ports[0].protocol=udp", fmt.Sprintf("%sports[0].port=%d", one, magic.Port())}
 }
 
@@ -66,8 +66,8 @@ func TestUpgrade(t *testing.T) {
 			w.rolledOut(apm)
 		}, true},
 		{"the configuration alone", func() {
-			w.upgrade(apm, append(apmValues(udp()...), "config.pollInterval=2", "config.magicIPs[1].ipAddress="+third.Addr().String(), "config.magicIPs[1].selector=app="+servers,
-				"config.magicIPs[1].namespace="+team, fmt.Sprintf("config.magicIPs[1].ports[0].port=%d", third.Port()))...)
+			w.upgrade(apm, append(apmValues(udp()...), "config.pollInterval=2", "config.magicIPs[2].ipAddress="+third.Addr().String(), "config.magicIPs[2].selector=app="+servers,
+				"config.magicIPs[2].namespace="+team, fmt.Sprintf("config.magicIPs[2].ports[0].port=%d", third.Port()))...)
 			w.configured("2s")
 		}, false},
 	} {
@@ -173,9 +173,6 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 			_, err := n.Exec(w.ctx, rules[n.Name][0], rules[n.Name][1:]...)
 			w.must(err)
 		}
-		// The empty chain that iptables of nft leaves of its own.
-		_, err := cluster.Nodes[0].Exec(w.ctx, "nft", "delete", "chain", "ip", "nat", "PREROUTING")
-		w.must(err)
 	})
 	w.Cleanup(remove)
 

@@ -68,7 +68,7 @@ func run(m *testing.M) int {
 		err = os.Chdir(root) // the commands are those of the documentation
 	}
 	if err == nil {
-		cluster, err = whole.New(ctx, whole.Options{Name: "release", Images: []string{"bin/image.tar"}})
+		cluster, err = whole.New(ctx, whole.Options{Name: "release", Nodes: whole.Mixed(), Images: []string{"bin/image.tar"}})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -111,7 +111,8 @@ type world struct {
 	*testing.T
 	ctx      context.Context
 	releases []release
-	began    time.Time // of the present lap
+	twins    map[netip.AddrPort]bool // those that a release has
+	began    time.Time               // of the present lap
 }
 
 type release struct{ namespace, name string }
@@ -123,7 +124,7 @@ func (r release) daemonSet() string { return r.name + "-magic-ip-address" }
 // it was.
 func newWorld(t *testing.T) *world {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longestTest)
-	w := &world{T: t, ctx: ctx, began: time.Now()}
+	w := &world{T: t, ctx: ctx, twins: map[netip.AddrPort]bool{}, began: time.Now()}
 	t.Cleanup(func() {
 		defer cancel()
 		if t.Failed() {
@@ -227,6 +228,9 @@ func (w *world) begin(r release, values ...string) string {
 	w.Helper()
 	args := []string{"upgrade", r.name, chart, "--install", "--namespace", r.namespace}
 	for _, value := range values {
+		if _, address, found := strings.Cut(value, ".ipAddress="); found && strings.Contains(address, ":") {
+			w.twins[netip.AddrPortFrom(netip.MustParseAddr(address), magic.Port())] = true
+		}
 		args = append(args, "--set", value)
 	}
 	if !slices.Contains(w.releases, r) {
@@ -238,8 +242,41 @@ func (w *world) begin(r release, values ...string) string {
 // apm is the release of the documentation. New pods count as available at once, so that a roll-out takes less time.
 var apm = release{system, name}
 
+// They have the twin of the address as well.
 func apmValues(more ...string) []string {
-	return append([]string{"config.ipAddress=" + magic.Addr().String(), fmt.Sprintf("config.port=%d", magic.Port()), "config.selector=app=apm-server", "minReadySeconds=0"}, more...)
+	address := magic
+	for _, value := range more {
+		if other, found := strings.CutPrefix(value, "config.ipAddress="); found {
+			address = netip.AddrPortFrom(netip.MustParseAddr(other), magic.Port())
+		}
+	}
+	const six = "config.magicIPs[0]."
+	return append([]string{"config.ipAddress=" + magic.Addr().String(), fmt.Sprintf("config.port=%d", magic.Port()), "config.selector=app=apm-server", "minReadySeconds=0",
+		six + "ipAddress=" + twin(address).Addr().String(), six + "selector=app=apm-server", fmt.Sprintf("%sports[0].port=%d", six, magic.Port())}, more...)
+}
+
+// twin is the IPv6 address with the last byte of an IPv4 one, and the same port.
+func twin(to netip.AddrPort) netip.AddrPort {
+	bytes := to.Addr().As4()
+	return netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("fd00:a9fe:d2d2::%d", bytes[3])), to.Port())
+}
+
+// both are an address, and its twin where a release has it.
+func (w *world) both(to netip.AddrPort) []netip.AddrPort {
+	if to.Addr().Is4() && w.twins[twin(to)] {
+		return []netip.AddrPort{to, twin(to)}
+	}
+	return []netip.AddrPort{to}
+}
+
+// ofFamily is the first address of the family of another.
+func ofFamily(six bool, addresses ...corev1.PodIP) string {
+	for _, a := range addresses {
+		if strings.Contains(a.IP, ":") == six {
+			return a.IP
+		}
+	}
+	return ""
 }
 
 // rolledOut waits until all pods of a release are of its present form and ready, the old ones are gone, and the agents
@@ -440,19 +477,23 @@ func (w *world) netns(n *whole.Node, namespace, name string) string {
 func (w *world) client(n *whole.Node) string { return w.netns(n, clients, "client-"+n.Name) }
 
 // served waits until both kinds of client of a node, its client pod and its own processes, are answered by this server with
-// their own source addresses.
+// their own source addresses, at the address and at its twin.
 func (w *world) served(n *whole.Node, to netip.AddrPort, server string) {
 	w.Helper()
 	client, err := awaitReady(w.within(time.Minute), clients, "client-"+n.Name)
 	w.must(err)
-	for from, address := range map[string]string{w.client(n): client.Status.PodIP, lab.Host: n.Address.String()} {
-		w.eventually(fmt.Sprintf("%s on %s, from %s", to, n.Name, address), func() error {
-			answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: from, To: to, Timeout: time.Second})
-			if err == nil && (answer.Server != server || answer.Client.Addr().String() != address) {
-				err = fmt.Errorf("answered by %s, to %s; want %s", answer.Server, answer.Client, server)
-			}
-			return err
-		})
+	node := []corev1.PodIP{{IP: n.Address.String()}, {IP: n.Address6.String()}}
+	for _, to := range w.both(to) {
+		for from, addresses := range map[string][]corev1.PodIP{w.client(n): client.Status.PodIPs, lab.Host: node} {
+			address := ofFamily(to.Addr().Is6(), addresses...)
+			w.eventually(fmt.Sprintf("%s on %s, from %s", to, n.Name, address), func() error {
+				answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: from, To: to, Timeout: time.Second})
+				if err == nil && (answer.Server != server || answer.Client.Addr().String() != address) {
+					err = fmt.Errorf("answered by %s, to %s; want %s", answer.Server, answer.Client, server)
+				}
+				return err
+			})
+		}
 	}
 }
 
@@ -467,6 +508,13 @@ func (w *world) servedBy(to netip.AddrPort, namespace string) {
 // refused asks once from the client pod, and wants that refused at once.
 func (w *world) refused(n *whole.Node, to netip.AddrPort) {
 	w.Helper()
+	for _, to := range w.both(to) {
+		w.refusedOne(n, to)
+	}
+}
+
+func (w *world) refusedOne(n *whole.Node, to netip.AddrPort) {
+	w.Helper()
 	began := time.Now()
 	answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: w.client(n), To: to, Timeout: 2 * time.Second})
 	if took := time.Since(began); err == nil || lab.WorkingTime(began, time.Now()) > time.Second || !strings.Contains(err.Error(), "connection refused") {
@@ -477,9 +525,11 @@ func (w *world) refused(n *whole.Node, to netip.AddrPort) {
 // refusedOrLost asks once, and wants no answer: nobody serves this address any more.
 func (w *world) refusedOrLost(n *whole.Node, to netip.AddrPort) {
 	w.Helper()
-	answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: w.client(n), To: to, Timeout: 300 * time.Millisecond})
-	if err == nil {
-		w.Errorf("%s on %s was answered by %s", to, n.Name, answer.Server)
+	for _, to := range w.both(to) {
+		answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: w.client(n), To: to, Timeout: 300 * time.Millisecond})
+		if err == nil {
+			w.Errorf("%s on %s was answered by %s", to, n.Name, answer.Server)
+		}
 	}
 }
 
@@ -495,14 +545,18 @@ type load struct {
 	probes map[string]*lab.Probe
 }
 
-// load begins to ask: each client fifty times a second, and each request may take a second.
+// load begins to ask, at the address and at its twin: each client fifty times a second or 25 times each of both, and each request may
+// take a second.
 func (w *world) load(to netip.AddrPort, kinds ...lab.Kind) *load {
 	w.Helper()
 	l := &load{world: w, probes: map[string]*lab.Probe{}}
 	for _, n := range cluster.Nodes {
-		for _, kind := range kinds {
-			client := lab.Client{Kind: kind, From: w.client(n), To: to, Timeout: time.Second}
-			l.probes[fmt.Sprintf("%s %s", n.Name, kind)] = n.Lab().StartProbe(client, 20*time.Millisecond)
+		addresses := w.both(to)
+		for _, to := range addresses {
+			for _, kind := range kinds {
+				client := lab.Client{Kind: kind, From: w.client(n), To: to, Timeout: time.Second}
+				l.probes[fmt.Sprintf("%s %s %s", n.Name, kind, to)] = n.Lab().StartProbe(client, time.Duration(20*len(addresses))*time.Millisecond)
+			}
 		}
 	}
 	w.Cleanup(func() {

@@ -36,9 +36,9 @@ func run() (code int) {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	options := whole.Options{Name: *name, ProxyMode: *proxy, Images: append([]string{filepath.Join(root, "bin/image.tar")}, flag.Args()...)}
+	options := whole.Options{Name: *name, Images: append([]string{filepath.Join(root, "bin/image.tar")}, flag.Args()...)}
 	for runtime := range strings.SplitSeq(*nodes, ",") {
-		options.Nodes = append(options.Nodes, whole.NodeOptions{Runtime: whole.Runtime(runtime)})
+		options.Nodes = append(options.Nodes, whole.NodeOptions{Runtime: whole.Runtime(runtime), ProxyMode: *proxy})
 	}
 	if *cilium {
 		options.Nodes[0].Cilium = &whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}

@@ -34,20 +34,30 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// The plan: nodes are 192.0.2.11, 192.0.2.12 and so on, the network between them is 192.0.2.1, the pods of the
-// first node 10.244.1.0/24, of the second 10.244.2.0/24, and Services 10.96.0.0/16.
+// The plan: nodes are 192.0.2.11 and 2001:db8::11, .12 and ::12 and so on, the network between them is 192.0.2.1 and 2001:db8::1, the pods
+// of the first node 10.244.1.0/24 and fd00:10:244:1::/64, of the second 10.244.2.0/24 and fd00:10:244:2::/64, and Services 10.96.0.0/16
+// and fd00:10:96::/112.
 const (
-	networkAddress = "192.0.2.1"
-	apiAddress     = "192.0.2.11"
-	apiEndpoint    = "https://" + apiAddress + ":6443"
-	apiService     = "10.96.0.1"
-	podRange       = "10.244.0.0/16"
-	serviceRange   = "10.96.0.0/16"
+	networkAddress  = "192.0.2.1"
+	networkAddress6 = "2001:db8::1"
+	apiAddress      = "192.0.2.11"
+	apiEndpoint     = "https://" + apiAddress + ":6443"
+	apiService      = "10.96.0.1"
+	podRange        = "10.244.0.0/16"
+	podRange6       = "fd00:10:244::/48"
+	serviceRange    = "10.96.0.0/16"
+	serviceRange6   = "fd00:10:96::/112"
 )
 
 func nodeAddress(i int) string { return fmt.Sprintf("192.0.2.%d", 11+i) }
 
+func nodeAddress6(i int) string { return fmt.Sprintf("2001:db8::%d", 11+i) }
+
 func nodePods(i int) netip.Prefix { return netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", i+1)) }
+
+func nodePods6(i int) netip.Prefix {
+	return netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%d::/64", i+1))
+}
 
 // Runtime is what runs the containers of a node.
 type Runtime string
@@ -71,15 +81,20 @@ type Options struct {
 	Name string
 	// Nodes are called node1, node2 and so on; one with containerd 1 and one with containerd 2 where empty.
 	Nodes []NodeOptions
-	// ProxyMode is kube-proxy's; nftables where empty.
-	ProxyMode string
 	// Images are archives that are loaded into each node, besides those of ImageEcho and the sandboxes.
 	Images []string
+}
+
+// Mixed are a node with containerd 1 and a kube-proxy in iptables mode, and one with containerd 2 and nftables mode.
+func Mixed() []NodeOptions {
+	return []NodeOptions{{Runtime: Containerd1, ProxyMode: IPTables}, {Runtime: Containerd2, ProxyMode: NFTables}}
 }
 
 // NodeOptions are the things that nodes differ in.
 type NodeOptions struct {
 	Runtime Runtime
+	// ProxyMode is kube-proxy's; nftables where empty.
+	ProxyMode string
 	// Cilium is the primary CNI where it is set; else the bridge plugin.
 	Cilium *Cilium
 }
@@ -120,9 +135,6 @@ func New(ctx context.Context, options Options) (c *Cluster, err error) {
 	}
 	if len(options.Nodes) == 0 {
 		options.Nodes = []NodeOptions{{Runtime: Containerd1}, {Runtime: Containerd2}}
-	}
-	if options.ProxyMode == "" {
-		options.ProxyMode = NFTables
 	}
 	c = &Cluster{options: options, bin: filepath.Join(root, "bin"), logs: filepath.Join(root, "bin", "logs", options.Name)}
 	if c.work, err = newWorkDir(); err != nil {
@@ -183,7 +195,7 @@ func (c *Cluster) prepare() (err error) {
 		return err
 	}
 	for i, options := range c.options.Nodes {
-		n := &Node{cluster: c, index: i, options: options, Name: fmt.Sprintf("node%d", i+1), Address: netip.MustParseAddr(nodeAddress(i))}
+		n := &Node{cluster: c, index: i, options: options, Name: fmt.Sprintf("node%d", i+1), Address: netip.MustParseAddr(nodeAddress(i)), Address6: netip.MustParseAddr(nodeAddress6(i))}
 		if err := n.prepare(serviceAccounts.Key); err != nil {
 			return err
 		}

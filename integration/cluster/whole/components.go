@@ -1,6 +1,7 @@
 package whole
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -126,7 +127,7 @@ func (n *Node) command(component string) []string {
 	case APIServer:
 		return []string{
 			"--etcd-servers=http://127.0.0.1:2379", "--bind-address=0.0.0.0", "--advertise-address=" + apiAddress, "--secure-port=6443",
-			"--service-cluster-ip-range=" + serviceRange, "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
+			"--service-cluster-ip-range=" + serviceRange + "," + serviceRange6, "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 			"--allow-privileged=true", "--client-ca-file=" + keys + "/ca.crt", "--tls-cert-file=" + keys + "/server.crt",
 			"--tls-private-key-file=" + keys + "/server.key", "--service-account-issuer=https://kubernetes.default.svc",
 			"--service-account-key-file=" + keys + "/sa.key", "--service-account-signing-key-file=" + keys + "/sa.key",
@@ -141,10 +142,10 @@ func (n *Node) command(component string) []string {
 	case Containerd:
 		return []string{"--config=" + runtimeFile}
 	case Kubelet:
-		return []string{kubeconfig, "--config=" + keys + "/kubelet.yaml", "--hostname-override=" + n.Name, "--node-ip=" + n.Address.String(), "--v=2"}
+		return []string{kubeconfig, "--config=" + keys + "/kubelet.yaml", "--hostname-override=" + n.Name, "--node-ip=" + n.Address.String() + "," + n.Address6.String(), "--v=2"}
 	case KubeProxy:
 		return []string{
-			kubeconfig, "--hostname-override=" + n.Name, "--proxy-mode=" + n.cluster.options.ProxyMode, "--cluster-cidr=" + podRange,
+			kubeconfig, "--hostname-override=" + n.Name, "--proxy-mode=" + cmp.Or(n.options.ProxyMode, NFTables), "--cluster-cidr=" + podRange + "," + podRange6,
 			"--bind-address=" + n.Address.String(), "--nodeport-addresses=primary", "--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0",
 		}
 	}

@@ -11,9 +11,11 @@ const networkInit = `set -e
 mount --make-rprivate /
 mount -t sysfs sysfs /sys
 echo 1 >/proc/sys/net/ipv4/ip_forward
+echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 ip link set lo up
 ip link add nodes type bridge
 ip address add ` + networkAddress + `/24 dev nodes
+ip address add ` + networkAddress6 + `/64 dev nodes nodad
 ip link set nodes up
 echo ready
 cat >/dev/null
@@ -73,7 +75,9 @@ exec "$@"
 END
 mkdir -p /etc/cni/net.d /opt/cni/bin /etc/kubernetes/manifests
 echo 1 >/proc/sys/net/ipv4/ip_forward
-for setting in /proc/sys/net/bridge/bridge-nf-call-iptables; do [ ! -e $setting ] || echo 1 >$setting; done
+echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
+for setting in /proc/sys/net/bridge/bridge-nf-call-iptables /proc/sys/net/bridge/bridge-nf-call-ip6tables; do [ ! -e $setting ] || echo 1 >$setting; done
 ip link set lo up
 echo ready
 cat >/dev/null

@@ -23,8 +23,8 @@ import (
 
 // Node is a node of a cluster.
 type Node struct {
-	Name    string
-	Address netip.Addr // of its eth0
+	Name              string
+	Address, Address6 netip.Addr // of its eth0
 
 	cluster *Cluster
 	index   int
@@ -38,7 +38,7 @@ type Node struct {
 	components map[string]*lab.Process
 }
 
-// Pods is the range that the node's pods have their addresses from.
+// Pods is the range that the node's pods have their IPv4 addresses from.
 func (n *Node) Pods() netip.Prefix { return nodePods(n.index) }
 
 // Runtime is what runs the node's containers.
@@ -155,10 +155,11 @@ func (n *Node) connect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connecting the node: %w", err)
 	}
-	script := fmt.Sprintf("ip address add %s/24 dev eth0\nip link set eth0 up\nip route add default via %s\n", n.Address, networkAddress)
+	script := fmt.Sprintf("ip address add %s/24 dev eth0\nip address add %s/64 dev eth0 nodad\nip link set eth0 up\n", n.Address, n.Address6)
+	script += fmt.Sprintf("ip route add default via %s\nip route add default via %s\n", networkAddress, networkAddress6)
 	for i := range n.cluster.options.Nodes {
 		if i != n.index {
-			script += fmt.Sprintf("ip route add %s via %s\n", nodePods(i), nodeAddress(i))
+			script += fmt.Sprintf("ip route add %s via %s\nip route add %s via %s\n", nodePods(i), nodeAddress(i), nodePods6(i), nodeAddress6(i))
 		}
 	}
 	_, err = n.Exec(ctx, "sh", "-ec", script)
@@ -254,7 +255,7 @@ func (n *Node) conflist() ([]byte, error) {
 		"plugins": []object{
 			{
 				"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
-				"ipam": object{"type": "host-local", "ranges": [][]object{{{"subnet": n.Pods()}}}, "routes": []object{{"dst": "0.0.0.0/0"}}},
+				"ipam": object{"type": "host-local", "ranges": [][]object{{{"subnet": n.Pods()}}, {{"subnet": nodePods6(n.index)}}}, "routes": []object{{"dst": "0.0.0.0/0"}, {"dst": "::/0"}}},
 			},
 			{"type": "portmap", "capabilities": object{"portMappings": true}},
 		},

@@ -28,11 +28,12 @@ func TestRollout(t *testing.T) {
 	onNodes := map[*whole.Node]map[string]map[lab.Kind]*lab.Probe{}
 	for _, n := range cluster.Nodes {
 		w := newWorld(t, n, namespace)
-		onNodes[n] = map[string]map[lab.Kind]*lab.Probe{"magic IP": {}, "Service": {}}
-		for name, to := range map[string]netip.AddrPort{"magic IP": w.magic(), "Service": service} {
+		onNodes[n] = map[string]map[lab.Kind]*lab.Probe{}
+		for name, to := range map[string]netip.AddrPort{"magic IP": w.magicIPs()[0], "magic IP, IPv6": w.magicIPs()[1], "Service": service} {
+			onNodes[n][name] = map[lab.Kind]*lab.Probe{}
 			for kind, load := range lab.Loads {
 				client := lab.Client{Kind: kind, From: w.client, To: to, Timeout: load.Timeout}
-				probe := n.Lab().StartProbe(client, 4*load.Interval) // twelve clients share two processors
+				probe := n.Lab().StartProbe(client, 6*load.Interval) // eighteen clients share two processors
 				defer probe.Stop()
 				_, err := probe.Await(w.patience(), func(o lab.Outcome) bool { return o.Err == nil })
 				w.must(err)
@@ -49,7 +50,7 @@ func TestRollout(t *testing.T) {
 	table := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "\nnode\taddress\tclient\trequests\tfailed\tlongest gap\tpods")
 	for _, n := range cluster.Nodes {
-		for _, name := range []string{"magic IP", "Service"} {
+		for _, name := range []string{"magic IP", "magic IP, IPv6", "Service"} {
 			for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
 				o := onNodes[n][name][kind].Stop()
 				fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%d\t%v\t%d\n", n.Name, name, kind, len(o), len(o.Failed()), o.LongestGap().Round(time.Millisecond), len(o.Servers()))
@@ -57,10 +58,10 @@ func TestRollout(t *testing.T) {
 					continue
 				}
 				if kind == lab.NewConnection && len(o.Failed()) > 0 {
-					t.Errorf("%s: %d of %d new connections failed, the first with %v", n.Name, len(o.Failed()), len(o), o.Failed()[0].Err)
+					t.Errorf("%s, %s: %d of %d new connections failed, the first with %v", n.Name, name, len(o.Failed()), len(o), o.Failed()[0].Err)
 				}
 				if len(o.Servers()) != 2 {
-					t.Errorf("%s: %s was answered by %v, want the old pod and the new one", n.Name, kind, o.Servers())
+					t.Errorf("%s, %s: %s was answered by %v, want the old pod and the new one", n.Name, name, kind, o.Servers())
 				}
 			}
 		}

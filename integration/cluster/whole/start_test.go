@@ -63,10 +63,18 @@ func (w *world) startOnce(name string, kernel *kernelLog, api *podLog) (s start)
 	}
 	s.added, s.labels = record.AddedAt, record.Labels != nil
 	s.process = w.started(pod)
-	w.must(lab.Eventually(w.patience(), func() (err error) {
-		s.rule, err = kernel.firstOf(record.IPs[0])
-		return err
-	}))
+	if len(record.IPs) != 2 {
+		w.Fatalf("pod %s has %v, want an address of each family", name, record.IPs)
+	}
+	for _, address := range record.IPs {
+		w.must(lab.Eventually(w.patience(), func() error {
+			first, err := kernel.firstOf(address)
+			if first.After(s.rule) {
+				s.rule = first
+			}
+			return err
+		}))
+	}
 	w.must(lab.Eventually(w.patience(), func() (err error) {
 		s.podIP, s.ready, err = api.of(pod.UID)
 		return err

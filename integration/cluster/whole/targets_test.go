@@ -35,7 +35,7 @@ func TestStaticPod(t *testing.T) {
 		if record := recordOf(w.node, ready); record == nil || record.UID == string(ready.UID) {
 			w.Errorf("the record of pod %s is %+v", ready.UID, record)
 		}
-		if endpoints, err := w.endpoints(); err != nil || len(endpoints) != 1 || !endpoints[0].Recorded {
+		if endpoints, err := w.endpoints(w.magic()); err != nil || len(endpoints) != 1 || !endpoints[0].Recorded {
 			w.Errorf("endpoints %+v, %v: want one that is joined with its record", endpoints, err)
 		}
 		w.must(os.Remove(w.node.Path(file)))
@@ -74,7 +74,8 @@ func TestHostNetworkTarget(t *testing.T) {
 		pod := echoPod(w.node, w.namespace, "host-"+w.node.Name)
 		pod.Spec.HostNetwork = true
 		// On all addresses it would answer datagrams from the one of cni0, and the reply would find no flow.
-		pod.Spec.Containers[0].Args = append(pod.Spec.Containers[0].Args, "--udp", netip.AddrPortFrom(w.node.Address, port).String())
+		pod.Spec.Containers[0].Args = append(pod.Spec.Containers[0].Args, "--udp",
+			fmt.Sprintf("%s,%s", netip.AddrPortFrom(w.node.Address, port), netip.AddrPortFrom(w.node.Address6, port)))
 		made := w.create(pod)
 		w.ready(made)
 		w.goesTo(made.Name)
@@ -93,11 +94,13 @@ func TestForceDelete(t *testing.T) {
 		old = w.create(old)
 		w.ready(old)
 		w.goesTo(old.Name)
-		probes := map[lab.Kind]*lab.Probe{}
+		probes := map[lab.Client]*lab.Probe{}
 		for kind, load := range lab.Loads {
-			client := lab.Client{Kind: kind, From: w.client, To: w.magic(), Timeout: load.Timeout}
-			probes[kind] = w.node.Lab().StartProbe(client, load.Interval)
-			defer probes[kind].Stop()
+			for _, to := range w.magicIPs() {
+				client := lab.Client{Kind: kind, From: w.client, To: to, Timeout: load.Timeout}
+				probes[client] = w.node.Lab().StartProbe(client, 2*load.Interval)
+				defer probes[client].Stop()
+			}
 		}
 		for _, probe := range probes {
 			_, err := probe.Await(w.patience(), lab.AnsweredBy(old.Name))
@@ -106,18 +109,18 @@ func TestForceDelete(t *testing.T) {
 		_, err := cluster.Kubectl(w.Context(), "delete", "pod", "--namespace", w.namespace, "--force", "--grace-period=0", "--wait=false", old.Name)
 		w.must(err)
 		fresh := w.create(echoPod(w.node, w.namespace, "new-"+w.node.Name))
-		for kind, probe := range probes {
+		for client, probe := range probes {
 			if _, err := probe.Await(w.patience(), lab.AnsweredBy(fresh.Name)); err != nil {
-				w.Errorf("%s: %v", kind, err)
+				w.Errorf("%s to %s: %v", client.Kind, client.To, err)
 			}
 		}
 		w.ready(fresh)
-		for kind, probe := range probes {
+		for client, probe := range probes {
 			outcomes := probe.Stop()
-			w.Logf("%s: %d requests, %d failed, longest request %v, longest time without an answer %v", kind,
+			w.Logf("%s to %s: %d requests, %d failed, longest request %v, longest time without an answer %v", client.Kind, client.To,
 				len(outcomes), len(outcomes.Failed()), outcomes.Longest().Round(time.Millisecond), outcomes.LongestGap().Round(time.Millisecond))
-			if slowest := outcomes.LongestWorking(); kind != lab.UDP && slowest >= lab.Loads[lab.NewConnection].Timeout {
-				w.Errorf("%s: a request took %v", kind, slowest)
+			if slowest := outcomes.LongestWorking(); client.Kind != lab.UDP && slowest >= lab.Loads[lab.NewConnection].Timeout {
+				w.Errorf("%s to %s: a request took %v", client.Kind, client.To, slowest)
 			}
 		}
 		w.must(removePod(w.patience(), old))
@@ -132,13 +135,18 @@ func TestAPIServerOutage(t *testing.T) {
 	w.ready(target)
 	w.goesTo(target.Name)
 	load := lab.Loads[lab.NewConnection]
-	probe := w.node.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: w.client, To: w.magic(), Timeout: load.Timeout}, load.Interval)
-	defer probe.Stop()
+	probes := map[netip.AddrPort]*lab.Probe{}
+	for _, to := range w.magicIPs() {
+		probes[to] = w.node.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: w.client, To: to, Timeout: load.Timeout}, 2*load.Interval)
+		defer probes[to].Stop()
+	}
 	ask := func() {
 		t.Helper()
-		for range 100 {
-			_, err := probe.Await(w.patience(), lab.AnsweredBy(target.Name))
-			w.must(err)
+		for _, probe := range probes {
+			for range 50 {
+				_, err := probe.Await(w.patience(), lab.AnsweredBy(target.Name))
+				w.must(err)
+			}
 		}
 	}
 	w.must(cluster.FreezeAPIServer())
@@ -148,8 +156,10 @@ func TestAPIServerOutage(t *testing.T) {
 	ask()
 	w.must(cluster.StartAPIServer(w.patience()))
 	ask()
-	if failed := probe.Stop().Failed(); len(failed) > 0 {
-		t.Errorf("%d requests failed, the first with %v", len(failed), failed[0].Err)
+	for to, probe := range probes {
+		if failed := probe.Stop().Failed(); len(failed) > 0 {
+			t.Errorf("%s: %d requests failed, the first with %v", to, len(failed), failed[0].Err)
+		}
 	}
 	fresh := w.create(echoPod(w.node, w.namespace, "after"))
 	w.ready(fresh)

@@ -27,7 +27,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// The plan: each test has a namespace and a magic IP of its own, port 8080 of pods with app=echo in both cases. Each
+// The plan: each test has a namespace and a magic IP of its own, and its twin of IPv6, port 8080 of pods with app=echo in all cases. Each
 // node has a client pod in the namespace "clients", which nobody selects.
 const (
 	agentName = "e2e.magic-ip"
@@ -47,6 +47,11 @@ var magicIPs = map[string]string{
 	"rollout": "169.254.210.9",
 }
 
+// twin is the IPv6 address with the last number of an IPv4 one.
+func twin(address string) string {
+	return "fd00:a9fe:d2d2::" + address[strings.LastIndex(address, ".")+1:]
+}
+
 // cluster is shared by all tests, one after the other.
 var cluster *whole.Cluster
 
@@ -60,7 +65,7 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	if cluster, err = whole.New(ctx, whole.Options{Name: "whole"}); err != nil {
+	if cluster, err = whole.New(ctx, whole.Options{Name: "whole", Nodes: whole.Mixed()}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -121,7 +126,9 @@ func placeOn(ctx context.Context, n *whole.Node) error {
 	config := fmt.Sprintf("name: %s\npollInterval: 1s\nmagicIPs:\n", agentName)
 	var selectors []map[string]string
 	for namespace, address := range magicIPs {
-		config += fmt.Sprintf("- {ipAddress: %s, namespace: %s, selector: app=echo, ports: [{port: %d}, {port: %[3]d, protocol: udp}]}\n", address, namespace, port)
+		for _, address := range []string{address, twin(address)} {
+			config += fmt.Sprintf("- {ipAddress: %q, namespace: %s, selector: app=echo, ports: [{port: %d}, {port: %[3]d, protocol: udp}]}\n", address, namespace, port)
+		}
 		selectors = append(selectors, map[string]string{"namespace": namespace, "selector": "app=echo"})
 	}
 	err = errors.Join(
@@ -339,8 +346,14 @@ func (w *world) must(err error) {
 	}
 }
 
-func (w *world) magic() netip.AddrPort {
-	return netip.AddrPortFrom(netip.MustParseAddr(magicIPs[w.namespace]), port)
+func (w *world) magic() netip.AddrPort { return w.magicIPs()[0] }
+
+// magicIPs are those of both families.
+func (w *world) magicIPs() (all []netip.AddrPort) {
+	for _, address := range []string{magicIPs[w.namespace], twin(magicIPs[w.namespace])} {
+		all = append(all, netip.AddrPortFrom(netip.MustParseAddr(address), port))
+	}
+	return all
 }
 
 // create makes a pod that is removed after the test.
@@ -363,26 +376,33 @@ func (w *world) ready(pod *corev1.Pod) *corev1.Pod {
 	return ready
 }
 
-// endpoints is where the agent says that traffic to the magic IP goes now.
-func (w *world) endpoints() ([]runtimedir.Endpoint, error) {
+// endpoints is where the agent says that traffic to a magic IP goes now.
+func (w *world) endpoints(of netip.AddrPort) ([]runtimedir.Endpoint, error) {
 	agent, err := runtimedir.New(w.node.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
 	if err != nil {
 		return nil, err
 	}
 	for _, m := range agent.MagicIPs {
-		if m.Address == w.magic().Addr() && m.Protocol == "tcp" {
+		if m.Address == of.Addr() && m.Protocol == "tcp" {
 			return m.Endpoints, nil
 		}
 	}
-	return nil, fmt.Errorf("the agent does not serve %v", w.magic())
+	return nil, fmt.Errorf("the agent does not serve %v", of)
 }
 
 // goesTo waits until traffic goes to this pod, with an empty name until it is refused, and then asks once by each
-// kind of client: from the client pod, which must be seen by its own address, and from the node.
+// kind of client and for both families: from the client pod, which must be seen by its own address, and from the node.
 func (w *world) goesTo(name string) {
 	w.Helper()
+	for _, to := range w.magicIPs() {
+		w.goesToAt(to, name)
+	}
+}
+
+func (w *world) goesToAt(to netip.AddrPort, name string) {
+	w.Helper()
 	w.must(lab.Eventually(w.patience(), func() error {
-		endpoints, err := w.endpoints()
+		endpoints, err := w.endpoints(to)
 		if err != nil {
 			return err
 		}
@@ -400,20 +420,20 @@ func (w *world) goesTo(name string) {
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
 		for _, from := range []string{w.client, lab.Host} {
 			began := time.Now()
-			answer, err := w.node.Lab().Ask(w.Context(), lab.Client{Kind: kind, From: from, To: w.magic(), Timeout: 2 * time.Second})
+			answer, err := w.node.Lab().Ask(w.Context(), lab.Client{Kind: kind, From: from, To: to, Timeout: 2 * time.Second})
 			switch {
 			case name == "" && err == nil:
-				w.Errorf("%s from %q was answered by %s, want it refused", kind, from, answer.Server)
+				w.Errorf("%s from %q to %s was answered by %s, want it refused", kind, from, to, answer.Server)
 			case name == "":
 				if took := lab.WorkingTime(began, time.Now()); took > time.Second {
-					w.Errorf("%s from %q was refused after %v: %v", kind, from, took, err)
+					w.Errorf("%s from %q to %s was refused after %v: %v", kind, from, to, took, err)
 				}
 			case err != nil:
-				w.Errorf("%s from %q: %v", kind, from, err)
+				w.Errorf("%s from %q to %s: %v", kind, from, to, err)
 			case answer.Server != name:
 				w.Errorf("%s from %q was answered by %s, want %s", kind, from, answer.Server, name)
-			case from == w.client && answer.Client.Addr().String() != client.Status.PodIP:
-				w.Errorf("%s from the client pod %s came from %s", kind, client.Status.PodIP, answer.Client)
+			case from == w.client && !slices.Contains(client.Status.PodIPs, corev1.PodIP{IP: answer.Client.Addr().String()}):
+				w.Errorf("%s from the client pod %v came from %s", kind, client.Status.PodIPs, answer.Client)
 			}
 		}
 	}
