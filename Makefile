@@ -69,7 +69,16 @@ e2e-cilium-binaries: e2e-binaries ## Cilium and what it needs, from source (9 mi
 .PHONY: e2e-cilium
 e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cilium, with all settings that matter (needs root; 12 minutes; CILIUM=-short for 2)
 	integration/prerequisites nft iptables conntrack ip nsenter ipset
-	go test -v -race -count=1 -timeout 40m -tags cilium $(CILIUM) ./integration/cluster/dataplane
+	go test -v -race -count=1 -timeout 40m -tags dataplane -skip '^TestFlannel$$' $(CILIUM) ./integration/cluster/dataplane
+
+.PHONY: e2e-flannel-binaries
+e2e-flannel-binaries: e2e-binaries ## flannel and its CNI plugin, from source (2 minutes, once)
+	integration/cluster/binaries flannel
+
+.PHONY: e2e-flannel
+e2e-flannel: build e2e-flannel-binaries e2e-image ## magic IPs on two nodes with flannel: VXLAN and host-gw, with frames that pass netfilter and that do not (needs root; 4 minutes)
+	integration/prerequisites nft iptables conntrack ip nsenter
+	go test -v -race -count=1 -timeout 20m -tags dataplane -run '^TestFlannel$$' ./integration/cluster/dataplane
 
 .PHONY: e2e-clients
 e2e-clients: build e2e-binaries e2e-image ## the examples with real servers and SDKs, and what updates lose, into docs/benchmarks (needs root; CLIENTS=)
@@ -78,9 +87,9 @@ e2e-clients: build e2e-binaries e2e-image ## the examples with real servers and 
 	go test -v -race -count=1 -parallel 3 -timeout 40m -tags clients ./integration/cluster/clients $(if $(CLIENTS),$(CLIENTS),-update)
 
 .PHONY: compatibility
-compatibility: build tools ## observe anew what docs/compatibility.md says of networks (needs root; 14 minutes)
+compatibility: build tools ## observe anew what docs/compatibility.md says of networks (needs root; 18 minutes)
 	COMPATIBILITY=write go test -C integration -count=1 -run '^TestCompatibility$$' .
-	COMPATIBILITY=write $(MAKE) e2e-cilium
+	COMPATIBILITY=write $(MAKE) e2e-cilium e2e-flannel
 	go test -count=1 ./integration/docs -run '^TestGenerated$$' -update
 
 .PHONY: compare
@@ -149,7 +158,7 @@ e2e-bench: build tools e2e-binaries ## measure the agent and the API server, eac
 .PHONY: lint
 lint: ## golangci-lint with .golangci.yml, and actionlint
 	go build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
-	bin/golangci-lint run --build-tags e2e,cilium,clients ./...
+	bin/golangci-lint run --build-tags e2e,dataplane,clients ./...
 	cd integration/chart && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/monitoring && ../../bin/golangci-lint run --config ../../.golangci.yml ./...
 	cd integration/cluster/sdk && ../../../bin/golangci-lint run --config ../../../.golangci.yml ./...

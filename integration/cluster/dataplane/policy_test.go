@@ -1,4 +1,4 @@
-//go:build cilium
+//go:build dataplane
 
 package dataplane_test
 
@@ -40,8 +40,8 @@ func TestPolicies(t *testing.T) {
 	}
 	for _, s := range settings()[:6] {
 		t.Run(s.name, func(t *testing.T) {
-			w := newWorld(t)
-			w.must(node.SetCilium(w.ctx, s.cilium))
+			w := newWorld(t, ciliumNode)
+			w.must(s.set(w.ctx))
 			w.follows(s)
 			w.pod("default", "echo", echoLabels)
 			w.awaitEndpoint("echo")

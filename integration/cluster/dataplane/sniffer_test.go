@@ -1,4 +1,4 @@
-//go:build cilium
+//go:build dataplane
 
 package dataplane_test
 

@@ -1,7 +1,7 @@
-//go:build cilium
+//go:build dataplane
 
 // Package dataplane_test runs magic IPs on a node with real Cilium, beside one with the bridge plugin, with every setting of Cilium that
-// decides by which way packets of pods go. With -short, those settings with which packets bypass netfilter.
+// decides by which way packets of pods go, and on two nodes with real flannel. With -short, those settings with which packets bypass netfilter.
 package dataplane_test
 
 import (
@@ -25,7 +25,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
-// The plan: node1 has Cilium, node2 has not. Servers are pods with app=echo in the namespace default, port 8080; clients and a pod that
+// The plan: node1 has Cilium, node2 has not; or both have flannel. Servers are pods with app=echo in the namespace default, port 8080; clients and a pod that
 // nobody selects are in the namespace clients. The release is called mip, in kube-system.
 const (
 	agentName = "kube-system.mip"
@@ -44,31 +44,73 @@ var (
 	control  = netip.AddrPortFrom(netip.MustParseAddr("203.0.113.99"), port)
 )
 
+// The nodes that a test is made for.
+const (
+	ciliumNode   = "cilium"
+	flannelNodes = "flannel"
+)
+
+// cluster is shared by the tests that are made for the same nodes, one after the other.
 var (
 	cluster *whole.Cluster
-	node    *whole.Node // the one with Cilium
+	node    *whole.Node // the first
+	made    string      // the nodes that it has
 )
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-	defer cancel()
 	root, err := lab.ModuleRoot()
 	if err == nil {
 		err = os.Chdir(root)
-	}
-	if err == nil {
-		cluster, err = whole.New(ctx, whole.Options{Name: "dataplane", Images: []string{"bin/image.tar"}, Nodes: []whole.NodeOptions{
-			{Runtime: whole.Containerd1, Cilium: &whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}}, {Runtime: whole.Containerd2},
-		}})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	code := m.Run()
+	if cluster == nil {
+		return code
+	}
+	if code != 0 {
+		err = errors.New(cluster.LogTails())
+	}
+	if err = errors.Join(err, cluster.Close()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// use makes the cluster with these nodes, where it is not the one that is up.
+func use(ctx context.Context, nodes string) (err error) {
+	if made == nodes {
+		return nil
+	}
+	made = ""
+	if cluster != nil {
+		if err := cluster.Close(); err != nil {
+			return err
+		}
+	}
+	options := whole.Options{Name: "dataplane-" + nodes, Images: []string{"bin/image.tar"}}
+	switch nodes {
+	case ciliumNode:
+		options.Nodes = []whole.NodeOptions{{Runtime: whole.Containerd1, Cilium: &whole.Cilium{KubeProxyReplacement: true, BPFMasquerade: true}}, {Runtime: whole.Containerd2}}
+	case flannelNodes:
+		for range 2 {
+			options.Nodes = append(options.Nodes, whole.NodeOptions{Runtime: whole.Containerd1, ProxyMode: whole.IPTables, Flannel: &whole.Flannel{VXLAN: true}})
+		}
+	}
+	if cluster, err = whole.New(ctx, options); err != nil {
+		return err
+	}
 	node = cluster.Nodes[0]
-	return cluster.Test(func() error { return furnish(ctx) }, m.Run)
+	if err := furnish(ctx); err != nil {
+		return err
+	}
+	made = nodes
+	return nil
 }
 
 // furnish makes the namespace of the clients and installs the chart, with the values of the documentation.
@@ -123,8 +165,12 @@ type world struct {
 	observed compat.Observed
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, nodes string) *world {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longest)
+	if err := use(ctx, nodes); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
 	w := &world{T: t, ctx: ctx}
 	t.Cleanup(func() {
 		defer cancel()
@@ -211,7 +257,7 @@ func (w *world) awaitEndpoint(pod string) {
 	})
 }
 
-// echoPod is a pod on the node with Cilium that answers at port 8080.
+// echoPod is a pod on the first node that answers at port 8080.
 func echoPod(namespace, name string, labels map[string]string) *corev1.Pod {
 	grace := int64(1)
 	return &corev1.Pod{
@@ -230,10 +276,15 @@ var echoLabels = map[string]string{"app": "echo"}
 // pod makes a pod of the node that is removed after the test, and waits until it is ready.
 func (w *world) pod(namespace, name string, labels map[string]string) *corev1.Pod {
 	w.Helper()
-	_, err := cluster.Admin.CoreV1().Pods(namespace).Create(w.ctx, echoPod(namespace, name, labels), metav1.CreateOptions{})
+	return w.create(echoPod(namespace, name, labels))
+}
+
+func (w *world) create(pod *corev1.Pod) *corev1.Pod {
+	w.Helper()
+	_, err := cluster.Admin.CoreV1().Pods(pod.Namespace).Create(w.ctx, pod, metav1.CreateOptions{})
 	w.must(err)
-	w.Cleanup(func() { w.remove(namespace, name) })
-	return w.ready(namespace, name)
+	w.Cleanup(func() { w.remove(pod.Namespace, pod.Name) })
+	return w.ready(pod.Namespace, pod.Name)
 }
 
 func (w *world) ready(namespace, name string) (pod *corev1.Pod) {

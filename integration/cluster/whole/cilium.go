@@ -2,17 +2,12 @@ package whole
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -38,8 +33,8 @@ type Cilium struct {
 // CiliumAgent is a component of nodes with Cilium.
 const CiliumAgent = "cilium-agent"
 
-// CiliumConflist is the file that Cilium writes.
-const CiliumConflist = CNIConfDir + "/05-cilium.conflist"
+// ciliumConflist is the file that Cilium writes.
+const ciliumConflist = CNIConfDir + "/05-cilium.conflist"
 
 func (c *Cluster) ciliumFile(name ...string) string {
 	return filepath.Join(append([]string{c.bin, "cilium"}, name...)...)
@@ -52,7 +47,7 @@ func (n *Node) ciliumCommand() []string {
 		"--k8s-kubeconfig-path=" + keys + "/cilium.kubeconfig", "--k8s-api-server-urls=" + apiEndpoint, "--lib-dir=" + n.cluster.ciliumFile(),
 		"--state-dir=/run/cilium", "--bpf-root=/sys/fs/bpf", "--cgroup-root=/run/cilium/cgroupv2", "--ipam=kubernetes", "--enable-ipv6=false",
 		"--cluster-name=e2e", "--identity-allocation-mode=crd", "--enable-hubble=false", "--enable-l7-proxy=false", "--enable-health-checking=false",
-		"--enable-endpoint-health-checking=false", "--devices=eth0", "--write-cni-conf-when-ready=" + CiliumConflist,
+		"--enable-endpoint-health-checking=false", "--devices=eth0", "--write-cni-conf-when-ready=" + ciliumConflist,
 	}
 	for flag, value := range map[string]bool{
 		"kube-proxy-replacement": c.KubeProxyReplacement, "enable-bpf-masquerade": c.BPFMasquerade,
@@ -86,19 +81,10 @@ func (c *Cluster) prepareCilium(ctx context.Context) error {
 
 // startCilium waits for kubelet to have registered the node, gives the node its range of addresses, and starts Cilium's agent.
 func (n *Node) startCilium(ctx context.Context) error {
-	prefix := n.Pods().String()
-	patch, err := json.Marshal(corev1.Node{Spec: corev1.NodeSpec{PodCIDR: prefix, PodCIDRs: []string{prefix}}})
-	if err != nil {
+	if err := n.assignPods(ctx); err != nil {
 		return err
 	}
-	err = lab.Eventually(ctx, func() error {
-		_, err := n.cluster.Admin.CoreV1().Nodes().Patch(ctx, n.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{})
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	_, err = n.Exec(ctx, "sh", "-ec", `mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+	_, err := n.Exec(ctx, "sh", "-ec", `mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
 mkdir -p /run/cilium
 [ -e /run/cilium/netns ] || ln -s /run/netns /run/cilium/netns`) // where the agent looks for the network namespaces of pods
 	if err != nil {

@@ -95,8 +95,9 @@ type NodeOptions struct {
 	Runtime Runtime
 	// ProxyMode is kube-proxy's; nftables where empty.
 	ProxyMode string
-	// Cilium is the primary CNI where it is set; else the bridge plugin.
-	Cilium *Cilium
+	// Cilium or Flannel is the primary CNI where it is set; else the bridge plugin.
+	Cilium  *Cilium
+	Flannel *Flannel
 }
 
 // Cluster is a cluster that is up. Its methods may be called from several goroutines.

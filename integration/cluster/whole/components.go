@@ -58,7 +58,7 @@ func (n *Node) prepare(serviceAccountKey []byte) error {
 	}
 	users := map[string]string{KubeProxy: "system:kube-proxy"}
 	if n.options.Cilium == nil {
-		files[ConflistFile] = conflist
+		files[n.Conflist()] = conflist
 	}
 	if n.index == 0 {
 		server, err := n.cluster.ca.Server(apiAddress, apiService, "127.0.0.1")
@@ -77,12 +77,15 @@ func (n *Node) prepare(serviceAccountKey []byte) error {
 		}
 		users[ControllerManager], users[Scheduler] = "system:"+ControllerManager, "system:"+Scheduler
 	}
-	if n.options.Cilium != nil {
-		pair, err := n.cluster.ca.Client("cilium", "system:masters")
+	for user, has := range map[string]bool{"cilium": n.options.Cilium != nil, "flannel": n.options.Flannel != nil} {
+		if !has {
+			continue
+		}
+		pair, err := n.cluster.ca.Client(user, "system:masters")
 		if err != nil {
 			return err
 		}
-		files[keys+"/cilium.kubeconfig"] = n.cluster.ca.Kubeconfig(apiEndpoint, pair)
+		files[keys+"/"+user+".kubeconfig"] = n.cluster.ca.Kubeconfig(apiEndpoint, pair)
 	}
 	for component, user := range users {
 		pair, err := n.cluster.ca.Client(user)
@@ -160,6 +163,8 @@ func (n *Node) Start(component string) error {
 		program = n.program(component)
 	case CiliumAgent:
 		program = n.cluster.ciliumFile(component)
+	case Flanneld:
+		program = n.cluster.flannelFile(component)
 	}
 	logs := filepath.Join(n.cluster.logs, n.Name)
 	if err := os.MkdirAll(logs, 0o755); err != nil {
@@ -169,8 +174,11 @@ func (n *Node) Start(component string) error {
 		return fmt.Errorf("%w: run `make e2e-binaries`", err)
 	}
 	command := append([]string{program}, n.command(component)...)
-	if component == CiliumAgent {
+	switch component {
+	case CiliumAgent:
 		command = n.ciliumCommand()
+	case Flanneld:
+		command = n.flannelCommand()
 	}
 	process, err := n.StartProcess(component, command...)
 	if err != nil {
@@ -246,6 +254,11 @@ func (n *Node) startAll(ctx context.Context) error {
 		}
 		if n.options.Cilium.KubeProxyReplacement {
 			return nil
+		}
+	}
+	if n.options.Flannel != nil {
+		if err := n.startFlannel(ctx); err != nil {
+			return err
 		}
 	}
 	return n.Start(KubeProxy)

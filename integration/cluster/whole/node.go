@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netns"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
@@ -158,7 +159,7 @@ func (n *Node) connect(ctx context.Context) error {
 	script := fmt.Sprintf("ip address add %s/24 dev eth0\nip address add %s/64 dev eth0 nodad\nip link set eth0 up\n", n.Address, n.Address6)
 	script += fmt.Sprintf("ip route add default via %s\nip route add default via %s\n", networkAddress, networkAddress6)
 	for i := range n.cluster.options.Nodes {
-		if i != n.index {
+		if i != n.index && n.options.Flannel == nil {
 			script += fmt.Sprintf("ip route add %s via %s\nip route add %s via %s\n", nodePods(i), nodeAddress(i), nodePods6(i), nodeAddress6(i))
 		}
 	}
@@ -243,12 +244,43 @@ func (n *Node) PodNetNS(ctx context.Context, pod *corev1.Pod) (string, error) {
 	return "", fmt.Errorf("pod %s/%s has no running container on %s", pod.Namespace, pod.Name, n.Name)
 }
 
+// assignPods waits for kubelet to have registered the node, and gives the node its range of IPv4 addresses in the API.
+func (n *Node) assignPods(ctx context.Context) error {
+	prefix := n.Pods().String()
+	patch, err := json.Marshal(corev1.Node{Spec: corev1.NodeSpec{PodCIDR: prefix, PodCIDRs: []string{prefix}}})
+	if err != nil {
+		return err
+	}
+	return lab.Eventually(ctx, func() error {
+		_, err := n.cluster.Admin.CoreV1().Nodes().Patch(ctx, n.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{})
+		return err
+	})
+}
+
+// Conflist is the file of the node's primary CNI.
+func (n *Node) Conflist() string {
+	switch {
+	case n.options.Cilium != nil:
+		return ciliumConflist
+	case n.options.Flannel != nil:
+		return flannelConflist
+	}
+	return ConflistFile
+}
+
 // conflist is the node's network configuration without the plugin, as the primary CNI's installer would write it.
 func (n *Node) conflist() ([]byte, error) {
 	type object = map[string]any
 	version := "1.0.0"
 	if n.options.Runtime == Containerd2 {
 		version = "1.1.0"
+	}
+	portmap := object{"type": "portmap", "capabilities": object{"portMappings": true}}
+	if n.options.Flannel != nil { // as in its manifest
+		return json.MarshalIndent(object{
+			"cniVersion": "1.0.0", "name": "cbr0",
+			"plugins": []object{{"type": "flannel", "delegate": object{"hairpinMode": true, "isDefaultGateway": true}}, portmap},
+		}, "", "  ")
 	}
 	return json.MarshalIndent(object{
 		"cniVersion": version, "name": "pods",
@@ -257,7 +289,7 @@ func (n *Node) conflist() ([]byte, error) {
 				"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
 				"ipam": object{"type": "host-local", "ranges": [][]object{{{"subnet": n.Pods()}}, {{"subnet": nodePods6(n.index)}}}, "routes": []object{{"dst": "0.0.0.0/0"}, {"dst": "::/0"}}},
 			},
-			{"type": "portmap", "capabilities": object{"portMappings": true}},
+			portmap,
 		},
 	}, "", "  ")
 }

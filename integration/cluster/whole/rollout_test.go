@@ -79,7 +79,7 @@ func rolledOut(w *world) netip.AddrPort {
 	pod.Spec.NodeName = ""
 	grace := int64(5)
 	pod.Spec.TerminationGracePeriodSeconds = &grace
-	pod.Spec.Containers[0].Args = []string{"serve", "--drain", "500ms"} // answers with its hostname, the pod's name
+	pod.Spec.Containers[0].Args = []string{"serve", "--drain", "2s"} // answers with its hostname, the pod's name
 	pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
 		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(control)}},
 	}
