@@ -41,7 +41,7 @@ type rounds struct {
 
 func run() int {
 	short := flag.Bool("short", false, "a tenth of the repetitions: see that it works, do not quote the figures")
-	only := flag.String("only", "", "measure one `PART`: plugin, rules, path, scale, flows or storm")
+	only := flag.String("only", "", "measure one `PART`: plugin, rules, path, routes, scale, flows or storm")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
@@ -50,7 +50,7 @@ func run() int {
 	if *short {
 		count = rounds{plugin: 100, rules: 10, path: 100, scale: 5, scalePath: 30, flows: 5, storms: 1}
 	}
-	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}, {"scale", measureScale}, {"flows", measureFlows}, {"storm", measureStorm}}
+	parts := []part{{"plugin", measurePlugins}, {"rules", measureRules}, {"path", measurePath}, {"routes", measureRoutes}, {"scale", measureScale}, {"flows", measureFlows}, {"storm", measureStorm}}
 	if *only != "" {
 		parts = slices.DeleteFunc(parts, func(p part) bool { return p.name != *only })
 	}

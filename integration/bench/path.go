@@ -28,6 +28,14 @@ type traffic struct {
 	limit float64 // of the ratio of the magic IP to the own address
 }
 
+func trafficKinds() []traffic {
+	return []traffic{
+		{what: "connection setup", block: setupBlock, size: 20, limit: 1.06},
+		{what: "TCP request and response", block: requestBlock, size: 100, limit: 1.03},
+		{what: "UDP round trip", block: datagramBlock, size: 100, limit: 1.06},
+	}
+}
+
 // lane is a way to the server.
 type lane struct {
 	what   string
@@ -39,11 +47,7 @@ type lane struct {
 // measurePath compares the way through the magic IP with the way to the pod's own address, between two pods
 // on one bridge.
 func measurePath(ctx context.Context, count rounds) (measured []table, err error) {
-	kinds := []traffic{
-		{what: "connection setup", block: setupBlock, size: 20, limit: 1.06},
-		{what: "TCP request and response", block: requestBlock, size: 100, limit: 1.03},
-		{what: "UDP round trip", block: datagramBlock, size: 100, limit: 1.06},
-	}
+	kinds := trafficKinds()
 	node, err := newNode(ctx)
 	if err != nil {
 		return nil, err
@@ -109,36 +113,16 @@ func measureFrom(ctx context.Context, node *lab.Node, own netip.AddrPort, client
 	return rows, beside, err
 }
 
-// measure takes turns between the lanes. The first round is not counted: neighbours and caches are cold. besidePlain is the magic IP
-// beside a plain DNAT rule.
+// measure takes turns between the ways. besidePlain is the magic IP beside a plain DNAT rule.
 func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) (rows []row, besidePlain row, err error) {
 	lanes := []*lane{
 		{what: "own address", server: own},
 		{what: "plain DNAT", server: netip.AddrPortFrom(netip.MustParseAddr(plainDNAT), own.Port())},
 		{what: "magic IP", server: netip.AddrPortFrom(netip.MustParseAddr(magicIP), own.Port())},
 	}
-	random := rand.New(rand.NewPCG(1, 2))
-	for round := range rounds + 1 {
-		for _, i := range random.Perm(len(lanes)) {
-			if ctx.Err() != nil {
-				return nil, row{}, context.Cause(ctx)
-			}
-			l := lanes[i]
-			if round == 1 {
-				l.took, l.blocks = nil, nil
-			}
-			before := len(l.took)
-			if err := t.block(l.server, t.size, &l.took); err != nil {
-				return nil, row{}, fmt.Errorf("%s: %w", l.what, err)
-			}
-			var block float64
-			for _, exchange := range l.took[before:] {
-				block += exchange
-			}
-			l.blocks = append(l.blocks, block)
-		}
+	if err := t.takeTurns(ctx, rounds, lanes...); err != nil {
+		return nil, row{}, err
 	}
-
 	for i, l := range lanes {
 		r := row{what: t.what + ", " + l.what, values: l.took}
 		if i > 0 {
@@ -152,6 +136,32 @@ func (t traffic) measure(ctx context.Context, own netip.AddrPort, rounds int) (r
 	plain, ours := lanes[1], lanes[2]
 	besidePlain = row{what: t.what + ", magic IP", values: ours.took, ratios: ours.blocks.ratios(plain.blocks), target: target{ratioMedian, plainLimit}}
 	return rows, besidePlain, nil
+}
+
+// takeTurns does a block for each lane in each round. The first round is not counted: neighbours and caches are cold.
+func (t traffic) takeTurns(ctx context.Context, rounds int, lanes ...*lane) error {
+	random := rand.New(rand.NewPCG(1, 2))
+	for round := range rounds + 1 {
+		for _, i := range random.Perm(len(lanes)) {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			l := lanes[i]
+			if round == 1 {
+				l.took, l.blocks = nil, nil
+			}
+			before := len(l.took)
+			if err := t.block(l.server, t.size, &l.took); err != nil {
+				return fmt.Errorf("%s: %w", l.what, err)
+			}
+			var block float64
+			for _, exchange := range l.took[before:] {
+				block += exchange
+			}
+			l.blocks = append(l.blocks, block)
+		}
+	}
+	return nil
 }
 
 // podsOnABridge attaches server and client, and waits until the magic IP leads to the server, whose own
