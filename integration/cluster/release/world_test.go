@@ -41,7 +41,7 @@ const (
 	image       = "docker.io/magic-ip-address/magic-ip-address"
 	runtimeDir  = lab.RuntimeDir
 	pluginFile  = whole.CNIBinDir + "/magic-ip-address"
-	longestTest = 3 * time.Minute
+	longestTest = 5 * time.Minute
 )
 
 var (
