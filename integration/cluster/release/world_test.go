@@ -242,17 +242,21 @@ func (w *world) begin(r release, values ...string) string {
 // apm is the release of the documentation. New pods count as available at once, so that a roll-out takes less time.
 var apm = release{system, name}
 
-// They have the twin of the address as well.
+// They have the twin of the address as well, for datagrams too, with the same owner of its targets.
 func apmValues(more ...string) []string {
-	address := magic
+	const six, ports = "config.magicIPs[0].", "config.magicIPs[0].ports"
+	address, owner := magic, ""
 	for _, value := range more {
 		if other, found := strings.CutPrefix(value, "config.ipAddress="); found {
 			address = netip.AddrPortFrom(netip.MustParseAddr(other), magic.Port())
 		}
+		if of, found := strings.CutPrefix(value, "config.owner="); found {
+			owner = of
+		}
 	}
-	const six = "config.magicIPs[0]."
 	return append([]string{"config.ipAddress=" + magic.Addr().String(), fmt.Sprintf("config.port=%d", magic.Port()), "config.selector=app=apm-server", "minReadySeconds=0",
-		six + "ipAddress=" + twin(address).Addr().String(), six + "selector=app=apm-server", fmt.Sprintf("%sports[0].port=%d", six, magic.Port())}, more...)
+		six + "ipAddress=" + twin(address).Addr().String(), six + "selector=app=apm-server", six + "owner=" + owner,
+		fmt.Sprintf("%s[0].port=%d", ports, magic.Port()), fmt.Sprintf("%s[1].port=%d", ports, magic.Port()), ports + "[1].protocol=udp"}, more...)
 }
 
 // twin is the IPv6 address with the last byte of an IPv4 one, and the same port.
