@@ -276,9 +276,9 @@ func (n *Node) conflist() ([]byte, error) {
 		version = "1.1.0"
 	}
 	portmap := object{"type": "portmap", "capabilities": object{"portMappings": true}}
-	if n.options.Flannel != nil { // as in its manifest
+	if n.options.Flannel != nil { // as in its manifest when the plugin was of this version
 		return json.MarshalIndent(object{
-			"cniVersion": "1.0.0", "name": "cbr0",
+			"cniVersion": "0.3.1", "name": "cbr0",
 			"plugins": []object{{"type": "flannel", "delegate": object{"hairpinMode": true, "isDefaultGateway": true}}, portmap},
 		}, "", "  ")
 	}
