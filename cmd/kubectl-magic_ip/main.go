@@ -66,7 +66,7 @@ Exit status: 0 all is well on all nodes, 1 it is not, 2 the cluster could not be
 	f.StringVarP(&options.Selector, "selector", "l", "app.kubernetes.io/name=magic-ip-address", "label `SELECTOR` of the agents' pods")
 	f.DurationVar(&options.Timeout, "timeout", 30*time.Second, "how long a node may take to answer")
 	root.AddCommand(
-		command("status", "Show the magic IPs of all nodes, and whether the agents run", &options, failed, 2, statusTable),
+		command("status", "Show the magic IPs of all nodes, and whether the agents run", &options, failed, 4, statusTable),
 		command("doctor", "Have the agents of all nodes look at their nodes, and show the verdicts", &options, failed, 0, doctorTable),
 	)
 	return root, failed
@@ -209,11 +209,12 @@ type magicIP struct {
 	Port        int
 	Since       time.Time
 	Connections *int
+	Count       *struct{ Opened, Refused uint64 }
 	Endpoints   []struct{ Address, Pod string }
 }
 
 func statusTable(answers []answer, now time.Time) (table screen.Table, well bool) {
-	table.Columns = []string{"NODE", "AGENT", "STATE", "MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS"}
+	table.Columns = []string{"NODE", "AGENT", "STATE", "MAGIC IP", "PROTOCOL", "ENDPOINT", "POD", "AGE", "CONNECTIONS", "OPENED", "REFUSED"}
 	well = true
 	add := func(key, state string, cells ...string) {
 		cells = append(cells, make([]string, len(table.Columns)-len(cells))...)
@@ -247,15 +248,18 @@ func statusTable(answers []answer, now time.Time) (table screen.Table, well bool
 			for _, m := range agent.MagicIPs {
 				endpoint, pods := m.traffic()
 				well = well && m.Reason == ""
-				age, connections := "", ""
+				age, connections, opened, refused := "", "", "", ""
 				if !m.Since.IsZero() {
 					age = screen.Age(now.Sub(m.Since))
 				}
 				if m.Connections != nil {
 					connections = strconv.Itoa(*m.Connections)
 				}
+				if m.Count != nil {
+					opened, refused = strconv.FormatUint(m.Count.Opened, 10), strconv.FormatUint(m.Count.Refused, 10)
+				}
 				add(fmt.Sprintf("%s %s port %d/%s", key, m.IPAddress, m.Port, m.Protocol), strings.TrimSpace(state+", "+endpoint+" "+pods),
-					a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, pods, age, connections)
+					a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, pods, age, connections, opened, refused)
 			}
 		}
 	}

@@ -43,16 +43,16 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestLive: a live screen has age and connections beside them, and a change is one of state, endpoint or pod.
+// TestLive: a live screen has age, connections and counts beside them, and a change is one of state, endpoint or pod.
 func TestLive(t *testing.T) {
 	now := time.Date(2026, 1, 31, 12, 0, 0, 0, time.UTC)
 	at := func(connections int) screen.Table {
 		table, _ := statusTable([]answer{newAnswer(fleet.Node{Name: "n", Pod: "p/q", Output: fmt.Appendf(nil, `{"agents":[{"name":"a","live":true,"magicIPs":[
-			{"ipAddress":"169.254.210.210","protocol":"tcp","port":80,"action":"serve","since":"2026-01-31T11:58:30Z","connections":%d,"endpoints":[{"address":"10.244.1.2:8080","pod":"default/echo"}]}]}]}`, connections)})}, now)
+			{"ipAddress":"169.254.210.210","protocol":"tcp","port":80,"action":"serve","since":"2026-01-31T11:58:30Z","connections":%d,"count":{"opened":8,"refused":2},"endpoints":[{"address":"10.244.1.2:8080","pod":"default/echo"}]}]}]}`, connections)})}, now)
 		return table
 	}
 	before, after := at(3), at(4)
-	if row := after.Rows[0]; len(after.Columns) != len(row.Cells) || strings.Join(row.Cells[7:], " ") != "1m30s 4" || row.Key != "n a 169.254.210.210 port 80/tcp" {
+	if row := after.Rows[0]; len(after.Columns) != len(row.Cells) || strings.Join(row.Cells[7:], " ") != "1m30s 4 8 2" || row.Key != "n a 169.254.210.210 port 80/tcp" {
 		t.Errorf("%+v", after)
 	}
 	if before.Rows[0].State != after.Rows[0].State || after.Rows[0].State != "running, 10.244.1.2:8080 default/echo" {

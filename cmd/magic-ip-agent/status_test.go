@@ -28,7 +28,7 @@ func TestStatusWatch(t *testing.T) {
 		err := own.WriteStatus(runtimedir.Status{StartedAt: time.Now(), Backend: "nftables", PollInterval: "1h", MagicIPs: []runtimedir.MagicIP{{
 			Frontend:  runtimedir.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: runtimedir.TCP, Port: 80},
 			Namespace: "default", Selector: "app=echo", Action: "serve", Since: time.Now().Add(-time.Hour),
-			Endpoints: []runtimedir.Endpoint{{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Pod: pod}},
+			Endpoints: []runtimedir.Endpoint{{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Pod: pod}}, Count: &runtimedir.Count{Opened: 7, Refused: 3},
 		}}})
 		if err != nil {
 			t.Fatal(err)
@@ -56,8 +56,8 @@ func TestStatusWatch(t *testing.T) {
 		}
 	})
 	for _, want := range []string{
-		"MAGIC IP            PROTOCOL  ENDPOINT         POD          AGE   CONNECTIONS\x1b[K",
-		"  169.254.210.210:80  tcp       10.244.1.2:8080  default/old  1h0m", "* 169.254.210.210:80  tcp       10.244.1.2:8080  default/new  1h0m", change, "\x1b[?25h",
+		"MAGIC IP            PROTOCOL  ENDPOINT         POD          AGE   CONNECTIONS  OPENED  REFUSED\x1b[K",
+		"  169.254.210.210:80  tcp       10.244.1.2:8080  default/old  1h0m", "* 169.254.210.210:80  tcp       10.244.1.2:8080  default/new  1h0m  0            7       3", change, "\x1b[?25h",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%q", want, out)
