@@ -112,6 +112,62 @@ func TestHugeFile(t *testing.T) {
 	}
 }
 
+// TestLimits: a configuration of the greatest size, and one behind as many links as the kernel follows, are still used; one byte or link
+// more is too many.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`
+	for extra, used := range []bool{true, false} {
+		dir := directory(t, map[string]string{"10-a.conflist": list + strings.Repeat(" ", maxSize-len(list)+extra)})
+		if v := read(t, dir).View(); (v.Loads == "10-a.conflist") != used {
+			t.Errorf("%d bytes too many: %+v", extra, v)
+		}
+		const mostLinks = 40 // MAXSYMLINKS, linux/namei.h
+		links := map[string]string{"file": list, "10-a.conflist": fmt.Sprintf("-> link%d", mostLinks-1+extra), "link1": "-> file"}
+		for i := range mostLinks - 2 + extra {
+			links[fmt.Sprintf("link%d", i+2)] = fmt.Sprintf("-> link%d", i+1)
+		}
+		dir = directory(t, links)
+		if _, err := os.ReadFile(filepath.Join(dir, "10-a.conflist")); (err == nil) != used {
+			t.Errorf("%d links too many: the kernel says %v", extra, err)
+		}
+		if v := read(t, dir).View(); (v.Loads == "10-a.conflist") != used {
+			t.Errorf("%d links too many: %+v", extra, v)
+		}
+	}
+}
+
+// TestRemove: what is left has no comma too many, also where nothing is left.
+func TestRemove(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		text  string
+		index int
+		want  string
+	}{
+		{`[1]`, 0, `[]`}, {`[ 1, 2 ]`, 0, `[ 2 ]`}, {`[ 1, 2 ]`, 1, `[ 1 ]`}, {`[1, 2, 3]`, 1, `[1, 3]`},
+		{`{"a": 1}`, 0, `{}`}, {`{ "a": 1, "b": 2 }`, 0, `{ "b": 2 }`}, {`{"a": 1, "b": 2}`, 1, `{"a": 1}`},
+	} {
+		value, err := parseJSON([]byte(test.text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if remove(&value, test.index); string(value.Pack()) != test.want {
+			t.Errorf("%s without %d: %s, want %s", test.text, test.index, value.Pack(), test.want)
+		}
+	}
+}
+
+// TestNoJSON: an operator is told of an empty file that it is one.
+func TestNoJSON(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{"": "the file is empty", " \n": "the file is empty", "{": "not JSON", "{} // text": "not JSON"} {
+		if _, err := parseJSON([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
+
 // TestHarmless: a plan that a loader would notice beyond our entry is none.
 func TestHarmless(t *testing.T) {
 	t.Parallel()

@@ -86,6 +86,28 @@ func TestMostLabels(t *testing.T) {
 	}
 }
 
+// TestLabelsOfAllPods: what they have together is bounded too, and a pod that would exceed it is dropped, and no other.
+func TestLabelsOfAllPods(t *testing.T) {
+	const most, pods = 512 << 10, 64
+	for extra, wantDropped := range []int{0, 1} {
+		var all runtimedir.Pods
+		for i := range pods {
+			pod := podLabels(fmt.Sprintf("u%02d", i), nil)
+			// What JSON adds to a pod and to a label counts as so many bytes.
+			length := most/pods - 64 - 16 - len(pod.Namespace) - len(pod.Name) - len(pod.UID) - len("key")
+			if i == pods/2 {
+				length += extra
+			}
+			pod.Labels = map[string]string{"key": strings.Repeat("x", length)}
+			all.Labels = append(all.Labels, pod)
+		}
+		dropped, err := runtimedir.New(t.TempDir()).Agent("a").WritePods(all)
+		if err != nil || dropped != wantDropped {
+			t.Errorf("%d bytes too many: labels of %d pods are dropped, %v", extra, dropped, err)
+		}
+	}
+}
+
 // TestLog: the log of the plugin is appended to until it is full, and begins anew then; the one before is kept.
 func TestLog(t *testing.T) {
 	const full = 256 << 10
