@@ -362,3 +362,25 @@ func TestUpdateTriesAgain(t *testing.T) {
 		t.Errorf("%v", entries)
 	}
 }
+
+// TestSettle: a file that cannot be used is given time from when it was last written, by the clock of that moment: one from the future
+// is not waited for. Of several the one that was written last counts.
+func TestSettle(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	for _, test := range []struct {
+		ages []time.Duration
+		want time.Duration
+	}{
+		{[]time.Duration{0}, settleTime}, {[]time.Duration{time.Second}, settleTime - time.Second}, {[]time.Duration{settleTime - 1}, 1},
+		{[]time.Duration{settleTime}, 0}, {[]time.Duration{-1}, 0}, {[]time.Duration{settleTime - 1, 1, settleTime - 2}, settleTime - 1},
+	} {
+		d := &Directory{}
+		for _, age := range test.ages {
+			d.files = append(d.files, file{name: "10-a.conf", unusable: errEmpty, modified: now.Add(-age)})
+		}
+		if _, again, _, err := d.first(now, func(file) bool { return false }); err != nil || again != test.want {
+			t.Errorf("written %v ago: waited for %v, %v, want %v", test.ages, again, err, test.want)
+		}
+	}
+}

@@ -312,6 +312,31 @@ func TestUnusableFilesOfTheVersionBefore(t *testing.T) {
 	}
 }
 
+// TestKeptOfTheVersionBefore: what an operator may want to read is moved, but for what the plugin has one of already; nothing is left behind.
+func TestKeptOfTheVersionBefore(t *testing.T) {
+	dir, d := before(t)
+	for file, content := range map[string]string{
+		"plugin.log": "old", "plugin.log.1": "older", "state.json.corrupt": "{", "state.json.tmp": "half", "plugin/plugin.log": "new",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if warning, err := d.Update(generous, nil, attachment("c3")); err != nil || warning != nil {
+		t.Fatalf("warning %v, error %v", warning, err)
+	}
+	for file, want := range map[string]string{"plugin.log": "new", "plugin.log.1": "older", "state.json.corrupt": "{"} {
+		if got, err := os.ReadFile(filepath.Join(dir, "plugin", file)); err != nil || string(got) != want {
+			t.Errorf("plugin/%s: %q, %v, want %q", file, got, err, want)
+		}
+	}
+	for _, file := range names(t, dir) {
+		if !strings.Contains(file, "/") || file == "plugin/state.json.tmp" {
+			t.Errorf("%s is left", file)
+		}
+	}
+}
+
 // TestOldLockHeldForGood: the lock of the version before can be taken by any process of the node. It delays the first
 // update shortly, and no other.
 func TestOldLockHeldForGood(t *testing.T) {
