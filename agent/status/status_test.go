@@ -143,10 +143,10 @@ func TestCount(t *testing.T) {
 		t.Fatal(err)
 	}
 	rows := frame.Tables[1].Rows
-	if got := strings.Join(rows[0].Cells, "|"); got != "169.254.210.210:80|tcp|none: reject||1m30s|40" || rows[0].Key != "b 169.254.210.210:80/tcp" || rows[0].State != "none: reject" {
+	if got := strings.Join(rows[0].Cells, "|"); got != "169.254.210.210:80|tcp|none: reject||1m30s|40||" || rows[0].Key != "b 169.254.210.210:80/tcp" || rows[0].State != "none: reject" {
 		t.Errorf("%q is %s, its state is %q", rows[0].Key, got, rows[0].State)
 	}
-	if got := strings.Join(rows[1].Cells, "|"); got != "169.254.210.210:53|udp|unserved: claimed|||" {
+	if got := strings.Join(rows[1].Cells, "|"); got != "169.254.210.210:53|udp|unserved: claimed|||||" {
 		t.Errorf("unserved: %s", got)
 	}
 	if below := frame.Tables[0].Below; len(below) != 1 || !strings.Contains(below[0].Text, "no pod") {
