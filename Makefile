@@ -176,7 +176,7 @@ mutate: ## change the operators of some packages one by one, and see that a test
 	integration/mutate/rooms $(MUTATE)
 
 .PHONY: bench
-bench: build tools ## measure the plugin, the agent and the data path (needs root; 4 minutes)
+bench: build tools ## measure the plugin, the agent and the data path (needs root; 5 minutes)
 	integration/prerequisites nft ip nsenter
 	CGO_ENABLED=0 go build $(STATIC) -o bin/echo ./integration/bench/echo
 	go run ./integration/bench
