@@ -208,16 +208,22 @@ func (w *world) rollout() {
 	_, err = cluster.Kubectl(w.ctx, "rollout", "status", "daemonset/echo")
 	w.must(err)
 	sniffer := listen(w.T)
+	old := w.endpoint()
 	probes := map[lab.Kind]*lab.Probe{}
 	for kind, load := range lab.Loads {
 		probes[kind] = node.Lab().StartProbe(lab.Client{Kind: kind, From: w.netns(client), To: magic, Timeout: load.Timeout}, 4*load.Interval)
 		defer probes[kind].Stop()
-		_, err := probes[kind].Await(w.ctx, func(o lab.Outcome) bool { return o.Err == nil })
+		_, err := probes[kind].Await(w.ctx, lab.AnsweredBy(old))
 		w.must(err)
 	}
 	for _, command := range []string{"restart", "status"} {
 		_, err := cluster.Kubectl(w.ctx, "rollout", command, "daemonset/echo")
 		w.must(err)
+	}
+	for kind, probe := range probes { // a connection stays until the old pod ends
+		if _, err := probe.Await(w.ctx, func(o lab.Outcome) bool { return o.Err == nil && o.Server != old }); err != nil {
+			w.Errorf("rollout: %s is not answered by the new pod: %v", kind, err)
+		}
 	}
 	time.Sleep(time.Second) // for what goes wrong afterwards
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
