@@ -25,7 +25,7 @@ func TestRollout(t *testing.T) {
 	const namespace = "rollout"
 	first := newWorld(t, cluster.Nodes[0], namespace)
 	service := rolledOut(first)
-	onNodes := map[*whole.Node]map[string]map[lab.Kind]*lab.Probe{}
+	onNodes, old := map[*whole.Node]map[string]map[lab.Kind]*lab.Probe{}, map[*whole.Node]string{}
 	for _, n := range cluster.Nodes {
 		w := newWorld(t, n, namespace)
 		onNodes[n] = map[string]map[lab.Kind]*lab.Probe{}
@@ -35,15 +35,28 @@ func TestRollout(t *testing.T) {
 				client := lab.Client{Kind: kind, From: w.client, To: to, Timeout: load.Timeout}
 				probe := n.Lab().StartProbe(client, 6*load.Interval) // eighteen clients share two processors
 				defer probe.Stop()
-				_, err := probe.Await(w.patience(), func(o lab.Outcome) bool { return o.Err == nil })
+				answer, err := probe.Await(w.patience(), func(o lab.Outcome) bool { return o.Err == nil })
 				w.must(err)
-				onNodes[n][name][kind] = probe
+				onNodes[n][name][kind], old[n] = probe, answer.Server
 			}
 		}
 	}
 	for _, command := range []string{"restart", "status"} {
 		_, err := cluster.Kubectl(first.patience(), "rollout", command, "--namespace", namespace, "daemonset/echo")
 		first.must(err)
+	}
+	for n, addresses := range onNodes { // a connection stays until the old pod ends
+		for name, probes := range addresses {
+			for kind, probe := range probes {
+				if name == "Service" { // shown beside it, and not judged
+					continue
+				}
+				_, err := probe.Await(first.patience(), func(o lab.Outcome) bool { return o.Err == nil && o.Server != old[n] })
+				if err != nil {
+					t.Errorf("%s, %s: %s is not answered by the new pod: %v", n.Name, name, kind, err)
+				}
+			}
+		}
 	}
 	time.Sleep(time.Second) // for what goes wrong afterwards
 	var text strings.Builder
