@@ -144,10 +144,15 @@ func (d *DaemonSet) watch() {
 // stopped. A watch that is open brings the deletion even when the right to it is gone.
 //
 // It gives up after refusedTimeout, after awaitTimeout where the API server is silent, and at once where there is none: the node must
-// be served while that is away.
-func (d *DaemonSet) Await(ctx context.Context) {
+// be served while that is away. replaces says that a process of this name has changed the node before: then there is nothing new
+// to leave behind, and awaitTimeout is enough.
+func (d *DaemonSet) Await(ctx context.Context, replaces bool) {
 	d.watch()
-	ctx, cancel := context.WithTimeout(ctx, refusedTimeout)
+	timeout := refusedTimeout
+	if replaces {
+		timeout = awaitTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	silent := time.NewTimer(awaitTimeout)
 	defer silent.Stop()

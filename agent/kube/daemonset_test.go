@@ -334,7 +334,7 @@ func TestDeletion(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, own := newAPIServer(t)
-			own.Await(t.Context())
+			own.Await(t.Context(), false)
 			s.awaitWatch()
 			answer, sigterm := following(t, own)
 			test.says(s)
@@ -392,7 +392,7 @@ func TestStaleCache(t *testing.T) {
 	t.Parallel()
 	s, own := newAPIServer(t)
 	s.list = exists("u0")
-	own.Await(t.Context())
+	own.Await(t.Context(), false)
 	s.awaitWatch()
 	answer, _ := following(t, own)
 	s.send(watch.Deleted, daemonSet("u0"))
@@ -436,7 +436,7 @@ func TestSIGTERM(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, own := newAPIServer(t)
-			own.Await(t.Context())
+			own.Await(t.Context(), false)
 			s.awaitWatch()
 			answer, sigterm := following(t, own)
 			s.answer(test.get)
@@ -503,35 +503,37 @@ func TestAwait(t *testing.T) {
 				time.AfterFunc(time.Second, func() { s.answer(test.then) })
 			}
 			begun, passed := time.Now(), lab.Stopwatch()
-			own.Await(t.Context())
+			own.Await(t.Context(), false)
 			if took := time.Since(begun); took < test.least || passed() > test.most {
 				t.Errorf("waited for %v, want %v to %v", took, test.least, test.most)
 			}
 		})
 	}
-	for name, err := range map[string]error{
-		"unauthorized for good": apierrors.NewUnauthorized("who is that"),
-		"forbidden for good":    apierrors.NewForbidden(appsv1.Resource("daemonsets"), daemonSetName, nil),
-		"gone for good":         apierrors.NewNotFound(appsv1.Resource("daemonsets"), daemonSetName),
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				client := fake.NewClientset()
-				client.PrependReactor("get", "daemonsets", func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, err })
-				own := newDaemonSet(client, "kube-system", daemonSetName, slog.New(slog.DiscardHandler))
-				begun := time.Now()
-				own.Await(t.Context())
-				if took := time.Since(begun); took != refusedTimeout {
-					t.Errorf("waited for %v, want %v", took, refusedTimeout)
-				}
-				following(t, own)
+	for replaces, timeout := range map[bool]time.Duration{false: refusedTimeout, true: awaitTimeout} {
+		for name, err := range map[string]error{
+			"unauthorized for good": apierrors.NewUnauthorized("who is that"),
+			"forbidden for good":    apierrors.NewForbidden(appsv1.Resource("daemonsets"), daemonSetName, nil),
+			"gone for good":         apierrors.NewNotFound(appsv1.Resource("daemonsets"), daemonSetName),
+		} {
+			t.Run(fmt.Sprintf("%s, replaces %t", name, replaces), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					client := fake.NewClientset()
+					client.PrependReactor("get", "daemonsets", func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, err })
+					own := newDaemonSet(client, "kube-system", daemonSetName, slog.New(slog.DiscardHandler))
+					begun := time.Now()
+					own.Await(t.Context(), replaces)
+					if took := time.Since(begun); took != timeout {
+						t.Errorf("waited for %v, want %v", took, timeout)
+					}
+					following(t, own)
+				})
 			})
-		})
+		}
 	}
 	t.Run("deleted together with all rights, before another request", func(t *testing.T) {
 		t.Parallel()
 		s, own := newAPIServer(t)
-		own.Await(t.Context())
+		own.Await(t.Context(), false)
 		s.answer(forbidden)
 		answer, _ := following(t, own)
 		s.send(watch.Deleted, daemonSet("u1"))
@@ -544,7 +546,7 @@ func TestAwait(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		passed := lab.Stopwatch()
-		own.Await(ctx)
+		own.Await(ctx, false)
 		if took := passed(); took > time.Second {
 			t.Errorf("waited for %v", took)
 		}

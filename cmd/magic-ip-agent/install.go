@@ -112,12 +112,22 @@ func (f *installFlags) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if own.Await(ctx); ctx.Err() != nil {
+		if own.Await(ctx, f.hasInstalled()); ctx.Err() != nil {
 			return nil
 		}
 		options.Removed = own.Deleted
 	}
 	return install.Watch(ctx, options)
+}
+
+// hasInstalled reports whether an installer of this name has put anything on the node that is still there.
+func (f *installFlags) hasInstalled() bool {
+	loaded, err := config.Load(f.config, f.noAPI)
+	if err != nil {
+		return false
+	}
+	_, err = runtimedir.New(f.runtime).Installer(loaded.Name).ReadRecord()
+	return err == nil
 }
 
 // toInstall is what the plugin has to know of a configuration: whose pods to record.

@@ -19,6 +19,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const defaultRuntimeDir = "/run/magic-ip-address"
@@ -132,7 +133,8 @@ func (f *runFlags) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if own.Await(ctx); ctx.Err() != nil {
+		_, err = runtimedir.New(f.runtimeDir).Agent(initial.Name).ReadStatus()
+		if own.Await(ctx, err == nil); ctx.Err() != nil {
 			return nil
 		}
 		options.Uninstall = agent.Uninstall{Wanted: own.Deleted, Rules: func(ctx context.Context) error {
