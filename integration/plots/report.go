@@ -29,7 +29,7 @@ const head = `# Comparison with other ways to a node's own pod
 <!-- Written by ` + "`make report`" + ` from data/*.csv. Do not edit. -->
 
 ` + "`make compare`" + ` measures and ` + "`make report`" + ` writes this page and its charts from the [raw data](data). The clients of all peers run at the same time,
-beside each other, against the same pods; each asks 200 times a second:
+beside each other, against the same pods; each asks 200 times a second, and 100 times where seven peers are beside each other:
 
 | client | | timeout |
 |---|---|---|
@@ -44,7 +44,7 @@ The peers:
 | peer | |
 |---|---|
 | magic IP (nftables), (iptables) | two releases of the chart on the same nodes, one for each backend |
-| Service (internalTrafficPolicy: Local), (PreferSameNode) | by kube-proxy with nftables. The second is the field ` + "`trafficDistribution`" + `; another node has a pod for it all the time |
+| Service (internalTrafficPolicy: Local), (PreferSameNode) | by kube-proxy, in iptables mode on one node and with nftables on the other. The second is the field ` + "`trafficDistribution`" + `; another node has a pod for it all the time |
 | hostPort (portmap) | the node's address (` + "`status.hostIP`" + `) and a port of the pod there, by the CNI plugin portmap |
 | Unix socket (hostPath) | a socket in a directory of the node. A new server takes its path over by a rename |
 | 5 s poller (imitation) | imitates kube-magic-ip-address 0.1: it lists pods by the API every 5 s and keeps one DNAT rule of iptables |

@@ -32,6 +32,9 @@ func (w *world) startLoads(ctx context.Context, n *whole.Node, of map[peer][]lab
 	start := func(program string, args ...string) (*lab.Process, error) {
 		return n.Lab().Start("sh", append([]string{"/run/in-cgroup", "nsenter", "--net=" + namespace, w.program(program), "load", "--for", "1h"}, args...)...)
 	}
+	if w.every > 0 && len(flags) == 0 {
+		flags = []string{"--every", w.every.String()}
+	}
 	l := &loads{of: map[peer][]*lab.Process{}}
 	if l.witness, err = start("echo", "--lines", fmt.Sprintf("%s=%v", lab.UDP, witness)); err != nil {
 		return nil, err
@@ -49,7 +52,7 @@ func (w *world) startLoads(ctx context.Context, n *whole.Node, of map[peer][]lab
 		}
 		l.of[p] = append(l.of[p], process)
 		if slices.Contains(kinds, grpcStream) {
-			if process, err = start("stream", p.address(n, grpcStream)); err != nil {
+			if process, err = start("stream", append(slices.Clone(flags), p.address(n, grpcStream))...); err != nil {
 				return nil, err
 			}
 			l.of[p] = append(l.of[p], process)

@@ -108,6 +108,8 @@ type setup struct {
 	peers  []peer
 	kinds  []lab.Kind
 	cilium *whole.Cilium // on the first node
+	// every is how often each client asks; 0 is as often as outages are measured with.
+	every time.Duration
 }
 
 // world is a cluster in which all peers lead to the same pods.

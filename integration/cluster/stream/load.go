@@ -26,6 +26,7 @@ import (
 func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	during := flags.Duration("for", 10*time.Second, "how long")
+	every := flags.Duration("every", pace.Interval, "send a message once per this time")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -42,7 +43,7 @@ func load(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	probe := lab.StartAsking(s.ask, pace.Interval)
+	probe := lab.StartAsking(s.ask, *every)
 	select {
 	case <-ctx.Done():
 	case <-time.After(*during):
