@@ -36,8 +36,8 @@ beside each other, against the same pods; each asks 200 times a second, and 100 
 | new connection | HTTP, a connection for each request | 1 s |
 | keep-alive | HTTP, all requests on one connection, one after the other | 2 s |
 | gRPC stream | one call with a stream in both directions, a message after the other; it connects again every 5 ms, and not by gRPC's default after 1 s | 2 s |
-| connected UDP | one socket, which hears of refusals | 200 ms |
-| unconnected UDP | one socket that sends to the address | 200 ms |
+| connected UDP | one socket, which hears of refusals | 1 s |
+| unconnected UDP | one socket that sends to the address | 1 s |
 
 The peers:
 

@@ -40,7 +40,8 @@ func (w *world) startLoads(ctx context.Context, n *whole.Node, of map[peer][]lab
 		return nil, err
 	}
 	for p, kinds := range of {
-		args := append([]string{"--lines"}, flags...)
+		// A late answer is not a lost one: datagrams have as long as requests.
+		args := append([]string{"--lines", "--datagram-timeout", "1s"}, flags...)
 		for _, kind := range kinds {
 			if kind != grpcStream {
 				args = append(args, fmt.Sprintf("%s=%s", kind, p.address(n, kind)))

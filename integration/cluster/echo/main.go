@@ -24,7 +24,7 @@ import (
 
 const usage = `usage: echo pause
        echo serve [--tcp ADDRESS] [--udp ADDRESS] [--unix PATH] [--control ADDRESS] [--ready-after D] [--delay D] [--drain D] [--journal FILE] [--instance]
-       echo load [--for D] [--every D] [--lines] KIND=ADDRESS:PORT|PATH...   (KIND: new-connection, keep-alive, udp, udp-sendto)
+       echo load [--for D] [--every D] [--datagram-timeout D] [--lines] KIND=ADDRESS:PORT|PATH...   (KIND: new-connection, keep-alive, udp, udp-sendto)
        echo ask [--timeout D] ADDRESS:PORT
        echo path [--rounds N] ADDRESS:PORT|PATH...`
 
@@ -238,6 +238,7 @@ func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	during := flags.Duration("for", 10*time.Second, "how long")
 	every := flags.Duration("every", 0, "ask once per this time; else as often as outages are measured with")
+	datagrams := flags.Duration("datagram-timeout", loadOf(lab.UDP).Timeout, "how long the answer to a datagram may take")
 	lines := flags.Bool("lines", false, "print a line for each request instead of one for each target")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -249,14 +250,14 @@ func load(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
-		clients = append(clients, client)
 		start, interval := lab.StartProbe, *every
 		if client.Kind == lab.UDP || client.Kind == lab.SendTo {
-			start = lab.StartStream
+			start, client.Timeout = lab.StartStream, *datagrams
 		}
 		if interval == 0 {
 			interval = loadOf(client.Kind).Interval
 		}
+		clients = append(clients, client)
 		probes = append(probes, start(dial, client, interval))
 	}
 	select {
