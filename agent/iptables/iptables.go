@@ -163,6 +163,8 @@ type chains struct {
 	generation func() (uint32, error)
 	// restored is why a sync has loaded chains anew that were externally modified. Verify has yet to report it.
 	restored error
+	// served are the frontends that had an endpoint in the last plan.
+	served map[plan.Frontend]bool
 	// moved is when a jump was last put before those of others, by table and hook.
 	moved map[string]time.Time
 }
@@ -172,14 +174,36 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 	if p.Has(f.family) {
 		wanted = render(p, f.family, f.agent)
 	}
-	if err := f.apply(ctx, wanted); err != nil {
+	order := f.order(p)
+	if err := f.apply(ctx, wanted, order); err != nil {
 		return fmt.Errorf("%s: %w", f.command, err)
 	}
 	return nil
 }
 
-// apply loads wanted; nil is nothing at all.
-func (f *chains) apply(ctx context.Context, wanted []table) error {
+// order is that in which the tables of render are changed. Where frontends gain an endpoint, and none loses its own, nat comes before filter: in
+// the other order a SYN between the two would be held, and sent again a second later.
+func (f *chains) order(p *plan.Plan) []int {
+	before := f.served
+	f.served = map[plan.Frontend]bool{}
+	gains := false
+	for _, rule := range p.Rules {
+		if plan.FamilyOf(rule.Address) == f.family && len(rule.Endpoints) > 0 {
+			f.served[rule.Frontend] = true
+			gains = gains || !before[rule.Frontend]
+		}
+	}
+	for frontend := range before {
+		gains = gains && f.served[frontend]
+	}
+	if gains {
+		return []int{0, 2, 1, 3}
+	}
+	return []int{0, 1, 2, 3}
+}
+
+// apply loads wanted, and changes its tables in this order; nil is nothing at all.
+func (f *chains) apply(ctx context.Context, wanted []table, order []int) error {
 	switch {
 	case wanted == nil && f.known && f.tables == nil:
 		return nil
@@ -187,7 +211,7 @@ func (f *chains) apply(ctx context.Context, wanted []table) error {
 		f.known = false
 		return f.remove(ctx, lockWait)
 	case f.known && f.tables != nil:
-		err := f.update(ctx, wanted)
+		err := f.update(ctx, wanted, order)
 		if err == nil || ownFailure(err) {
 			return err
 		}
@@ -203,9 +227,9 @@ func (f *chains) apply(ctx context.Context, wanted []table) error {
 }
 
 // update changes the chains that differ, one transaction for each table. What a failure leaves undone the next one does.
-func (f *chains) update(ctx context.Context, wanted []table) (err error) {
+func (f *chains) update(ctx context.Context, wanted []table, order []int) (err error) {
 	var changed []int
-	for i := range wanted {
+	for _, i := range order {
 		update := wanted[i].update(f.tables[i])
 		if !slices.Equal(wanted[i].jumps, f.tables[i].jumps) {
 			err = f.load(ctx, wanted[i])

@@ -96,7 +96,8 @@ const mostInChain = 8
 // A served frontend is held in the filter table: not translated are only packets of flows from before its
 // rule, which are about to be deleted, and those on their way between two of the three transactions. Hence
 // the order: with filter before nat, a frontend that gains or loses its endpoint never lets a packet out,
-// and never rejects one that the rules before or after would have answered or held.
+// and never rejects one that the rules before or after would have answered or held. Where endpoints are gained alone, nat comes
+// first, and no SYN is held meanwhile.
 //
 // The zones of connection tracking come last: a datagram that finds its new zone makes a flow, which must lead to the new endpoint. One
 // that comes earlier goes to the old endpoint by its flow of before. There is no table raw without a UDP port.

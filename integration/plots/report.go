@@ -44,7 +44,7 @@ The peers:
 | peer | |
 |---|---|
 | magic IP (nftables), (iptables) | two releases of the chart on the same nodes, one for each backend |
-| Service (internalTrafficPolicy: Local), (PreferSameNode) | by kube-proxy, in iptables mode on one node and with nftables on the other. The second is the field ` + "`trafficDistribution`" + `; another node has a pod for it all the time |
+| Service (internalTrafficPolicy: Local), (PreferSameNode) | by kube-proxy with nftables. The second is the field ` + "`trafficDistribution`" + `; another node has a pod for it all the time |
 | hostPort (portmap) | the node's address (` + "`status.hostIP`" + `) and a port of the pod there, by the CNI plugin portmap |
 | Unix socket (hostPath) | a socket in a directory of the node. A new server takes its path over by a rename |
 | 5 s poller (imitation) | imitates kube-magic-ip-address 0.1: it lists pods by the API every 5 s and keeps one DNAT rule of iptables |
@@ -78,8 +78,8 @@ func machines(out io.Writer, d data) {
 		fmt.Fprintf(out, "| %s | %s | %s | %s to %s | %s |\n", k.date, k.machine, k.nodes, figure(slices.Min(loads[k])), figure(slices.Max(loads[k])), strings.Join(names[k], ", "))
 	}
 	if most := slices.MaxFunc(d.parts, func(a, b line) int { return cmp.Compare(a.number("load_at_end"), b.number("load_at_end")) }); most.number("load_at_end") > busy {
-		fmt.Fprintf(out, "\n**The machine was busy with other work while this was measured** (load average up to %s on 2 cores). Times are too long for all peers; "+
-			"what the rows are good for is the comparison within a run.\n", most["load_at_end"])
+		fmt.Fprintf(out, "\n**The processors had no time to spare** (load average up to %s on 2 cores; clients, servers and control plane share them). Times are longer than on a "+
+			"larger machine, for all peers; what the rows are good for is the comparison within a run.\n", most["load_at_end"])
 	}
 	fmt.Fprintln(out)
 }
