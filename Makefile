@@ -116,7 +116,7 @@ test-arm64: ## unit tests of the arm64 build under qemu's user mode (ARM64=)
 .PHONY: transcripts
 transcripts: build e2e-binaries e2e-image ## docs/transcripts.md: a stranger's path in a fresh clone, and five breakages (needs root; 5 minutes)
 	integration/prerequisites nft ip nsenter pkill
-	go run ./integration/cluster/transcripts
+	env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS go run ./integration/cluster/transcripts
 
 .PHONY: image
 image: ## the container image, with docker, podman or buildah (BUILDER=, IMAGE=, PLATFORM=, GO_IMAGE=, DEBIAN_IMAGE=)
