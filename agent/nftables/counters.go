@@ -80,11 +80,11 @@ func refuses(verdict string) bool {
 	return strings.HasPrefix(verdict, "goto "+string(plan.Reject)) || strings.HasPrefix(verdict, "goto "+string(plan.Hold))
 }
 
-// keepCounts remembers what elements have counted that are about to be replaced: those of a change, or all with nil. What they count
-// until then is lost, and where they cannot be read, all of it: rules are worth more than their counters.
-func (t *table) keepCounts(d *diff) {
+// keptCounts is what has to be remembered once elements are replaced: those of a change, or all with nil. What they count until
+// then is lost, and where they cannot be read, all of it: rules are worth more than their counters.
+func (t *table) keptCounts(d *diff) map[plan.Frontend]plan.Count {
 	if t.plan == nil || t.counters == nil || !t.plan.Counted() {
-		return
+		return t.counted
 	}
 	var keys map[string][]string
 	if d != nil {
@@ -95,12 +95,14 @@ func (t *table) keepCounts(d *diff) {
 			}
 		}
 		if len(keys) == 0 {
-			return
+			return t.counted
 		}
 	}
-	if counts, err := t.count(keys); err == nil {
-		t.counted = counts
+	counts, err := t.count(keys)
+	if err != nil {
+		return t.counted
 	}
+	return counts
 }
 
 // listCounters dumps a set that counts.

@@ -1,12 +1,14 @@
 package nftables
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -84,13 +86,27 @@ func TestCounts(t *testing.T) {
 	sync(build(plan.Reject, "10.0.0.1:8080"))
 	connect(1, false)
 	want(8, 5)
+	// A change that the kernel refuses replaces nothing, and what is loaded again after it is counted once.
+	for _, table := range backend.tables {
+		table.elements, table.nft = func([]setChange) error { return unix.EPERM }, noNFT{table.nft}
+	}
+	refused := build(plan.Reject, "10.0.0.2:8080")
+	if err := backend.Sync(t.Context(), &refused); !errors.Is(err, unix.EPERM) {
+		t.Fatalf("a change that cannot be made: %v", err)
+	}
+	want(8, 5)
+	for _, table := range backend.tables {
+		table.elements, table.nft = nil, table.nft.(noNFT).Interface
+	}
+	sync(build(plan.Reject, "10.0.0.2:8080"))
+	want(8, 5)
 	nodetest.Run(t, "nft", "delete table ip magic-ip-counts") // what it has counted is gone with it
 	if differs, err := backend.Verify(t.Context()); len(differs) != 1 || err != nil {
 		t.Fatal(differs, err)
 	}
 	sync(build(plan.Reject, "10.0.0.1:8080"))
 	connect(1, false)
-	want(8, 5)
+	want(9, 5)
 
 	many := plan.Input{}
 	for i := range 501 {

@@ -66,12 +66,12 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	passing := newSet(passingSet, address, "", "the magic IPs of which a frontend passes")
 	interfaces := newSet("pod-interfaces", "ifname", "", "links of this node's pods")
 	unserved := newSet("unserved-pairs", "ifname", "", "links that are not served whatever their kind")
-	services := newSet(actionsSuffix, frontend, "verdict", "actions for packets of pods")
-	hostServices := newSet("host-"+actionsSuffix, frontend, "verdict", "actions for packets of processes of this node")
-	endpoints := newSet("destinations", frontend, concat(address, "inet_service"), "destinations of new flows")
+	actions := newSet(actionsSuffix, frontend, "verdict", "actions for packets of pods")
+	hostActions := newSet("host-"+actionsSuffix, frontend, "verdict", "actions for packets of processes of this node")
+	destinations := newSet("destinations", frontend, concat(address, "inet_service"), "destinations of new flows")
 	zones := newSet("zones", concat(address, "inet_service"), zoneType, "zones of UDP flows, by the endpoint")
-	spread := newSet("spreads", frontend, "verdict", "frontends with several endpoints")
-	for _, s := range []*set{&services, &hostServices, &endpoints, &spread} {
+	spreads := newSet("spreads", frontend, "verdict", "frontends with several endpoints")
+	for _, s := range []*set{&actions, &hostActions, &destinations, &spreads} {
 		s.counted = true
 	}
 	held := newSet("held", frontend, "", "frontends whose clients wait")
@@ -90,13 +90,13 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		}
 		key := elementKey(rule.Frontend)
 		if rule.Foreign() {
-			services.elements[key], hostServices.elements[key] = "accept", "accept"
+			actions.elements[key], hostActions.elements[key] = "accept", "accept"
 			passed.elements[key] = ""
 			continue
 		}
 		addresses.elements[rule.Address.String()] = ""
-		services.elements[key] = "goto " + clientChainName(rule.Action, rule.Clients)
-		hostServices.elements[key] = "accept"
+		actions.elements[key] = "goto " + clientChainName(rule.Action, rule.Clients)
+		hostActions.elements[key] = "accept"
 		switch rule.Action {
 		case plan.Pass:
 			passed.elements[key] = ""
@@ -104,9 +104,9 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		case plan.Hold:
 			held.elements[key] = ""
 			held.until[key] = rule.HoldUntil
-			hostServices.elements[key] = "goto hold"
+			hostActions.elements[key] = "goto hold"
 		case plan.Reject:
-			hostServices.elements[key] = "goto " + rejectChain
+			hostActions.elements[key] = "goto " + rejectChain
 		}
 		if rule.Zone != 0 {
 			zones.elements[concatPort(netip.AddrPortFrom(rule.Address, rule.Port))] = strconv.Itoa(int(rule.Zone))
@@ -114,7 +114,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		if rule.HostClients {
 			hostAddresses.elements[rule.Address.String()] = ""
 		} else {
-			hostServices.elements[key] = "accept"
+			hostActions.elements[key] = "accept"
 			hostExcluded.elements[key] = ""
 		}
 		for _, source := range rule.Excluded {
@@ -131,9 +131,9 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		switch len(rule.Endpoints) {
 		case 0:
 		case 1:
-			endpoints.elements[key] = concatPort(rule.Endpoints[0])
+			destinations.elements[key] = concatPort(rule.Endpoints[0])
 		default:
-			spread.elements[key] = "goto " + spreadName(rule.Frontend)
+			spreads.elements[key] = "goto " + spreadName(rule.Frontend)
 		}
 	}
 	for _, links := range []struct {
@@ -156,7 +156,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
 	all := []set{
-		addresses, hostAddresses, passing, interfaces, unserved, services, hostServices, endpoints, spread, held, excluded,
+		addresses, hostAddresses, passing, interfaces, unserved, actions, hostActions, destinations, spreads, held, excluded,
 		hostExcluded, passed, hairpins, bridges, servers, hostEndpoints,
 	}
 	if p.Zones {

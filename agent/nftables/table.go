@@ -97,7 +97,7 @@ func (t *table) change(ctx context.Context, d diff) error {
 	if err != nil {
 		return err
 	}
-	t.keepCounts(&d)
+	kept := t.keptCounts(&d)
 	byNFT := t.elements == nil || len(d.chains)+len(d.gone) > 0
 	var errNetlink error
 	if !byNFT {
@@ -120,6 +120,7 @@ func (t *table) change(ctx context.Context, d diff) error {
 			t.degraded = errNetlink
 		}
 	}
+	t.counted = kept
 	if len(d.chains)+len(d.gone) > 0 {
 		if err := t.rememberChains(d); err != nil {
 			return err
@@ -171,11 +172,12 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	t.keepCounts(nil)
+	kept := t.keptCounts(nil)
 	transactions, err := t.load(ctx, &wanted)
 	if err != nil {
 		return err
 	}
+	t.counted = kept
 	var last *listing
 	for range 5 {
 		began, err := t.generation()
