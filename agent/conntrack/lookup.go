@@ -55,6 +55,14 @@ func (Table) Lookup(protocol plan.Protocol, source, destination netip.AddrPort, 
 	return e, err == nil, err
 }
 
+// Zones is why the kernel has no zones of connection tracking (CONFIG_NF_CONNTRACK_ZONES); nil where it has. iptables-restore --test does
+// not ask it, and rules that need them would not be loaded.
+func (t Table) Zones() error {
+	nobody := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 1}), 1)
+	_, _, err := t.Lookup(plan.UDP, nobody, nobody, 1)
+	return err
+}
+
 // Delete deletes a connection that Lookup has returned; one that has ended meanwhile is no error.
 func (Table) Delete(e Entry) error {
 	request := request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, family(e.Source.Addr()))

@@ -10,6 +10,9 @@ import (
 
 func TestLookup(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
+	if err := (Table{}).Zones(); err != nil {
+		t.Errorf("zones: %v", err)
+	}
 	addFlows(t)
 	for _, test := range []struct {
 		protocol            plan.Protocol

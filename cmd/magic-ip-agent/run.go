@@ -83,6 +83,9 @@ func (f *runFlags) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if selected.NoZones == nil {
+		selected.NoZones = conntrack.Table{}.Zones()
+	}
 	log.Info("starting", "version", version, "name", initial.Name, "node", f.nodeName, "backend", selected.Name(), "reason", selected.Reason, "runtimeDir", f.runtimeDir)
 	options := agent.Options{
 		RuntimeDir:  f.runtimeDir,
