@@ -187,7 +187,7 @@ func (w *world) flush() {
 	w.t.Helper()
 	flush := "nft flush ruleset"
 	if variant, ok := strings.CutPrefix(w.backend, "iptables-"); ok {
-		flush = "for tool in iptables ip6tables; do for table in filter nat mangle; do $tool-" + variant + " -t $table -F; done; done"
+		flush = "for tool in iptables ip6tables; do for table in filter nat mangle raw; do $tool-" + variant + " -t $table -F; done; done"
 	}
 	w.run(flush)
 }

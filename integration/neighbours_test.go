@@ -66,7 +66,7 @@ func TestNeighbours(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, backend, "bridge")
 				// The tables that a backend makes by itself are there before.
-				w.run("for t in nat filter mangle; do iptables-nft -t $t -L -n; ip6tables-nft -t $t -L -n; done")
+				w.run("for t in nat filter mangle raw; do iptables-nft -t $t -L -n; ip6tables-nft -t $t -L -n; done")
 				w.run(rules)
 				before := theirRules(w)
 				w.addClient()
@@ -97,7 +97,7 @@ func TestNeighbours(t *testing.T) {
 func theirRules(w *world) []string {
 	var lines []string
 	for line := range strings.Lines(w.run(`
-for kind in nft legacy; do for t in iptables ip6tables; do for table in nat filter mangle; do
+for kind in nft legacy; do for t in iptables ip6tables; do for table in nat filter mangle raw; do
 	echo "# $t-$kind $table"; $t-$kind-save -t $table | grep -v "^#"
 done; done; done
 nft list tables | grep -v magic-ip- | grep -vE "ip6? (nat|filter|mangle|raw)" | while read -r _ family table; do nft --stateless list table $family $table; done`)) {

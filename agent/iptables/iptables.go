@@ -163,7 +163,7 @@ type chains struct {
 	generation func() (uint32, error)
 	// restored is why a sync has loaded chains anew that were externally modified. Verify has yet to report it.
 	restored error
-	// served are the frontends that had an endpoint in the last plan.
+	// served are the frontends that have an endpoint in the kernel.
 	served map[plan.Frontend]bool
 	// moved is when a jump was last put before those of others, by table and hook.
 	moved map[string]time.Time
@@ -174,32 +174,39 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 	if p.Has(f.family) {
 		wanted = render(p, f.family, f.agent)
 	}
-	order := f.order(p)
-	if err := f.apply(ctx, wanted, order); err != nil {
+	served := f.endpointsOf(p)
+	if err := f.apply(ctx, wanted, f.order(served)); err != nil {
 		return fmt.Errorf("%s: %w", f.command, err)
 	}
+	f.served = served
 	return nil
 }
 
 // order is that in which the tables of render are changed. Where frontends gain an endpoint, and none loses its own, nat comes before filter: in
 // the other order a SYN between the two would be held, and sent again a second later.
-func (f *chains) order(p *plan.Plan) []int {
-	before := f.served
-	f.served = map[plan.Frontend]bool{}
-	gains := false
-	for _, rule := range p.Rules {
-		if plan.FamilyOf(rule.Address) == f.family && len(rule.Endpoints) > 0 {
-			f.served[rule.Frontend] = true
-			gains = gains || !before[rule.Frontend]
-		}
+func (f *chains) order(served map[plan.Frontend]bool) []int {
+	gains, loses := false, false
+	for frontend := range served {
+		gains = gains || !f.served[frontend]
 	}
-	for frontend := range before {
-		gains = gains && f.served[frontend]
+	for frontend := range f.served {
+		loses = loses || !served[frontend]
 	}
-	if gains {
+	if gains && !loses {
 		return []int{0, 2, 1, 3}
 	}
 	return []int{0, 1, 2, 3}
+}
+
+// endpointsOf are the frontends that have an endpoint by a plan.
+func (f *chains) endpointsOf(p *plan.Plan) map[plan.Frontend]bool {
+	served := map[plan.Frontend]bool{}
+	for _, rule := range p.Rules {
+		if plan.FamilyOf(rule.Address) == f.family && len(rule.Endpoints) > 0 {
+			served[rule.Frontend] = true
+		}
+	}
+	return served
 }
 
 // apply loads wanted, and changes its tables in this order; nil is nothing at all.

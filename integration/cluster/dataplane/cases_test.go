@@ -277,7 +277,7 @@ func (w *world) faults(s setting) {
 	// The rules are flushed while the agent does not run, and then the one of the data plane comes back too.
 	pid, flush := w.agentPID(), "nft delete table ip magic-ip-"+agentName
 	if w.status().Backend == "iptables" {
-		flush = `for table in nat filter mangle; do for tool in iptables-nft iptables-legacy; do
+		flush = `for table in nat filter mangle raw; do for tool in iptables-nft iptables-legacy; do
 	$tool-save -t $table | sed -n 's/^-A \([A-Z]* .*MIP-.*\)/-D \1/p' | while read -r rule; do echo "$rule" | xargs $tool -t $table; done
 done; done`
 	}

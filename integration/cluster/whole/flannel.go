@@ -92,13 +92,13 @@ func (c *Cluster) SetFlannel(ctx context.Context, settings Flannel) error {
 	return c.each(func(n *Node) error {
 		n.options.Flannel = &settings
 		n.kill(Flanneld)
-		script := []string{"ip link delete flannel.1", "ip link delete cni0"}
+		script := []string{"for link in flannel.1 cni0; do ! ip link show $link >/dev/null 2>&1 || ip link delete $link; done"}
 		for i := range c.Nodes {
 			if i != n.index {
-				script = append(script, "ip route delete "+nodePods(i).String())
+				script = append(script, "ip route flush exact "+nodePods(i).String()) // also where there is none
 			}
 		}
-		if _, err := n.Exec(ctx, "sh", "-c", "{ "+strings.Join(script, "; ")+"; } 2>/dev/null || true"); err != nil {
+		if _, err := n.Exec(ctx, "sh", "-ec", strings.Join(script, "\n")); err != nil {
 			return err
 		}
 		return n.runFlannel(ctx)
