@@ -84,7 +84,7 @@ e2e-flannel: build e2e-flannel-binaries e2e-image ## magic IPs on two nodes with
 e2e-clients: build e2e-binaries e2e-image ## the examples with real servers and SDKs, and what updates lose, into docs/benchmarks (needs root; CLIENTS=)
 	integration/prerequisites nft conntrack ip nsenter
 	integration/cluster/binaries clients
-	go test -v -race -count=1 -parallel 3 -timeout 40m -tags clients ./integration/cluster/clients $(if $(CLIENTS),$(CLIENTS),-update)
+	go test -v -race -count=1 -timeout 40m -tags clients ./integration/cluster/clients $(if $(CLIENTS),$(CLIENTS),-update)
 
 .PHONY: compatibility
 compatibility: build tools ## observe anew what docs/compatibility.md says of networks (needs root; 18 minutes)

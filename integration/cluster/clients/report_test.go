@@ -58,16 +58,16 @@ Written by ` + "`make e2e-clients`" + `: do not edit. Raw data: [clients.csv](cl
 
 %s
 
-Each server is updated once, three of them at a time, while an application sends 50 items a second (DNS: 20 queries) by its SDK and the settings of
+Each server is updated once, one after the other, while an application sends 50 items a second (DNS: 20 queries) by its SDK and the settings of
 its [example](../../examples), for some seconds before and afterwards. The name of each item is counted in what the server has written down. The
 same application runs beside itself by the magic IP as the example has it (connections are refused while there is no target), by a Service with
 ` + "`internalTrafficPolicy: Local`" + `, and where that makes a difference by a magic IP with ` + "`noEndpoint: hold`" + ` and ` + "`readiness: require`" + `.
 
-Without retries an SDK loses what it sends while no server runs: the longer the gap, the more, and a busy machine needs many seconds for a new pod.
+Without retries an SDK loses what it sends while no server runs: the longer the gap, the more. Here it was a second or two.
 Magic IP and Service refuse connections then. Go's OTLP exporter over HTTP sends again after a time-out and some answers of servers, and not after a
 refusal, as Datadog's tracer by default: for such clients ` + "`noEndpoint: hold`" + ` is the better setting, and a surge with a server that drains
-is better still. The datagrams that the Service loses in a surge follow each other: one gap of a second or two. "Asked once" may lose an answer that is under
-way when its flow moves to the new pod, and on a busy machine time-outs are among what it loses.
+is better still. The datagrams that the Service loses in a surge follow each other: one gap of half a second here. "Asked once" may lose an answer that is under
+way when its flow moves to the new pod; on a busy machine its time-outs come on top.
 %s
 ## What was run
 
