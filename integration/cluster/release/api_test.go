@@ -49,21 +49,21 @@ func TestRefusedDuringRollOut(t *testing.T) {
 	w.kubectl("rollout", "restart", "--namespace", system, "daemonset/"+daemonSet)
 	var old *whole.Node
 	w.eventually("half of the roll-out", func() error {
-		d, err := cluster.Admin.AppsV1().DaemonSets(system).Get(w.ctx, daemonSet, metav1.GetOptions{})
-		if err == nil && (d.Status.UpdatedNumberScheduled != 1 || int(d.Status.NumberReady) != len(cluster.Nodes)) {
+		d, err := w.cluster.Admin.AppsV1().DaemonSets(system).Get(w.ctx, daemonSet, metav1.GetOptions{})
+		if err == nil && (d.Status.UpdatedNumberScheduled != 1 || int(d.Status.NumberReady) != len(w.cluster.Nodes)) {
 			err = fmt.Errorf("%+v", d.Status)
 		}
 		return err
 	})
-	for i, n := range cluster.Nodes {
+	for i, n := range w.cluster.Nodes {
 		if w.podOn(n, system, daemonSet).UID == before[i] {
 			old = n
 		}
 	}
-	cluster.KillAPIServer()
-	w.must(cluster.Nodes[0].WriteFile("/etc/kubernetes/sa.key", newKey(t), 0o600))
+	w.cluster.KillAPIServer()
+	w.must(w.cluster.Nodes[0].WriteFile("/etc/kubernetes/sa.key", newKey(t), 0o600))
 	load.some(50)
-	w.must(cluster.StartAPIServer(w.within(time.Minute)))
+	w.must(w.cluster.StartAPIServer(w.within(time.Minute)))
 	w.lap("a restart")
 	w.errsOn(old, apm, "nauthorized")
 	w.lap("401 seen")
@@ -88,7 +88,7 @@ func (w *world) restart(r release) {
 // errs waits until what the agents of both nodes say is wrong contains this text; empty for nothing is wrong.
 func (w *world) errs(r release, text string) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.errsOn(n, r, text)
 	}
 }
@@ -117,7 +117,7 @@ func newKey(t *testing.T) []byte {
 func (w *world) staysInstalled(r release) (end func()) {
 	stop := make(chan struct{})
 	var all sync.WaitGroup
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		all.Go(func() {
 			looked := 0
 			for ; ; looked++ {

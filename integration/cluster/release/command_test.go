@@ -35,13 +35,13 @@ func TestCommand(t *testing.T) {
 		}
 	}
 	w.rolledOut(apm)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.refused(n, magic)
 	}
 
 	w.targets(system)
 	w.servedBy(magic, system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if !recorded(n, w.podOn(n, system, servers)) {
 			t.Errorf("%s: the target, newer than the release, has no record", n.Name)
 		}
@@ -56,7 +56,7 @@ func TestCommand(t *testing.T) {
 	if !strings.Contains(status, "running since") || !strings.Contains(status, "kube-system/apm-server-") || strings.Contains(status, "error:") {
 		t.Errorf("status:\n%s", status)
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.confined(n)
 		w.events(n)
 	}
@@ -163,7 +163,7 @@ func (w *world) events(n *whole.Node) {
 	said := "169.254.210.210:9200/tcp: traffic goes to pod kube-system/" + target.Name
 	w.eventually("events of "+pod.Name, func() error {
 		for _, args := range [][]string{{"get", "events", "-n", system}, {"describe", "pod", "-n", system, pod.Name}} {
-			printed, err := cluster.Kubectl(w.ctx, args...)
+			printed, err := w.cluster.Kubectl(w.ctx, args...)
 			if err != nil {
 				return err
 			}
@@ -182,13 +182,13 @@ func TestServedSoon(t *testing.T) {
 	w.targets(system)
 	began := time.Now()
 	probes := map[string]*lab.Probe{}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		probes[n.Name] = n.Lab().StartProbe(lab.Client{Kind: lab.NewConnection, From: w.client(n), To: magic, Timeout: 100 * time.Millisecond}, 20*time.Millisecond)
 		defer probes[n.Name].Stop()
 	}
 	w.releases = append(w.releases, apm)
 	w.helm(strings.Fields(command)...)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		answer, err := probes[n.Name].Await(w.within(30*time.Second), func(o lab.Outcome) bool { return o.Err == nil })
 		w.must(err)
 		figures.add("from helm install to the first answer on %s (%s): %v", n.Name, n.Runtime(), answer.Sent.Sub(began).Round(10*time.Millisecond))

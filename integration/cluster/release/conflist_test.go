@@ -21,11 +21,11 @@ import (
 func TestConflistRewritten(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues()...)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.pathsOfTheNode(n)
 	}
 	original := func(n *whole.Node) []byte {
-		return []byte(pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)])
+		return []byte(w.cluster.pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)])
 	}
 	first := whole.CNIConfDir + "/05-pods.conflist"
 	for _, step := range []struct {
@@ -39,14 +39,14 @@ func TestConflistRewritten(t *testing.T) {
 		{"by the name that it had", func(n *whole.Node) error { return os.Remove(n.Path(first)) }, whole.ConflistFile},
 	} {
 		began := time.Now()
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			w.must(step.write(n))
 		}
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			w.eventually(step.name, func() error { return w.keyOnlyIn(n, step.file) })
 		}
 		figures.add("conflist written anew %s: the entry was back after %v", step.name, time.Since(began).Round(time.Millisecond))
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			pod := "target-" + n.Name
 			made, _ := w.pod(n, system, pod, map[string]string{"app": servers})
 			if !recorded(n, made) {
@@ -65,7 +65,7 @@ func (w *world) pathsOfTheNode(n *whole.Node) {
 	if printed := w.agent(pod, "status"); !strings.Contains(printed, "\ninstalled: "+whole.ConflistFile+" since ") {
 		w.Errorf("status does not name %s:\n%s", whole.ConflistFile, printed)
 	}
-	printed, err := cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "installer", "--", "magic-ip-agent", "doctor")
+	printed, err := w.cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "installer", "--", "magic-ip-agent", "doctor")
 	if err != nil && !strings.Contains(err.Error(), "exit code 3") { // rules cannot be seen from there
 		w.Fatal(err)
 	}
@@ -102,8 +102,8 @@ func (w *world) keyOnlyIn(n *whole.Node, file string) error {
 func TestQuarrel(t *testing.T) {
 	w := newWorld(t)
 	w.upgrade(apm, apmValues()...)
-	n := cluster.Node("node2")
-	original := []byte(pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)])
+	n := w.cluster.Node("node2")
+	original := []byte(w.cluster.pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)])
 	pid := w.pidOf(n, w.podOn(n, system, daemonSet), "installer")
 	before, removed, began := w.cpu(n, pid), 0, time.Now()
 	const during = 10 * time.Second
@@ -165,7 +165,7 @@ func TestAgentAbsent(t *testing.T) {
 	w := newWorld(t)
 	usual := w.startAndStop("usual")
 	w.begin(apm, apmValues("image.tag=missing", "image.pullPolicy=Never")...)
-	w.waiting(len(cluster.Nodes), "ErrImageNeverPull")
+	w.waiting(len(w.cluster.Nodes), "ErrImageNeverPull")
 	w.unhindered("no image, first roll-out", usual)
 	w.uninstall(apm)
 	w.nodesPristine()
@@ -196,7 +196,7 @@ func TestAgentAbsent(t *testing.T) {
 // returns how long the slowest took for both.
 func (w *world) startAndStop(prefix string) (slowest time.Duration) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := prefix + "-" + n.Name
 		_, started := w.pod(n, system, pod, map[string]string{"app": "bystander"})
 		slowest = max(slowest, started+w.removePod(system, pod))
@@ -210,7 +210,7 @@ func (w *world) unhindered(when string, usual time.Duration) {
 	began := time.Now()
 	took := w.startAndStop("unhindered")
 	figures.add("%s: a pod started and stopped in %v, without a release in %v", when, took.Round(10*time.Millisecond), usual.Round(10*time.Millisecond))
-	if lab.WorkingTime(began, time.Now()) > time.Duration(len(cluster.Nodes))*(3*usual+2*time.Second) {
+	if lab.WorkingTime(began, time.Now()) > time.Duration(len(w.cluster.Nodes))*(3*usual+2*time.Second) {
 		w.Errorf("%s: a pod needed %v to start and to stop, without a release %v", when, took, usual)
 	}
 	w.noWarnings(began)
@@ -220,7 +220,7 @@ func (w *world) unhindered(when string, usual time.Duration) {
 func (w *world) waiting(pods int, reason string) {
 	w.Helper()
 	w.eventually(fmt.Sprintf("%d pods with %s", pods, reason), func() error {
-		printed, err := cluster.Kubectl(w.ctx, "get", "pods", "--namespace", system, "--selector", "release="+name, "--no-headers",
+		printed, err := w.cluster.Kubectl(w.ctx, "get", "pods", "--namespace", system, "--selector", "release="+name, "--no-headers",
 			"--output=custom-columns=REASON:.status.containerStatuses[*].state.waiting.reason")
 		if err != nil {
 			return err

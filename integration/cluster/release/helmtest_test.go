@@ -12,7 +12,7 @@ import (
 func TestHelmTest(t *testing.T) {
 	w := newWorld(t)
 	test := func() (string, error) { // with what helm prints of the pod's log, to standard error
-		out, err := cluster.Command(w.ctx, "helm", "test", name, "--namespace", system).CombinedOutput()
+		out, err := w.cluster.Command(w.ctx, "helm", "test", name, "--namespace", system).CombinedOutput()
 		return string(out), err
 	}
 	w.upgrade(apm, apmValues(udp()...)...)
@@ -25,7 +25,7 @@ func TestHelmTest(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v\n%s\n%s", targets, err, printed, w.kubectl("describe", "pods", "--namespace", system, "--selector", "release="+name))
 		}
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			if !regexp.MustCompile(`(?m)^.*ok +` + n.Name + `$`).MatchString(printed) {
 				t.Errorf("%s: helm test does not say that %s is well:\n%s", targets, n.Name, printed)
 			}
@@ -41,7 +41,7 @@ func TestHelmTest(t *testing.T) {
 	if err == nil {
 		t.Errorf("helm test passes although nobody listens:\n%s", printed)
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if !regexp.MustCompile(`(?m)FAIL +` + n.Name + `\n( +.*\n)*? +FAIL +169\.254\.210\.210:9200/tcp +refused in .*; endpoint kube-system/` + w.podOn(n, system, servers).Name).MatchString(printed) {
 			t.Errorf("helm test does not say what is wrong with %s:\n%s", n.Name, printed)
 		}

@@ -25,7 +25,7 @@ func TestKubectl(t *testing.T) {
 	if err != nil || !strings.HasPrefix(out, "NODE") {
 		t.Fatalf("status: %v\n%s", err, out)
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := "kube-system/" + w.podOn(n, system, servers).Name
 		if want := n.Name; !strings.Contains(out, "\n"+want+" ") || !strings.Contains(out, pod) {
 			t.Errorf("status does not show %s and %s:\n%s", want, pod, out)
@@ -41,7 +41,7 @@ func TestKubectl(t *testing.T) {
 			}
 		}
 	}
-	if failed := json.Unmarshal([]byte(out), &report); err != nil || failed != nil || len(report.Nodes) != len(cluster.Nodes) {
+	if failed := json.Unmarshal([]byte(out), &report); err != nil || failed != nil || len(report.Nodes) != len(w.cluster.Nodes) {
 		t.Fatalf("doctor: %v, %v\n%s", err, failed, out)
 	}
 	for _, n := range report.Nodes {
@@ -68,7 +68,7 @@ func (w *world) plugin(args ...string) (string, error) {
 	w.Helper()
 	root, err := lab.ModuleRoot()
 	w.must(err)
-	cmd := cluster.Command(w.ctx, "kubectl", append([]string{"magic-ip"}, args...)...)
+	cmd := w.cluster.Command(w.ctx, "kubectl", append([]string{"magic-ip"}, args...)...)
 	cmd.Env = append(cmd.Env, "PATH="+filepath.Join(root, "bin")+string(os.PathListSeparator)+os.Getenv("PATH"))
 	out, err := cmd.Output()
 	if exit := new(exec.ExitError); errors.As(err, &exit) {

@@ -26,13 +26,13 @@ func TestDefaultLimits(t *testing.T) {
 	w.rolledOut(apm)
 	w.servedBy(magic, system)
 	w.lap("1,000 magic IPs")
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.removePod(system, w.podOn(n, system, servers).Name)
 	}
 	w.targetsReady(system)
 	w.servedBy(magic, system)
 	w.lap("their endpoint changed")
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
 		for _, status := range pod.Status.ContainerStatuses {
 			if status.RestartCount > 0 {

@@ -36,7 +36,7 @@ func TestMetricsOfTwoReleases(t *testing.T) {
 	w.servedBy(magic, system)
 	w.servedBy(second, system)
 	w.scraped(9641, apm)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := w.podOn(n, other.namespace, other.daemonSet())
 		if status := w.agent(pod, "status"); !strings.Contains(status, "metrics are not served") {
 			t.Errorf("status on %s does not say that metrics are not served:\n%s", n.Name, status)
@@ -56,7 +56,7 @@ func TestMetricsOfTwoReleases(t *testing.T) {
 // scraped waits until the metrics at a port of each node are those of a release's agent, running in its present pod.
 func (w *world) scraped(port int, r release) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		started := w.podOn(n, r.namespace, r.daemonSet()).Status.StartTime
 		w.eventually(fmt.Sprintf("metrics of %s on %s", r.agent(), n.Name), func() error {
 			body, err := w.scrape(n, fmt.Sprintf("%s:%d", n.Address, port))

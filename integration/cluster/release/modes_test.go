@@ -22,11 +22,11 @@ func TestWhoIsTarget(t *testing.T) {
 	w.upgrade(apm, apmValues("config.owner=DaemonSet/apm-server", "metrics.enabled=true")...)
 	w.targets(system)
 	w.servedBy(magic, system)
-	for _, n := range cluster.Nodes { // newer than the targets
+	for _, n := range w.cluster.Nodes { // newer than the targets
 		w.pod(n, team, "elsewhere-"+n.Name, map[string]string{"app": servers})
 		w.pod(n, system, "orphan-"+n.Name, map[string]string{"app": servers})
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		client, target := w.client(n), w.podOn(n, system, servers).Name
 		for range 50 {
 			answer, err := n.Lab().Ask(w.ctx, lab.Client{Kind: lab.NewConnection, From: client, To: magic, Timeout: 2 * time.Second})
@@ -37,7 +37,7 @@ func TestWhoIsTarget(t *testing.T) {
 		w.metrics(n)
 	}
 	w.removeTargets(system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.refused(n, magic)
 	}
 }
@@ -58,13 +58,13 @@ func TestWithoutCNI(t *testing.T) {
 	w.upgrade(apm, apmValues("cni.enabled=false")...)
 	w.targets(system)
 	w.servedBy(magic, system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if pod := w.podOn(n, system, daemonSet); len(pod.Spec.Containers) != 1 {
 			t.Errorf("%s: the pod has %d containers", n.Name, len(pod.Spec.Containers))
 		}
 		now, err := takeNodeSnapshot(w.ctx, n)
 		w.must(err)
-		was := pristine.Nodes[n.Name]
+		was := w.cluster.pristine.Nodes[n.Name]
 		if fmt.Sprint(now.Conflists, now.Plugins) != fmt.Sprint(was.Conflists, was.Plugins) {
 			t.Errorf("%s: the CNI directories are not as before: %+v", n.Name, now)
 		}
@@ -85,7 +85,7 @@ func TestWithoutAPI(t *testing.T) {
 		t.Errorf("helm does not say what API off means:\n%s", notes)
 	}
 	w.targets(system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
 		for _, volume := range pod.Spec.Volumes {
 			if volume.Projected != nil {
@@ -101,13 +101,13 @@ func TestWithoutAPI(t *testing.T) {
 			t.Errorf("%s: status does not say why there is no target:\n%s", n.Name, status)
 		}
 	}
-	n := cluster.Node("node2")
+	n := w.cluster.Node("node2")
 	server, remove := w.labelled(n, "by-cnitool")
 	w.served(n, magic, server)
 	remove()
 
 	w.uninstall(apm)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.must(installed(n, apm))
 		w.kubectl("debug", "node/"+n.Name, "--namespace", clients, "--profile=sysadmin", "--image="+image+":1.0.0", "--", "magic-ip-agent", "uninstall", "--name", agentName,
 			"--runtime-dir", "/host"+runtimeDir, "--cni-conf-dir", "/host"+whole.CNIConfDir, "--cni-bin-dir", "/host"+whole.CNIBinDir)

@@ -29,7 +29,7 @@ func (w *world) single(n *whole.Node) (conf []byte, version string) {
 		CNIVersion, Name string
 		Plugins          []map[string]any
 	}
-	w.must(json.Unmarshal([]byte(pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)]), &list))
+	w.must(json.Unmarshal([]byte(w.cluster.pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)]), &list))
 	plugin := list.Plugins[0]
 	plugin["cniVersion"], plugin["name"] = list.CNIVersion, list.Name
 	conf, err := json.Marshal(plugin)
@@ -40,7 +40,7 @@ func (w *world) single(n *whole.Node) (conf []byte, version string) {
 // everywhere does something on each node.
 func (w *world) everywhere(what func(*whole.Node) error) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.must(what(n))
 	}
 }
@@ -50,11 +50,11 @@ func (w *world) everywhere(what func(*whole.Node) error) {
 func (w *world) keysIn(when, file string) {
 	w.Helper()
 	began := time.Now()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.eventually(when, func() error { return w.keyOnlyIn(n, file) })
 	}
 	figures.add("%s: the entry was in %s after %v", when, filepath.Base(file), time.Since(began).Round(time.Millisecond))
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := "target-" + n.Name
 		made, _ := w.pod(n, system, pod, map[string]string{"app": servers})
 		if !recorded(n, made) {
@@ -69,7 +69,7 @@ func (w *world) keysIn(when, file string) {
 func (w *world) nodesReady(when string) {
 	w.Helper()
 	printed := w.kubectl("get", "nodes", "--no-headers", `--output=jsonpath={range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}`)
-	if strings.Count(printed, "=True ") != len(cluster.Nodes) {
+	if strings.Count(printed, "=True ") != len(w.cluster.Nodes) {
 		w.Errorf("%s: %s", when, printed)
 	}
 }
@@ -86,7 +86,7 @@ func (w *world) probe(file string) (stop func()) {
 				return
 			case <-time.After(5 * time.Millisecond):
 			}
-			for _, n := range cluster.Nodes {
+			for _, n := range w.cluster.Nodes {
 				if _, missing := os.Stat(n.Path(file)); missing != nil && err == nil {
 					err = missing
 				}
@@ -140,7 +140,7 @@ func TestOwnerOfASingleConfiguration(t *testing.T) {
 	w.keysIn("Multus takes up the list by its path", multusList)
 	ready()
 	w.everywhere(remove(ovnFile))
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.eventually("its list to go with it", func() error {
 			if _, err := os.Stat(n.Path(ovnList)); err == nil {
 				return fmt.Errorf("%s is there", ovnList)
@@ -149,7 +149,7 @@ func TestOwnerOfASingleConfiguration(t *testing.T) {
 		})
 	}
 	w.everywhere(start)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.eventually("its list to come back", func() error { _, err := os.Stat(n.Path(ovnList)); return err })
 	}
 	w.keysIn("the primary was restarted below Multus", multusList)
@@ -157,7 +157,7 @@ func TestOwnerOfASingleConfiguration(t *testing.T) {
 	usual := w.startAndStop("after")
 	w.Logf("without the release, a pod started and stopped in %v by the list that Multus refers to", usual)
 	w.nodesReady("uninstalled")
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		for file, want := range map[string]bool{ovnFile: true, ovnList: true, multusFile: true, multusList: false} {
 			if _, err := os.Stat(n.Path(file)); (err == nil) != want {
 				t.Errorf("after uninstalling, %s is there: %t", file, err == nil)
@@ -175,13 +175,13 @@ func TestOwnerThatReverts(t *testing.T) {
 	for i := range 3 {
 		began := time.Now()
 		w.everywhere(func(n *whole.Node) error {
-			return n.WriteFile(whole.ConflistFile, []byte(pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)]), 0o644)
+			return n.WriteFile(whole.ConflistFile, []byte(w.cluster.pristine.Nodes[n.Name].Conflists[filepath.Base(whole.ConflistFile)]), 0o644)
 		})
 		w.keysIn(fmt.Sprintf("reverted for the %d. time", i+1), whole.ConflistFile)
 		w.unhindered("an owner that reverts its file", usual)
 		time.Sleep(time.Until(began.Add(20 * time.Second)))
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		record, err := runtimedir.New(n.Path(runtimeDir)).Installer(agentName).ReadRecord()
 		w.must(err)
 		if notes := strings.Join(record.Notes, "\n"); !strings.Contains(notes, "has removed the entry from") {

@@ -17,7 +17,7 @@ import (
 func TestReadme(t *testing.T) {
 	w := newWorld(t)
 	commands := t.TempDir()
-	w.must(cluster.WriteCommands(commands))
+	w.must(w.cluster.WriteCommands(commands))
 	readme, err := os.ReadFile("README.md")
 	w.must(err)
 	var install string
@@ -37,10 +37,10 @@ func TestReadme(t *testing.T) {
 	if pushed == nil {
 		t.Fatal("README.md does not say what image it pushes")
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.must(n.TagImage(w.ctx, image+":"+string(pushed[2]), string(pushed[1])))
 	}
-	w.must(cluster.Apply(w.ctx, whole.DaemonSet(servers, system, `serve, --tcp, ":8200"`)))
+	w.must(w.cluster.Apply(w.ctx, whole.DaemonSet(servers, system, `serve, --tcp, ":8200"`)))
 	w.Cleanup(func() { w.removeTargets(system) })
 	w.targetsReady(system)
 	shell := func(script string) (string, error) {

@@ -16,13 +16,13 @@ func TestReboot(t *testing.T) {
 	w.targets(system)
 	w.upgrade(apm, apmValues()...)
 	w.servedBy(magic, system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		began := time.Now()
 		w.must(n.Reboot(w.within(time.Minute)))
 		up := time.Now()
 		// Not before: nobody can have asked.
 		if n.Name == "node1" {
-			w.must(cluster.AwaitAPI(w.within(time.Minute)))
+			w.must(w.cluster.AwaitAPI(w.within(time.Minute)))
 		}
 		made, _ := w.pod(n, clients, "fresh-"+n.Name, nil)
 		ns, err := n.PodNetNS(w.ctx, made)
@@ -42,7 +42,7 @@ func TestReboot(t *testing.T) {
 		w.removePod(clients, "fresh-"+n.Name)
 	}
 	w.uninstall(apm)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if left, err := runtimeFiles(n); len(left) > 0 || err != nil {
 			t.Errorf("%s: left in the runtime directory: %v, %v", n.Name, left, err)
 		}

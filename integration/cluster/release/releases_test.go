@@ -33,7 +33,7 @@ func TestReleases(t *testing.T) {
 	loadOfNamesake := w.load(third, lab.NewConnection, lab.KeepAlive)
 	w.uninstall(other)
 	w.left(other, apm, namesake)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.refusedOrLost(n, second)
 	}
 	load.unbroken("another release in the same namespace is uninstalled")
@@ -48,7 +48,7 @@ func TestReleases(t *testing.T) {
 // left checks that a release has left the nodes, and that these others have not.
 func (w *world) left(gone release, stay ...release) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if err := installed(n, gone); !errors.Is(err, fs.ErrNotExist) {
 			w.Errorf("%s: %s is still there: %v", n.Name, gone.agent(), err)
 		}

@@ -41,8 +41,8 @@ var counters = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]`)
 // ofIPTables is a table of iptables-nft.
 var ofIPTables = regexp.MustCompile(`^\s*table ip6? (filter|nat|mangle|raw|security) {`)
 
-func takeSnapshot(ctx context.Context) (s snapshot, err error) {
-	if s.Nodes, err = takeNodeSnapshots(ctx); err != nil {
+func takeSnapshot(ctx context.Context, cluster *whole.Cluster) (s snapshot, err error) {
+	if s.Nodes, err = takeNodeSnapshots(ctx, cluster); err != nil {
 		return s, err
 	}
 	kinds, err := cluster.Kubectl(ctx, "api-resources", "--verbs=list", "--output=name")
@@ -60,7 +60,7 @@ func takeSnapshot(ctx context.Context) (s snapshot, err error) {
 	return s, err
 }
 
-func takeNodeSnapshots(ctx context.Context) (all map[string]nodeSnapshot, err error) {
+func takeNodeSnapshots(ctx context.Context, cluster *whole.Cluster) (all map[string]nodeSnapshot, err error) {
 	all = map[string]nodeSnapshot{}
 	for _, n := range cluster.Nodes {
 		if all[n.Name], err = takeNodeSnapshot(ctx, n); err != nil {
@@ -140,8 +140,8 @@ func runtimeFiles(n *whole.Node) (files []string, err error) {
 func (w *world) pristine() {
 	w.Helper()
 	w.asBefore(20*time.Second, func(ctx context.Context) (string, error) {
-		now, err := takeSnapshot(ctx)
-		return cmp.Diff(pristine, now), err
+		now, err := takeSnapshot(ctx, w.cluster.Cluster)
+		return cmp.Diff(w.cluster.pristine, now), err
 	})
 }
 
@@ -149,8 +149,8 @@ func (w *world) pristine() {
 func (w *world) nodesPristine() {
 	w.Helper()
 	w.asBefore(10*time.Second, func(ctx context.Context) (string, error) {
-		now, err := takeNodeSnapshots(ctx)
-		return cmp.Diff(pristine.Nodes, now), err
+		now, err := takeNodeSnapshots(ctx, w.cluster.Cluster)
+		return cmp.Diff(w.cluster.pristine.Nodes, now), err
 	})
 }
 

@@ -29,7 +29,7 @@ func udp() []string {
 // agents are the UIDs of a release's pods.
 func (w *world) agents(r release) (uids []types.UID) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		uids = append(uids, w.podOn(n, r.namespace, r.daemonSet()).UID)
 	}
 	return uids
@@ -39,7 +39,7 @@ func (w *world) agents(r release) (uids []types.UID) {
 // the other or with a surge, rolled back, or when the configuration alone changes.
 func TestUpgrade(t *testing.T) {
 	w := newWorld(t)
-	for _, n := range cluster.Nodes { // a newer version, by its tag
+	for _, n := range w.cluster.Nodes { // a newer version, by its tag
 		w.ctr(n, "images", "tag", "--force", image+":1.0.0", image+":next")
 	}
 	w.targets(system)
@@ -85,14 +85,14 @@ func TestUpgrade(t *testing.T) {
 	w.servedBy(magic, system)
 	for _, value := range []string{"cni.enabled=false", "runtimeDir=/run/other", "config.name=other"} {
 		args := []string{"upgrade", name, chart, "--namespace", system, "--reuse-values", "--set", value}
-		if _, err := cluster.Helm(w.ctx, args...); err == nil || !strings.Contains(err.Error(), "by an upgrade") || !strings.Contains(err.Error(), "helm uninstall "+name+" --namespace "+system) {
+		if _, err := w.cluster.Helm(w.ctx, args...); err == nil || !strings.Contains(err.Error(), "by an upgrade") || !strings.Contains(err.Error(), "helm uninstall "+name+" --namespace "+system) {
 			t.Errorf("helm upgrade to %s: %v", value, err)
 		}
 	}
 	// The new magic IP has rights in its namespace, and the plugin records there.
 	w.targets(team)
 	w.servedBy(third, team)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if !recorded(n, w.podOn(n, team, servers)) {
 			t.Errorf("%s: the target in namespace %s has no record", n.Name, team)
 		}
@@ -105,7 +105,7 @@ func (w *world) configured(interval string) {
 	w.Helper()
 	w.kubectl("annotate", "pods", "-n", system, "-l", "release="+name, "--overwrite", "look-again=now")
 	w.eventually("configuration with the interval "+interval, func() error {
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			agent, err := runtimedir.New(n.Path(runtimeDir)).Agent(agentName).ReadStatus()
 			if err == nil && agent.PollInterval != interval {
 				err = fmt.Errorf("%s: the agent polls every %s", n.Name, agent.PollInterval)
@@ -160,7 +160,7 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 	w.eventually("the old release", func() error { return w.daemonSetDone(system, daemonSet) })
 	// The rules that its agents have made: their targets are gone since.
 	rules := map[string][]string{} // by node, the commands that remove them
-	for i, n := range cluster.Nodes {
+	for i, n := range w.cluster.Nodes {
 		iptables := []string{"iptables-nft", "iptables-legacy"}[i]
 		gone := n.Pods().Addr().Next().Next() // the client's by now
 		rule := strings.Fields(fmt.Sprintf("PREROUTING -d %s/32 -i cni0 -p tcp -m tcp --dport %d -j DNAT --to-destination %s:9200", to.Addr(), to.Port(), gone))
@@ -169,7 +169,7 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 		rules[n.Name] = append([]string{iptables, "-t", "nat", "-D"}, rule...)
 	}
 	remove := sync.OnceFunc(func() {
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			_, err := n.Exec(w.ctx, rules[n.Name][0], rules[n.Name][1:]...)
 			w.must(err)
 		}
@@ -177,7 +177,7 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 	w.Cleanup(remove)
 
 	// --reuse-values leaves out the values that the old chart did not have: rejected, with the remedy.
-	_, err := cluster.Helm(w.ctx, "upgrade", name, chart, "--namespace", system, "--reuse-values")
+	_, err := w.cluster.Helm(w.ctx, "upgrade", name, chart, "--namespace", system, "--reuse-values")
 	if err == nil || !strings.Contains(err.Error(), "--reset-then-reuse-values") {
 		w.Errorf("helm upgrade --reuse-values over the old chart: %v", err)
 	}
@@ -187,7 +187,7 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 	}
 	w.rolledOut(apm)
 	w.servedBy(to, system)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		pod := w.podOn(n, system, daemonSet)
 		// A container without NET_RAW cannot read the tables of iptables-legacy, and says so.
 		said := map[string]string{"doctor": "the nat table of iptables-legacy is in use"}
@@ -210,18 +210,18 @@ func (w *world) upgradeOfOldChart(version, values string, upgrade []string, to n
 // meanwhile end, and new ones start.
 func TestUninstall(t *testing.T) {
 	w := newWorld(t)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.pod(n, system, "before-"+n.Name, map[string]string{"app": servers})
 	}
 	w.upgrade(apm, apmValues()...)
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.served(n, magic, "before-"+n.Name)
 		w.removePod(system, "before-"+n.Name) // the plugin has never seen its ADD
 	}
 	w.targets(system)
 	w.servedBy(magic, system)
 	entries := map[string]string{}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		if pod, _ := w.pod(n, system, "meanwhile-"+n.Name, map[string]string{"app": servers}); !recorded(n, pod) {
 			t.Errorf("pod %s has no record", pod.Name)
 		}
@@ -231,7 +231,7 @@ func TestUninstall(t *testing.T) {
 	w.uninstall(apm)
 	figures.add("helm uninstall with targets, until all pods were gone: %v", time.Since(began).Round(10*time.Millisecond))
 	w.nodesPristine()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.inert(n, entries[n.Name])
 		t.Logf("%s: a pod with a record was gone after %v", n.Name, w.removePod(system, "meanwhile-"+n.Name))
 		_, took := w.pod(n, system, "after-"+n.Name, map[string]string{"app": servers})

@@ -50,38 +50,51 @@ var (
 	third  = netip.MustParseAddrPort("169.254.210.212:9200")
 )
 
-// cluster is shared by all tests, one after the other; pristine is how it is without a release.
+// site is a cluster that one test at a time has for itself.
+type site struct {
+	*whole.Cluster
+	pristine snapshot // how it is without a release
+}
+
+// sites are the clusters that no test has. Most of a test is waiting for others, so two tests run at a time.
+var sites = make(chan *site, 2)
+
 var (
-	cluster  *whole.Cluster
-	pristine snapshot
-	figures  figureList
-	root     string // of the module
+	figures figureList
+	root    string // of the module
 )
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
 	var err error
 	if root, err = lab.ModuleRoot(); err == nil {
 		err = os.Chdir(root) // the commands are those of the documentation
 	}
-	if err == nil {
-		cluster, err = whole.New(ctx, whole.Options{Name: "release", Nodes: whole.Mixed(), Images: []string{"bin/image.tar"}})
-	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	return cluster.Test(func() error { return furnish(ctx) }, func() int {
+	tests := func() int {
 		defer func() { fmt.Print(figures.String()) }()
 		return m.Run()
-	})
+	}
+	for i := range cap(sites) {
+		cluster, err := whole.New(ctx, whole.Options{Name: fmt.Sprintf("release-%d", i+1), Nodes: whole.Mixed(), Images: []string{"bin/image.tar"}})
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		within := tests
+		tests = func() int { return cluster.Test(func() error { return furnish(ctx, cluster) }, within) }
+	}
+	return tests()
 }
 
-// furnish makes the namespaces and client pods, and looks at everything as it is then.
-func furnish(ctx context.Context) error {
+// furnish makes the namespaces and client pods of a cluster, looks at everything as it is then, and offers it to the tests.
+func furnish(ctx context.Context, cluster *whole.Cluster) error {
 	namespaces := []string{clients, team}
 	for _, namespace := range namespaces {
 		if err := cluster.Apply(ctx, "apiVersion: v1\nkind: Namespace\nmetadata: {name: "+namespace+"}\n"); err != nil {
@@ -97,18 +110,19 @@ func furnish(ctx context.Context) error {
 		}
 	}
 	for _, n := range cluster.Nodes {
-		if _, err := awaitReady(ctx, clients, "client-"+n.Name); err != nil {
+		if _, err := awaitReady(ctx, cluster, clients, "client-"+n.Name); err != nil {
 			return err
 		}
 	}
-	var err error
-	pristine, err = takeSnapshot(ctx)
+	pristine, err := takeSnapshot(ctx, cluster)
+	sites <- &site{cluster, pristine}
 	return err
 }
 
 // world is a test, with the releases and targets that it has made.
 type world struct {
 	*testing.T
+	cluster  *site
 	ctx      context.Context
 	releases []release
 	twins    map[netip.AddrPort]bool // those that a release has
@@ -120,11 +134,14 @@ type release struct{ namespace, name string }
 func (r release) agent() string     { return r.namespace + "." + r.name }
 func (r release) daemonSet() string { return r.name + "-magic-ip-address" }
 
-// newWorld begins a test; when it ends, everything is uninstalled that still is installed, and the cluster must be as
-// it was.
+// newWorld begins a test once there is a cluster for it; when it ends, everything is uninstalled that still is installed, and the
+// cluster must be as it was.
 func newWorld(t *testing.T) *world {
+	t.Parallel()
+	cluster := <-sites
+	t.Cleanup(func() { sites <- cluster })
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longestTest)
-	w := &world{T: t, ctx: ctx, twins: map[netip.AddrPort]bool{}, began: time.Now()}
+	w := &world{T: t, cluster: cluster, ctx: ctx, twins: map[netip.AddrPort]bool{}, began: time.Now()}
 	t.Cleanup(func() {
 		defer cancel()
 		if t.Failed() {
@@ -180,10 +197,10 @@ func (w *world) describe() {
 		{"get", "events", "-A", "--sort-by=.lastTimestamp", "--field-selector=type=Warning"},
 		{"logs", "-n", system, "-l", "app=magic-ip-address", "--all-containers", "--prefix", "--tail=20"},
 	} {
-		out, err := cluster.Kubectl(w.ctx, args...)
+		out, err := w.cluster.Kubectl(w.ctx, args...)
 		show(strings.Join(args, " "), out, err)
 	}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		out, err := n.Exec(w.ctx, "sh", "-c", "ls -lR "+runtimeDir+"; cat "+runtimeDir+"/install/*/record.json "+whole.CNIConfDir+"/*; nft list tables")
 		show(n.Name, out, err)
 	}
@@ -192,14 +209,14 @@ func (w *world) describe() {
 // helm runs it, and returns what it printed.
 func (w *world) helm(args ...string) string {
 	w.Helper()
-	out, err := cluster.Helm(w.ctx, args...)
+	out, err := w.cluster.Helm(w.ctx, args...)
 	w.must(err)
 	return out
 }
 
 func (w *world) kubectl(args ...string) string {
 	w.Helper()
-	out, err := cluster.Kubectl(w.ctx, args...)
+	out, err := w.cluster.Kubectl(w.ctx, args...)
 	w.must(err)
 	return out
 }
@@ -207,7 +224,7 @@ func (w *world) kubectl(args ...string) string {
 // agent runs a command of the agent in its container. In the container doctor exits with 3, since it does not see the CNI directories.
 func (w *world) agent(pod *corev1.Pod, command string) string {
 	w.Helper()
-	out, err := cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "agent", "--", "magic-ip-agent", command)
+	out, err := w.cluster.Kubectl(w.ctx, "exec", "-n", pod.Namespace, pod.Name, "-c", "agent", "--", "magic-ip-agent", command)
 	if err != nil && !(command == "doctor" && strings.Contains(err.Error(), "exit code 3")) {
 		w.Fatal(err)
 	}
@@ -291,7 +308,7 @@ func (w *world) rolledOut(r release) {
 		if err := w.daemonSetDone(r.namespace, r.daemonSet()); err != nil {
 			return err
 		}
-		for _, n := range cluster.Nodes {
+		for _, n := range w.cluster.Nodes {
 			agent, err := runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).ReadStatus()
 			if err == nil && (agent.LastSync.IsZero() || !runtimedir.New(n.Path(runtimeDir)).Agent(r.agent()).Live()) {
 				err = fmt.Errorf("agent %s has not made its rules yet", r.agent())
@@ -305,23 +322,23 @@ func (w *world) rolledOut(r release) {
 }
 
 func (w *world) daemonSetDone(namespace, name string) error {
-	d, err := cluster.Admin.AppsV1().DaemonSets(namespace).Get(w.ctx, name, metav1.GetOptions{})
+	d, err := w.cluster.Admin.AppsV1().DaemonSets(namespace).Get(w.ctx, name, metav1.GetOptions{})
 	if err != nil {
 		return err
 	}
 	s := d.Status
-	if s.ObservedGeneration < d.Generation || int(s.UpdatedNumberScheduled) != len(cluster.Nodes) || int(s.NumberReady) != len(cluster.Nodes) {
+	if s.ObservedGeneration < d.Generation || int(s.UpdatedNumberScheduled) != len(w.cluster.Nodes) || int(s.NumberReady) != len(w.cluster.Nodes) {
 		return fmt.Errorf("DaemonSet %s, generation %d: %+v", name, d.Generation, s)
 	}
 	pods, err := w.podsOf(d)
-	if err == nil && len(pods) != len(cluster.Nodes) {
+	if err == nil && len(pods) != len(w.cluster.Nodes) {
 		err = fmt.Errorf("DaemonSet %s has %d pods", name, len(pods))
 	}
 	return err
 }
 
 func (w *world) podsOf(d *appsv1.DaemonSet) ([]corev1.Pod, error) {
-	list, err := cluster.Admin.CoreV1().Pods(d.Namespace).List(w.ctx, metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(d.Spec.Selector)})
+	list, err := w.cluster.Admin.CoreV1().Pods(d.Namespace).List(w.ctx, metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(d.Spec.Selector)})
 	if err != nil {
 		return nil, err
 	}
@@ -331,7 +348,7 @@ func (w *world) podsOf(d *appsv1.DaemonSet) ([]corev1.Pod, error) {
 // podOn is the pod of a DaemonSet on a node.
 func (w *world) podOn(n *whole.Node, namespace, name string) *corev1.Pod {
 	w.Helper()
-	d, err := cluster.Admin.AppsV1().DaemonSets(namespace).Get(w.ctx, name, metav1.GetOptions{})
+	d, err := w.cluster.Admin.AppsV1().DaemonSets(namespace).Get(w.ctx, name, metav1.GetOptions{})
 	w.must(err)
 	pods, err := w.podsOf(d)
 	w.must(err)
@@ -347,7 +364,7 @@ func (w *world) podOn(n *whole.Node, namespace, name string) *corev1.Pod {
 // uninstall removes a release, and returns when its pods are gone.
 func (w *world) uninstall(r release) {
 	w.Helper()
-	if out, err := cluster.Helm(w.ctx, "uninstall", r.name, "--namespace", r.namespace); err != nil {
+	if out, err := w.cluster.Helm(w.ctx, "uninstall", r.name, "--namespace", r.namespace); err != nil {
 		w.Error(out, err)
 	}
 	w.releases = slices.DeleteFunc(w.releases, func(other release) bool { return other == r })
@@ -357,7 +374,7 @@ func (w *world) uninstall(r release) {
 func (w *world) podsGone(namespace, selector string) {
 	w.Helper()
 	err := lab.Eventually(w.within(time.Minute), func() error {
-		list, err := cluster.Admin.CoreV1().Pods(namespace).List(w.ctx, metav1.ListOptions{LabelSelector: selector})
+		list, err := w.cluster.Admin.CoreV1().Pods(namespace).List(w.ctx, metav1.ListOptions{LabelSelector: selector})
 		if err == nil && len(list.Items) > 0 {
 			err = fmt.Errorf("%d pods with %s are still there", len(list.Items), selector)
 		}
@@ -375,7 +392,7 @@ func (w *world) targets(namespace string) {
 	// Another label, so that it does not adopt pods of the test.
 	labels := map[string]string{"app": servers, "daemon-set": servers}
 	pod := echoPod(nil, namespace, "", labels)
-	_, err := cluster.Admin.AppsV1().DaemonSets(namespace).Create(w.ctx, &appsv1.DaemonSet{
+	_, err := w.cluster.Admin.AppsV1().DaemonSets(namespace).Create(w.ctx, &appsv1.DaemonSet{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: servers},
 		Spec: appsv1.DaemonSetSpec{
 			Selector: &metav1.LabelSelector{MatchLabels: labels},
@@ -394,7 +411,7 @@ func (w *world) targetsReady(namespace string) {
 
 func (w *world) removeTargets(namespace string) {
 	w.Helper()
-	err := cluster.Admin.AppsV1().DaemonSets(namespace).Delete(w.ctx, servers, metav1.DeleteOptions{})
+	err := w.cluster.Admin.AppsV1().DaemonSets(namespace).Delete(w.ctx, servers, metav1.DeleteOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
 		w.Error(err)
 	}
@@ -424,10 +441,10 @@ func echoPod(n *whole.Node, namespace, name string, labels map[string]string) *c
 func (w *world) pod(n *whole.Node, namespace, name string, labels map[string]string) (*corev1.Pod, time.Duration) {
 	w.Helper()
 	began := time.Now()
-	_, err := cluster.Admin.CoreV1().Pods(namespace).Create(w.ctx, echoPod(n, namespace, name, labels), metav1.CreateOptions{})
+	_, err := w.cluster.Admin.CoreV1().Pods(namespace).Create(w.ctx, echoPod(n, namespace, name, labels), metav1.CreateOptions{})
 	w.must(err)
 	w.Cleanup(func() { w.removePod(namespace, name) })
-	pod, err := awaitReady(w.within(time.Minute), namespace, name)
+	pod, err := awaitReady(w.within(time.Minute), w.cluster.Cluster, namespace, name)
 	w.must(err)
 	return pod, time.Since(began)
 }
@@ -436,7 +453,7 @@ func (w *world) pod(n *whole.Node, namespace, name string, labels map[string]str
 func (w *world) removePod(namespace, name string) time.Duration {
 	w.Helper()
 	began := time.Now()
-	pods := cluster.Admin.CoreV1().Pods(namespace)
+	pods := w.cluster.Admin.CoreV1().Pods(namespace)
 	err := pods.Delete(w.ctx, name, metav1.DeleteOptions{})
 	if err == nil {
 		err = lab.Eventually(w.within(time.Minute), func() error {
@@ -452,7 +469,7 @@ func (w *world) removePod(namespace, name string) time.Duration {
 	return time.Since(began)
 }
 
-func awaitReady(ctx context.Context, namespace, name string) (pod *corev1.Pod, err error) {
+func awaitReady(ctx context.Context, cluster *whole.Cluster, namespace, name string) (pod *corev1.Pod, err error) {
 	err = lab.Eventually(ctx, func() error {
 		if pod, err = cluster.Admin.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{}); err != nil {
 			return err
@@ -471,7 +488,7 @@ func awaitReady(ctx context.Context, namespace, name string) (pod *corev1.Pod, e
 // netns is the network namespace of a running pod.
 func (w *world) netns(n *whole.Node, namespace, name string) string {
 	w.Helper()
-	pod, err := awaitReady(w.within(time.Minute), namespace, name)
+	pod, err := awaitReady(w.within(time.Minute), w.cluster.Cluster, namespace, name)
 	w.must(err)
 	ns, err := n.PodNetNS(w.ctx, pod)
 	w.must(err)
@@ -484,7 +501,7 @@ func (w *world) client(n *whole.Node) string { return w.netns(n, clients, "clien
 // their own source addresses, at the address and at its twin.
 func (w *world) served(n *whole.Node, to netip.AddrPort, server string) {
 	w.Helper()
-	client, err := awaitReady(w.within(time.Minute), clients, "client-"+n.Name)
+	client, err := awaitReady(w.within(time.Minute), w.cluster.Cluster, clients, "client-"+n.Name)
 	w.must(err)
 	node := []corev1.PodIP{{IP: n.Address.String()}, {IP: n.Address6.String()}}
 	for _, to := range w.both(to) {
@@ -504,7 +521,7 @@ func (w *world) served(n *whole.Node, to netip.AddrPort, server string) {
 // servedBy is served on all nodes, by the targets of a namespace.
 func (w *world) servedBy(to netip.AddrPort, namespace string) {
 	w.Helper()
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		w.served(n, to, w.podOn(n, namespace, servers).Name)
 	}
 }
@@ -554,7 +571,7 @@ type load struct {
 func (w *world) load(to netip.AddrPort, kinds ...lab.Kind) *load {
 	w.Helper()
 	l := &load{world: w, probes: map[string]*lab.Probe{}}
-	for _, n := range cluster.Nodes {
+	for _, n := range w.cluster.Nodes {
 		addresses := w.both(to)
 		for _, to := range addresses {
 			for _, kind := range kinds {
