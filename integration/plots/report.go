@@ -52,7 +52,7 @@ The peers:
 | the pod alone | for how long no process listened, by the servers' own journals: no network can do better |
 
 - **gap**: the longest time without an answer.
-- **excess**: from the new process listening to its first answer: what the network adds. *never*: not within the 5 to 6 s that were watched. With a surge the old
+- **excess**: from the new process listening to its first answer: what the network adds, and the time until the client asks the next time. *never*: not within the 5 to 6 s that were watched. With a surge the old
   server is there meanwhile, so it is not shown.
 - **lost**: requests that failed although they were sent while a process of the node listened. What the old process took with it when it died is counted apart, [below](#what-the-old-process-took-with-it).
 

@@ -98,8 +98,11 @@ func listened(at time.Time, servers []life) bool {
 }
 
 // isCut reports whether a server stopped while it had a request. Where nobody has told the client so, as with datagrams,
-// the request must be one of the last.
+// the request must be one of the last. A message that meets the end of its stream can be younger than the listener's end.
 func isCut(o lab.Outcome, s servers) bool {
+	if o.Err != nil && strings.Contains(o.Err.Error(), "the server stops") { // by the server itself: the program stream
+		return true
+	}
 	for _, server := range s.lives {
 		left := server.closed.Sub(o.Sent)
 		if !server.closed.IsZero() && left >= 0 && left <= o.Took && (lab.WorkingTime(o.Sent, server.closed) <= cutWithin+s.delay || !timedOut(o)) {

@@ -52,6 +52,10 @@ func TestAssess(t *testing.T) {
 			outcomes: lab.Outcomes{outcome(50, 51, "", errors.New("EOF"))},
 			servers:  replaced, want: want{excess: -1, gap: 51, failed: 1, cut: 1},
 		},
+		"the server ends the stream, and the message comes a moment after its listener's end": {
+			outcomes: lab.Outcomes{outcome(301, 1, "", errors.New("rpc error: code = Unavailable desc = the server stops"))},
+			servers:  surged, want: want{excess: -1, gap: 1, failed: 1, cut: 1},
+		},
 		"the server stops in the middle and is silent": {
 			outcomes: lab.Outcomes{outcome(95, 200, "", silent)},
 			servers:  replaced, want: want{excess: -1, gap: 200, failed: 1, cut: 1},
