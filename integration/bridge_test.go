@@ -142,3 +142,31 @@ func TestGatewayBesideTheBridge(t *testing.T) {
 		ask(gatewayBeside, lab.Uplink, "silence")
 	})
 }
+
+// TestIsolatedPorts isolates the ports of the bridge from each other, as the bridge plugin does with its option portIsolation. A
+// frame that br_netfilter has translated stays a frame, from port to port; what the node's network stack routes does not.
+func TestIsolatedPorts(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.addClient()
+		w.start(config())
+		w.addTarget("echo")
+		w.echo("echo")
+		w.run("for port in /sys/class/net/cni1/brif/*; do echo 1 >$port/isolated; done")
+		const note = "bridge cni1: pods behind isolated ports"
+		noted := func(a *runtimedir.Status) bool { return strings.Contains(strings.Join(a.Notes, "\n"), note) }
+		w.await("to note isolated ports", noted)
+		bothFamilies(func(six bool) {
+			if err := errors.Join(w.want("client", magic(six), "silence"), w.want(lab.Host, magic(six), "answered by echo, seen as node")); err != nil {
+				t.Errorf("frames pass netfilter: %v", err)
+			}
+		})
+		if err := errors.Join(w.Sysctl(lab.Host, "bridge/bridge-nf-call-iptables", "0"), w.Sysctl(lab.Host, "bridge/bridge-nf-call-ip6tables", "0")); err != nil {
+			t.Fatal(err)
+		}
+		w.await("to note them no more", func(a *runtimedir.Status) bool { return !noted(a) })
+		for _, from := range []string{"client", "echo", lab.Host} {
+			bothFamilies(func(six bool) { w.note(isolatedPorts, six, w.want(from, magic(six), "answered by echo, seen as node")) })
+		}
+	})
+}

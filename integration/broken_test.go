@@ -123,6 +123,8 @@ func brokenNodes() []brokenNode {
 			sysctls("bridge/bridge-nf-call-iptables=0", "bridge/bridge-nf-call-ip6tables=0")(w)
 			w.awaitStatus("masqueraded")
 		}, status: "source address is masqueraded", level: "warn", verdict: "masqueraded", probe: "4 answered"},
+		{name: "isolated ports", breaks: script("for port in /sys/class/net/cni1/brif/*; do echo 1 >$port/isolated; done"),
+			status: "behind isolated ports", level: "FAIL", verdict: "bridge ports: bridge cni1: pods behind isolated ports, such as veth", probe: "it was dropped; probably because of bridge ports: bridge cni1: pods behind isolated ports"},
 		{name: "another program translates the magic IP first", breaks: script("nft 'add table ip theirs; add chain ip theirs c { type nat hook prerouting priority -150; }; add rule ip theirs c ip daddr 169.254.210.210 dnat to 192.0.2.1'"),
 			level: "FAIL", verdict: "probably because of rules of others: another program translates a magic IP too: nft table ip theirs, chain c", probe: "nft delete rule ip theirs c handle"},
 		{name: "clients behind a bridge that holds a NIC", network: "ptp", breaks: func(w *world) { w.virtualMachine() }, flags: []string{"--netns", "/run/netns/vm"},

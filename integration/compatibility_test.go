@@ -13,8 +13,9 @@ import (
 
 // TestCompatibility observes what becomes of magic IPs on the networks that need no product: rows of docs/compatibility.md.
 func TestCompatibility(t *testing.T) {
-	for _, network := range []struct{ row, kind, filtered string }{
-		{"bridge", "bridge", "1"}, {"bridge-unfiltered", "bridge", "0"}, {"ptp", "ptp", "1"}, {"calico", "cali", "1"},
+	for _, network := range []struct{ row, kind, option, filtered string }{
+		{"bridge", "bridge", "", "1"}, {"bridge-unfiltered", "bridge", "", "0"}, {"ptp", "ptp", "", "1"}, {"calico", "cali", "", "1"},
+		{"bridge-isolated", "bridge", "portIsolation", "1"}, {"bridge-isolated-unfiltered", "bridge", "portIsolation", "0"},
 	} {
 		t.Run(network.row, func(t *testing.T) {
 			t.Parallel()
@@ -23,6 +24,9 @@ func TestCompatibility(t *testing.T) {
 				if err := w.Sysctl(lab.Host, "bridge/bridge-nf-call-"+tables, network.filtered); err != nil {
 					t.Fatal(err)
 				}
+			}
+			if network.option != "" {
+				w.run(`sed -i 's/"type": "bridge",/&"` + network.option + `": true,/' ` + conflistFile)
 			}
 			w.addClient()
 			w.beyond(plain)

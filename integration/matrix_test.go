@@ -63,6 +63,7 @@ const (
 	sameBridge    = "bridge-nf-call 0, pod of that bridge: masqueraded"
 	otherNetwork  = "bridge-nf-call 0, pod elsewhere: source kept"
 	gatewayBeside = "gateway by a veth that is plugged into the bridge: served"
+	isolatedPorts = "isolated ports, bridge-nf-call 0: served"
 	filteredAgain = "bridge-nf-call 1 again: source kept; status tells"
 	beforeAgent   = "flow from before the agent: ended, then served"
 	leftover      = "DNAT rule of another tool: does not take packets"
@@ -98,7 +99,7 @@ var rows = []row{
 	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
 	{sctpInit, onBridge}, {sctpSocket, onBridge},
 	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
-	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge},
+	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge}, {isolatedPorts, onBridge},
 	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{goneRoute, onEveryKind}, {rulesFlushed, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},

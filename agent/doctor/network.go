@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -27,6 +28,7 @@ func (e *examination) nodeNetwork(ctx context.Context) {
 		e.links(snapshot, e.network)
 		e.forwarding(e.network)
 		e.bridges(e.network)
+		e.bridgePorts(e.network)
 	}
 	e.reversePath()
 	e.filters(ctx)
@@ -52,6 +54,14 @@ func (e *examination) bridges(network node.Network) {
 	}
 	if count == 0 {
 		e.add(OK, check, fmt.Sprintf("%d, all of whose frames pass netfilter", len(network.Bridges)), "")
+	}
+}
+
+// bridgePorts says what keeps the pods of a bridge from being served, instead of the agents that have noted it.
+func (e *examination) bridgePorts(network node.Network) {
+	for _, note := range network.Notes {
+		e.found = slices.DeleteFunc(e.found, func(f Finding) bool { return f.Text == note })
+		e.add(Fail, "bridge ports", note, "")
 	}
 }
 

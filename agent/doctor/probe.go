@@ -204,7 +204,7 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 		if without && m.Action == string(plan.Hold) {
 			return OK, "held for want of an endpoint", ""
 		}
-		return fail(text, "forwarding", "rp_filter", "conntrack", "links", "endpoints", "rules", "rules of others", "filters", "agent")
+		return fail(text, "forwarding", "rp_filter", "conntrack", "links", "bridge ports", "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Client:
 		return Fail, text, "give the client a route to it: a default route is enough. In the client's namespace: ip route get " + trace.Address.String()
 	case probe.Astray:

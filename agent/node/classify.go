@@ -451,9 +451,14 @@ func (c *classifier) network(s Snapshot) Network {
 			n.UnservedPairs = append(n.UnservedPairs, l.Name)
 		}
 		if bridge := c.bridgeOf(l); bridge != nil {
-			if bridge != l && l.role == Served && !(bridge.Unfiltered4 && bridge.Unfiltered6) {
-				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: its pods do not reach magic IPs, because its frames pass netfilter, and once more by %s, the node's way into it. "+
-					"Set net.bridge.bridge-nf-call-iptables and net.bridge.bridge-nf-call-ip6tables to 0", bridge.Name, l.Name))
+			const to0 = "Set net.bridge.bridge-nf-call-iptables and net.bridge.bridge-nf-call-ip6tables to 0"
+			filtered := l.role == Served && !(bridge.Unfiltered4 && bridge.Unfiltered6)
+			if bridge != l && filtered {
+				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: its pods do not reach magic IPs, because its frames pass netfilter, and once more by %s, the node's way into it. "+to0, bridge.Name, l.Name))
+			}
+			if isolated := slices.IndexFunc(bridge.ports, func(port *link) bool { return port.Isolated }); isolated >= 0 && filtered {
+				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: pods behind isolated ports, such as %s, do not reach an endpoint behind another, because its frames pass netfilter: a translated packet "+
+					"goes from port to port, which isolation forbids. "+to0, bridge.Name, bridge.ports[isolated].Name))
 			}
 			n.Bridges = append(n.Bridges, plan.Bridge{
 				Name: l.Name, Unfiltered4: bridge.Unfiltered4, Unfiltered6: bridge.Unfiltered6, Prefixes: onLink(s.Addresses, l.Index),

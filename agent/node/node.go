@@ -30,7 +30,9 @@
 // and Open vSwitch, which forwards past netfilter. An uplink of a kind that pods are behind is not known as such while its default
 // route is away, until it has been seen with it once; a bridge whose only ports are veths is served until then. VRFs: a link
 // enslaved to one counts for itself. Pods of a bridge with a gateway beside it are served only where the bridge's frames do not
-// pass netfilter: else each packet passes it twice, and is not translated back; Network.Notes says so. Rules (ip-rule(8)) are not read: routes count in whatever table they are.
+// pass netfilter: else each packet passes it twice, and is not translated back. So are pods behind isolated ports of a bridge: a frame that was
+// translated as a frame stays one, and no other isolated port gets it. Network.Notes says so. Rules (ip-rule(8)) are not read: routes count in
+// whatever table they are.
 package node
 
 import (

@@ -175,6 +175,7 @@ const (
 	iflaInfoSlaveKind     = 4
 	iflaInfoSlaveData     = 5
 	iflaBrportMode        = 4 // hairpin
+	iflaBrportIsolated    = 33
 	iflaTunType           = 3
 	iflaBrNfCallIptables  = 36
 	iflaBrNfCallIP6tables = 37
@@ -256,8 +257,11 @@ func (l *LinkState) parseInfo(info []byte) (filtered4, filtered6 bool) {
 		}
 	}
 	for kind, value := range attributes(portData) {
-		if portKind == "bridge" && kind == iflaBrportMode {
+		switch {
+		case portKind == "bridge" && kind == iflaBrportMode:
 			l.Hairpin = number(value) != 0
+		case portKind == "bridge" && kind == iflaBrportIsolated:
+			l.Isolated = number(value) != 0
 		}
 	}
 	return filtered4, filtered6

@@ -37,6 +37,7 @@ type LinkState struct {
 	Tap       bool // of a link of kind tun: tap (IFLA_TUN_TYPE), not tun
 	Loopback  bool
 	Hairpin   bool // of a port of a Linux bridge
+	Isolated  bool // of a port of a Linux bridge: what comes in by it is not bridged to another such port
 	// Unfiltered4 and Unfiltered6 say of a bridge that its IPv4 and IPv6 frames do not pass netfilter.
 	Unfiltered4, Unfiltered6 bool
 }

@@ -85,6 +85,11 @@ func NewSite(bridge string, taken []netip.Addr) (site *Site, err error) {
 	if err := netlink.LinkSetAlias(outside, aliasPrefix+strconv.FormatInt(int64((sinceBoot()+lifetime)/time.Second), 10)); err != nil {
 		return nil, err
 	}
+	if bridge != "" {
+		if err := isolateLikeOthers(outside); err != nil {
+			return nil, err
+		}
+	}
 	if err := netlink.LinkSetUp(outside); err != nil {
 		return nil, err
 	}
@@ -104,6 +109,23 @@ func NewSite(bridge string, taken []netip.Addr) (site *Site, err error) {
 		return s, s.join(handle, inside, networks)
 	}
 	return s, s.route(handle, inside, outside)
+}
+
+// isolateLikeOthers isolates a port of a bridge where any other port of it is isolated (the bridge plugin's option portIsolation).
+func isolateLikeOthers(port netlink.Link) error {
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return err
+	}
+	for _, other := range links {
+		if other.Attrs().MasterIndex != port.Attrs().MasterIndex {
+			continue
+		}
+		if info, err := netlink.LinkGetProtinfo(other); err == nil && info.Isolated {
+			return netlink.LinkSetIsolated(port, true)
+		}
+	}
+	return nil
 }
 
 // Close removes it.
