@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -140,6 +141,41 @@ func comeAndGo(d runtimedir.Dir, name string) error {
 		return fmt.Errorf("recorded %t (%w), live %t, file %w", recorded, err, agent.Live(), readErr)
 	}
 	return errors.Join(agent.Leave(), lock.Close())
+}
+
+// TestOneHolder: of writers of one name that come and go, one at a time has the lock, also where another opens the file of the lock
+// just before it is removed.
+func TestOneHolder(t *testing.T) {
+	t.Parallel()
+	agent := runtimedir.New(t.TempDir()).Agent("a")
+	var holders, turns atomic.Int32
+	var group sync.WaitGroup
+	for range 8 {
+		group.Go(func() {
+			for turns.Load() < 500 && !t.Failed() {
+				lock, err := agent.Lock()
+				if errors.Is(err, runtimedir.ErrLocked) {
+					continue
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				turns.Add(1)
+				if n := holders.Add(1); n > 1 {
+					t.Errorf("%d have the lock", n)
+				}
+				if !agent.Live() {
+					t.Error("the holder is not live")
+				}
+				holders.Add(-1)
+				if err := errors.Join(agent.Leave(), lock.Close()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
 }
 
 // TestLeaveOfTheLast leaves what is not of this project, and what another writer has.

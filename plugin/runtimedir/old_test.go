@@ -265,6 +265,11 @@ func TestAgentThatLeftBeforeThePluginCameBy(t *testing.T) {
 	if err := errors.Join(d.Agent(name).Leave(), lock.Close()); err != nil {
 		t.Fatal(err)
 	}
+	for _, ext := range []string{".json", ".lock"} { // where the top can be written
+		if _, err := os.Lstat(filepath.Join(dir, "agents", name+ext)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s of the version before is left: %v", name+ext, err)
+		}
+	}
 	// In a container the directory is a mount, and its parent is read-only.
 	if err := os.Mkdir(filepath.Join(dir, "agents", name), 0o700); err != nil {
 		t.Fatal(err)
@@ -349,9 +354,14 @@ func TestOldLockHeldForGood(t *testing.T) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
+	const given = 100 * time.Millisecond // to a plugin of the version before that is writing
+	begun := time.Now()
 	for _, id := range []string{"c3", "c4"} {
 		if warning, err := d.Update(generous, nil, attachment(id)); err != nil || warning != nil {
 			t.Errorf("warning %v, error %v", warning, err)
+		}
+		if waited := time.Since(begun); waited < given {
+			t.Errorf("the holder was waited for for %s, want at least %s", waited, given)
 		}
 	}
 	if _, err := os.Stat(lock.Name()); !errors.Is(err, fs.ErrNotExist) {
@@ -371,6 +381,22 @@ func TestOldLockHeldForGood(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = taken.Close()
+}
+
+// TestOldLockIsReleased: a plugin of the version before that waits for the lock gets it after the update, not when this process ends.
+func TestOldLockIsReleased(t *testing.T) {
+	dir, d := before(t)
+	waiting, err := os.Open(filepath.Join(dir, "state.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = waiting.Close() }()
+	if warning, err := d.Update(generous, nil, attachment("c3")); err != nil || warning != nil {
+		t.Fatalf("warning %v, error %v", warning, err)
+	}
+	if err := unix.Flock(int(waiting.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		t.Errorf("it is still held: %v", err)
+	}
 }
 
 // TestReadersDuringTheTakeover: at no moment a record is seen in neither of the two files.

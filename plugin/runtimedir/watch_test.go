@@ -115,3 +115,18 @@ func TestRemoveRecord(t *testing.T) {
 		t.Error("the installer has lost its lock")
 	}
 }
+
+// TestRemoveRecordOfTheVersionBefore: a key that a version before has installed, and this one has removed, is recorded no more.
+func TestRemoveRecordOfTheVersionBefore(t *testing.T) {
+	_, d := before(t)
+	installer := d.Installer(name)
+	if _, err := installer.ReadRecord(); err != nil {
+		t.Fatal(err)
+	}
+	if err := installer.RemoveRecord(); err != nil {
+		t.Error(err)
+	}
+	if _, err := installer.ReadRecord(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the record is there: %v", err)
+	}
+}
