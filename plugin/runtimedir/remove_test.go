@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -58,5 +59,15 @@ func TestRemove(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "missing")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the directory was made: %v", err)
+	}
+}
+
+// TestMakeState: where the directory cannot be made, that is an error.
+func TestMakeState(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "file")
+	put(t, file, "")
+	if err := runtimedir.New(file).MakeState(); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("%v, want an error of %s", err, file)
 	}
 }

@@ -13,6 +13,49 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
+// TestStatusEqual: whatever differs makes two statuses differ, and the same values at other places in memory do not.
+func TestStatusEqual(t *testing.T) {
+	t.Parallel()
+	status := func() *runtimedir.Status {
+		at, address := time.Unix(1, 0), netip.MustParseAddr("169.254.210.210")
+		return &runtimedir.Status{
+			LastError: "x", DataPlane: runtimedir.DataPlane{LocalRoutes: []netip.Addr{address}}, MagicIPs: []runtimedir.MagicIP{
+				{
+					Frontend: frontend(80), Namespace: "default", Selector: "app=x", HostInterface: []string{"eth0"}, Action: "serve", Since: at, Count: &runtimedir.Count{Opened: 1, Refused: 2},
+					Endpoints: []runtimedir.Endpoint{{Address: netip.AddrPortFrom(address, 8080)}}, Why: []string{"x"},
+				},
+				{Frontend: frontend(81), Reason: "claimed"},
+			},
+		}
+	}
+	if one, other := status(), status(); !one.Equal(other) {
+		t.Error("the same differs")
+	}
+	for what, change := range map[string]func(*runtimedir.Status, *runtimedir.MagicIP){
+		"an error":          func(s *runtimedir.Status, _ *runtimedir.MagicIP) { s.LastError = "y" },
+		"local routes":      func(s *runtimedir.Status, _ *runtimedir.MagicIP) { s.DataPlane.LocalRoutes = nil },
+		"fewer magic IPs":   func(s *runtimedir.Status, _ *runtimedir.MagicIP) { s.MagicIPs = s.MagicIPs[:1] },
+		"a frontend":        func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Port++ },
+		"a namespace":       func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Namespace = "other" },
+		"a selector":        func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Selector = "app=y" },
+		"a host interface":  func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.HostInterface = nil },
+		"a reason":          func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Reason = "claimed" },
+		"an action":         func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Action = "hold" },
+		"an endpoint":       func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Endpoints[0].UID = "u" },
+		"since when":        func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Since = m.Since.Add(1) },
+		"why":               func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Why = nil },
+		"a count":           func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Count.Opened++ },
+		"another count":     func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Count.Refused++ },
+		"no count any more": func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Count = nil },
+	} {
+		one, other := status(), status()
+		change(other, &other.MagicIPs[0])
+		if one.Equal(other) || other.Equal(one) {
+			t.Errorf("%s: it is equal", what)
+		}
+	}
+}
+
 // TestStatusWriter: whatever a status has become since the one before, the file is what all of it looks like.
 func TestStatusWriter(t *testing.T) {
 	t.Parallel()
