@@ -73,23 +73,28 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// TestLockMakesTheDirectoryPrivate: kubelet makes the directories of mounts 0755.
-func TestLockMakesTheDirectoryPrivate(t *testing.T) {
+// TestWritersMakeTheirDirectoryPrivate: kubelet makes the directories of mounts 0755.
+func TestWritersMakeTheirDirectoryPrivate(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "agents/a")
-	if err := os.MkdirAll(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(path, 0o755); err != nil { // the umask
-		t.Fatal(err)
-	}
-	lock, err := runtimedir.New(dir).Agent("a").Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = lock.Close() }()
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("%v, %v", info.Mode(), err)
+	d := runtimedir.New(dir)
+	for name, write := range map[string]func() error{
+		"agents/a":  func() error { lock, err := d.Agent("a").Lock(); return errors.Join(err, lock.Close()) },
+		"install/a": func() error { lock, err := d.Installer("a").Lock(); return errors.Join(err, lock.Close()) },
+		"plugin":    func() error { _, err := d.Update(generous, nil, attachment("c1")); return err },
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, 0o755); err != nil { // the umask
+			t.Fatal(err)
+		}
+		if err := write(); err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
+			t.Errorf("%s: %v, %v", name, info.Mode(), err)
+		}
 	}
 }
 

@@ -283,6 +283,18 @@ func TestAgentThatLeftBeforeThePluginCameBy(t *testing.T) {
 	}
 }
 
+// TestRemovalAfterTheVersionBefore: a DEL of a pod that the version before has recorded finds the record, before any ADD of this version.
+func TestRemovalAfterTheVersionBefore(t *testing.T) {
+	dir, d := before(t)
+	if err := os.Remove(filepath.Join(dir, "plugin")); err != nil {
+		t.Fatal(err)
+	}
+	update(t, dir, []runtimedir.Key{{ContainerID: "c2", IfName: "eth0"}})
+	if got := know(t, d).Records; !cmp.Equal(got, []string{"c1"}) {
+		t.Errorf("records %v", got)
+	}
+}
+
 // TestUnusableFilesOfTheVersionBefore: nothing that is in their place keeps an agent or a pod from starting.
 func TestUnusableFilesOfTheVersionBefore(t *testing.T) {
 	for _, damage := range []func(path string) error{
