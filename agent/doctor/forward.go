@@ -107,13 +107,13 @@ func (e *examination) filters(ctx context.Context) {
 		if !ok {
 			continue
 		}
-		for _, table := range filterTables(ctx, family) {
+		for _, table := range savedTables(ctx, family, "filter") {
 			if table.err != nil {
 				e.add(Hidden, check, fmt.Sprintf("%s: %v", table.name, table.err), "run this as root in the network namespace of the node")
 				continue
 			}
 			looked++
-			verdict, by := ruleset.ParseIPTables(table.rules, nil).Forward(packet)
+			verdict, by := ruleset.ParseIPTables(table.rules, nil).BuiltIn("FORWARD", packet)
 			switch verdict {
 			case ruleset.Drop:
 				e.add(Fail, check, fmt.Sprintf("%s, table filter: a packet of a pod to endpoint %s is dropped by %s", table.name, packet.Destination, by),
@@ -144,9 +144,81 @@ func (e *examination) filters(ctx context.Context) {
 			e.add(level, check, fmt.Sprintf("nftables chain %s drops what it forwards by its policy, and %s", c.name, text), "see that it accepts what pods send to each other: nft list chain "+c.name)
 		}
 	}
+	e.ahead(ctx)
 	if looked > 0 && !slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == check }) {
-		e.add(OK, check, "none in the forward hook drops what pods send to the endpoints", "")
+		e.add(OK, check, "none in the forward hook drops what pods send to the endpoints, and none ahead of the translation what they send to magic IPs", "")
 	}
+}
+
+// ahead sees that no rule of others stops what pods send to the magic IPs before it is translated. What this command cannot evaluate
+// is left to the probe.
+func (e *examination) ahead(ctx context.Context) {
+	const check = "filters"
+	stops := func(packet ruleset.Packet, where, by, next string) {
+		e.add(Fail, check, fmt.Sprintf("%s: a packet of a pod to %s/%s is dropped, or kept from being tracked and so from being translated, by %s", where, packet.Destination, packet.Protocol, by), next)
+	}
+	packets := e.packetsToMagicIPs()
+	for _, family := range e.families() {
+		for _, name := range []string{"raw", "mangle"} {
+			for _, table := range savedTables(ctx, family, name) {
+				var others strings.Builder // without the rules of agents
+				for line := range strings.Lines(table.rules) {
+					if !strings.Contains(line, " "+iptables.ChainPrefix) {
+						others.WriteString(line)
+					}
+				}
+				parsed := ruleset.ParseIPTables(others.String(), nil)
+				for _, packet := range packets[family] {
+					if verdict, by := parsed.BuiltIn("PREROUTING", packet); verdict == ruleset.Drop {
+						stops(packet, table.name+", table "+name, by, fmt.Sprintf("accept it before that rule: %s -t %s -I PREROUTING -d %s -j ACCEPT", table.name, name, packet.Destination.Addr()))
+						break // one packet is enough
+					}
+				}
+			}
+		}
+	}
+	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
+	if err != nil {
+		return // nftForward has said so
+	}
+	tables, err := ruleset.ParseNFTables(out)
+	if err != nil {
+		e.add(Hidden, check, err.Error(), "")
+		return
+	}
+	saved := present("iptables-nft-save")
+	passed := func(family, table, _ string) bool {
+		ofIPTables := (family == "ip" || family == "ip6") && (table == "raw" || table == "mangle")
+		return ofIPTables && saved || strings.HasPrefix(table, nftables.TablePrefix)
+	}
+	var seen []ruleset.NFTRule
+	for _, family := range e.families() {
+		for _, packet := range packets[family] {
+			for _, rule := range tables.Stopping(packet, nftables.TranslationPriority, passed) {
+				if !slices.Contains(seen, rule) {
+					seen = append(seen, rule)
+					place := rule.Family + " " + rule.Table + " " + rule.Chain
+					stops(packet, "nftables chain "+place, fmt.Sprintf("its rule with handle %d", rule.Handle), "see what it is for: nft --handle list chain "+place)
+				}
+			}
+		}
+	}
+}
+
+// packetsToMagicIPs are what a pod's first packets to the magic IPs look like in the prerouting hook.
+func (e *examination) packetsToMagicIPs() map[plan.Family][]ruleset.Packet {
+	all := map[plan.Family][]ruleset.Packet{}
+	for _, target := range e.targets() {
+		family := plan.FamilyOf(target.Address)
+		packet, ok := e.packetToEndpoint(family)
+		if !ok && len(e.network.PodInterfaces) > 0 {
+			packet.In = e.network.PodInterfaces[0]
+		}
+		if packet.In != "" && len(all[family]) < most {
+			all[family] = append(all[family], ruleset.Packet{In: packet.In, Source: packet.Source, Destination: target.AddrPort(), Protocol: string(target.Protocol)})
+		}
+	}
+	return all
 }
 
 // packetToEndpoint is what a pod's first packet to an endpoint of this family looks like in the forward hook: from another pod
@@ -170,33 +242,33 @@ func (e *examination) packetToEndpoint(family plan.Family) (ruleset.Packet, bool
 	return ruleset.Packet{}, false
 }
 
-type filterTable struct {
+type savedTable struct {
 	name  string // the command without -save
 	rules string // as iptables-save prints them
 	err   error
 }
 
 // accept is the command that lets packets such as this one through.
-func (t filterTable) accept(p ruleset.Packet) string {
+func (t savedTable) accept(p ruleset.Packet) string {
 	return fmt.Sprintf("%s -I FORWARD -i %s -o %s -j ACCEPT", t.name, p.In, p.Out)
 }
 
-// filterTables are the filter tables of both kinds of iptables that are in use.
-func filterTables(ctx context.Context, family plan.Family) (tables []filterTable) {
+// savedTables are the tables of this name of both kinds of iptables that are in use.
+func savedTables(ctx context.Context, family plan.Family, name string) (tables []savedTable) {
 	command := "iptables"
 	if family == plan.IPv6 {
 		command = "ip6tables"
 	}
 	for _, kind := range []string{"-nft", "-legacy"} {
 		legacy := kind == "-legacy"
-		if legacy && !iptables.LegacyTable(family, "filter") {
+		if legacy && !iptables.LegacyTable(family, name) {
 			continue
 		}
-		out, err := exec.CommandContext(ctx, command+kind+"-save", "-t", "filter").Output()
+		out, err := exec.CommandContext(ctx, command+kind+"-save", "-t", name).Output()
 		if errors.Is(err, exec.ErrNotFound) && !legacy {
-			continue // nftForward looks at its chains, too
+			continue // its chains are among those of nft
 		}
-		tables = append(tables, filterTable{command + kind, string(out), err})
+		tables = append(tables, savedTable{command + kind, string(out), err})
 	}
 	return tables
 }

@@ -59,14 +59,15 @@ const (
 	Unknown
 )
 
-// Forward evaluates the chain FORWARD of the table filter. by is the rule or policy that drops, or may drop, the packet.
-func (t *IPTables) Forward(p Packet) (verdict Verdict, by string) {
-	f := forward{t, p, map[string]ends{}}
-	ends := f.chain("FORWARD")
+// BuiltIn evaluates a built-in chain. by is the rule or policy that drops, or may drop, the packet; one that keeps it from being tracked
+// (NOTRACK), and so from being translated, counts as well.
+func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) {
+	f := filter{t, p, map[string]ends{}}
+	ends := f.chain(chain)
 	accepted := ends.accept
 	if ends.goesOn {
-		if t.policy["FORWARD"] == "DROP" {
-			ends.drop = "the policy of FORWARD"
+		if t.policy[chain] == "DROP" {
+			ends.drop = "the policy of " + chain
 		} else {
 			accepted = true
 		}
@@ -80,7 +81,7 @@ func (t *IPTables) Forward(p Packet) (verdict Verdict, by string) {
 	return Drop, ends.drop
 }
 
-type forward struct {
+type filter struct {
 	*IPTables
 	packet Packet
 	known  map[string]ends // of chains that have been evaluated
@@ -93,7 +94,7 @@ type ends struct {
 	goesOn bool   // it returns to where the chain was called
 }
 
-func (f *forward) chain(name string) (all ends) {
+func (f *filter) chain(name string) (all ends) {
 	if all, known := f.known[name]; known {
 		return all
 	}
@@ -108,8 +109,12 @@ func (f *forward) chain(name string) (all ends) {
 		switch m.target {
 		case "ACCEPT":
 			inner = ends{accept: true}
-		case "DROP", "REJECT":
+		case "DROP", "REJECT", "NOTRACK":
 			inner = ends{drop: "the rule " + rule.text}
+		case "CT":
+			if slices.Contains(rule.fields, "--notrack") {
+				inner = ends{drop: "the rule " + rule.text}
+			}
 		case "RETURN":
 			all.goesOn = true
 			inner = ends{}

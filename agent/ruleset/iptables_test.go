@@ -33,7 +33,7 @@ func TestForward(t *testing.T) {
 		"an option that is not known":  {":FORWARD DROP [0:0]\n-A FORWARD --frobnicate -j ACCEPT\n", Unknown, "the policy of FORWARD"},
 		"a quoted comment":             {":FORWARD DROP [0:0]\n-A FORWARD -m comment --comment \"a -j DROP \\\" b\" -j ACCEPT\n", Accept, ""},
 	} {
-		if verdict, by := ParseIPTables(test.rules, nil).Forward(packet); verdict != test.verdict || by != test.by {
+		if verdict, by := ParseIPTables(test.rules, nil).BuiltIn("FORWARD", packet); verdict != test.verdict || by != test.by {
 			t.Errorf("%s: %d by %q, want %d by %q", name, verdict, by, test.verdict, test.by)
 		}
 	}
@@ -95,11 +95,34 @@ func TestTranslating(t *testing.T) {
 	}
 }
 
+// TestBeforeTranslation: what keeps a pod's packet from the rules that translate it.
+func TestBeforeTranslation(t *testing.T) {
+	packet := Packet{In: "cni0", Source: netip.MustParseAddr("10.244.1.9"), Destination: netip.MustParseAddrPort("169.254.210.210:8080"), Protocol: "tcp"}
+	for name, test := range map[string]struct {
+		rules   string
+		verdict Verdict
+		by      string
+	}{
+		"empty":                     {":PREROUTING ACCEPT [0:0]\n", Accept, ""},
+		"link-local drop":           {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.0.0/16 -j DROP\n", Drop, "the rule -A PREROUTING -d 169.254.0.0/16 -j DROP"},
+		"link-local from elsewhere": {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.0.0/16 -i eth0 -j DROP\n", Accept, ""},
+		"notrack":                   {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.210.210/32 -j NOTRACK\n", Drop, "the rule -A PREROUTING -d 169.254.210.210/32 -j NOTRACK"},
+		"CT --notrack":              {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j CT --notrack\n", Drop, "the rule -A PREROUTING -p tcp -j CT --notrack"},
+		"CT --zone":                 {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j CT --zone-orig 7\n", Accept, ""},
+		"notrack of others":         {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.20.10/32 -p udp -m udp --dport 53 -j CT --notrack\n", Accept, ""},
+		"rpfilter":                  {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -m rpfilter --invert -j DROP\n", Unknown, "the rule -A PREROUTING -m rpfilter --invert -j DROP"},
+	} {
+		if verdict, by := ParseIPTables(test.rules, nil).BuiltIn("PREROUTING", packet); verdict != test.verdict || by != test.by {
+			t.Errorf("%s: %d by %q, want %d by %q", name, verdict, by, test.verdict, test.by)
+		}
+	}
+}
+
 func FuzzForward(f *testing.F) {
 	f.Add(":FORWARD DROP [0:0]\n:A - [0:0]\n-A FORWARD -g A\n-A A -j A\n-A A -j B ! -s")
 	f.Fuzz(func(_ *testing.T, rules string) {
 		t := ParseIPTables(rules, nil)
-		t.Forward(Packet{})
+		t.BuiltIn("FORWARD", Packet{})
 		t.Translating(Packet{}, func(string) bool { return false })
 	})
 }
@@ -109,7 +132,9 @@ func FuzzNFTables(f *testing.F) {
 		{"rule": {"family": "ip", "table": "t", "chain": "c", "handle": 1, "expr": [{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "daddr"}}, "right": {"set": ["10.0.0.1"]}}}, {"goto": {"target": "c"}}]}}]}`))
 	f.Fuzz(func(_ *testing.T, printed []byte) {
 		if t, err := ParseNFTables(printed); err == nil {
-			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, func(_, _, _ string) bool { return false })
+			nothing := func(_, _, _ string) bool { return false }
+			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, nothing)
+			t.Stopping(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, 0, nothing)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -24,6 +25,7 @@ type NFTRule struct {
 
 type nftChain struct {
 	Family, Table, Name, Type, Hook string
+	Prio                            json.RawMessage // of a base chain, a number
 	rules                           []nftRule
 }
 
@@ -94,12 +96,30 @@ func (t *NFTables) Translating(p Packet, passed func(family, table, chain string
 	return found
 }
 
+// Stopping are the rules in hooks before the priority at which a packet of a pod is translated that certainly drop it, or keep it from
+// being tracked and so from being translated. passed says which chains are passed over.
+func (t *NFTables) Stopping(p Packet, before int, passed func(family, table, chain string) bool) (found []NFTRule) {
+	for _, base := range t.chains {
+		priority, err := strconv.Atoi(string(base.Prio))
+		if err != nil || priority >= before || base.Hook != "prerouting" || base.Family == "bridge" || passed(base.Family, base.Table, base.Name) {
+			continue
+		}
+		w := nftWalk{NFTables: t, walk: walk{seen: map[step]bool{}}, packet: p, passed: passed, places: map[string]NFTRule{}, stopping: true}
+		w.chain(base, "", true)
+		for _, place := range w.found {
+			found = append(found, w.places[place])
+		}
+	}
+	return found
+}
+
 type nftWalk struct {
 	*NFTables
 	walk
-	packet Packet
-	passed func(family, table, chain string) bool
-	places map[string]NFTRule
+	stopping bool // it is for what stops a packet, and not for what translates it
+	packet   Packet
+	passed   func(family, table, chain string) bool
+	places   map[string]NFTRule
 }
 
 // place is the rule under a name that walk keeps.
@@ -161,11 +181,15 @@ func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets 
 				if hit.aimed {
 					aim = w.place(r, hit)
 				}
-				w.translated(w.place(r, element{}), aim, isSure && meets == yes)
+				if !w.stopping {
+					w.translated(w.place(r, element{}), aim, isSure && meets == yes)
+				}
 				return ended, meets
 			case "jump", "goto", "accept", "drop", "return", "continue", "reject", "queue":
 				return w.verdict(r, kind, data, aim, isSure && meets == yes), meets
-			case "counter", "log", "mangle", "comment", "notrack", "set", "meter", "flow", "dup", "fwd", "ct helper":
+			case "notrack":
+				w.stopped(r, isSure && meets == yes)
+			case "counter", "log", "mangle", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
 			default: // xt (a match or target of iptables), limit, quota, …
 				meets = min(meets, maybe)
 			}
@@ -198,8 +222,17 @@ func (w *nftWalk) verdict(r *nftRule, kind string, data json.RawMessage, aim str
 		return goesOn
 	case "return":
 		return returned
+	case "drop", "reject":
+		w.stopped(r, isSure)
 	}
 	return ended
+}
+
+// stopped takes down a rule that stops the packet for certain.
+func (w *nftWalk) stopped(r *nftRule, sure bool) {
+	if w.stopping {
+		w.translated(w.place(r, element{}), "", sure)
+	}
 }
 
 // vmap follows the verdicts of all elements that the packet may meet.

@@ -1,5 +1,5 @@
-// Package ruleset evaluates the rules of iptables and nftables for one packet: whether the chain FORWARD of iptables lets it
-// pass, and which rules of others translate its destination.
+// Package ruleset evaluates the rules of iptables and nftables for one packet: whether a chain of iptables lets it pass, and which
+// rules of others translate its destination, or stop it before that.
 //
 // It knows the matches on interfaces, addresses, sets, protocol, port and state. What depends on any other match, or on what is
 // not known of the packet, is Unknown, never a guess.
