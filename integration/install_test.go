@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -492,11 +491,7 @@ const ownDaemonSet = `{"apiVersion":"apps/v1","kind":"DaemonSet","metadata":{"na
 func (s *site) newAPI() *api {
 	s.t.Helper()
 	a := &api{code: http.StatusOK, changed: make(chan struct{})}
-	var listener net.Listener
-	err := s.In(lab.Host, func() (err error) {
-		listener, err = net.Listen("tcp", "127.0.0.1:6443")
-		return err
-	})
+	listener, err := s.Listen(lab.Host, "tcp", "127.0.0.1:6443")
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -35,7 +35,7 @@ type examination struct {
 	records []runtimedir.Attachment
 	network node.Network
 	// filtersOfOthers are the chains of others in the forward hook that drop or reject anything.
-	filtersOfOthers []string
+	filtersOfOthers []nftName
 	found           []Finding
 }
 

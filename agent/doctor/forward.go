@@ -20,6 +20,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
 
@@ -85,12 +86,17 @@ func (e *examination) forwarding(network node.Network) {
 		}
 		if len(off) > 0 {
 			e.add(Fail, check, fmt.Sprintf("forwarding of IPv4 is off on %s: %s", few(off), cost),
-				fmt.Sprintf("sysctl net.ipv4.conf.%s.forwarding=1, and see what sets it to 0", strings.ReplaceAll(off[0], ".", "/")))
+				setOf(off[0], "forwarding", 1)+", and see what sets it to 0")
 		}
 	}
 	if looked > 0 && !e.failed(check) {
 		e.add(OK, check, "the kernel forwards what comes in by the links of pods", "")
 	}
+}
+
+// setOf is the command that sets a link's IPv4 sysctl. In the names of sysctl(8) a dot in a link's name is a slash.
+func setOf(link, key string, value int) string {
+	return quote.Shell("sysctl", fmt.Sprintf("net.ipv4.conf.%s.%s=%d", strings.ReplaceAll(link, ".", "/"), key, value))
 }
 
 // failed reports whether a check has failed.
@@ -132,7 +138,7 @@ func (e *examination) filters(ctx context.Context) {
 		looked++
 		for _, c := range found {
 			if c.drops {
-				e.filtersOfOthers = append(e.filtersOfOthers, c.name)
+				e.filtersOfOthers = append(e.filtersOfOthers, c.nftName)
 			}
 			if c.policy != "drop" {
 				continue
@@ -141,7 +147,7 @@ func (e *examination) filters(ctx context.Context) {
 			if c.accepts {
 				level, text = Warn, "this command does not evaluate its rules"
 			}
-			e.add(level, check, fmt.Sprintf("nftables chain %s drops what it forwards by its policy, and %s", c.name, text), "see that it accepts what pods send to each other: nft list chain "+c.name)
+			e.add(level, check, fmt.Sprintf("nftables chain %s drops what it forwards by its policy, and %s", c.nftName, text), "see that it accepts what pods send to each other: "+c.list())
 		}
 	}
 	e.ahead(ctx)
@@ -197,8 +203,8 @@ func (e *examination) ahead(ctx context.Context) {
 			for _, rule := range tables.Stopping(packet, nftables.TranslationPriority, passed) {
 				if !slices.Contains(seen, rule) {
 					seen = append(seen, rule)
-					place := rule.Family + " " + rule.Table + " " + rule.Chain
-					stops(packet, "nftables chain "+place, fmt.Sprintf("its rule with handle %d", rule.Handle), "see what it is for: nft --handle list chain "+place)
+					chain := nftName{rule.Family, rule.Table, rule.Chain}
+					stops(packet, fmt.Sprintf("nftables chain %s", chain), fmt.Sprintf("its rule with handle %d", rule.Handle), "see what it is for: "+chain.list("--handle"))
 				}
 			}
 		}
@@ -250,7 +256,7 @@ type savedTable struct {
 
 // accept is the command that lets packets such as this one through.
 func (t savedTable) accept(p ruleset.Packet) string {
-	return fmt.Sprintf("%s -I FORWARD -i %s -o %s -j ACCEPT", t.name, p.In, p.Out)
+	return quote.Shell(t.name, "-I", "FORWARD", "-i", p.In, "-o", p.Out, "-j", "ACCEPT")
 }
 
 // savedTables are the tables of this name of both kinds of iptables that are in use.
@@ -273,8 +279,19 @@ func savedTables(ctx context.Context, family plan.Family, name string) (tables [
 	return tables
 }
 
+// nftName is the family, the table and the name of a chain of nftables.
+type nftName [3]string
+
+func (n nftName) String() string { return strings.Join(n[:], " ") }
+
+// list is the command that shows the chain.
+func (n nftName) list(flags ...string) string {
+	return quote.Shell(slices.Concat([]string{"nft"}, flags, []string{"list", "chain"}, n[:])...)
+}
+
 type nftChain struct {
-	name, policy string // family, table and name
+	nftName
+	policy string
 	// Whether any rule accepts, and whether the chain drops or rejects anything.
 	accepts, drops bool
 }
@@ -300,7 +317,7 @@ func nftForward(ctx context.Context) ([]nftChain, error) {
 		if c.Hook != "forward" || ofIPTables && present("iptables-nft-save") || strings.HasPrefix(c.Table, nftables.TablePrefix) {
 			continue
 		}
-		name := c.Family + " " + c.Table + " " + c.Name
+		name := nftName{c.Family, c.Table, c.Name}
 		rules, err := exec.CommandContext(ctx, "nft", "--stateless", "list", "chain", c.Family, c.Table, c.Name).Output()
 		if err != nil {
 			return nil, fmt.Errorf("nft list chain %s: %w", name, err)

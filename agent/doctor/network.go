@@ -91,7 +91,7 @@ func (e *examination) reversePath() {
 				dropped++
 				if dropped <= most {
 					e.add(Fail, check, fmt.Sprintf("it is strict on %s, and the route to pod %s/%s (%s) leads elsewhere: what the pod sends is dropped",
-						name, record.Namespace, record.Name, ip), "sysctl net.ipv4.conf."+name+".rp_filter=2, or correct the route")
+						name, record.Namespace, record.Name, ip), setOf(name, "rp_filter", 2)+", or correct the route")
 				}
 			}
 		}

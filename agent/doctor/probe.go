@@ -251,8 +251,11 @@ func (e *examination) because(text string, checks ...string) (withCause, next st
 		}
 	}
 	if len(e.filtersOfOthers) > 0 {
-		return text + "; probably because of another program's rule in " + strings.Join(e.filtersOfOthers, ", "),
-			"nft list chain " + e.filtersOfOthers[0] + "; kubectl get networkpolicy -A"
+		names := make([]string, len(e.filtersOfOthers))
+		for i, chain := range e.filtersOfOthers {
+			names[i] = chain.String()
+		}
+		return text + "; probably because of another program's rule in " + strings.Join(names, ", "), e.filtersOfOthers[0].list() + "; kubectl get networkpolicy -A"
 	}
 	return text, "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
 }

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Dial makes connections, as http.Transport.DialContext does.
@@ -31,7 +33,7 @@ func (n *Node) Dial(namespace string) Dial {
 
 // Listen listens in a network namespace of the node.
 func (n *Node) Listen(namespace, network, address string) (listener net.Listener, err error) {
-	err = n.In(namespace, func() error {
+	err = n.whileInUse(namespace, func() error {
 		listener, err = net.Listen(network, address)
 		return err
 	})
@@ -40,11 +42,25 @@ func (n *Node) Listen(namespace, network, address string) (listener net.Listener
 
 // ListenPacket listens for datagrams in a network namespace of the node.
 func (n *Node) ListenPacket(namespace, network, address string) (conn net.PacketConn, err error) {
-	err = n.In(namespace, func() error {
+	err = n.whileInUse(namespace, func() error {
 		conn, err = net.ListenPacket(network, address)
 		return err
 	})
 	return conn, err
+}
+
+// whileInUse listens again for a while where the address is in use: a socket that this process has closed lives on in a child that it has
+// forked meanwhile, until that executes its program.
+func (n *Node) whileInUse(namespace string, listen func() error) error {
+	ctx, cancel := Patience(context.Background(), 5*time.Second)
+	defer cancel()
+	for {
+		err := n.In(namespace, listen)
+		if !errors.Is(err, unix.EADDRINUSE) || ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 // Answer is what an Echo answers: who it is and from where it saw the request come.

@@ -229,9 +229,14 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 // connections that use their ports again. Each run begins without.
 func forgetFlows(ctx context.Context, n *whole.Node) error {
 	for _, address := range []string{localAddress, sameNodeAddress, pollerAddress} {
-		_, err := n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
-		if err != nil && !strings.Contains(err.Error(), " 0 flow entries") { // it fails where there are none
-			return err
+		for {
+			_, err := n.Exec(ctx, "conntrack", "--delete", "--orig-dst", address)
+			if err == nil || strings.Contains(err.Error(), " 0 flow entries") { // it fails where there are none
+				break
+			}
+			if !strings.Contains(err.Error(), "doesn't exist") { // it ends at one that has gone since it was listed
+				return err
+			}
 		}
 	}
 	return nil
