@@ -192,6 +192,10 @@ func (e *examination) ahead(ctx context.Context) {
 		e.add(Hidden, check, err.Error(), "")
 		return
 	}
+	if len(tables.Flowtables) > 0 {
+		e.add(Warn, "data plane", "flowtable "+few(tables.Flowtables)+": packets of standing flows in it pass no rules, so that a UDP client may stay with a former pod until that is gone",
+			"where that matters, keep flows to magic IPs out of it")
+	}
 	saved := present("iptables-nft-save")
 	passed := func(family, table, _ string) bool {
 		ofIPTables := (family == "ip" || family == "ip6") && (table == "raw" || table == "mangle")

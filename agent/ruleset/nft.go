@@ -11,8 +11,11 @@ import (
 
 // NFTables are the rules of nftables as `nft --json --handle list ruleset` prints them (libnftables-json(5)).
 type NFTables struct {
-	chains []*nftChain
-	sets   map[string]*nftSet // by family, table and name
+	// Flowtables are those by which packets of standing flows pass by the rules (Documentation/networking/nf_flowtable.rst): family, table
+	// and name.
+	Flowtables []string
+	chains     []*nftChain
+	sets       map[string]*nftSet // by family, table and name
 }
 
 // NFTRule is a rule of nftables.
@@ -57,6 +60,10 @@ func ParseNFTables(printed []byte) (*NFTables, error) {
 				err = json.Unmarshal(data, chain)
 				t.chains = append(t.chains, chain)
 				byName[name(chain.Family, chain.Table, chain.Name)] = chain
+			case "flowtable":
+				var found struct{ Family, Table, Name string }
+				err = json.Unmarshal(data, &found)
+				t.Flowtables = append(t.Flowtables, name(found.Family, found.Table, found.Name))
 			case "set", "map":
 				set := &nftSet{}
 				err = json.Unmarshal(data, set)

@@ -3,6 +3,7 @@ package ruleset
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -41,9 +42,10 @@ func TestStopping(t *testing.T) {
 		for i, rule := range test.rules {
 			printed += fmt.Sprintf(`, {"rule": {"family": "ip", "table": "t", "chain": "c", "handle": %d, "expr": [%s]}}`, i+1, rule)
 		}
+		printed += `, {"flowtable": {"family": "ip", "name": "f", "table": "t", "handle": 3, "hook": "ingress", "prio": 0, "dev": ["eth0"]}}`
 		tables, err := ParseNFTables([]byte(printed + "]}"))
-		if err != nil {
-			t.Fatal(err)
+		if err != nil || !slices.Equal(tables.Flowtables, []string{"ip t f"}) {
+			t.Fatal(err, tables)
 		}
 		for _, passes := range []bool{false, true} {
 			found := tables.Stopping(packet, -105, func(_, table, _ string) bool { return passes && strings.HasPrefix(table, "t") })
