@@ -68,14 +68,19 @@ func TestView(t *testing.T) {
 		"elsewhere":          {files: map[string]string{"05-b.conflist": list(bridge), "10-a.conflist": list(bridge + "," + ours)}, loads: "05-b.conflist", expected: "05-b.conflist", found: "10-a.conflist"},
 		"single":             {files: map[string]string{"10-a.conf": single}, loads: "10-a.conf", expected: "10-a-conf.magic-ip-address.conflist"},
 		"with our list":      {files: map[string]string{"10-a.conf": single, "10-a-conf.magic-ip-address.conflist": list(bridge + "," + ours)}, loads: "10-a-conf.magic-ip-address.conflist", expected: "10-a-conf.magic-ip-address.conflist", found: "10-a-conf.magic-ip-address.conflist"},
-		"empty first":        {files: map[string]string{"00-a.conf": "", "10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", notes: "00-a.conf is empty", blocked: true},
+		"empty first":        {files: map[string]string{"00-a.conf": "", "10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", notes: "00-a.conf is empty: CRI-O passes it over, containerd starts no pod until it is corrected or removed", blocked: true},
 		"a dangling link":    {files: map[string]string{"00-a.conf": "-> nowhere", "10-a.conflist": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist", notes: "no such file", blocked: true},
 		"a loop":             {files: map[string]string{"00-a.conf": "-> 00-b.conf", "00-b.conf": "-> 00-a.conf", "10-a.conflist": list(bridge)}, unknown: "too many levels of symbolic links"},
 		"a link out":         {files: map[string]string{"00-a.conf": "-> /etc/hostname", "10-a.conflist": list(bridge + "," + ours)}, unknown: "leads out of the directory", found: "10-a.conflist"},
-		"a link up":          {files: map[string]string{"00-a.conf": "-> ../other/a.conf"}, unknown: "leads out of the directory"},
-		"a folder":           {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/zz-magic-ip-address.conf": ours}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf", found: "a/zz-magic-ip-address.conf"},
-		"a broken folder":    {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": "{", "20-b.conflist": strings.Replace(list(bridge), `"a"`, `"b"`, 1)}, loads: "20-b.conflist", expected: "20-b.conflist", notes: "a/10-bridge.conf", blocked: true},
-		"a link of a folder": {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a": "-> b", "b/10-bridge.conf": bridge}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf"},
+		"a link to above":    {files: map[string]string{"00-a.conf": "-> .."}, unknown: "leads out of the directory"},
+		"a link up and down": {files: map[string]string{"10-a.conflist": "-> ../net.d/sub/../real", "sub/x": "", "real": list(bridge)}, loads: "10-a.conflist", expected: "10-a.conflist"},
+		"a link out behind our list": {files: map[string]string{"10-a.conf": "-> /etc/hostname", "10-a-conf.magic-ip-address.conflist": list(bridge + "," + ours)}, loads: "10-a-conf.magic-ip-address.conflist",
+			found: "10-a-conf.magic-ip-address.conflist", unknown: "10-a.conf is a symbolic link that leads out of the directory"},
+		"a folder that is none": {files: map[string]string{"10-a.conflist": list(bridge), "a": "text"}, notes: "net.d/a: not a directory"},
+		"a link up":             {files: map[string]string{"00-a.conf": "-> ../other/a.conf"}, unknown: "leads out of the directory"},
+		"a folder":              {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/zz-magic-ip-address.conf": ours}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf", found: "a/zz-magic-ip-address.conf"},
+		"a broken folder":       {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": "{", "20-b.conflist": strings.Replace(list(bridge), `"a"`, `"b"`, 1)}, loads: "20-b.conflist", expected: "20-b.conflist", notes: "a/10-bridge.conf", blocked: true},
+		"a link of a folder":    {files: map[string]string{"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a": "-> b", "b/10-bridge.conf": bridge}, loads: "10-a.conflist", expected: "a/zz-magic-ip-address.conf"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -185,6 +190,179 @@ func TestHarmless(t *testing.T) {
 		p.write(*d.find("10-a.conflist"), []byte(strings.Replace(with, change[0], change[1], 1)))
 		if err := p.validate(*d.find("10-a.conflist")); (err == nil) != (change[0] == "") {
 			t.Errorf("%q to %q: %v", change[0], change[1], err)
+		}
+	}
+}
+
+// TestOwnListOfAnother: a list of our own is the original and our entry, or the plan is none.
+func TestOwnListOfAnother(t *testing.T) {
+	t.Parallel()
+	const original = `{"cniVersion": "1.0.0", "name": "a", "type": "bridge", "mtu": 1400}`
+	for list, harmless := range map[string]bool{
+		`{"cniVersion": "1.0.0", "name": "a", "plugins": [` + original + `, {"type": "magic-ip-address"}]}`: true,
+		`{"cniVersion": "1.0.0", "name": "a", "plugins": [{"type": "ptp"}, {"type": "magic-ip-address"}]}`:  false,
+		`{"cniVersion": "1.0.0", "name": "b", "plugins": [` + original + `, {"type": "magic-ip-address"}]}`: false,
+		`{"cniVersion": "0.4.0", "name": "a", "plugins": [` + original + `, {"type": "magic-ip-address"}]}`: false,
+		`{"cniVersion": "1.0.0", "name": "a", "plugins": [{"type": "magic-ip-address"}]}`:                   false,
+	} {
+		d := read(t, directory(t, map[string]string{"10-a.conf": original}))
+		p := Plan{d: d.clone(), File: ownName("10-a.conf")}
+		p.create(p.File, []byte(list), d.files[0])
+		if err := p.validate(d.files[0]); (err == nil) != harmless {
+			t.Errorf("%s: %v", list, err)
+		}
+	}
+}
+
+// TestThinMultus: where it takes a network over by a copy, the entry goes where the copy is from; where it does not, into its own list.
+func TestThinMultus(t *testing.T) {
+	t.Parallel()
+	const multus, multusList, single = `{"cniVersion":"0.3.1","name":"multus","type":"multus","delegates":[{"name":"a"}]}`, "00-multus-conf.magic-ip-address.conflist", `{"cniVersion":"0.3.1","name":"a","type":"bridge"}`
+	for name, test := range map[string]struct {
+		files map[string]string
+		want  string
+	}{
+		"a list":               {map[string]string{"00-multus.conf": multus, "10-a.conflist": `{"cniVersion":"0.3.1","name":"a","plugins":[{"type":"bridge"}]}`}, "10-a.conflist"},
+		"a single plugin":      {map[string]string{"00-multus.conf": multus, "10-a.conf": single}, "10-a-conf.magic-ip-address.conflist"},
+		"nothing beside it":    {map[string]string{"00-multus.conf": multus}, multusList},
+		"another network":      {map[string]string{"00-multus.conf": multus, "10-b.conf": strings.Replace(single, `"a"`, `"b"`, 1)}, multusList},
+		"one that is unusable": {map[string]string{"00-multus.conf": multus, "10-a.conf": "{"}, multusList},
+		"no delegates":         {map[string]string{"00-multus.conf": strings.Replace(multus, `{"name":"a"}`, "", 1), "10-a.conf": single}, multusList},
+		"the thick one":        {map[string]string{"00-multus.conf": strings.Replace(multus, `"type":"multus"`, `"type":"multus-shim"`, 1), "10-a.conf": single}, multusList},
+		"another name":         {map[string]string{"01-meta.conf": multus, "10-a.conf": single}, "01-meta-conf.magic-ip-address.conflist"},
+	} {
+		dir := directory(t, test.files)
+		p, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Put(keyOf("a"), spoken) })
+		if err != nil || p.File != test.want || !read(t, dir).Has(test.want, "a", entry.DefaultRuntimeDir) {
+			t.Errorf("%s: the entry is in %s, %v, want %s", name, p.File, err, test.want)
+		}
+	}
+}
+
+// TestOriginalComesBack: a file of another user that was kept aside comes back as itself once no entry is needed, and goes where its owner has
+// written another. That of a file which still has the entry stays.
+func TestOriginalComesBack(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`
+	edited, err := with([]byte(list), keyOf("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const a, b = "10-a.conflist", "20-b.conflist"
+	take := func(d *Directory) (Plan, error) { return d.Take("a", entry.DefaultRuntimeDir, "") }
+	for name, test := range map[string]struct {
+		inA, inB     string
+		comesBack    bool
+		left, change []string
+		plan         func(*Directory) (Plan, error)
+	}{
+		"taken":                 {inA: string(edited), inB: list, comesBack: true, left: []string{a, b}, plan: take},
+		"written anew":          {inA: list, inB: string(edited), left: []string{a, b}, plan: take},
+		"put again":             {inA: string(edited), inB: list, left: []string{a, a + originalExt, b}, plan: func(d *Directory) (Plan, error) { return d.Put(keyOf("a"), spoken) }},
+		"with another's change": {inA: strings.Replace(string(edited), "bridge", "ptp", 1), inB: list, left: []string{a, b}, plan: take},
+	} {
+		dir := directory(t, map[string]string{a: test.inA, a + originalExt: list, b: test.inB})
+		original, err := os.Stat(filepath.Join(dir, a+originalExt))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Update(t.Context(), dir, Options{}, test.plan); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if now, err := os.Stat(filepath.Join(dir, a)); err != nil || os.SameFile(original, now) != test.comesBack {
+			t.Errorf("%s: it is the file that was kept: %t, %v", name, !test.comesBack, err)
+		}
+		if diff := cmp.Diff(test.left, fileNames(t, dir)); diff != "" {
+			t.Errorf("%s: files (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+func fileNames(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// TestCopiesThatNoLoaderReads lose the key with the last of it: whoever puts one back would have pods start with an entry whose agent is gone.
+func TestCopiesThatNoLoaderReads(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`
+	edited, err := with([]byte(list), keyOf("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := directory(t, map[string]string{"10-a.conflist": "-> real", "real": string(edited), "20-b.conflist": list, "10-a.conflist.bak": string(edited), "README": "magic-ip-address"})
+	want := func(when, content string) {
+		t.Helper()
+		for _, name := range []string{"10-a.conflist", "10-a.conflist.bak"} {
+			if data, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(data) != content {
+				t.Errorf("%s: %s is %v:\n%s", when, name, err, data)
+			}
+		}
+		if diff := cmp.Diff([]string{"10-a.conflist", "10-a.conflist.bak", "20-b.conflist", "README", "real"}, fileNames(t, dir)); diff != "" {
+			t.Errorf("%s: files (-want +got):\n%s", when, diff)
+		}
+	}
+	if _, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Put(keyOf("a"), spoken) }); err != nil {
+		t.Error(err)
+	}
+	want("put", string(edited))
+	if _, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Take("a", entry.DefaultRuntimeDir, "") }); err != nil {
+		t.Error(err)
+	}
+	want("taken", list)
+}
+
+// TestNodeOfTheVersionBefore: its renamed configuration comes back, and each file is written once. A list of our own is made only where a key remains.
+func TestNodeOfTheVersionBefore(t *testing.T) {
+	t.Parallel()
+	const single = `{"cniVersion":"1.0.0","name":"a","type":"bridge"}`
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[` + single + `,{"type":"magic-ip-address","selectors":{"a":[{"namespace":"default","selector":"app=old"}]}}]}`
+	const own = "10-a-conf.magic-ip-address.conflist"
+	for name, test := range map[string]struct {
+		plan func(*Directory) (Plan, error)
+		left []string
+	}{
+		"put":   {func(d *Directory) (Plan, error) { return d.Put(keyOf("a"), spoken) }, []string{own, "10-a.conf"}},
+		"taken": {func(d *Directory) (Plan, error) { return d.Take("a", entry.DefaultRuntimeDir, "") }, []string{"10-a.conf"}},
+	} {
+		dir := directory(t, map[string]string{"10-a.conf.magic-ip-address": single, "10-a.conflist": list})
+		p, err := Update(t.Context(), dir, Options{}, test.plan)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if paths := slices.Sorted(slices.Values(p.Paths())); len(slices.Compact(slices.Clone(paths))) != len(paths) {
+			t.Errorf("%s: a file is written twice: %v", name, paths)
+		}
+		if diff := cmp.Diff(test.left, fileNames(t, dir)); diff != "" {
+			t.Errorf("%s: files (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+// TestPluginsThatAreNotInstalled: those that are no files. Where a link leads on the node cannot be seen from a container.
+func TestPluginsThatAreNotInstalled(t *testing.T) {
+	t.Parallel()
+	bin := t.TempDir()
+	if err := errors.Join(os.WriteFile(filepath.Join(bin, "bridge"), nil, 0o755), os.Symlink("/nowhere", filepath.Join(bin, "linked")), os.Mkdir(filepath.Join(bin, "folder"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	dir := directory(t, map[string]string{"10-a.conflist": `{"cniVersion":"1.0.0","name":"a","plugins":[
+{"type":"bridge"},{"type":"linked"},{"type":"folder"},{"type":"gone"},{"type":"gone"},{"type":"magic-ip-address"}]}`})
+	for where, want := range map[string][]string{bin: {"folder", "gone"}, "": nil} {
+		d, err := Read(dir, Options{BinDir: where})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, d.notInstalled(d.files[0])); diff != "" {
+			t.Errorf("in %q (-want +got):\n%s", where, diff)
 		}
 	}
 }
