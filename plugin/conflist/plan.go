@@ -340,7 +340,7 @@ func (p *Plan) write(f file, data []byte) {
 	i := slices.IndexFunc(p.changes, func(c change) bool { return c.path == f.target && c.from == "" })
 	original := p.d.originalOf(f)
 	switch {
-	case i < 0 && original != nil && bytes.Equal(original.data, data):
+	case original != nil && bytes.Equal(original.data, data):
 		p.changes = append(p.changes, change{path: f.target, from: original.name, old: was.data})
 		f.mode, f.uid, f.gid = original.mode, original.uid, original.gid
 	case i >= 0 && p.changes[i].old == nil && data == nil: // not even made
