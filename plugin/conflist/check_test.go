@@ -26,6 +26,10 @@ func TestVersionsOfAList(t *testing.T) {
 			if offered != tt.offered || tt.err == "" && err != nil || tt.err != "" && (!errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), tt.err)) {
 				t.Errorf("%s: offers %q, %v", tt.name, offered, err)
 			}
+			p, _ := d.Put(keyOf("a"), versions)
+			if notes := strings.Join(p.Notes, "\n"); strings.Contains(notes, "10-a.conflist offers CNI "+tt.offered) != (tt.offered != "") || tt.offered == "" && notes != "" {
+				t.Errorf("%s: notes %q", tt.name, notes)
+			}
 		}
 	}
 }

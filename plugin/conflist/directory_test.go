@@ -398,9 +398,10 @@ func TestEntriesOfAFolder(t *testing.T) {
 	const bridge = `{"type":"bridge"}`
 	ours := `{"type":"magic-ip-address","selectors":{"other":[{"namespace":"x","selector":"y"}]}}`
 	for name, files := range map[string]map[string]string{
-		"first":          {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/00-ours.conf": ours, "a/10-bridge.conf": bridge},
-		"two":            {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/20-ours.conf": ours, "a/30-ours.conf": ours},
-		"inlined plugin": {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a","plugins":[` + bridge + `]}`, "a/20-ours.conf": ours},
+		"first":              {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/00-ours.conf": ours, "a/10-bridge.conf": bridge},
+		"two":                {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/10-bridge.conf": bridge, "a/20-ours.conf": ours, "a/30-ours.conf": ours},
+		"a file of our name": {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a"}`, "a/zz-magic-ip-address.conf": bridge},
+		"inlined plugin":     {"10-a.conflist": `{"cniVersion":"1.1.0","name":"a","plugins":[` + bridge + `]}`, "a/20-ours.conf": ours},
 	} {
 		d := read(t, directory(t, files))
 		p, err := d.Put(keyOf("a"), spoken)

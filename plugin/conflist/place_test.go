@@ -209,6 +209,9 @@ func TestWriteProgram(t *testing.T) {
 	if err := SyncDir(filepath.Join(dir, "missing")); err == nil {
 		t.Error("a directory that is missing is brought to the disk")
 	}
+	if err := SyncDir("/proc"); !errors.Is(err, unix.EINVAL) { // which has no disk
+		t.Errorf("a directory that cannot be brought to the disk: %v", err)
+	}
 }
 
 // TestEntry is that of the file which has it, once the changes are made.
