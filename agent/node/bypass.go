@@ -48,6 +48,9 @@ func dataPlanes(network Network) (found []string) {
 	}
 	for _, link := range network.Links {
 		switch product := ovsProduct(link.Name); {
+		case link.Name == "ovs-netdev" && link.Kind == "tap": // of the data path in user space, whatever its bridges are called
+			found = append(found, "Open vSwitch runs a data path in user space (ovs-netdev): packets of the pods that it connects bypass the rules, and these pods do not reach magic IPs. "+
+				"Use something else: a Service with internalTrafficPolicy: Local")
 		case link.Kind != "openvswitch" || product == "":
 			continue
 		case product == "OVN-Kubernetes":

@@ -37,8 +37,10 @@ func TestDataPlanes(t *testing.T) {
 		{"OVN-Kubernetes", "link ovn-k8s-mp0 openvswitch", "OVN-Kubernetes forwards the packets of pods in Open vSwitch (ovn-k8s-mp0): they bypass"},
 		{"Antrea", "link antrea-gw0 openvswitch", "Antrea forwards the packets of pods in Open vSwitch (antrea-gw0): replies bypass"},
 		{"Kube-OVN", "link ovn0 openvswitch", "Kube-OVN forwards the packets of pods in Open vSwitch (ovn0): replies bypass"},
+		{"Open vSwitch in user space", "link ovs-netdev tap", "Open vSwitch runs a data path in user space (ovs-netdev)"},
 		{"Open vSwitch of something else", "link br0 openvswitch", ""},
 		{"a name is not enough", "link antrea-gw0 device", ""},
+		{"a name is not enough, in user space", "link ovs-netdev veth", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			snapshot, known, _ := nodetest.Layout(t, test.links)
