@@ -456,7 +456,9 @@ func (c *classifier) network(s Snapshot) Network {
 			if bridge != l && filtered {
 				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: its pods do not reach magic IPs, because its frames pass netfilter, and once more by %s, the node's way into it. "+to0, bridge.Name, l.Name))
 			}
-			if isolated := slices.IndexFunc(bridge.ports, func(port *link) bool { return port.Isolated }); isolated >= 0 && filtered {
+			// It matters where endpoints are: the bridge of others, such as of system containers, is left alone.
+			matters := filtered && (l.recorded.IsValid() || len(c.known.Attachments) == 0)
+			if isolated := slices.IndexFunc(bridge.ports, func(port *link) bool { return port.Isolated }); isolated >= 0 && matters {
 				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: pods behind isolated ports, such as %s, do not reach an endpoint behind another, because its frames pass netfilter: a translated packet "+
 					"goes from port to port, which isolation forbids. "+to0, bridge.Name, bridge.ports[isolated].Name))
 			}

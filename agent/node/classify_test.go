@@ -196,3 +196,47 @@ func BenchmarkClassify(b *testing.B) {
 		}
 	}
 }
+
+// TestIsolatedPorts: those of a bridge that recorded pods are behind are noted, or of any while no pod is recorded; and only while frames
+// pass netfilter.
+func TestIsolatedPorts(t *testing.T) {
+	const links = `
+		link cni0 bridge 10.244.1.1/24
+		link veth1 veth netns 0 master cni0
+		link veth2 veth netns 1 master cni0
+		link lxdbr0 bridge 10.9.0.1/24
+		link veth3 veth netns 2 master lxdbr0
+		route 10.244.1.0/24 cni0
+		route 10.9.0.0/24 lxdbr0
+	`
+	for _, test := range []struct {
+		name, record         string
+		isolated             []string
+		unfiltered4, filter6 bool
+		want                 string // the bridges
+	}{
+		{"none is isolated", "record veth1 10.244.1.5", nil, false, false, ""},
+		{"no record yet", "", []string{"veth2", "veth3"}, false, false, "cni0 lxdbr0"},
+		{"of recorded pods", "record veth1 10.244.1.5", []string{"veth1", "veth2"}, false, false, "cni0"},
+		{"of others", "record veth1 10.244.1.5", []string{"veth3"}, false, false, ""},
+		{"frames of one family pass", "record veth1 10.244.1.5", []string{"veth1"}, true, true, "cni0"},
+		{"no frames pass", "record veth1 10.244.1.5", []string{"veth1"}, true, false, ""},
+	} {
+		snapshot, known, _ := nodetest.Layout(t, links+test.record)
+		for i := range snapshot.Links {
+			l := &snapshot.Links[i]
+			l.Isolated = slices.Contains(test.isolated, l.Name)
+			l.Unfiltered4, l.Unfiltered6 = test.unfiltered4, test.unfiltered4 && !test.filter6
+		}
+		var got []string
+		for _, note := range node.Classify(snapshot, known).Notes {
+			if bridge, found := strings.CutPrefix(note, "bridge "); found && strings.Contains(note, ": pods behind isolated ports, such as ") {
+				name, _, _ := strings.Cut(bridge, ":")
+				got = append(got, name)
+			}
+		}
+		if strings.Join(got, " ") != test.want {
+			t.Errorf("%s: noted %q, want %q", test.name, got, test.want)
+		}
+	}
+}
