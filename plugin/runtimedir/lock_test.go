@@ -148,8 +148,60 @@ func comeAndGo(d runtimedir.Dir, name string) error {
 	return errors.Join(agent.Leave(), lock.Close())
 }
 
-// TestOneHolder: of writers of one name that come and go, one at a time has the lock, also where another opens the file of the lock
-// just before it is removed.
+// TestLockThatWasRemoved: who opens the file of the lock just before its holder removes it does not take that file for the lock.
+func TestLockThatWasRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	agent, path := runtimedir.New(dir).Agent("a"), filepath.Join(dir, "agents/a/lock")
+	var holders atomic.Int32
+	hold := func(f func()) {
+		if n := holders.Add(1); n > 1 {
+			t.Errorf("%d have the lock", n)
+		}
+		f()
+		holders.Add(-1)
+	}
+	var done atomic.Bool
+	var group sync.WaitGroup
+	group.Go(func() { // writers that come and go, and do no more than that
+		for !done.Load() {
+			file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o200)
+			if err != nil {
+				continue // there is no directory yet
+			}
+			open, errOpen := file.Stat()
+			if unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}) == nil {
+				if there, err := os.Lstat(path); err == nil && errOpen == nil && os.SameFile(open, there) {
+					hold(func() {})
+					_ = os.Remove(path) // from here on another may have it
+				}
+			}
+			_ = file.Close()
+		}
+	})
+	for range 3000 {
+		lock, err := agent.Lock()
+		if errors.Is(err, runtimedir.ErrLocked) {
+			continue
+		}
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		hold(func() {
+			if !agent.Live() {
+				t.Error("the holder is not live")
+			}
+		})
+		if err := lock.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	done.Store(true)
+	group.Wait()
+}
+
+// TestOneHolder: of writers of one name that come and go, one at a time has the lock, whatever the one before has just removed.
 func TestOneHolder(t *testing.T) {
 	t.Parallel()
 	agent := runtimedir.New(t.TempDir()).Agent("a")
@@ -157,7 +209,7 @@ func TestOneHolder(t *testing.T) {
 	var group sync.WaitGroup
 	for range 8 {
 		group.Go(func() {
-			for turns.Load() < 500 && !t.Failed() {
+			for turns.Load() < 200 && !t.Failed() {
 				lock, err := agent.Lock()
 				if errors.Is(err, runtimedir.ErrLocked) {
 					continue
