@@ -58,15 +58,13 @@ func (d Dir) open(names ...string) (*folder, error) {
 }
 
 // make creates a directory below d where it is missing, and opens it.
-func (d Dir) make(names ...string) (*folder, error) {
-	for attempt := 0; ; attempt++ {
-		f, err := d.makeOnce(names)
-		// A writer that leaves removes directories that are empty.
-		if attempt < 100 && errors.Is(err, fs.ErrNotExist) {
-			continue
+func (d Dir) make(names ...string) (f *folder, err error) {
+	for range 100 { // a writer that leaves removes directories that are empty
+		if f, err = d.makeOnce(names); !errors.Is(err, fs.ErrNotExist) {
+			break
 		}
-		return f, err
 	}
+	return f, err
 }
 
 func (d Dir) makeOnce(names []string) (*folder, error) {
