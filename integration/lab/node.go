@@ -170,7 +170,8 @@ func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.C
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, args...)...)
 	cmd.Env = append(environment(), n.Env...)
 	cmd.Cancel = func() error { return signal(cmd.Process, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
+	// It bounds what a hanging child may cost. A busy machine needs seconds to read what a process that has ended has printed.
+	cmd.WaitDelay = 30 * time.Second
 	return cmd
 }
 
