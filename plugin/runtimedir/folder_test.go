@@ -225,13 +225,25 @@ func TestLocksOpenNothingElse(t *testing.T) {
 				} else if err != nil {
 					t.Fatal(err)
 				}
-				live := background(func() error {
+				does := func(what func() error) error {
+					select {
+					case err := <-background(what):
+						return err
+					case <-lab.After(t, time.Minute):
+						t.Fatal("it hangs")
+						return nil
+					}
+				}
+				err := does(func() error {
 					if d.Agent("a").Live() || d.Installer("a").Live() {
 						return errors.New("it is live")
 					}
 					return nil
 				})
-				locked := background(func() error {
+				if err != nil {
+					t.Error(err)
+				}
+				err = does(func() error {
 					_, err := d.Update(50*time.Millisecond, nil, attachment("c1"))
 					if lock, lockErr := d.Agent("a").Lock(); lockErr == nil {
 						_ = lock.Close()
@@ -241,21 +253,8 @@ func TestLocksOpenNothingElse(t *testing.T) {
 					}
 					return err
 				})
-				for range 2 {
-					select {
-					case err := <-live:
-						if err != nil {
-							t.Error(err)
-						}
-						live = nil
-					case err := <-locked:
-						if wrong := strings.HasPrefix(file, "plugin/"); (err != nil) != wrong {
-							t.Errorf("Update: %v", err)
-						}
-						locked = nil
-					case <-lab.After(t, time.Minute):
-						t.Fatal("it hangs")
-					}
+				if wrong := strings.HasPrefix(file, "plugin/"); (err != nil) != wrong {
+					t.Errorf("Update: %v", err)
 				}
 				if info, err := os.Stat(bait); err != nil || info.Size() != 0 {
 					t.Errorf("the file outside: %v, %v", info, err)

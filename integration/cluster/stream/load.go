@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -107,7 +108,8 @@ func (s *stream) ask(ctx context.Context) (lab.Answer, error) {
 			return lab.Answer{}, err
 		}
 	}
-	if err := s.open.SendMsg(&message{Value: "echo"}); err != nil {
+	// At io.EOF the stream has ended, and the answer says why.
+	if err := s.open.SendMsg(&message{Value: "echo"}); err != nil && !errors.Is(err, io.EOF) {
 		s.close()
 		return lab.Answer{}, err
 	}
