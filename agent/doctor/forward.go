@@ -136,6 +136,7 @@ func (e *examination) filters(ctx context.Context) {
 		e.add(Hidden, check, err.Error(), "run this as root in the network namespace of the node, with nft")
 	default:
 		looked++
+		e.aheadInNFTables(ctx)
 		for _, c := range found {
 			if c.drops {
 				e.filtersOfOthers = append(e.filtersOfOthers, c.nftName)
@@ -150,23 +151,23 @@ func (e *examination) filters(ctx context.Context) {
 			e.add(level, check, fmt.Sprintf("nftables chain %s drops what it forwards by its policy, and %s", c.nftName, text), "see that it accepts what pods send to each other: "+c.list())
 		}
 	}
-	e.ahead(ctx)
+	e.aheadInIPTables(ctx)
 	if looked > 0 && !slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == check }) {
 		e.add(OK, check, "none in the forward hook drops what pods send to the endpoints, and none ahead of the translation what they send to magic IPs", "")
 	}
 }
 
-// ahead sees that no rule of others stops what pods send to the magic IPs before it is translated. What this command cannot evaluate
-// is left to the probe.
-func (e *examination) ahead(ctx context.Context) {
-	const check = "filters"
-	stops := func(packet ruleset.Packet, where, by, next string) {
-		e.add(Fail, check, fmt.Sprintf("%s: a packet of a pod to %s/%s is dropped, or kept from being tracked and so from being translated, by %s", where, packet.Destination, packet.Protocol, by), next)
-	}
-	packets := e.packetsToMagicIPs()
+// aheadInIPTables sees that no rule of others in the tables raw and mangle stops what pods send to the magic IPs before it is translated. What
+// this command cannot evaluate is left to the probe.
+func (e *examination) aheadInIPTables(ctx context.Context) {
 	for _, family := range e.families() {
+		packets := e.packetsToMagicIPs(family)
 		for _, name := range []string{"raw", "mangle"} {
 			for _, table := range savedTables(ctx, family, name) {
+				if table.err != nil {
+					e.add(Hidden, "filters", fmt.Sprintf("%s, table %s: %v", table.name, name, table.err), "run this as root in the network namespace of the node")
+					continue
+				}
 				var others strings.Builder // without the rules of agents
 				for line := range strings.Lines(table.rules) {
 					if !strings.Contains(line, " "+iptables.ChainPrefix) {
@@ -174,26 +175,30 @@ func (e *examination) ahead(ctx context.Context) {
 					}
 				}
 				parsed := ruleset.ParseIPTables(others.String(), nil)
-				for _, packet := range packets[family] {
+				for _, packet := range packets {
 					if verdict, by := parsed.BuiltIn("PREROUTING", packet); verdict == ruleset.Drop {
-						stops(packet, table.name+", table "+name, by, fmt.Sprintf("accept it before that rule: %s -t %s -I PREROUTING -d %s -j ACCEPT", table.name, name, packet.Destination.Addr()))
+						e.stops(packet, table.name+", table "+name, by, fmt.Sprintf("accept it before that rule: %s -t %s -I PREROUTING -d %s -j ACCEPT", table.name, name, packet.Destination.Addr()))
 						break // one packet is enough
 					}
 				}
 			}
 		}
 	}
+}
+
+// aheadInNFTables is aheadInIPTables for the other tables of nftables, and names flowtables.
+func (e *examination) aheadInNFTables(ctx context.Context) {
 	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
-	if err != nil {
-		return // nftForward has said so
+	var tables *ruleset.NFTables
+	if err == nil {
+		tables, err = ruleset.ParseNFTables(out)
 	}
-	tables, err := ruleset.ParseNFTables(out)
 	if err != nil {
-		e.add(Hidden, check, err.Error(), "")
+		e.add(Hidden, "filters", fmt.Sprintf("nft list ruleset: %v", err), "run this as root in the network namespace of the node, with nft")
 		return
 	}
 	if len(tables.Flowtables) > 0 {
-		e.add(Warn, "data plane", "flowtable "+few(tables.Flowtables)+": packets of standing flows in it pass no rules, so that a UDP client may stay with a former pod until that is gone",
+		e.add(Warn, "flowtables", few(tables.Flowtables)+": packets of standing flows in it pass no rules, so that a UDP client may stay with a former pod until that is gone",
 			"where that matters, keep flows to magic IPs out of it")
 	}
 	saved := present("iptables-nft-save")
@@ -203,29 +208,34 @@ func (e *examination) ahead(ctx context.Context) {
 	}
 	var seen []ruleset.NFTRule
 	for _, family := range e.families() {
-		for _, packet := range packets[family] {
+		for _, packet := range e.packetsToMagicIPs(family) {
 			for _, rule := range tables.Stopping(packet, nftables.TranslationPriority, passed) {
 				if !slices.Contains(seen, rule) {
 					seen = append(seen, rule)
 					chain := nftName{rule.Family, rule.Table, rule.Chain}
-					stops(packet, fmt.Sprintf("nftables chain %s", chain), fmt.Sprintf("its rule with handle %d", rule.Handle), "see what it is for: "+chain.list("--handle"))
+					e.stops(packet, fmt.Sprintf("nftables chain %s", chain), fmt.Sprintf("its rule with handle %d", rule.Handle), "see what it is for: "+chain.list("--handle"))
 				}
 			}
 		}
 	}
 }
 
-// packetsToMagicIPs are what a pod's first packets to the magic IPs look like in the prerouting hook.
-func (e *examination) packetsToMagicIPs() map[plan.Family][]ruleset.Packet {
-	all := map[plan.Family][]ruleset.Packet{}
+func (e *examination) stops(packet ruleset.Packet, where, by, next string) {
+	e.add(Fail, "filters", fmt.Sprintf("%s: a packet of a pod to %s/%s is dropped, or kept from being tracked and so from being translated, by %s", where, packet.Destination, packet.Protocol, by), next)
+}
+
+// packetsToMagicIPs are what a pod's first packets to the magic IPs of this family look like in the prerouting hook.
+func (e *examination) packetsToMagicIPs(family plan.Family) (all []ruleset.Packet) {
+	packet, ok := e.packetToEndpoint(family)
+	if !ok && len(e.network.PodInterfaces) > 0 {
+		packet.In = e.network.PodInterfaces[0]
+	}
+	if packet.In == "" {
+		return nil
+	}
 	for _, target := range e.targets() {
-		family := plan.FamilyOf(target.Address)
-		packet, ok := e.packetToEndpoint(family)
-		if !ok && len(e.network.PodInterfaces) > 0 {
-			packet.In = e.network.PodInterfaces[0]
-		}
-		if packet.In != "" && len(all[family]) < most {
-			all[family] = append(all[family], ruleset.Packet{In: packet.In, Source: packet.Source, Destination: target.AddrPort(), Protocol: string(target.Protocol)})
+		if plan.FamilyOf(target.Address) == family && len(all) < most {
+			all = append(all, ruleset.Packet{In: packet.In, Source: packet.Source, Destination: target.AddrPort(), Protocol: string(target.Protocol)})
 		}
 	}
 	return all

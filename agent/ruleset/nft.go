@@ -111,7 +111,7 @@ func (t *NFTables) Stopping(p Packet, before int, passed func(family, table, cha
 		if err != nil || priority >= before || base.Hook != "prerouting" || base.Family == "bridge" || passed(base.Family, base.Table, base.Name) {
 			continue
 		}
-		w := nftWalk{NFTables: t, walk: walk{seen: map[step]bool{}}, packet: p, passed: passed, places: map[string]NFTRule{}, stopping: true}
+		w := nftWalk{NFTables: t, walk: walk{seen: map[step]bool{}}, packet: p, passed: passed, places: map[string]NFTRule{}, stopping: true, tracked: priority >= trackingPriority}
 		w.chain(base, "", true)
 		for _, place := range w.found {
 			found = append(found, w.places[place])
@@ -120,10 +120,14 @@ func (t *NFTables) Stopping(p Packet, before int, passed func(family, table, cha
 	return found
 }
 
+// trackingPriority is that of connection tracking (NF_IP_PRI_CONNTRACK): notrack comes too late from there on.
+const trackingPriority = -200
+
 type nftWalk struct {
 	*NFTables
 	walk
 	stopping bool // it is for what stops a packet, and not for what translates it
+	tracked  bool // connection tracking has had the packet
 	packet   Packet
 	passed   func(family, table, chain string) bool
 	places   map[string]NFTRule
@@ -195,7 +199,7 @@ func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets 
 			case "jump", "goto", "accept", "drop", "return", "continue", "reject", "queue":
 				return w.verdict(r, kind, data, aim, isSure && meets == yes), meets
 			case "notrack":
-				w.stopped(r, isSure && meets == yes)
+				w.stopped(r, isSure && meets == yes && !w.tracked)
 			case "counter", "log", "mangle", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
 			default: // xt (a match or target of iptables), limit, quota, …
 				meets = min(meets, maybe)

@@ -27,6 +27,7 @@ func TestStopping(t *testing.T) {
 		"drop":                         {"prerouting", "filter", "-150", []string{toLinkLocal + `, {"drop": null}`}, true},
 		"reject":                       {"prerouting", "filter", "-150", []string{toLinkLocal + `, {"reject": {"type": "tcp reset"}}`}, true},
 		"notrack":                      {"prerouting", "filter", "-300", []string{`{"notrack": null}`}, true},
+		"notrack too late":             {"prerouting", "filter", "-150", []string{`{"notrack": null}`}, false},
 		"drop in a chain":              {"prerouting", "filter", "-150", []string{`{"jump": {"target": "other"}}`}, true},
 		"from the uplink":              {"prerouting", "filter", "-150", []string{fromUplink + `, ` + toLinkLocal + `, {"drop": null}`}, false},
 		"spoofed":                      {"prerouting", "filter", "-150", []string{spoofed + `, {"drop": null}`}, false},

@@ -121,7 +121,7 @@ func isolateLikeOthers(port netlink.Link) error {
 		if other.Attrs().MasterIndex != port.Attrs().MasterIndex {
 			continue
 		}
-		if info, err := netlink.LinkGetProtinfo(other); err == nil && info.Isolated {
+		if info, err := netlink.LinkGetProtinfo(other); err == nil && info.Isolated { // one that has gone since is no error
 			return netlink.LinkSetIsolated(port, true)
 		}
 	}
