@@ -28,7 +28,6 @@ func (c chain) equal(d chain) bool { return c.name == d.name && slices.Equal(c.r
 // output hook). Ours come before those of others, and the filters before any translation.
 const (
 	beforeDNAT knftables.BaseChainPriority = "-110"
-	ownDNAT    knftables.BaseChainPriority = "-105" // TranslationPriority
 	// After the rules of others that exempt packets from connection tracking or put them into zones (raw is -300), before
 	// connection tracking (-200).
 	beforeTracking knftables.BaseChainPriority = "-290"
@@ -40,6 +39,8 @@ const (
 
 // TranslationPriority is that of the chains that translate magic IPs.
 const TranslationPriority = -105
+
+var ownDNAT = knftables.BaseChainPriority(strconv.Itoa(TranslationPriority)) //nolint:gochecknoglobals // a constant
 
 // rejectChain rejects every packet. A chain cannot be called reject, which is a keyword of nft.
 const rejectChain = "reject-packet"

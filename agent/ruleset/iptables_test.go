@@ -8,13 +8,23 @@ import (
 	"testing"
 )
 
+// builtIn is a table, and what becomes of a packet in a chain of it.
+type builtIn struct {
+	rules   string
+	verdict Verdict
+	by      string
+}
+
+func (b builtIn) check(t *testing.T, name, chain string, packet Packet) {
+	t.Helper()
+	if verdict, by := ParseIPTables(b.rules, nil).BuiltIn(chain, packet); verdict != b.verdict || by != b.by {
+		t.Errorf("%s: %d by %q, want %d by %q", name, verdict, by, b.verdict, b.by)
+	}
+}
+
 func TestForward(t *testing.T) {
 	packet := Packet{In: "cni0", Out: "cni0", Source: netip.MustParseAddr("10.244.1.9"), Destination: netip.MustParseAddrPort("10.244.1.3:8080"), Protocol: "tcp", Translated: true}
-	for name, test := range map[string]struct {
-		rules   string
-		verdict Verdict
-		by      string
-	}{
+	for name, test := range map[string]builtIn{
 		"no table":                     {"", Accept, ""},
 		"policy accept":                {":FORWARD ACCEPT [0:0]\n", Accept, ""},
 		"policy drop":                  {":FORWARD DROP [0:0]\n", Drop, "the policy of FORWARD"},
@@ -33,9 +43,7 @@ func TestForward(t *testing.T) {
 		"an option that is not known":  {":FORWARD DROP [0:0]\n-A FORWARD --frobnicate -j ACCEPT\n", Unknown, "the policy of FORWARD"},
 		"a quoted comment":             {":FORWARD DROP [0:0]\n-A FORWARD -m comment --comment \"a -j DROP \\\" b\" -j ACCEPT\n", Accept, ""},
 	} {
-		if verdict, by := ParseIPTables(test.rules, nil).BuiltIn("FORWARD", packet); verdict != test.verdict || by != test.by {
-			t.Errorf("%s: %d by %q, want %d by %q", name, verdict, by, test.verdict, test.by)
-		}
+		test.check(t, name, "FORWARD", packet)
 	}
 }
 
@@ -98,11 +106,7 @@ func TestTranslating(t *testing.T) {
 // TestBeforeTranslation: what keeps a pod's packet from the rules that translate it.
 func TestBeforeTranslation(t *testing.T) {
 	packet := Packet{In: "cni0", Source: netip.MustParseAddr("10.244.1.9"), Destination: netip.MustParseAddrPort("169.254.210.210:8080"), Protocol: "tcp"}
-	for name, test := range map[string]struct {
-		rules   string
-		verdict Verdict
-		by      string
-	}{
+	for name, test := range map[string]builtIn{
 		"empty":                     {":PREROUTING ACCEPT [0:0]\n", Accept, ""},
 		"link-local drop":           {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.0.0/16 -j DROP\n", Drop, "the rule -A PREROUTING -d 169.254.0.0/16 -j DROP"},
 		"link-local from elsewhere": {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.0.0/16 -i eth0 -j DROP\n", Accept, ""},
@@ -112,9 +116,7 @@ func TestBeforeTranslation(t *testing.T) {
 		"notrack of others":         {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 169.254.20.10/32 -p udp -m udp --dport 53 -j CT --notrack\n", Accept, ""},
 		"rpfilter":                  {":PREROUTING ACCEPT [0:0]\n-A PREROUTING -m rpfilter --invert -j DROP\n", Unknown, "the rule -A PREROUTING -m rpfilter --invert -j DROP"},
 	} {
-		if verdict, by := ParseIPTables(test.rules, nil).BuiltIn("PREROUTING", packet); verdict != test.verdict || by != test.by {
-			t.Errorf("%s: %d by %q, want %d by %q", name, verdict, by, test.verdict, test.by)
-		}
+		test.check(t, name, "PREROUTING", packet)
 	}
 }
 
