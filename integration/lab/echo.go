@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -54,13 +55,15 @@ func (n *Node) ListenPacket(namespace, network, address string) (conn net.Packet
 func (n *Node) whileInUse(namespace string, listen func() error) error {
 	ctx, cancel := Patience(context.Background(), 5*time.Second)
 	defer cancel()
-	for {
-		err := n.In(namespace, listen)
-		if !errors.Is(err, unix.EADDRINUSE) || ctx.Err() != nil {
-			return err
+	var other error
+	inUse := Eventually(ctx, func() error {
+		other = n.In(namespace, listen)
+		if errors.Is(other, unix.EADDRINUSE) {
+			return other
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		return nil
+	})
+	return cmp.Or(inUse, other)
 }
 
 // Answer is what an Echo answers: who it is and from where it saw the request come.

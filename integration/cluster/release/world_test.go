@@ -6,6 +6,7 @@ package release_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -81,12 +82,17 @@ func run(m *testing.M) int {
 		defer func() { fmt.Print(figures.String()) }()
 		return m.Run()
 	}
+	var made []*whole.Cluster
 	for i := range cap(sites) {
 		cluster, err := whole.New(ctx, whole.Options{Name: fmt.Sprintf("release-%d", i+1), Nodes: whole.Mixed(), Images: []string{"bin/image.tar"}})
 		if err != nil {
+			for _, cluster := range made {
+				err = errors.Join(err, cluster.Close())
+			}
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+		made = append(made, cluster)
 		within := tests
 		tests = func() int { return cluster.Test(func() error { return furnish(ctx, cluster) }, within) }
 	}
