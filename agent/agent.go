@@ -167,6 +167,10 @@ type agent struct {
 	logged map[string]string
 	// kinds are the kinds of them.
 	kinds []string
+	// settled: the last pass had no problem, so that the next one comes to the same unless a source changes or decideAt has come, when a
+	// decision changes by time (zero: never). All that may be left to do is a sweep.
+	settled  bool
+	decideAt time.Time
 }
 
 // ErrStandby is not an error to report: the context ended while another process held the agent's name.
@@ -299,37 +303,49 @@ func (a *agent) serve(ctx context.Context) {
 }
 
 // pass reads what has changed and brings kernel and runtime directory to the state that follows. next is
-// when to look again although nothing happens (0: never); ok is false where something is to be retried.
+// when to look again although nothing happens (0: never); ok is false where something is to be retried. Where nothing has changed and
+// none can change by time, it only sweeps: its costs would be those of all magic IPs.
 func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
+	if changed == 0 && a.settled && (a.decideAt.IsZero() || now.Before(a.decideAt)) {
+		if next = a.kernel.sweepDue(ctx, now); a.kernel.sweepErr == nil {
+			return soonest(next, max(0, a.decideAt.Sub(now))), true
+		}
+	}
 	news := a.read(ctx, changed, now)
 	if ctx.Err() != nil || !news && a.kernel.applied != nil && len(a.logged) == 0 {
 		return 0, true
 	}
 	waits := a.waits()
+	a.decideAt = time.Time{}
 	if len(waits) == 0 {
 		damaged, pause := a.kernel.check(ctx, changed, now)
 		if changed == Rules && !damaged && pause == 0 && a.kernel.verifyErr == nil && a.kernel.applied != nil && len(a.logged) == 0 {
 			return 0, true // the agent's own change wakes it too
 		}
-		next = soonest(pause, a.decide(now))
+		next = a.decide(now)
 		if a.files.claims.written == nil {
 			// Claims are made known before they are acted on: of two agents that start at once the younger
 			// sees the older in time.
 			a.wanted = a.plan(now)
 			a.files.publishClaims()
 			a.readOthers()
-			next = soonest(pause, a.decide(now))
+			next = a.decide(now)
+		}
+		if next > 0 {
+			a.decideAt = now.Add(next)
 		}
 		a.wanted = a.plan(now)
-		next = soonest(next, a.kernel.apply(ctx, a.wanted, changed, damaged, now))
+		next = soonest(soonest(next, pause), a.kernel.apply(ctx, a.wanted, changed, damaged, now))
 	}
 	a.report(append(a.problems(), waits...))
 	a.files.publish(now, changed&Poll != 0, waits)
 	if changed&Poll != 0 {
 		a.Meter.Polled()
 	}
-	return next, len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
+	ok = len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
+	a.settled = ok && len(a.problems()) == 0
+	return next, ok
 }
 
 // waits are why nothing can be decided yet; none where it can.

@@ -90,19 +90,27 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged
 			k.damaged = false
 		}
 	}
-	if k.applied != nil && !k.due.Empty() {
-		if pause := k.sweptAt.Add(sweepPause).Sub(now); pause > 0 && pause <= sweepPause && k.due.OnlyGone() {
-			next = soonest(next, pause)
-		} else if k.sweep(ctx, k.due); k.sweepErr == nil {
-			k.again, k.due, k.sweptAt = k.again.Plus(k.due), plan.Change{}, now
-		}
-	}
+	next = k.sweepDue(ctx, now)
 	if changed&Poll != 0 {
 		k.counts, k.countErr = k.agent.Backend.Counts()
 	}
 	k.hairpin()
 	k.routes()
 	return next
+}
+
+// sweepDue sweeps what is due, unless that can wait. next is when to look again (0: never).
+func (k *kernel) sweepDue(ctx context.Context, now time.Time) (next time.Duration) {
+	if k.applied == nil || k.due.Empty() {
+		return 0
+	}
+	if pause := k.sweptAt.Add(sweepPause).Sub(now); pause > 0 && pause <= sweepPause && k.due.OnlyGone() {
+		return pause
+	}
+	if k.sweep(ctx, k.due); k.sweepErr == nil {
+		k.again, k.due, k.sweptAt = k.again.Plus(k.due), plan.Change{}, now
+	}
+	return 0
 }
 
 // localAddresses are the magic IPs that are to be addresses of the node by a plan. As a backstop, they are not those of which another

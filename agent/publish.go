@@ -25,6 +25,8 @@ type files struct {
 	// writer writes the status.
 	writer *runtimedir.StatusWriter
 	claims file[[]runtimedir.Claim]
+	// spare is the memory for the next claims, of which there may be thousands.
+	spare  []runtimedir.Claim
 	pods   file[runtimedir.Pods]
 	memory file[runtimedir.Memory]
 	// observed is the status that observers have seen last; of the process before at first.
@@ -97,7 +99,7 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 
 func (f *files) publishClaims() {
 	a := f.agent
-	claims := make([]runtimedir.Claim, 0, len(a.services.sorted))
+	claims := f.spare[:0]
 	rules, local := a.wanted.Rules, a.localAddresses(&a.wanted) // in the same order as the services
 	for _, i := range a.services.sorted {
 		port, s := &a.config.Ports[i], a.services.inOrder[i]
@@ -116,7 +118,10 @@ func (f *files) publishClaims() {
 			Confined:   len(rules) > 0 && rules[0].Frontend == port.Frontend && rules[0].Confined(),
 		})
 	}
-	f.claims.put(claims, slices.Equal, a.own.WriteClaims)
+	f.spare = claims
+	if f.claims.written == nil || !slices.Equal(*f.claims.written, claims) {
+		f.claims.put(slices.Clone(claims), slices.Equal, a.own.WriteClaims)
+	}
 }
 
 // status is what the agent does, for people.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -317,7 +318,7 @@ func WatchFiles(runtimeDir, configFile, ciliumStateDir string) Task {
 					}
 				case dir.IsState(event.Name):
 					wake(Records)
-				case event.Has(fsnotify.Create) && arm(): // a directory that is watched from now on
+				case event.Has(fsnotify.Create) && isFolder(event.Name) && arm(): // it is watched from now on
 					wake(Records | Others)
 				case dir.IsClaims(event.Name):
 					wake(Others)
@@ -327,4 +328,9 @@ func WatchFiles(runtimeDir, configFile, ciliumStateDir string) Task {
 			}
 		}
 	}
+}
+
+func isFolder(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }

@@ -58,6 +58,8 @@ type record struct {
 	// seen under the recorded name: when the node starts, indexes begin anew, and those in an old file are of other links.
 	link int
 	seen bool
+	// sought: the links have been read since the record came, or came with another link.
+	sought bool
 	// seenAt is when the record was first seen, missingSince since when its pod has not been in the API (zero: it is).
 	seenAt, missingSince time.Time
 }
@@ -127,8 +129,8 @@ func (i *Inventory) SetRecords(file runtimedir.File, now time.Time) {
 			r.seenAt = now.Add(-min(max(0, now.Sub(a.AddedAt)), Grace))
 		}
 		r.Attachment, r.lost = a, false
-		if a.HostIfIndex != 0 {
-			r.link = a.HostIfIndex
+		if a.HostIfIndex != 0 && a.HostIfIndex != r.link {
+			r.link, r.sought = a.HostIfIndex, false
 		}
 		records = append(records, r)
 	}
@@ -162,7 +164,7 @@ func (i *Inventory) SetLinks(links map[string]int) {
 		if r.link == 0 {
 			r.link = links[r.HostInterface]
 		}
-		r.seen = r.seen || r.link != 0 && links[r.HostInterface] == r.link
+		r.seen, r.sought = r.seen || r.link != 0 && links[r.HostInterface] == r.link, true
 	}
 }
 
@@ -301,11 +303,11 @@ func (i *Inventory) AllSynced() bool {
 	return !slices.ContainsFunc(i.namespaces, func(n string) bool { return !i.Synced(n) })
 }
 
-// HasNewLink reports whether a record names a link that was not there when the links were read last: the record of a new pod
-// may come before its link.
+// HasNewLink reports whether a record that has come since the links were read names a link that was not there: the record of a new pod
+// may come before the event of its link.
 func (i *Inventory) HasNewLink() bool {
 	return slices.ContainsFunc(i.records, func(r record) bool {
-		return r.HostInterface != "" && (r.link == 0 || i.linkName[r.link] == "")
+		return r.HostInterface != "" && !r.sought && (r.link == 0 || i.linkName[r.link] == "")
 	})
 }
 

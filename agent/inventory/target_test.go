@@ -261,8 +261,14 @@ func TestNewLink(t *testing.T) {
 	}
 	i.SetLinks(map[string]int{"veth-echo": 8})
 	want(t, "gone", "bare=10.0.0.2", targetsOf(i, now))
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{bare, r}}, now)
+	if i.HasNewLink() {
+		t.Error("the link is missing, which the links have told")
+	}
+	r.HostIfIndex = 9
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{bare, r}}, now)
 	if !i.HasNewLink() {
-		t.Error("the link is missing")
+		t.Error("the record has another link")
 	}
 }
 

@@ -1,7 +1,7 @@
 // Package plan turns magic IPs and their endpoints into what the node's kernel shall do with packets.
 //
-// It is pure: no clock, no I/O, no logger. A Plan is the whole desired state; the backends of package
-// netfilter translate it, and the same packets must meet the same fate behind each of them.
+// It is pure: no clock, no I/O, no logger. A Plan is the whole desired state; packages
+// nftables and iptables translate it, and the same packets must meet the same fate behind each of them.
 package plan
 
 import (

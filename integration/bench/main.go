@@ -46,7 +46,7 @@ func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 
-	count := rounds{plugin: 1000, rules: 100, path: 1000, scale: 15, scalePath: 300, flows: 20, storms: 3}
+	count := rounds{plugin: 1000, rules: 100, path: 1000, scale: 100, scalePath: 300, flows: 20, storms: 3}
 	if *short {
 		count = rounds{plugin: 100, rules: 10, path: 100, scale: 5, scalePath: 30, flows: 5, storms: 1}
 	}
