@@ -27,12 +27,14 @@ func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []str
 }
 
 func (f *chains) inspect(ctx context.Context, p *plan.Plan) ([]string, error) {
+	tables := render(p, f.family, f.agent)
+	listings, err := f.list(ctx, names(tables)...)
+	if err != nil {
+		return nil, err
+	}
 	var differs []string
-	for _, t := range render(p, f.family, f.agent) {
-		there, err := f.list(ctx, t.name)
-		if err != nil {
-			return nil, err
-		}
+	for _, t := range tables {
+		there := listings[t.name]
 		for _, j := range t.jumps {
 			if count, _ := there.jump(j); count != 1 {
 				differs = append(differs, fmt.Sprintf("%s table %s: %d jumps from %s to our chain instead of 1", f.command, t.name, count, j.hook))

@@ -96,7 +96,7 @@ func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 
 // Verify reports external modifications of our chains and jumps since they were loaded. The next
 // Sync restores them. With iptables-nft it costs one small netlink message where nobody has changed any
-// rule on the node; else iptables-save is run for each table that we are in.
+// rule on the node; else iptables-save is run.
 func (b *Backend) Verify(ctx context.Context) ([]string, error) {
 	var differs []string
 	var err error
@@ -138,7 +138,7 @@ func (b *Backend) Exists(ctx context.Context) (bool, error) {
 				}
 				continue
 			}
-			if there, err := f.list(ctx, table); err != nil || !there.empty(f.prefix) {
+			if there, err := f.list(ctx, table); err != nil || !there[table].empty(f.prefix) {
 				return err == nil, err
 			}
 		}
@@ -182,8 +182,10 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
-// order is that in which the tables of render are changed. Where frontends gain an endpoint, and none loses its own, nat comes before filter: in
-// the other order a SYN between the two would be held, and sent again a second later.
+// order is that in which the tables of render are changed; each takes a grace period of the kernel, which is long on a busy node. Where
+// frontends gain an endpoint, and none loses its own, nat comes before filter: in the other order a SYN between the two would be held,
+// and sent again a second later. Where all that are served stay so, new connections move first, with nat, and datagrams next, with raw:
+// into a zone that has no flow yet.
 func (f *chains) order(served map[plan.Frontend]bool) []int {
 	gains, loses := false, false
 	for frontend := range served {
@@ -192,8 +194,11 @@ func (f *chains) order(served map[plan.Frontend]bool) []int {
 	for frontend := range f.served {
 		loses = loses || !served[frontend]
 	}
-	if gains && !loses {
+	switch {
+	case gains && !loses:
 		return []int{0, 2, 1, 3}
+	case !gains && !loses:
+		return []int{2, 3, 0, 1}
 	}
 	return []int{0, 1, 2, 3}
 }
@@ -233,43 +238,73 @@ func (f *chains) apply(ctx context.Context, wanted []table, order []int) error {
 	}
 }
 
-// update changes the chains that differ, one transaction for each table. What a failure leaves undone the next one does.
-func (f *chains) update(ctx context.Context, wanted []table, order []int) (err error) {
+// update changes the chains that differ, in this order of tables: one transaction for each, all by one process, because starting one
+// takes as long as a connection should wait. After a failure it is not known which of them are in the kernel.
+func (f *chains) update(ctx context.Context, wanted []table, order []int) error {
+	var otherJumps []string
+	for i, t := range wanted {
+		if !slices.Equal(t.jumps, f.tables[i].jumps) {
+			otherJumps = append(otherJumps, t.name)
+		}
+	}
+	there, err := f.list(ctx, otherJumps...)
+	if err != nil {
+		return err
+	}
+	f.known = false
+	var input strings.Builder
 	var changed []int
 	for _, i := range order {
-		update := wanted[i].update(f.tables[i])
-		if !slices.Equal(wanted[i].jumps, f.tables[i].jumps) {
-			err = f.load(ctx, wanted[i])
-		} else if update != "" {
-			err = f.restore(ctx, lockWait, update)
+		t := wanted[i]
+		text := t.update(f.tables[i])
+		if l := there[t.name]; l != nil {
+			text = f.replacing(t, l)
 		}
-		if err != nil {
-			break
-		}
-		if update != "" {
+		if text != "" {
+			input.WriteString(text)
 			changed = append(changed, i)
 		}
-		f.tables[i] = wanted[i]
 	}
-	if errRemember := f.remember(ctx, changed); errRemember != nil {
-		f.known = false
-		err = errors.Join(err, errRemember)
+	if err := f.restore(ctx, lockWait, input.String()); err != nil {
+		return err
 	}
-	return err
+	f.noteMoved(wanted, there)
+	f.tables = slices.Clone(wanted)
+	if err := f.remember(ctx, changed); err != nil {
+		return err
+	}
+	f.known = true
+	return nil
 }
 
-// loadAll puts all tables in place of whatever is there.
-func (f *chains) loadAll(ctx context.Context, wanted []table) error {
+// loadAll puts all tables in place of whatever is there. Where others change them meanwhile, it looks again.
+func (f *chains) loadAll(ctx context.Context, wanted []table) (err error) {
 	f.known = false
-	f.listed = make([][]chain, len(wanted))
-	var all []int
-	for i, t := range wanted {
-		if err := f.load(ctx, t); err != nil {
+	for range 3 {
+		var there map[string]*listing
+		if there, err = f.list(ctx, names(wanted)...); err != nil {
 			return err
 		}
+		var input strings.Builder
+		for _, t := range wanted {
+			input.WriteString(f.replacing(t, there[t.name]))
+		}
+		if err = f.restore(ctx, lockWait, input.String()); err == nil {
+			f.noteMoved(wanted, there)
+			break
+		}
+		if ownFailure(err) {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	var all []int
+	for i := range wanted {
 		all = append(all, i)
 	}
-	f.tables = slices.Clone(wanted)
+	f.tables, f.listed = slices.Clone(wanted), make([][]chain, len(wanted))
 	if err := f.remember(ctx, all); err != nil {
 		return err
 	}
@@ -277,32 +312,34 @@ func (f *chains) loadAll(ctx context.Context, wanted []table) error {
 	return nil
 }
 
-// load puts a table in place of whatever is there. Where others change it meanwhile, it looks again.
-func (f *chains) load(ctx context.Context, t table) error {
-	var err error
-	for range 3 {
-		var there *listing
-		if there, err = f.list(ctx, t.name); err != nil {
-			return err
-		}
-		if len(t.jumps) == 0 && there.empty(f.prefix) { // the table may not be in use
-			return nil
-		}
-		err = f.restore(ctx, lockWait, t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) }))
-		if ownFailure(err) {
-			return err
-		}
-		if err != nil {
-			continue
-		}
+func names(tables []table) (all []string) {
+	for _, t := range tables {
+		all = append(all, t.name)
+	}
+	return all
+}
+
+// replacing is the input of iptables-restore that puts a table in place of what is there; empty where that is nothing and shall be: the
+// table may not be in use.
+func (f *chains) replacing(t table, there *listing) string {
+	if len(t.jumps) == 0 && there.empty(f.prefix) {
+		return ""
+	}
+	return t.write(there, f.prefix, func(hook string) bool { return f.mayMove(t.name, hook) })
+}
+
+// noteMoved notes which jumps have been put before rules of others that were there.
+func (f *chains) noteMoved(tables []table, there map[string]*listing) {
+	for _, t := range tables {
 		for _, j := range t.jumps {
-			if count, behind := there.jump(j); count > 0 && behind > 0 && f.mayMove(t.name, j.hook) {
+			if there[t.name] == nil {
+				continue
+			}
+			if count, behind := there[t.name].jump(j); count > 0 && behind > 0 && f.mayMove(t.name, j.hook) {
 				f.moved[t.name+" "+j.hook] = time.Now()
 			}
 		}
-		return nil
 	}
-	return err
 }
 
 // remember takes down how iptables-save shows the chains that were just loaded, to compare with later.
@@ -310,12 +347,17 @@ func (f *chains) remember(ctx context.Context, changed []int) error {
 	if len(changed) > 0 {
 		f.seen = 0
 	}
+	var tables []string
+	for _, i := range changed {
+		tables = append(tables, f.tables[i].name)
+	}
+	listings, err := f.list(ctx, tables...)
+	if err != nil {
+		return err
+	}
 	for _, i := range changed {
 		t := f.tables[i]
-		there, err := f.list(ctx, t.name)
-		if err != nil {
-			return err
-		}
+		there := listings[t.name]
 		if missing := t.missing(there); len(missing) > 0 {
 			// Most of all: never add a jump again and again because the listing does not show it.
 			f.unjump(ctx, t, there)
@@ -363,15 +405,17 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 			return nil, nil
 		}
 	}
+	used := slices.DeleteFunc(slices.Clone(f.tables), func(t table) bool { return len(t.jumps) == 0 })
+	listings, err := f.list(ctx, names(used)...)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.command, err)
+	}
 	var differs []string
 	for i, t := range f.tables {
 		if len(t.jumps) == 0 {
 			continue
 		}
-		there, err := f.list(ctx, t.name)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f.command, err)
-		}
+		there := listings[t.name]
 		found := there.compareChains(f.listed[i])
 		for _, j := range t.jumps {
 			switch count, behind := there.jump(j); {
@@ -402,33 +446,38 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 // translated any more.
 func (f *chains) remove(ctx context.Context, wait int) error {
 	if present(f.command) {
-		for _, name := range []string{"filter", "nat", "mangle", rawTable} {
-			there, err := f.list(ctx, name)
-			if err != nil {
-				return err
-			}
-			if there.empty(f.prefix) {
-				continue
-			}
-			if err := f.restore(ctx, wait, table{name: name}.write(there, f.prefix, nil)); err != nil {
-				return err
-			}
+		all := []string{"filter", "nat", "mangle", rawTable}
+		there, err := f.list(ctx, all...)
+		if err != nil {
+			return err
+		}
+		var input strings.Builder
+		for _, name := range all {
+			input.WriteString(f.replacing(table{name: name}, there[name]))
+		}
+		if err := f.restore(ctx, wait, input.String()); err != nil {
+			return err
 		}
 	}
 	f.known, f.tables, f.listed, f.seen = true, nil, nil, 0
 	return nil
 }
 
-// list asks iptables-save for one table.
-func (f *chains) list(ctx context.Context, table string) (*listing, error) {
-	if f.variant.Legacy && !LegacyTable(f.family, table) {
-		return parseListing("", f.prefix)
+// list asks iptables-save for tables: by one process, which lists all that there are where these are several.
+func (f *chains) list(ctx context.Context, tables ...string) (map[string]*listing, error) {
+	asked := slices.DeleteFunc(slices.Clone(tables), func(table string) bool { return f.variant.Legacy && !LegacyTable(f.family, table) })
+	out := ""
+	if len(asked) > 0 {
+		var args []string
+		if len(asked) == 1 {
+			args = []string{"-t", asked[0]}
+		}
+		var err error
+		if out, err = output(exec.CommandContext(ctx, f.command+"-save", args...)); err != nil {
+			return nil, err
+		}
 	}
-	out, err := output(exec.CommandContext(ctx, f.command+"-save", "-t", table))
-	if err != nil {
-		return nil, err
-	}
-	return parseListing(out, f.prefix)
+	return parseListing(out, f.prefix, tables)
 }
 
 // For how many seconds iptables-restore waits for the xtables lock. The agent's loop must not stand still for longer than its
@@ -462,8 +511,11 @@ func ownFailure(err error) bool {
 	return false
 }
 
-// restore runs iptables-restore for one transaction.
+// restore runs iptables-restore, which makes one transaction of each table in the input, in order.
 func (f *chains) restore(ctx context.Context, wait int, input string, flags ...string) error {
+	if input == "" {
+		return nil
+	}
 	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(wait)}, flags...)...)
 	command.Stdin = strings.NewReader(input)
 	_, err := output(command)

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -370,8 +371,44 @@ func TestHeldLock(t *testing.T) {
 	}
 }
 
-// TestOwnFailures: an update that fails for a reason of our own is an error with its cause, loads nothing anew, and is no modification
-// by others. One that fails because rules were externally modified has its cause in what verify reports.
+// TestOneProcess: a change of endpoints is made by one process, however many tables it touches, and looked at by another; what moves
+// clients comes first. So is a repair.
+func TestOneProcess(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		in := cases()["one"]
+		before := plan.Build(in)
+		in.Services[0].Endpoints = []netip.AddrPort{netip.MustParseAddrPort("10.0.0.99:8080")}
+		after := plan.Build(in)
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		calls := filepath.Join(t.TempDir(), "calls")
+		defer instead(t, "iptables"+suffix+"-save", "echo save >>"+calls+"\n"+`exec $real "$@"`)()
+		defer instead(t, "iptables"+suffix+"-restore", `rules=$(cat); echo restore $(echo "$rules" | grep "^\*") >>`+calls+"\n"+`echo "$rules" | $real "$@"`)()
+		want := func(what, processes string) {
+			t.Helper()
+			out, err := os.ReadFile(calls)
+			if got := strings.Join(strings.Fields(string(out)), " "); err != nil || got != processes {
+				t.Errorf("%s: %q, %v; want %q", what, got, err, processes)
+			}
+			_ = os.Remove(calls)
+		}
+		mustSync(t, backend, &after)
+		want("a change", "restore *nat *mangle save")
+		wantIntact(t, backend)
+		_ = os.Remove(calls)
+		nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-F")
+		if differs, err := backend.Verify(t.Context()); err != nil || len(differs) == 0 {
+			t.Errorf("flushed: %q, %v", differs, err)
+		}
+		want("looking", "save")
+		mustSync(t, backend, &after)
+		want("a repair", "save restore *mangle *filter *nat save")
+		wantIntact(t, backend)
+	})
+}
+
+// TestOwnFailures: an update that fails for a reason of our own is an error with its cause, is made good by the next one, and is no
+// modification by others. One that fails because rules were externally modified has its cause in what verify reports.
 func TestOwnFailures(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
 		before, after := plan.Build(cases()["one"]), plan.Build(cases()["many"])
@@ -387,10 +424,8 @@ func TestOwnFailures(t *testing.T) {
 			{"iptables-restore: line 5 failed: No buffer space available.", 1},
 			{"iptables-restore: Resource temporarily unavailable", 4},
 		} {
-			// The second table fails, so that one is as wanted and two are not.
-			back := instead(t, "iptables"+suffix+"-restore", fmt.Sprintf(`rules=$(cat)
-case $rules in '*filter'*) echo %q >&2; exit %d;; esac
-echo "$rules" | $real "$@"`, tt.says, tt.exit))
+			// It fails after the first table, so that one is as wanted and others are not.
+			back := instead(t, "iptables"+suffix+"-restore", fmt.Sprintf(`sed '/^COMMIT$/q' | $real "$@" && echo %q >&2; exit %d`, tt.says, tt.exit))
 			if err := backend.Sync(t.Context(), &after); err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("%q: sync says %v", tt.says, err)
 			}

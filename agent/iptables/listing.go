@@ -18,16 +18,27 @@ type listing struct {
 	others map[string][]string
 }
 
-// parseListing reads the output of iptables-save for one table.
-func parseListing(out, prefix string) (*listing, error) {
-	l := &listing{others: map[string][]string{}}
+// parseListing reads these tables from the output of iptables-save. Those that it does not show are empty.
+func parseListing(out, prefix string, tables []string) (map[string]*listing, error) {
+	all := map[string]*listing{}
+	for _, table := range tables {
+		all[table] = &listing{others: map[string][]string{}}
+	}
+	l := &listing{others: map[string][]string{}} // a table that was not asked for
 	index := map[string]int{}
 	for line := range strings.Lines(out) {
 		line = strings.TrimRight(line, "\n")
 		switch {
-		case strings.Contains(line, "is incompatible, use 'nft' tool"):
-			return nil, fmt.Errorf("iptables does not understand its table any more, because it was edited with nft: %s",
-				strings.TrimLeft(line, "# "))
+		case incompatible.MatchString(line):
+			if all[incompatible.FindStringSubmatch(line)[1]] != nil {
+				return nil, fmt.Errorf("iptables does not understand its table any more, because it was edited with nft: %s",
+					strings.TrimLeft(line, "# "))
+			}
+		case strings.HasPrefix(line, "*"):
+			index = map[string]int{}
+			if l = all[line[1:]]; l == nil {
+				l = &listing{others: map[string][]string{}}
+			}
 		case strings.HasPrefix(line, ":"+prefix):
 			name, _, _ := strings.Cut(line[1:], " ")
 			index[name] = len(l.chains)
@@ -41,8 +52,11 @@ func parseListing(out, prefix string) (*listing, error) {
 			}
 		}
 	}
-	return l, nil
+	return all, nil
 }
+
+// incompatible is what iptables-nft-save says of a table that iptables cannot have made.
+var incompatible = regexp.MustCompile("^# Table `([^']*)' is incompatible, use 'nft' tool")
 
 // target is the chain or the extension that a listed rule leads to.
 func target(rule string) string {
