@@ -121,28 +121,25 @@ func TestRender(t *testing.T) {
 	}
 }
 
-// TestOrder: nat comes before filter where frontends gain an endpoint and none loses its own.
+// TestOrder: nat comes before filter where frontends gain an endpoint and none loses its own, and first of all where the same have one.
 func TestOrder(t *testing.T) {
 	a, b := frontend("169.254.210.210", plan.TCP, 80), frontend("169.254.210.211", plan.TCP, 80)
+	natLater, natBeforeFilter, natFirst := []int{0, 1, 2, 3}, []int{0, 2, 1, 3}, []int{2, 3, 0, 1}
 	f := &chains{family: plan.IPv4}
 	for i, step := range []struct {
-		served   []plan.Frontend
-		natFirst bool
+		served []plan.Frontend
+		want   []int
 	}{
-		{[]plan.Frontend{a}, true}, {[]plan.Frontend{a}, false}, {[]plan.Frontend{a, b}, true}, {[]plan.Frontend{b}, false},
-		{[]plan.Frontend{a}, false}, {nil, false}, {[]plan.Frontend{b}, true}, {[]plan.Frontend{frontend("fd00::1", plan.TCP, 80), b}, false},
+		{[]plan.Frontend{a}, natBeforeFilter}, {[]plan.Frontend{a}, natFirst}, {[]plan.Frontend{a, b}, natBeforeFilter}, {[]plan.Frontend{b}, natLater},
+		{[]plan.Frontend{a}, natLater}, {nil, natLater}, {[]plan.Frontend{b}, natBeforeFilter}, {[]plan.Frontend{frontend("fd00::1", plan.TCP, 80), b}, natFirst},
 	} {
 		var in plan.Input
 		for _, s := range step.served {
 			in.Services = append(in.Services, plan.Service{Frontend: s, Endpoints: addrPorts(map[bool]string{true: "[fd00::2]:80", false: "10.244.1.7:80"}[s.Address.Is6()])})
 		}
 		p := plan.Build(in)
-		want := []int{0, 1, 2, 3}
-		if step.natFirst {
-			want = []int{0, 2, 1, 3}
-		}
 		served := f.endpointsOf(&p)
-		if diff := cmp.Diff(want, f.order(served)); diff != "" {
+		if diff := cmp.Diff(step.want, f.order(served)); diff != "" {
 			t.Errorf("step %d (-want +got):\n%s", i, diff)
 		}
 		f.served = served
