@@ -56,7 +56,16 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
 
 	frontends := slices.Concat(change.Frontends, change.Removed, change.Moved)
-	if len(frontends)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 || !change.Bypassed.None() {
+	var datagrams, connections []plan.Frontend
+	for _, f := range frontends {
+		switch {
+		case f.Protocol != plan.TCP:
+			datagrams = append(datagrams, f)
+		case !slices.Contains(change.Untranslated, f):
+			connections = append(connections, f)
+		}
+	}
+	if len(datagrams)+len(change.Untranslated)+len(change.Gone) > mostFilteredDumps || len(change.Bridges) > 0 || !change.Bypassed.None() {
 		families := map[uint8]bool{unix.AF_INET: change.Bypassed.Masquerade4, unix.AF_INET6: change.Bypassed.Masquerade6}
 		for _, bridge := range change.Bridges {
 			families[unix.AF_INET] = families[unix.AF_INET] || bridge.Unfiltered4
@@ -78,10 +87,8 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	}
 	// What waits the least comes first: each datagram is lost until its flow is gone, and the next segment of an
 	// established connection too; a SYN comes again after a second.
-	for _, f := range frontends {
-		if f.Protocol != plan.TCP {
-			err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
-		}
+	for _, f := range datagrams {
+		err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
 	}
 	for _, inet := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		gone := slices.DeleteFunc(slices.Clone(change.Gone), func(a netip.Addr) bool { return family(a) != inet })
@@ -92,9 +99,9 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 			err = errors.Join(err, s.dump(ctx, inet, statusFilter(ipsDstNAT, ipsDstNAT)...))
 		}
 	}
-	for _, f := range frontends {
-		if f.Protocol == plan.TCP && !slices.Contains(change.Untranslated, f) {
-			err = errors.Join(err, s.dump(ctx, family(f.Address), halfOpenFilter(f)...))
+	for _, inet := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		if slices.ContainsFunc(connections, func(f plan.Frontend) bool { return family(f.Address) == inet }) {
+			err = errors.Join(err, s.dump(ctx, inet, halfOpenFilter()...))
 		}
 	}
 	for _, f := range change.Untranslated {
@@ -211,10 +218,12 @@ func frontendFilter(f plan.Frontend) []*nl.RtAttr {
 	return tupleAt(f, nl.CTA_IP_V4_DST, nl.CTA_PROTO_DST_PORT, filterIPDestination, filterPort)
 }
 
-// halfOpenFilter lets flows through whose client sent to f and has heard nothing yet (CTA_STATUS_MASK since Linux 5.12).
-// An established TCP flow goes with its sandbox and not with its frontend, unless it was not translated.
-func halfOpenFilter(f plan.Frontend) []*nl.RtAttr {
-	return append(frontendFilter(f), statusFilter(0, ipsSeenReply)...)
+// halfOpenFilter lets TCP flows through whose client has heard nothing yet (CTA_STATUS_MASK since Linux 5.12): of all frontends at once,
+// since there are few. An established TCP flow goes with its sandbox and not with its frontend, unless it was not translated.
+func halfOpenFilter() []*nl.RtAttr {
+	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
+	tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil).AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(unix.IPPROTO_TCP))
+	return append([]*nl.RtAttr{tuple, tupleFilter(filterProtocol, 0)}, statusFilter(0, ipsSeenReply)...)
 }
 
 // reversedFilter lets flows through whose first packet came from f; see frontendFilter for IPv6.
