@@ -401,9 +401,9 @@ func (w *world) goesTo(name string) {
 
 func (w *world) goesToAt(to netip.AddrPort, name string) {
 	w.Helper()
-	w.must(lab.Eventually(w.patience(), func() error {
-		endpoints, err := w.endpoints(to)
-		if err != nil {
+	var endpoints []runtimedir.Endpoint
+	w.must(lab.Eventually(w.patience(), func() (err error) {
+		if endpoints, err = w.endpoints(to); err != nil {
 			return err
 		}
 		var pods []string
@@ -418,6 +418,12 @@ func (w *world) goesToAt(to netip.AddrPort, name string) {
 	client, err := awaitReady(w.patience(), "clients/client-"+w.node.Name)
 	w.must(err)
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.UDP} {
+		for _, e := range endpoints { // a pod without a probe is ready before its process listens
+			w.must(lab.Eventually(w.patience(), func() error {
+				_, err := w.node.Lab().Ask(w.Context(), lab.Client{Kind: kind, From: lab.Host, To: e.Address, Timeout: 2 * time.Second})
+				return err
+			}))
+		}
 		for _, from := range []string{w.client, lab.Host} {
 			began := time.Now()
 			answer, err := w.node.Lab().Ask(w.Context(), lab.Client{Kind: kind, From: from, To: to, Timeout: 2 * time.Second})
