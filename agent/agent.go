@@ -167,9 +167,7 @@ type agent struct {
 	logged map[string]string
 	// kinds are the kinds of them.
 	kinds []string
-	// settled: the last pass had no problem, so that the next one comes to the same unless a source changes or decideAt has come, when a
-	// decision changes by time (zero: never). All that may be left to do is a sweep.
-	settled  bool
+	// decideAt is when a decision changes by time; zero: never.
 	decideAt time.Time
 }
 
@@ -303,11 +301,11 @@ func (a *agent) serve(ctx context.Context) {
 }
 
 // pass reads what has changed and brings kernel and runtime directory to the state that follows. next is
-// when to look again although nothing happens (0: never); ok is false where something is to be retried. Where nothing has changed and
-// none can change by time, it only sweeps: its costs would be those of all magic IPs.
+// when to look again although nothing happens (0: never); ok is false where something is to be retried. Where nothing has changed, it
+// only sweeps: all else costs as much as there are magic IPs.
 func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, ok bool) {
 	now := time.Now()
-	if changed == 0 && a.settled && (a.decideAt.IsZero() || now.Before(a.decideAt)) {
+	if changed == 0 && a.decided(now) {
 		if next = a.kernel.sweepDue(ctx, now); a.kernel.sweepErr == nil {
 			return soonest(next, max(0, a.decideAt.Sub(now))), true
 		}
@@ -343,9 +341,13 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 	if changed&Poll != 0 {
 		a.Meter.Polled()
 	}
-	ok = len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
-	a.settled = ok && len(a.problems()) == 0
-	return next, ok
+	return next, len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
+}
+
+// decided reports whether a pass comes to what the last one did, while no source changes: nothing is wrong, or was.
+func (a *agent) decided(now time.Time) bool {
+	return a.kernel.applied != nil && len(a.waits()) == 0 && len(a.problems()) == 0 && len(a.logged) == 0 &&
+		(a.decideAt.IsZero() || now.Before(a.decideAt))
 }
 
 // waits are why nothing can be decided yet; none where it can.
