@@ -54,7 +54,13 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 	}
 	defer socket.Close()
 	s := &sweep{plan: p, change: change, sockets: map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}}
+	err = s.run(ctx)
+	return s.deleted, err
+}
 
+// run dumps what the change touches.
+func (s *sweep) run(ctx context.Context) (err error) {
+	change := s.change
 	frontends := slices.Concat(change.Frontends, change.Removed, change.Moved)
 	var datagrams, connections []plan.Frontend
 	for _, f := range frontends {
@@ -83,7 +89,7 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 			}
 			err = errors.Join(err, s.dump(ctx, f))
 		}
-		return s.deleted, err
+		return err
 	}
 	// What waits the least comes first: each datagram is lost until its flow is gone, and the next segment of an
 	// established connection too; a SYN comes again after a second.
@@ -110,7 +116,7 @@ func (Table) Sweep(ctx context.Context, p *plan.Plan, change plan.Change) (delet
 		}
 		err = errors.Join(err, s.dump(ctx, family(f.Address), reversedFilter(f)...))
 	}
-	return s.deleted, err
+	return err
 }
 
 type sweep struct {

@@ -126,11 +126,7 @@ func TestSweep(t *testing.T) {
 	for i := range mostFilteredDumps {
 		many.Removed = append(many.Removed, frontend("192.0.2.9", plan.UDP, uint16(1+i)))
 	}
-	// However many frontends of TCP there are, those that are half-open come by one dump.
-	connections := plan.Change{Frontends: tcp}
-	for i := range mostFilteredDumps {
-		connections.Frontends = append(connections.Frontends, frontend("192.0.2.9", plan.TCP, uint16(1+i)))
-	}
+	connections := plan.Change{Frontends: append(tcp, connectionFrontends()...)}
 	for _, tt := range []struct {
 		name   string
 		change plan.Change
@@ -178,6 +174,14 @@ func TestSweep(t *testing.T) {
 	}
 }
 
+// connectionFrontends are more than are worth a filtered dump each.
+func connectionFrontends() (frontends []plan.Frontend) {
+	for i := range 1 + mostFilteredDumps {
+		frontends = append(frontends, frontend("192.0.2.9", plan.TCP, uint16(1+i)))
+	}
+	return frontends
+}
+
 // TestKernelFilters: the kernel sends what was asked for, and not the whole table.
 func TestKernelFilters(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
@@ -202,6 +206,10 @@ func TestKernelFilters(t *testing.T) {
 		{"IPv6 half-open", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET6, halfOpenFilter()...)
 		}, 1},
+		{"half-open, many frontends", func(s *sweep) error {
+			s.change.Frontends = connectionFrontends()
+			return s.run(t.Context())
+		}, 2},
 		{"server", func(s *sweep) error {
 			return s.dump(t.Context(), unix.AF_INET, serverFilter(netip.MustParseAddr("10.0.0.4"))...)
 		}, 4},
