@@ -238,8 +238,8 @@ func (f *chains) apply(ctx context.Context, wanted []table, order []int) error {
 	}
 }
 
-// update changes the chains that differ, in this order of tables: one transaction for each, all by one process, because starting one
-// takes as long as a connection should wait. After a failure it is not known which of them are in the kernel.
+// update changes the chains that differ, in this order of tables: one transaction for each, all by one process, because each reads
+// the rules of the node when it starts. After a failure it is not known which of them are in the kernel.
 func (f *chains) update(ctx context.Context, wanted []table, order []int) error {
 	var otherJumps []string
 	for i, t := range wanted {
@@ -331,10 +331,10 @@ func (f *chains) replacing(t table, there *listing) string {
 // noteMoved notes which jumps have been put before rules of others that were there.
 func (f *chains) noteMoved(tables []table, there map[string]*listing) {
 	for _, t := range tables {
+		if there[t.name] == nil {
+			continue
+		}
 		for _, j := range t.jumps {
-			if there[t.name] == nil {
-				continue
-			}
 			if count, behind := there[t.name].jump(j); count > 0 && behind > 0 && f.mayMove(t.name, j.hook) {
 				f.moved[t.name+" "+j.hook] = time.Now()
 			}

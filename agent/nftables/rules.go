@@ -40,8 +40,6 @@ const (
 // TranslationPriority is that of the chains that translate magic IPs.
 const TranslationPriority = -105
 
-var ownDNAT = knftables.BaseChainPriority(strconv.Itoa(TranslationPriority)) //nolint:gochecknoglobals // a constant
-
 // rejectChain rejects every packet. A chain cannot be called reject, which is a keyword of nft.
 const rejectChain = "reject-packet"
 
@@ -75,6 +73,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
 		notByName   = "iifname != @pod-interfaces jump unknown-links"
 	)
+	translation := knftables.BaseChainPriority(strconv.Itoa(TranslationPriority))
 	var (
 		addresses     = addressesOf(p, family, func(*plan.Rule) bool { return true })
 		hostAddresses = addressesOf(p, family, func(r *plan.Rule) bool { return r.HostClients })
@@ -104,9 +103,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 				rule(hostTo, "goto from-host"),
 				outOfWindow+" "+ip+" saddr . tcp sport @host-endpoints drop",
 			)},
-		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: ownDNAT,
+		{name: "nat-prerouting", kind: knftables.NATType, hook: knftables.PreroutingHook, priority: translation,
 			rules: rules(rule(to, "goto translate"))},
-		{name: "nat-output", kind: knftables.NATType, hook: knftables.OutputHook, priority: ownDNAT,
+		{name: "nat-output", kind: knftables.NATType, hook: knftables.OutputHook, priority: translation,
 			rules: rules(rule(hostTo, "goto translate-host"))},
 		{name: "nat-postrouting", kind: knftables.NATType, hook: knftables.PostroutingHook, priority: ownSNAT,
 			rules: rules(rule(translated, first, "goto masquerade-replies"))},
