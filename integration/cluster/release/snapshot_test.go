@@ -141,7 +141,7 @@ func (w *world) pristine() {
 	w.Helper()
 	w.asBefore(20*time.Second, func(ctx context.Context) (string, error) {
 		now, err := takeSnapshot(ctx, w.cluster.Cluster)
-		return cmp.Diff(w.cluster.pristine, now), err
+		return differences(w.cluster.pristine, now), err
 	})
 }
 
@@ -150,7 +150,7 @@ func (w *world) nodesPristine() {
 	w.Helper()
 	w.asBefore(10*time.Second, func(ctx context.Context) (string, error) {
 		now, err := takeNodeSnapshots(ctx, w.cluster.Cluster)
-		return cmp.Diff(w.cluster.pristine.Nodes, now), err
+		return differences(w.cluster.pristine.Nodes, now), err
 	})
 }
 
@@ -159,11 +159,33 @@ func (w *world) asBefore(limit time.Duration, difference func(context.Context) (
 	err := lab.Eventually(w.within(limit), func() error {
 		diff, err := difference(w.ctx)
 		if err == nil && diff != "" {
-			err = fmt.Errorf("something is left (-before +now):\n%s", diff)
+			err = fmt.Errorf("something is left:\n%s", diff)
 		}
 		return err
 	})
 	if err != nil {
 		w.Error(err)
+	}
+}
+
+// differences are the values that differ, one each line, and nothing of those that do not: a snapshot is long.
+func differences(before, now any) string {
+	var r reporter
+	cmp.Equal(before, now, cmp.Reporter(&r))
+	return strings.Join(r.lines, "\n")
+}
+
+type reporter struct {
+	path  cmp.Path
+	lines []string
+}
+
+func (r *reporter) PushStep(step cmp.PathStep) { r.path = append(r.path, step) }
+func (r *reporter) PopStep()                   { r.path = r.path[:len(r.path)-1] }
+
+func (r *reporter) Report(result cmp.Result) {
+	if !result.Equal() {
+		before, now := r.path.Last().Values()
+		r.lines = append(r.lines, fmt.Sprintf("%#v: before %+v, now %+v", r.path, before, now))
 	}
 }

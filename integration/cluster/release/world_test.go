@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -148,8 +149,10 @@ func newWorld(t *testing.T) *world {
 	t.Cleanup(func() { sites <- cluster })
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longestTest)
 	w := &world{T: t, cluster: cluster, ctx: ctx, twins: map[netip.AddrPort]bool{}, began: time.Now()}
+	showLogs := w.keepLogs()
 	t.Cleanup(func() {
 		defer cancel()
+		defer showLogs()
 		if t.Failed() {
 			w.describe()
 		}
@@ -209,6 +212,47 @@ func (w *world) describe() {
 	for _, n := range w.cluster.Nodes {
 		out, err := n.Exec(w.ctx, "sh", "-c", "ls -lR "+runtimeDir+"; cat "+runtimeDir+"/install/*/record.json "+whole.CNIConfDir+"/*; nft list tables")
 		show(n.Name, out, err)
+	}
+}
+
+// keepLogs opens the logs of the containers of releases while they are there: with its pod a log is removed. After a failure show
+// writes their ends, for people.
+func (w *world) keepLogs() (show func()) {
+	kept, stop, done := map[string]*os.File{}, make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			for _, n := range w.cluster.Nodes {
+				for _, container := range []string{"agent", "installer"} {
+					names, _ := filepath.Glob(n.Path("/var/log/pods/*/" + container + "/*.log"))
+					for _, name := range names {
+						if kept[name] == nil {
+							kept[name], _ = os.Open(name) // nil where it has gone meanwhile
+						}
+					}
+				}
+			}
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	return func() {
+		close(stop)
+		<-done
+		for name, file := range kept {
+			if file == nil {
+				continue
+			}
+			if w.Failed() {
+				log, err := io.ReadAll(file)
+				lines := strings.Split(strings.TrimSpace(string(log)), "\n")
+				w.Log(name, err, "\n"+strings.Join(lines[max(0, len(lines)-15):], "\n"))
+			}
+			_ = file.Close()
+		}
 	}
 }
 
