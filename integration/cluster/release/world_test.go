@@ -133,6 +133,7 @@ type world struct {
 	ctx      context.Context
 	releases []release
 	twins    map[netip.AddrPort]bool // those that a release has
+	logs     map[string]*os.File     // of its releases, by their names
 	began    time.Time               // of the present lap
 }
 
@@ -148,11 +149,10 @@ func newWorld(t *testing.T) *world {
 	cluster := <-sites
 	t.Cleanup(func() { sites <- cluster })
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longestTest)
-	w := &world{T: t, cluster: cluster, ctx: ctx, twins: map[netip.AddrPort]bool{}, began: time.Now()}
-	showLogs := w.keepLogs()
+	w := &world{T: t, cluster: cluster, ctx: ctx, twins: map[netip.AddrPort]bool{}, logs: map[string]*os.File{}, began: time.Now()}
 	t.Cleanup(func() {
 		defer cancel()
-		defer showLogs()
+		defer w.closeLogs()
 		if t.Failed() {
 			w.describe()
 		}
@@ -215,44 +215,31 @@ func (w *world) describe() {
 	}
 }
 
-// keepLogs opens the logs of the containers of releases while they are there: with its pod a log is removed. After a failure show
-// writes their ends, for people.
-func (w *world) keepLogs() (show func()) {
-	kept, stop, done := map[string]*os.File{}, make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			for _, n := range w.cluster.Nodes {
-				for _, container := range []string{"agent", "installer"} {
-					names, _ := filepath.Glob(n.Path("/var/log/pods/*/" + container + "/*.log"))
-					for _, name := range names {
-						if kept[name] == nil {
-							kept[name], _ = os.Open(name) // nil where it has gone meanwhile
-						}
-					}
+// keepLogs opens the logs of the containers of releases that are there: with its pod a log is removed.
+func (w *world) keepLogs() {
+	for _, n := range w.cluster.Nodes {
+		for _, container := range []string{"agent", "installer"} {
+			names, _ := filepath.Glob(n.Path("/var/log/pods/*/" + container + "/*.log"))
+			for _, name := range names {
+				if file, err := os.Open(name); err == nil && w.logs[name] == nil {
+					w.logs[name] = file
+				} else if err == nil {
+					_ = file.Close()
 				}
 			}
-			select {
-			case <-stop:
-				return
-			case <-time.After(time.Second):
-			}
 		}
-	}()
-	return func() {
-		close(stop)
-		<-done
-		for name, file := range kept {
-			if file == nil {
-				continue
-			}
-			if w.Failed() {
-				log, err := io.ReadAll(file)
-				lines := strings.Split(strings.TrimSpace(string(log)), "\n")
-				w.Log(name, err, "\n"+strings.Join(lines[max(0, len(lines)-15):], "\n"))
-			}
-			_ = file.Close()
+	}
+}
+
+// closeLogs closes them; after a failure their ends are written, for people.
+func (w *world) closeLogs() {
+	for name, file := range w.logs {
+		if w.Failed() {
+			log, err := io.ReadAll(file)
+			lines := strings.Split(strings.TrimSpace(string(log)), "\n")
+			w.Log(name, err, "\n"+strings.Join(lines[max(0, len(lines)-15):], "\n"))
 		}
+		_ = file.Close()
 	}
 }
 
@@ -372,6 +359,7 @@ func (w *world) rolledOut(r release) {
 }
 
 func (w *world) daemonSetDone(namespace, name string) error {
+	w.keepLogs()
 	d, err := w.cluster.Admin.AppsV1().DaemonSets(namespace).Get(w.ctx, name, metav1.GetOptions{})
 	if err != nil {
 		return err
@@ -424,6 +412,7 @@ func (w *world) uninstall(r release) {
 func (w *world) podsGone(namespace, selector string) {
 	w.Helper()
 	err := lab.Eventually(w.within(time.Minute), func() error {
+		w.keepLogs()
 		list, err := w.cluster.Admin.CoreV1().Pods(namespace).List(w.ctx, metav1.ListOptions{LabelSelector: selector})
 		if err == nil && len(list.Items) > 0 {
 			err = fmt.Errorf("%d pods with %s are still there", len(list.Items), selector)
