@@ -227,21 +227,35 @@ func (i *installer) look(ctx context.Context) (again time.Duration, err error) {
 	return i.sync(ctx, loadErr)
 }
 
-// leave removes the key, and then the record of it: that is what the agent waits for.
+// leave removes the key, then the record of it, which the agent waits for, and then the files. What fails is tried again.
 func (i *installer) leave(ctx context.Context) error {
 	i.Log.Info("the DaemonSet is deleted: removing the entry", "agent", i.config.Name)
 	// SIGTERM may have come already, or may come now.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
 	defer cancel()
+	err := i.again(ctx, "the entry cannot be removed yet and is tried again; pods go on being recorded", func() error {
+		return Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.record.Conflist, i.Log)
+	})
+	if err != nil {
+		return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
+	}
+	err = i.again(ctx, "the installer's record and those of pods cannot be removed yet and are tried again; they mean nothing without the entry", func() error {
+		return errors.Join(i.files.RemoveRecord(), removeState(i.ConfDir, runtimedir.New(i.RuntimeDir)))
+	})
+	return errors.Join(err, i.files.Leave())
+}
+
+// again repeats what fails, with growing pauses, until ctx ends.
+func (i *installer) again(ctx context.Context, failed string, do func() error) error {
 	for wait := standby; ; wait *= 2 {
-		err := Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.record.Conflist, i.Log)
+		err := do()
 		if err == nil {
-			return RemoveFiles(i.ConfDir, runtimedir.New(i.RuntimeDir), i.config.Name)
+			return nil
 		}
-		i.Log.Error("the entry cannot be removed yet and is tried again; pods go on being recorded", "error", err)
+		i.Log.Error(failed, "error", err)
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
+			return err
 		case <-time.After(wait):
 		}
 	}

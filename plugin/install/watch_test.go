@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
@@ -424,4 +426,31 @@ func TestUndoTriesAgain(t *testing.T) {
 	}
 	unlock()
 	n.awaitGone()
+}
+
+// TestUndoTriesAgainWithTheState: a process that keeps the lock of the state file keeps nothing there for good.
+func TestUndoTriesAgainWithTheState(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.conf("10-a.conflist", simple)
+	undo := n.undone()
+	n.watch()
+	n.awaitKey()
+	n.recordPod("c1")
+	lock, err := os.OpenFile(filepath.Join(filepath.Dir(n.dir().StatePath()), "state.lock"), os.O_WRONLY, 0)
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	undo()
+	n.eventually("to be tried again", func() bool { return strings.Contains(n.log.String(), "tried again") })
+	if err := lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitGone()
+	if len(n.ended) > 0 {
+		t.Error("it has ended, and would be started again")
+	}
 }
