@@ -182,10 +182,9 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
-// order is that in which the tables of render are changed; each takes a grace period of the kernel, which is long on a busy node. Where
-// frontends gain an endpoint, and none loses its own, nat comes before filter: in the other order a SYN between the two would be held,
-// and sent again a second later. Where all that are served stay so, new connections move first, with nat, and datagrams next, with raw:
-// into a zone that has no flow yet.
+// order is that in which the tables of render are changed. Where frontends gain an endpoint, and none loses its own, nat comes before
+// filter: in the other order a SYN between the two would be held, and sent again a second later. Where all that are served stay so, new
+// connections move first, with nat, and datagrams next, with raw: into a zone that has no flow yet.
 func (f *chains) order(served map[plan.Frontend]bool) []int {
 	gains, loses := false, false
 	for frontend := range served {
@@ -238,8 +237,12 @@ func (f *chains) apply(ctx context.Context, wanted []table, order []int) error {
 	}
 }
 
-// update changes the chains that differ, in this order of tables: one transaction for each, all by one process, because each reads
-// the rules of the node when it starts. After a failure it is not known which of them are in the kernel.
+// update changes the chains that differ, in this order of tables, all by one process, because each reads the rules of the node when it
+// starts. After a failure it is not known which of the changes are in the kernel.
+//
+// What is added is added first, in all tables, and what it replaces is deleted then: a rule of iptables-nft that is made while a deleted
+// one is being destroyed waits for that, which takes a grace period of the kernel (nft_compat_wait_for_destructors), and all who change
+// rules of the node wait with it. iptables-legacy loads a whole table each time, so that it has one transaction for both.
 func (f *chains) update(ctx context.Context, wanted []table, order []int) error {
 	var otherJumps []string
 	for i, t := range wanted {
@@ -252,25 +255,39 @@ func (f *chains) update(ctx context.Context, wanted []table, order []int) error 
 		return err
 	}
 	f.known = false
-	var input strings.Builder
+	var additions, deletions strings.Builder
 	var changed []int
-	for _, i := range order {
-		t := wanted[i]
-		text := t.update(f.tables[i])
-		if l := there[t.name]; l != nil {
-			text = f.replacing(t, l)
+	transaction := func(w *strings.Builder, t table, lines string) {
+		if lines != "" {
+			fmt.Fprintf(w, "*%s\n%sCOMMIT\n", t.name, lines)
 		}
-		if text != "" {
-			input.WriteString(text)
+	}
+	for _, i := range order {
+		t, before := wanted[i], additions.Len()+deletions.Len()
+		if l := there[t.name]; l != nil {
+			additions.WriteString(f.replacing(t, l))
+		} else if added, deleted := t.changes(f.tables[i]); f.variant.Legacy {
+			transaction(&additions, t, added+deleted)
+		} else {
+			transaction(&additions, t, added)
+			transaction(&deletions, t, deleted)
+		}
+		if additions.Len()+deletions.Len() > before {
 			changed = append(changed, i)
 		}
 	}
-	if err := f.restore(ctx, lockWait, input.String()); err != nil {
+	if err := f.restore(ctx, lockWait, additions.String()+deletions.String()); err != nil {
 		return err
 	}
 	f.noteMoved(wanted, there)
+	before := slices.Clone(f.tables)
+	for i, t := range wanted {
+		if there[t.name] != nil {
+			before[i] = table{} // all of it is new
+		}
+	}
 	f.tables = slices.Clone(wanted)
-	if err := f.remember(ctx, changed); err != nil {
+	if err := f.remember(ctx, changed, before); err != nil {
 		return err
 	}
 	f.known = true
@@ -305,7 +322,7 @@ func (f *chains) loadAll(ctx context.Context, wanted []table) (err error) {
 		all = append(all, i)
 	}
 	f.tables, f.listed = slices.Clone(wanted), make([][]chain, len(wanted))
-	if err := f.remember(ctx, all); err != nil {
+	if err := f.remember(ctx, all, make([]table, len(wanted))); err != nil {
 		return err
 	}
 	f.known = true
@@ -342,8 +359,9 @@ func (f *chains) noteMoved(tables []table, there map[string]*listing) {
 	}
 }
 
-// remember takes down how iptables-save shows the chains that were just loaded, to compare with later.
-func (f *chains) remember(ctx context.Context, changed []int) error {
+// remember takes down how iptables-save shows the chains that were just loaded, to compare with later. before are the tables as they
+// were, empty ones where all was loaded.
+func (f *chains) remember(ctx context.Context, changed []int, before []table) error {
 	if len(changed) > 0 {
 		f.seen = 0
 	}
@@ -362,6 +380,9 @@ func (f *chains) remember(ctx context.Context, changed []int) error {
 			// Most of all: never add a jump again and again because the listing does not show it.
 			f.unjump(ctx, t, there)
 			return fmt.Errorf("table %s is not as loaded: %s", t.name, strings.Join(missing, "; "))
+		}
+		if strayed := t.strayed(before[i], f.listed[i], there.chains); len(strayed) > 0 {
+			return fmt.Errorf("table %s is not as loaded: %s have other rules than before", t.name, strings.Join(strayed, ", "))
 		}
 		f.listed[i] = there.chains
 	}

@@ -258,6 +258,51 @@ func TestIPTablesUpdateMeetsChanges(t *testing.T) {
 	}
 }
 
+// TestStrayed: rules are deleted by their number. Where others have moved them, nothing of theirs or ours is left in the wrong place.
+func TestStrayed(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		in := cases()["one"]
+		before := plan.Build(in)
+		in.Services[0].Endpoints = []netip.AddrPort{netip.MustParseAddrPort("10.0.0.99:8080")}
+		after := plan.Build(in)
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &after)
+		want := savedRules(t, suffix)
+		chain := Prefix(testAgent) + translated
+		for name, commands := range map[string][]string{
+			"one more":                       {"-I " + chain + " -j RETURN"},
+			"one less":                       {"-D " + chain + " 2"},
+			"another instead":                {"-R " + chain + " 1 -j RETURN"},
+			"one more before, one less then": {"-I " + chain + " -j RETURN", "-D " + chain + " 3"},
+			"two that have changed places":   {"-I " + chain + " -j ACCEPT", "-D " + chain + " 3"},
+		} {
+			mustSync(t, backend, &before)
+			if len(backendDiffers(t, backend)) > 0 { // what the sync before has found
+				wantIntact(t, backend)
+			}
+			for _, command := range commands {
+				nodetest.Run(t, "iptables"+suffix, append([]string{"-t", "nat"}, strings.Fields(command)...)...)
+			}
+			mustSync(t, backend, &after)
+			if diff := cmp.Diff(want, savedRules(t, suffix)); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", name, diff)
+			}
+			if len(backendDiffers(t, backend)) > 0 {
+				wantIntact(t, backend)
+			}
+		}
+	})
+}
+
+func backendDiffers(t *testing.T, backend *Backend) []string {
+	t.Helper()
+	differs, err := backend.Verify(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return differs
+}
+
 func TestIPTablesAgentsLeaveEachOtherAlone(t *testing.T) {
 	forEachVariant(t, func(t *testing.T, suffix string) {
 		p := plan.Build(cases()["every-policy"])
@@ -393,7 +438,7 @@ func TestOneProcess(t *testing.T) {
 			_ = os.Remove(calls)
 		}
 		mustSync(t, backend, &after)
-		want("a change", "restore *nat *mangle save")
+		want("a change", map[string]string{"-nft": "restore *nat *mangle *nat *mangle save", "-legacy": "restore *nat *mangle save"}[suffix])
 		wantIntact(t, backend)
 		_ = os.Remove(calls)
 		nodetest.Run(t, "iptables"+suffix, "-t", "mangle", "-F")

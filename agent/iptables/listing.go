@@ -160,31 +160,73 @@ func (c chain) write(w *strings.Builder) {
 	}
 }
 
-// update is the input of iptables-restore --noflush that leads from before to t, chain by chain: one
-// transaction. It is empty where nothing differs. Jumps and chains that stay as they are go unmentioned.
-func (t table) update(before table) string {
-	var declared, rules, deleted strings.Builder
+// changes are the lines of iptables-restore --noflush that lead from before to t: first those that add, with which what is new counts
+// and not what is old behind it, and then those that delete. Both are empty where nothing differs. Jumps and rules that stay as they are
+// go unmentioned.
+func (t table) changes(before table) (additions, deletions string) {
+	var declared, added, deleted strings.Builder
 	old := map[string]chain{}
 	for _, c := range before.chains {
 		old[c.name] = c
 	}
 	for _, c := range t.chains {
-		if o, there := old[c.name]; !there || !slices.Equal(o.rules, c.rules) {
-			fmt.Fprintf(&declared, ":%s - [0:0]\n", c.name)
-			c.write(&rules)
-		}
+		o, there := old[c.name]
 		delete(old, c.name)
-	}
-	for _, c := range before.chains {
-		if _, gone := old[c.name]; gone {
+		if !there {
 			fmt.Fprintf(&declared, ":%s - [0:0]\n", c.name)
-			fmt.Fprintf(&deleted, "-X %s\n", c.name)
+			c.write(&added)
+			continue
+		}
+		first, last := differing(o.rules, c.rules)
+		fresh := c.rules[first : len(c.rules)-last]
+		for i, rule := range fresh {
+			fmt.Fprintf(&added, "-I %s %d %s\n", c.name, first+i+1, rule)
+		}
+		for range o.rules[first : len(o.rules)-last] {
+			fmt.Fprintf(&deleted, "-D %s %d\n", c.name, first+len(fresh)+1)
 		}
 	}
-	if declared.Len() == 0 {
-		return ""
+	for _, verb := range []string{"-F", "-X"} { // they may lead to each other
+		for _, c := range before.chains {
+			if _, gone := old[c.name]; gone {
+				fmt.Fprintf(&deleted, "%s %s\n", verb, c.name)
+			}
+		}
 	}
-	return fmt.Sprintf("*%s\n%s%s%sCOMMIT\n", t.name, declared.String(), rules.String(), deleted.String())
+	return declared.String() + added.String(), deleted.String()
+}
+
+// differing is how many rules at the beginning, and how many of the rest at the end, two chains have in common.
+func differing(before, now []string) (first, last int) {
+	for first < min(len(before), len(now)) && before[first] == now[first] {
+		first++
+	}
+	for last < min(len(before), len(now))-first && before[len(before)-1-last] == now[len(now)-1-last] {
+		last++
+	}
+	return first, last
+}
+
+// strayed are the chains of which a listing after t.changes(before) does not show the rules that stay as the listing before has shown
+// them: somebody else has changed them, so that rules of theirs may have been deleted instead of ours.
+func (t table) strayed(before table, listed, there []chain) (names []string) {
+	rules := func(chains []chain, name string) []string {
+		if i := slices.IndexFunc(chains, func(c chain) bool { return c.name == name }); i >= 0 {
+			return chains[i].rules
+		}
+		return nil
+	}
+	for _, c := range t.chains {
+		if !slices.ContainsFunc(before.chains, func(o chain) bool { return o.name == c.name }) {
+			continue
+		}
+		first, last := differing(rules(before.chains, c.name), c.rules)
+		was, is := rules(listed, c.name), rules(there, c.name)
+		if len(was) < first+last || len(is) < first+last || !slices.Equal(was[:first], is[:first]) || !slices.Equal(was[len(was)-last:], is[len(is)-last:]) {
+			names = append(names, c.name)
+		}
+	}
+	return names
 }
 
 // missing says which chains, rules and jumps of t the listing does not show, by count.

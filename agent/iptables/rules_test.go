@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -143,6 +144,32 @@ func TestOrder(t *testing.T) {
 			t.Errorf("step %d (-want +got):\n%s", i, diff)
 		}
 		f.served = served
+	}
+}
+
+// TestAdditionsDeleteNothing: a rule that is made after one was deleted waits for a grace period of the kernel.
+func TestAdditionsDeleteNothing(t *testing.T) {
+	for from, before := range cases() {
+		for to, after := range cases() {
+			b, a := plan.Build(before), plan.Build(after)
+			olds, news := render(&b, plan.IPv4, testAgent), render(&a, plan.IPv4, testAgent)
+			for i, now := range news {
+				additions, deletions := now.changes(olds[i])
+				for line := range strings.Lines(additions) {
+					if !strings.HasPrefix(line, "-A ") && !strings.HasPrefix(line, "-I ") && !strings.HasPrefix(line, ":") {
+						t.Errorf("from %s to %s: an addition: %s", from, to, line)
+					}
+					if name, declared := strings.CutPrefix(line, ":"); declared && slices.ContainsFunc(olds[i].chains, func(c chain) bool { return c.name == strings.Fields(name)[0] }) {
+						t.Errorf("from %s to %s: a chain is emptied: %s", from, to, line)
+					}
+				}
+				for line := range strings.Lines(deletions) {
+					if !strings.HasPrefix(line, "-D ") && !strings.HasPrefix(line, "-F ") && !strings.HasPrefix(line, "-X ") {
+						t.Errorf("from %s to %s: a deletion: %s", from, to, line)
+					}
+				}
+			}
+		}
 	}
 }
 
