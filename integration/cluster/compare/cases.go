@@ -140,6 +140,8 @@ type measured struct {
 	ruled time.Duration
 	// witness is the longest time that the witness has waited for an answer, after the replacement.
 	witness time.Duration
+	// dropped are the packets that the machine's processors had no room for meanwhile, whoever they were of.
+	dropped uint64
 	at      time.Time // of the replacement
 	lives   map[lab.Kind][]life
 }
@@ -170,6 +172,10 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 		return m, "", err
 	}
 	sleep(ctx, warmUp)
+	droppedBefore, err := droppedByProcessors()
+	if err != nil {
+		return m, "", err
+	}
 	mended, err := w.replace(ctx, n, u, pod, &m)
 	if err != nil {
 		return m, "", err
@@ -185,6 +191,10 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if err != nil {
 		return m, "", err
 	}
+	if m.dropped, err = droppedByProcessors(); err != nil {
+		return m, "", err
+	}
+	m.dropped -= droppedBefore
 	for _, o := range witness {
 		if o.Sent.After(m.at) {
 			m.witness = max(m.witness, o.Took)
@@ -375,8 +385,8 @@ func (w *world) runs(ctx context.Context, n *whole.Node, u update, times int) (a
 // String is the run in a few lines.
 func (m measured) String() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v\n",
-		m.update.name, m.node.Name, m.node.Runtime(), m.ruled.Round(time.Millisecond), m.witness.Round(100*time.Microsecond))
+	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v, %d packets dropped by the processors\n",
+		m.update.name, m.node.Name, m.node.Runtime(), m.ruled.Round(time.Millisecond), m.witness.Round(100*time.Microsecond), m.dropped)
 	for _, p := range slices.Sorted(maps.Keys(m.costs)) {
 		for _, kind := range allKinds() {
 			c, has := m.costs[p][kind]

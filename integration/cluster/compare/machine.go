@@ -56,6 +56,20 @@ func processor() string {
 	return fmt.Sprintf("%s, %d cores, Linux %s, Go %s", model, runtime.NumCPU(), strings.TrimSpace(string(release)), strings.TrimPrefix(runtime.Version(), "go"))
 }
 
+// droppedByProcessors are the packets that the processors had no room for, of whomever (net.core.netdev_max_backlog): what waits for a
+// processor that has no time, from one link of the machine to the next.
+func droppedByProcessors() (packets uint64, err error) {
+	data, err := os.ReadFile("/proc/net/softnet_stat")
+	for line := range strings.Lines(string(data)) {
+		var processed, dropped uint64
+		if _, err := fmt.Sscanf(line, "%x %x", &processed, &dropped); err != nil {
+			return 0, fmt.Errorf("/proc/net/softnet_stat: %q: %w", line, err)
+		}
+		packets += dropped
+	}
+	return packets, err
+}
+
 func loadAverage() string {
 	data, err := os.ReadFile("/proc/loadavg")
 	if err != nil {
