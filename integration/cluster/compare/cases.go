@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -142,8 +144,10 @@ type measured struct {
 	witness time.Duration
 	// dropped are the packets that the machine's processors had no room for meanwhile, whoever they were of.
 	dropped uint64
-	at      time.Time // of the replacement
-	lives   map[lab.Kind][]life
+	// decisions are what the agents have said of endpoints meanwhile, where clients of theirs failed while a process listened.
+	decisions []string
+	at        time.Time // of the replacement
+	lives     map[lab.Kind][]life
 }
 
 const (
@@ -215,6 +219,9 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 					m.costs[p] = map[lab.Kind]cost{}
 				}
 				m.costs[p][kind] = assess(byKind[kind], witness, servers{lives: all, fresh: last.server, since: mended, delay: u.target.delay})
+				if p.magic() && len(m.costs[p][kind].blamed) > 0 && m.decisions == nil {
+					m.decisions = decisions(n, m.at)
+				}
 			}
 		}
 	}
@@ -233,6 +240,23 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	echo := m.lives[lab.NewConnection]
 	m.ruled = echo[len(echo)-1].started.Sub(ruledAt)
 	return m, fresh, err
+}
+
+// decisions are the lines about endpoints that the agents of a node have logged since a moment.
+func decisions(n *whole.Node, since time.Time) (lines []string) {
+	logs, _ := filepath.Glob(n.Path("/var/log/pods/*_" + release + "*/agent/*.log"))
+	for _, log := range logs {
+		text, _ := os.ReadFile(log)
+		for line := range strings.Lines(string(text)) {
+			stamp, rest, _ := strings.Cut(line, " ") // as the runtime writes it: time, stream, tag, line
+			_, said, about := strings.Cut(rest, " msg=")
+			at, err := time.Parse(time.RFC3339Nano, stamp)
+			if err == nil && about && strings.Contains(said, "magicIP=") && at.After(since) {
+				lines = append(lines, fmt.Sprintf("%s: %v: %s", filepath.Base(filepath.Dir(filepath.Dir(log))), at.Sub(since).Round(100*time.Microsecond), strings.TrimSpace(said)))
+			}
+		}
+	}
+	return lines
 }
 
 // forgetFlows: half-open flows to pods of earlier runs, or to none, stay for two minutes behind kube-proxy and the poller, and take
@@ -405,6 +429,9 @@ func (m measured) String() string {
 				}
 			}
 		}
+	}
+	for _, line := range m.decisions {
+		fmt.Fprintf(&text, "    %s\n", line)
 	}
 	for _, kind := range []lab.Kind{lab.NewConnection, grpcStream} {
 		lives := m.lives[kind]
