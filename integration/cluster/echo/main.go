@@ -19,8 +19,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
@@ -87,7 +85,7 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	tcp := flags.String("tcp", ":8080", "`ADDRESS` for HTTP")
 	udp := flags.String("udp", ":8080", "`ADDRESSES` for datagrams, separated by commas")
-	local := flags.String("unix", "", "`PATH` of a socket for HTTP; it is taken over from a server that has it")
+	unix := flags.String("unix", "", "`PATH` of a socket for HTTP; it is taken over from a server that has it")
 	control := flags.String("control", ":8081", "`ADDRESS` that kubelet and the tests ask")
 	readyAfter := flags.Duration("ready-after", 0, "be ready after this time")
 	delay := flags.Duration("delay", 0, "how long each answer takes")
@@ -118,20 +116,24 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 	var packets []net.PacketConn
 	var errUDP error
 	for address := range strings.SplitSeq(*udp, ",") {
-		listening, err := listenPackets(ctx, address)
-		packets, errUDP = append(packets, listening...), errors.Join(errUDP, err)
+		conn, err := net.ListenPacket("udp", address)
+		if socket, ok := conn.(*net.UDPConn); ok {
+			// A server that waits for a processor has then what came meanwhile: the way to it is what tests look at.
+			err = socket.SetReadBuffer(1 << 20)
+		}
+		packets, errUDP = append(packets, conn), errors.Join(errUDP, err)
 	}
 	asked, errControl := net.Listen("tcp", *control)
 	if err := errors.Join(errTCP, errUDP, errControl); err != nil {
 		return err
 	}
 	echoes := []*lab.Echo{lab.NewSlowEcho(*name, *delay, listener, packets...)}
-	if *local != "" {
-		listener, err := lab.ListenUnix(*local)
+	if *unix != "" {
+		local, err := lab.ListenUnix(*unix)
 		if err != nil {
 			return err
 		}
-		echoes = append(echoes, lab.NewSlowEcho(*name, *delay, listener))
+		echoes = append(echoes, lab.NewSlowEcho(*name, *delay, local))
 	}
 	write("listening", time.Now())
 	mux := http.NewServeMux()
@@ -160,25 +162,6 @@ func serve(ctx context.Context, started time.Time, args []string) error {
 		err = errors.Join(err, echo.Shutdown(limited))
 	}
 	return errors.Join(err, server.Close(), journal.Close())
-}
-
-// listenPackets listens for datagrams. A server that waits for a processor has then what came meanwhile: the way to it is what tests
-// look at. One socket has room for some 550 datagrams (net.core.rmem_max), which ten clients of a comparison send in half a second.
-func listenPackets(ctx context.Context, address string) (packets []net.PacketConn, err error) {
-	listen := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
-		controlErr := raw.Control(func(fd uintptr) {
-			err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1<<20))
-		})
-		return errors.Join(controlErr, err)
-	}}
-	for range 8 {
-		conn, err := listen.ListenPacket(ctx, "udp", address)
-		if err != nil {
-			return packets, err
-		}
-		packets = append(packets, conn)
-	}
-	return packets, nil
 }
 
 // summary is the line of output for a target where requests have none.
