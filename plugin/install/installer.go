@@ -283,11 +283,12 @@ func otherInstallers(dir runtimedir.Dir, name string) (others []*runtimedir.Reco
 // RemoveFiles removes what the installer of an agent has in the runtime directory, after its key: the record first, which the
 // agent waits for, and what the plugin has written where no agent has a key any more. The caller holds the installer's lock.
 func RemoveFiles(confDir string, dir runtimedir.Dir, name string) error {
-	installer := dir.Installer(name)
-	if err := installer.RemoveRecord(); err != nil {
-		return err
-	}
-	return errors.Join(removeState(confDir, dir), installer.Leave())
+	return errors.Join(forget(confDir, dir, name), dir.Installer(name).Leave())
+}
+
+// forget removes the record of an installer, and what the plugin has written.
+func forget(confDir string, dir runtimedir.Dir, name string) error {
+	return errors.Join(dir.Installer(name).RemoveRecord(), removeState(confDir, dir))
 }
 
 // stateWait is longer than a pod keeps the lock of the state file.

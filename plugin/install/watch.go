@@ -239,9 +239,13 @@ func (i *installer) leave(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
 	}
-	err = i.again(ctx, "the installer's record and those of pods cannot be removed yet and are tried again; they mean nothing without the entry", func() error {
-		return errors.Join(i.files.RemoveRecord(), removeState(i.ConfDir, runtimedir.New(i.RuntimeDir)))
+	dir := runtimedir.New(i.RuntimeDir)
+	err = i.again(ctx, "files in the runtime directory cannot be removed yet and are tried again; they mean nothing without the entry", func() error {
+		return forget(i.ConfDir, dir, i.config.Name)
 	})
+	if err != nil {
+		err = fmt.Errorf("files stay in %s; they mean nothing without the entry, and the next installer that leaves this node removes those of the plugin: %w", dir.Path(), err)
+	}
 	return errors.Join(err, i.files.Leave())
 }
 

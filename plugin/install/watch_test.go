@@ -301,6 +301,17 @@ func (n *node) undone() (undo func()) {
 	return func() { close(wanted) }
 }
 
+// newUndone is a node with such an installer, which has installed.
+func newUndone(t *testing.T) (n *node, undo func()) {
+	t.Helper()
+	n = newNode(t)
+	n.conf("10-a.conflist", simple)
+	undo = n.undone()
+	n.watch()
+	n.awaitKey()
+	return n, undo
+}
+
 func (n *node) awaitGone() {
 	n.Helper()
 	n.eventually("everything to be gone", func() bool {
@@ -410,11 +421,7 @@ func TestUndoneBesideOthers(t *testing.T) {
 // TestUndoTriesAgain: what cannot be taken out is tried again, and the agent, which waits for the record, is not told otherwise.
 func TestUndoTriesAgain(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	n.conf("10-a.conflist", simple)
-	undo := n.undone()
-	n.watch()
-	n.awaitKey()
+	n, undo := newUndone(t)
 	unlock, err := conflist.Lock(t.Context(), n.options.ConfDir)
 	if err != nil {
 		t.Fatal(err)
@@ -431,11 +438,7 @@ func TestUndoTriesAgain(t *testing.T) {
 // TestUndoTriesAgainWithTheState: a process that keeps the lock of the state file keeps nothing there for good.
 func TestUndoTriesAgainWithTheState(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	n.conf("10-a.conflist", simple)
-	undo := n.undone()
-	n.watch()
-	n.awaitKey()
+	n, undo := newUndone(t)
 	n.recordPod("c1")
 	lock, err := os.OpenFile(filepath.Join(filepath.Dir(n.dir().StatePath()), "state.lock"), os.O_WRONLY, 0)
 	if err == nil {
