@@ -81,8 +81,8 @@ func (b *Backend) Trial(ctx context.Context) (version string, noZones, err error
 // Name is the backend's name as in --backend.
 func (b *Backend) Name() string { return Name }
 
-// Sync brings the kernel to the plan: one transaction per family and table where what is wanted differs
-// from what was loaded before, none where it does not. Where the xtables lock is not to be had it gives up after a second: the
+// Sync brings the kernel to the plan: per family and table a transaction for what is added and one for what is deleted, where what is
+// wanted differs from what was loaded before, none where it does not. Where the xtables lock is not to be had it gives up after a second: the
 // caller has other work, and tries again.
 func (b *Backend) Sync(ctx context.Context, p *plan.Plan) error {
 	var err error
@@ -241,7 +241,7 @@ func (f *chains) apply(ctx context.Context, wanted []table, order []int) error {
 // starts. After a failure it is not known which of the changes are in the kernel.
 //
 // What is added is added first, in all tables, and what it replaces is deleted then: a rule of iptables-nft that is made while a deleted
-// one is being destroyed waits for that, which takes a grace period of the kernel (nft_compat_wait_for_destructors), and all who change
+// one is being destroyed waits for that, which takes a grace period of the kernel (nf_tables_trans_destroy_flush_work, called by nft_compat), and all who change
 // rules of the node wait with it. iptables-legacy loads a whole table each time, so that it has one transaction for both.
 func (f *chains) update(ctx context.Context, wanted []table, order []int) error {
 	var otherJumps []string
@@ -263,7 +263,7 @@ func (f *chains) update(ctx context.Context, wanted []table, order []int) error 
 		}
 	}
 	for _, i := range order {
-		t, before := wanted[i], additions.Len()+deletions.Len()
+		t, length := wanted[i], additions.Len()+deletions.Len()
 		if l := there[t.name]; l != nil {
 			additions.WriteString(f.replacing(t, l))
 		} else if added, deleted := t.changes(f.tables[i]); f.variant.Legacy {
@@ -272,7 +272,7 @@ func (f *chains) update(ctx context.Context, wanted []table, order []int) error 
 			transaction(&additions, t, added)
 			transaction(&deletions, t, deleted)
 		}
-		if additions.Len()+deletions.Len() > before {
+		if additions.Len()+deletions.Len() > length {
 			changed = append(changed, i)
 		}
 	}

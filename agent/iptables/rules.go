@@ -84,7 +84,7 @@ const mostInChain = 8
 // render writes the rules of p for one family, in the order in which the tables are to be loaded.
 //
 // Why these hooks. REJECT works in the filter table alone, after destination NAT, so rejecting takes three
-// steps. Each table is one transaction, but the three are not:
+// steps. What is added to a table, and what is deleted from it, is one transaction each, but the three tables are not:
 //
 //   - mangle PREROUTING runs before any NAT and before routing: packets that do not come from pods are dropped.
 //   - nat PREROUTING and OUTPUT translate packets to frontends with an endpoint. ACCEPT, for the rest, ends the walk through
