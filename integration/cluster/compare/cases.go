@@ -246,12 +246,15 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 func decisions(n *whole.Node, since time.Time) (lines []string) {
 	logs, _ := filepath.Glob(n.Path("/var/log/pods/*_" + release + "*/agent/*.log"))
 	for _, log := range logs {
-		text, _ := os.ReadFile(log)
+		text, err := os.ReadFile(log)
+		if err != nil {
+			lines = append(lines, err.Error())
+		}
 		for line := range strings.Lines(string(text)) {
 			stamp, rest, _ := strings.Cut(line, " ") // as the runtime writes it: time, stream, tag, line
-			_, said, about := strings.Cut(rest, " msg=")
+			_, said, found := strings.Cut(rest, " msg=")
 			at, err := time.Parse(time.RFC3339Nano, stamp)
-			if err == nil && about && strings.Contains(said, "magicIP=") && at.After(since) {
+			if err == nil && found && strings.Contains(said, "magicIP=") && at.After(since) {
 				lines = append(lines, fmt.Sprintf("%s: %v: %s", filepath.Base(filepath.Dir(filepath.Dir(log))), at.Sub(since).Round(100*time.Microsecond), strings.TrimSpace(said)))
 			}
 		}

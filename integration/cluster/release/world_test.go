@@ -221,10 +221,11 @@ func (w *world) keepLogs() {
 		for _, container := range []string{"agent", "installer"} {
 			names, _ := filepath.Glob(n.Path("/var/log/pods/*/" + container + "/*.log"))
 			for _, name := range names {
-				if file, err := os.Open(name); err == nil && w.logs[name] == nil {
+				if w.logs[name] != nil {
+					continue
+				}
+				if file, err := os.Open(name); err == nil { // else it has gone meanwhile
 					w.logs[name] = file
-				} else if err == nil {
-					_ = file.Close()
 				}
 			}
 		}
