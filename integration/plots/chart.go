@@ -103,7 +103,7 @@ func (c chart) drawBars(p *plot.Plot) {
 			}
 		}
 	}
-	p.Y.Min, p.Y.Max = 0, math.Max(top*1.08, 1)
+	p.Y.Min, p.Y.Max, p.Y.Tick.Marker = 0, math.Max(top*1.08, 1), plot.TickerFunc(ticks)
 	if c.logarithmic {
 		p.Y.Scale, p.Y.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
 		p.Y.Min, p.Y.Max = c.floor, math.Pow(10, math.Ceil(math.Log10(math.Max(top*1.2, c.floor*10))))
@@ -119,6 +119,17 @@ func (c chart) drawBars(p *plot.Plot) {
 		p.Legend.Add(s.peer, drawn)
 	}
 	p.X.Min, p.X.Max = -0.5, float64(len(c.groups))-0.5
+}
+
+// ticks are the library's, without the zeroes that it writes behind the point where it counts by 2.5.
+func ticks(low, high float64) []plot.Tick {
+	all := plot.DefaultTicks{}.Ticks(low, high)
+	for i := range all {
+		if strings.Contains(all[i].Label, ".") {
+			all[i].Label = strings.TrimRight(strings.TrimRight(all[i].Label, "0"), ".")
+		}
+	}
+	return all
 }
 
 // bars draws a series; what never came has a bar without fill to the top, and says so.

@@ -98,3 +98,18 @@ func TestSpread(t *testing.T) {
 		t.Errorf("figures: %q", got)
 	}
 }
+
+// TestTicks: axes are counted in whole numbers where they can be.
+func TestTicks(t *testing.T) {
+	for high, want := range map[float64]string{7776: "0 2500 5000 7500", 8380: "0 4000 8000", 7.8: "0 2.5 5 7.5"} {
+		var labels []string
+		for _, tick := range ticks(0, high) {
+			if tick.Label != "" {
+				labels = append(labels, tick.Label)
+			}
+		}
+		if got := strings.Join(labels, " "); got != want {
+			t.Errorf("0 to %v: %s, want %s", high, got, want)
+		}
+	}
+}
