@@ -106,8 +106,8 @@ func (s *sweep) run(ctx context.Context) (err error) {
 		}
 	}
 	for _, inet := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if slices.ContainsFunc(connections, func(f plan.Frontend) bool { return family(f.Address) == inet }) {
-			err = errors.Join(err, s.dump(ctx, inet, halfOpenFilter()...))
+		if concerned := slices.DeleteFunc(slices.Clone(connections), func(f plan.Frontend) bool { return family(f.Address) != inet }); len(concerned) > 0 {
+			err = errors.Join(err, s.dump(ctx, inet, halfOpenFilter(concerned)...))
 		}
 	}
 	for _, f := range change.Untranslated {
@@ -224,12 +224,17 @@ func frontendFilter(f plan.Frontend) []*nl.RtAttr {
 	return tupleAt(f, nl.CTA_IP_V4_DST, nl.CTA_PROTO_DST_PORT, filterIPDestination, filterPort)
 }
 
-// halfOpenFilter lets TCP flows through whose client has heard nothing yet (CTA_STATUS_MASK since Linux 5.12): of all frontends at once,
-// since there are few. An established TCP flow goes with its sandbox and not with its frontend, unless it was not translated.
-func halfOpenFilter() []*nl.RtAttr {
+// halfOpenFilter lets TCP flows through whose client has heard nothing yet (CTA_STATUS_MASK since Linux 5.12): those of the frontend, or, as
+// one dump costs less than many, of any where there are several. An established TCP flow goes with its sandbox and not with its frontend,
+// unless it was not translated.
+func halfOpenFilter(frontends []plan.Frontend) []*nl.RtAttr {
+	unanswered := statusFilter(0, ipsSeenReply)
+	if len(frontends) == 1 {
+		return append(frontendFilter(frontends[0]), unanswered...)
+	}
 	tuple := nl.NewRtAttr(nl.CTA_TUPLE_ORIG|unix.NLA_F_NESTED, nil)
 	tuple.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil).AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(unix.IPPROTO_TCP))
-	return append([]*nl.RtAttr{tuple, tupleFilter(filterProtocol, 0)}, statusFilter(0, ipsSeenReply)...)
+	return append([]*nl.RtAttr{tuple, tupleFilter(filterProtocol, 0)}, unanswered...)
 }
 
 // reversedFilter lets flows through whose first packet came from f; see frontendFilter for IPv6.
