@@ -87,22 +87,24 @@ func (w *world) heard(client string, do func()) bool {
 	w.t.Helper()
 	arrived := w.sniff(lab.Uplink)
 	do()
-	err := w.In(client, func() error {
-		conn, err := net.Dial("udp", "198.51.100.2:9")
+	mark := func() {
+		err := w.In(client, func() error {
+			conn, err := net.Dial("udp", "198.51.100.2:9")
+			if err != nil {
+				return err
+			}
+			_, err = conn.Write([]byte(marker))
+			return errors.Join(err, conn.Close())
+		})
 		if err != nil {
-			return err
+			w.t.Fatal(err)
 		}
-		_, err = conn.Write([]byte(marker))
-		return errors.Join(err, conn.Close())
-	})
-	if err != nil {
-		w.t.Fatal(err)
 	}
 	four, six := magic(false).Addr().As4(), magic(true).Addr().As16()
 	ours := func(packet []byte) bool {
 		return bytes.Contains(packet, four[:]) || bytes.Contains(packet, six[:])
 	}
-	found, err := arrived.until(w.t, "the datagram", func(packet []byte) bool { return ours(packet) || strings.Contains(string(packet), marker) })
+	found, err := arrived.until(w.t, mark, "the datagram", func(packet []byte) bool { return ours(packet) || strings.Contains(string(packet), marker) })
 	if err != nil {
 		w.t.Fatal(err)
 	}

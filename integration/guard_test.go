@@ -68,7 +68,7 @@ func testGuard(t *testing.T, w *world) {
 			if from == "client" && tcp == "refused" && !byICMP {
 				arrived := w.sniff(from)
 				reset = func() error {
-					_, err := arrived.until(w.t, "a reset of the magic IP", func(packet []byte) bool { return isReset(packet, magic(six)) })
+					_, err := arrived.until(w.t, sentAlready, "a reset of the magic IP", func(packet []byte) bool { return isReset(packet, magic(six)) })
 					return err
 				}
 			}
@@ -183,10 +183,17 @@ func TestReplyToGoneClient(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer func() { _ = client.Close() }()
-			if _, err := client.Write([]byte("asked")); err != nil {
-				t.Fatal(err)
-			}
-			if _, peers[six], err = server.ReadFrom(make([]byte, 100)); err != nil {
+			err = lab.Eventually(patience(t), func() (err error) {
+				if _, err := client.Write([]byte("asked")); err != nil {
+					return err
+				}
+				if err := server.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+					return err
+				}
+				_, peers[six], err = server.ReadFrom(make([]byte, 100))
+				return err
+			})
+			if err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -202,11 +209,12 @@ func TestReplyToGoneClient(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := other.WriteTo([]byte(marker), peers[six]); err != nil {
-				t.Fatal(err)
-			}
+			w.note(lateReply, six, outside.onlyMarker(t, func() {
+				if _, err := other.WriteTo([]byte(marker), peers[six]); err != nil {
+					t.Fatal(err)
+				}
+			}))
 			_ = other.Close()
-			w.note(lateReply, six, outside.onlyMarker(t))
 		}
 	})
 }
