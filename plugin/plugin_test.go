@@ -121,13 +121,21 @@ func (c command) cmd(t testing.TB) *exec.Cmd {
 	return cmd
 }
 
-// run returns what the runtime sees of the command: its standard output, or the error that it prints there.
+// run returns what the runtime sees of the command: its standard output, or the error that it prints there. A command that ends
+// because its time is over is executed again: a machine may have none for it.
 func (c command) run(t testing.TB) (string, *types.Error) {
 	t.Helper()
-	cmd := c.cmd(t)
 	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := cmd.Run()
+	var err error
+	for range 10 {
+		stdout.Reset()
+		stderr.Reset()
+		cmd := c.cmd(t)
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err = cmd.Run(); !strings.Contains(stderr.String(), "does not respond") {
+			break
+		}
+	}
 	if stderr.Len() > 0 {
 		t.Logf("%s: stderr: %s", c.name, &stderr)
 	}
