@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -352,9 +353,15 @@ func (c *countedConn) Close() error {
 
 func eventually(t *testing.T, is func() bool) {
 	t.Helper()
-	for until := time.Now().Add(10 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(until) {
-			t.Fatal("not within 10 s")
+	limit, cancel := lab.Patience(t.Context(), 10*time.Second)
+	defer cancel()
+	err := lab.Eventually(limit, func() error {
+		if !is() {
+			return errors.New("it is not so")
 		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

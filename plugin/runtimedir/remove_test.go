@@ -2,13 +2,17 @@ package runtimedir_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -21,12 +25,12 @@ func TestRemoveBeforeAWaitingWriter(t *testing.T) {
 	release := hold(t, dir)
 	removed, written := make(chan error), make(chan error)
 	go func() { removed <- runtimedir.New(dir).RemoveState(5 * time.Second) }()
-	time.Sleep(100 * time.Millisecond) // the kernel serves waiters in order
+	awaitWaiters(t, dir, 1) // the kernel serves them in order
 	go func() {
 		_, err := runtimedir.New(dir).Update(5*time.Second, nil, attachment("c2"))
 		written <- err
 	}()
-	time.Sleep(100 * time.Millisecond)
+	awaitWaiters(t, dir, 2)
 	release()
 	if err := errors.Join(<-removed, <-written); err != nil {
 		t.Fatal(err)
@@ -36,6 +40,28 @@ func TestRemoveBeforeAWaitingWriter(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "plugin/state.lock")); err != nil {
 		t.Errorf("the writer held the lock that was removed: %v", err)
+	}
+}
+
+// awaitWaiters waits until so many wait for the lock of the state file.
+func awaitWaiters(t *testing.T, dir string, want int) {
+	t.Helper()
+	info, err := os.Stat(filepath.Join(dir, "plugin/state.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	waits := regexp.MustCompile(fmt.Sprintf(`-> FLOCK .*:%d `, info.Sys().(*syscall.Stat_t).Ino))
+	limit, cancel := lab.Patience(t.Context(), 10*time.Second)
+	defer cancel()
+	err = lab.Eventually(limit, func() error {
+		locks, err := os.ReadFile("/proc/locks")
+		if got := len(waits.FindAll(locks, -1)); err == nil && got != want {
+			err = fmt.Errorf("%d wait for the lock, want %d", got, want)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
