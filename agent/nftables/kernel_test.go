@@ -277,7 +277,7 @@ func TestSpreadIsOneChain(t *testing.T) {
 				}
 			}
 		})
-		if err != nil || received != unix.EAGAIN {
+		if err != nil || !errors.Is(received, unix.EAGAIN) {
 			t.Fatal(err, received)
 		}
 		return count
