@@ -174,7 +174,7 @@ func (a *arena) flow(network string) (net.Conn, netip.AddrPort) {
 // asks says what is wrong unless the target answers by the connection, and nobody before it.
 func (a *arena) asks(conn net.Conn) error {
 	tries, wait := 1, 10*time.Second
-	if conn.LocalAddr().Network() == "udp" { // no processor may have room for a datagram
+	if conn.LocalAddr().Network() == "udp" { // a datagram may be lost
 		tries, wait = 10, time.Second
 	}
 	answer, n := make([]byte, 2000), 0

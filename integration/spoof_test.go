@@ -209,8 +209,8 @@ func (w *world) receiver(namespace string, open func() (int, error)) receiver {
 	return receiver{file}
 }
 
-// until sends, each second again, until a packet comes that is wanted, and closes the receiver. No packet is sent once alone: a processor
-// without time has no room for it (netdev_max_backlog).
+// until sends, each second again, until a packet comes that is wanted, and closes the receiver. No packet is sent once alone: one may be
+// lost on its way, to a neighbour that does not answer yet, say.
 func (r receiver) until(t *testing.T, send func(), what string, wanted func(packet []byte) bool) ([]byte, error) {
 	defer func() { _ = r.Close() }()
 	limit, cancel := lab.Patience(t.Context(), 5*time.Second)
