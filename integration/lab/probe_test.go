@@ -67,8 +67,8 @@ func TestStream(t *testing.T) {
 			}
 		}
 	}()
-	const timeout = 100 * time.Millisecond
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	const timeout = time.Second // longer than the machine stands still
+	ctx, cancel := Patience(t.Context(), 10*time.Second)
 	defer cancel()
 	probe := StartStream(new(net.Dialer).DialContext, Client{To: to, Timeout: timeout}, time.Millisecond)
 	if _, err := probe.Await(ctx, func(o Outcome) bool { return errors.Is(o.Err, context.DeadlineExceeded) }); err != nil {
