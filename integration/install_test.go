@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	directory "github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -229,6 +230,13 @@ func TestUninstallByForce(t *testing.T) {
 	installer := s.confined("-all", s.flags("install", "--watch", "--no-api", "--plugin", s.plugin())...)
 	s.awaitEntry(installer)
 	if err := installer.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := directory.Lock(t.Context(), s.Path(confDir))
+	switch {
+	case err == nil:
+		defer unlock()
+	case !errors.Is(err, directory.ErrHeld): // by the installer
 		t.Fatal(err)
 	}
 	if _, err := s.RunAgent(t.Context(), s.flags("uninstall")...); err == nil || !strings.Contains(err.Error(), "is running on this node") {

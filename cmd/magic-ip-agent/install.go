@@ -168,7 +168,7 @@ Stop the agent and its installer first.`,
 	f.StringVar(&flags.name, "name", "", "`NAME` of the agent")
 	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
 	f.StringVar(&flags.binDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
-	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs: it puts back what it can")
+	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs, or hangs: it puts back what it can")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("config", "name")
 	command.MarkFlagsOneRequired("config", "name")
@@ -244,11 +244,12 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if record, err := dir.Installer(name).ReadRecord(); err == nil {
 		recorded = record.Conflist
 	}
+	options := conflist.Options{Force: f.force}
 	// In a container the node's directories may have other paths than the entry says.
-	if err := install.Remove(ctx, f.conf, conflist.AnyRuntimeDir, name, recorded, log); err != nil {
+	if err := install.Remove(ctx, f.conf, options, conflist.AnyRuntimeDir, name, recorded, log); err != nil {
 		return fmt.Errorf("the entry of agent %s is still in %s, so that nothing else is uninstalled: %w", name, f.conf, err)
 	}
-	if err := conflist.RemoveTemps(ctx, f.binDir); err != nil {
+	if err := conflist.RemoveTemps(ctx, f.binDir, options); err != nil {
 		return err
 	}
 	selected, err := backend.Select(ctx, f.backend, name)

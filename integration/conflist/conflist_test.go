@@ -297,7 +297,7 @@ func files(t *testing.T, dir string) map[string]file {
 
 func (s *site) uninstall(when string) {
 	s.Helper()
-	s.must(install.Remove(s.Context(), s.dir, conflist.AnyRuntimeDir, agent, "", s.options.Log))
+	s.must(install.Remove(s.Context(), s.dir, conflist.Options{}, conflist.AnyRuntimeDir, agent, "", s.options.Log))
 	if diff := cmp.Diff(files(s.T, s.ref), files(s.T, s.dir)); diff != "" {
 		s.Errorf("%s (-never installed +uninstalled):\n%s", when, diff)
 	}

@@ -30,6 +30,9 @@ const (
 // ErrChanged says that another program has changed a file since it was read.
 var ErrChanged = errors.New("another program has changed it meanwhile")
 
+// ErrHeld says that another installer has not given a directory's lock back.
+var ErrHeld = errors.New("another installer has held its lock")
+
 // IsOurs reports whether a file of a directory is a temporary one or a lock of an installer.
 func IsOurs(name string) bool {
 	return filepath.Base(name) == lockName || strings.HasSuffix(name, tempExt)
@@ -56,7 +59,7 @@ func Lock(ctx context.Context, dir string) (unlock func(), err error) {
 		case err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
 			return nil, &fs.PathError{Op: "flock", Path: path, Err: err}
 		case time.Now().After(deadline):
-			return nil, fmt.Errorf("%s: another installer has held its lock for %s", dir, lockTimeout)
+			return nil, fmt.Errorf("%s: %w for %s", dir, ErrHeld, lockTimeout)
 		}
 		select {
 		case <-ctx.Done():
@@ -64,6 +67,16 @@ func Lock(ctx context.Context, dir string) (unlock func(), err error) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// lock takes the lock of a directory. By force it goes on without one that is not given back, and takes its file away: a change is made only
+// where the file is as it was read, whoever has the lock.
+func (o Options) lock(ctx context.Context, dir string) (unlock func(), err error) {
+	unlock, err = Lock(ctx, dir)
+	if o.Force && errors.Is(err, ErrHeld) {
+		return func() { _ = os.Remove(filepath.Join(dir, lockName)) }, nil
+	}
+	return unlock, err
 }
 
 // isFile reports whether a path leads to an open file.
@@ -84,7 +97,7 @@ func Update(ctx context.Context, path string, options Options, plan func(*Direct
 	if p.Empty() {
 		return p, planErr
 	}
-	unlock, err := Lock(ctx, path)
+	unlock, err := options.lock(ctx, path)
 	if err != nil {
 		return Plan{}, explain(err, path)
 	}
@@ -282,14 +295,14 @@ func removeTemps(dir string) error {
 }
 
 // RemoveTemps removes what installers have left behind in a directory that were killed while they wrote.
-func RemoveTemps(ctx context.Context, dir string) error {
+func RemoveTemps(ctx context.Context, dir string, options Options) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	for _, e := range entries {
 		if IsOurs(e.Name()) {
-			unlock, err := Lock(ctx, dir)
+			unlock, err := options.lock(ctx, dir)
 			if err != nil {
 				return err
 			}

@@ -9,9 +9,12 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
 // TestReplaceOnlyWhatWasRead: a primary CNI that writes its file between our reading and our writing keeps what it wrote.
@@ -137,7 +140,7 @@ func TestRemoveTemps(t *testing.T) {
 		".magic-ip-address.lock": true, "10-a.conflist.123.magic-ip-address.tmp": true, "10-a.conflist": false, "10-a.conflist.tmp": false, "magic-ip-address.lock": false, "10-a.conf.magic-ip-address": false,
 	} {
 		dir := directory(t, map[string]string{name: "", "other": ""})
-		if err := RemoveTemps(t.Context(), dir); err != nil {
+		if err := RemoveTemps(t.Context(), dir, Options{}); err != nil {
 			t.Error(err)
 		}
 		left := []string{name, "other"}
@@ -148,10 +151,10 @@ func TestRemoveTemps(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	if err := RemoveTemps(t.Context(), filepath.Join(t.TempDir(), "missing")); err != nil {
+	if err := RemoveTemps(t.Context(), filepath.Join(t.TempDir(), "missing"), Options{}); err != nil {
 		t.Errorf("a directory that is missing: %v", err)
 	}
-	if err := RemoveTemps(t.Context(), filepath.Join(directory(t, map[string]string{"file": ""}), "file")); !errors.Is(err, unix.ENOTDIR) {
+	if err := RemoveTemps(t.Context(), filepath.Join(directory(t, map[string]string{"file": ""}), "file"), Options{}); !errors.Is(err, unix.ENOTDIR) {
 		t.Errorf("no directory: %v", err)
 	}
 	canceled, cancel := context.WithCancel(t.Context())
@@ -161,7 +164,7 @@ func TestRemoveTemps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := RemoveTemps(canceled, dir); !errors.Is(err, context.Canceled) {
+	if err := RemoveTemps(canceled, dir, Options{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("while another installer has the lock: %v", err)
 	}
 	unlock()
@@ -230,4 +233,40 @@ func TestEntry(t *testing.T) {
 			t.Errorf("%s: %s", name, text)
 		}
 	}
+}
+
+// TestForce: an installer that hangs has the lock; who uninstalls by force goes on without it.
+func TestForce(t *testing.T) {
+	t.Parallel()
+	const list, temp = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`, "10-a.conflist.1" + tempExt
+	synctest.Test(t, func(t *testing.T) {
+		dir := directory(t, map[string]string{"10-a.conflist": list})
+		if _, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) { return d.Put(keyOf("a"), spoken) }); err != nil {
+			t.Fatal(err)
+		}
+		unlock, err := Lock(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unlock()
+		uninstall := func(options Options) error {
+			_, err := Update(t.Context(), dir, options, func(d *Directory) (Plan, error) { return d.Take("a", entry.DefaultRuntimeDir, "") })
+			if err == nil {
+				err = os.WriteFile(filepath.Join(dir, temp), nil, 0o600)
+			}
+			return errors.Join(err, RemoveTemps(t.Context(), dir, options))
+		}
+		if err := uninstall(Options{}); !errors.Is(err, ErrHeld) {
+			t.Errorf("without force: %v", err)
+		}
+		if err := uninstall(Options{Force: true}); err != nil {
+			t.Errorf("by force: %v", err)
+		}
+		if diff := cmp.Diff([]string{"10-a.conflist"}, fileNames(t, dir)); diff != "" {
+			t.Errorf("files (-want +got):\n%s", diff)
+		}
+		if data, err := os.ReadFile(filepath.Join(dir, "10-a.conflist")); err != nil || string(data) != list {
+			t.Errorf("left: %s, %v", data, err)
+		}
+	})
 }

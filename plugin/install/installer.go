@@ -235,8 +235,8 @@ func (i *installer) lost(plan conflist.Plan) (wait time.Duration) {
 
 // Remove removes the key of an agent from all network configurations of a directory. That it is still there, or that this
 // cannot be told, is an error. recorded is the file that has the key, as far as that was recorded.
-func Remove(ctx context.Context, confDir, runtimeDir, agent, recorded string, log *slog.Logger) error {
-	plan, err := conflist.Update(ctx, confDir, conflist.Options{}, func(d *conflist.Directory) (conflist.Plan, error) {
+func Remove(ctx context.Context, confDir string, options conflist.Options, runtimeDir, agent, recorded string, log *slog.Logger) error {
+	plan, err := conflist.Update(ctx, confDir, options, func(d *conflist.Directory) (conflist.Plan, error) {
 		return d.Take(agent, runtimeDir, filepath.Base(recorded))
 	})
 	elsewhere := recorded != "" && !strings.HasPrefix(recorded, filepath.Clean(confDir)+"/")
@@ -257,7 +257,7 @@ func Remove(ctx context.Context, confDir, runtimeDir, agent, recorded string, lo
 	for _, note := range plan.Notes {
 		log.Warn(note)
 	}
-	return errors.Join(err, conflist.RemoveTemps(ctx, confDir))
+	return errors.Join(err, conflist.RemoveTemps(ctx, confDir, options))
 }
 
 // otherInstallers are the records of the installers of other agents that run on this node; an error where one is of a newer

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -123,7 +124,7 @@ func (n *node) install() {
 
 func (n *node) uninstall() {
 	n.Helper()
-	if err := Remove(n.Context(), n.options.ConfDir, n.options.RuntimeDir, n.config.Name, "", n.options.Log); err != nil {
+	if err := Remove(n.Context(), n.options.ConfDir, conflist.Options{}, n.options.RuntimeDir, n.config.Name, "", n.options.Log); err != nil {
 		n.Fatal(err)
 	}
 	if err := RemoveFiles(n.options.ConfDir, n.dir(), n.config.Name); err != nil {

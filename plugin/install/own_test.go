@@ -414,7 +414,7 @@ func TestLockedByOthers(t *testing.T) {
 func TestRemoveFails(t *testing.T) {
 	t.Parallel()
 	remove := func(n *node, dir, recorded string) error {
-		return Remove(t.Context(), dir, n.options.RuntimeDir, n.config.Name, recorded, n.options.Log)
+		return Remove(t.Context(), dir, conflist.Options{}, n.options.RuntimeDir, n.config.Name, recorded, n.options.Log)
 	}
 	t.Run("a file that is no JSON", func(t *testing.T) {
 		n := newNode(t)

@@ -55,7 +55,7 @@ func TestParallelInstallers(t *testing.T) {
 		return Once(t.Context(), options)
 	}
 	remove := func(i int) error {
-		err := Remove(t.Context(), n.options.ConfDir, n.options.RuntimeDir, name(i), "", n.options.Log)
+		err := Remove(t.Context(), n.options.ConfDir, conflist.Options{}, n.options.RuntimeDir, name(i), "", n.options.Log)
 		return errors.Join(err, RemoveFiles(n.options.ConfDir, n.dir(), name(i)))
 	}
 	wantKeys := func(when string, want func(i int) bool) {
@@ -400,10 +400,10 @@ func TestRemoveWhateverRuntimeDir(t *testing.T) {
 	n.conf("10-a.conflist", simple)
 	before := n.confs()
 	n.install()
-	if err := Remove(t.Context(), n.options.ConfDir, "/host"+n.options.RuntimeDir, n.config.Name, "", n.options.Log); err != nil || reflect.DeepEqual(before, n.confs()) {
+	if err := Remove(t.Context(), n.options.ConfDir, conflist.Options{}, "/host"+n.options.RuntimeDir, n.config.Name, "", n.options.Log); err != nil || reflect.DeepEqual(before, n.confs()) {
 		t.Errorf("with another runtime directory: %v, %v", err, n.confs())
 	}
-	if err := Remove(t.Context(), n.options.ConfDir, conflist.AnyRuntimeDir, n.config.Name, "", n.options.Log); err != nil {
+	if err := Remove(t.Context(), n.options.ConfDir, conflist.Options{}, conflist.AnyRuntimeDir, n.config.Name, "", n.options.Log); err != nil {
 		t.Error(err)
 	}
 	n.want("after any", before, n.confs())

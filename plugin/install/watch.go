@@ -234,7 +234,7 @@ func (i *installer) leave(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
 	defer cancel()
 	err := i.again(ctx, "the entry cannot be removed yet and is tried again; pods go on being recorded", func() error {
-		return Remove(ctx, i.ConfDir, i.RuntimeDir, i.config.Name, i.record.Conflist, i.Log)
+		return Remove(ctx, i.ConfDir, conflist.Options{}, i.RuntimeDir, i.config.Name, i.record.Conflist, i.Log)
 	})
 	if err != nil {
 		return fmt.Errorf("the entry of agent %s is still in %s, remove it with magic-ip-agent uninstall: %w", i.config.Name, i.ConfDir, err)
