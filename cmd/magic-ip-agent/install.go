@@ -244,9 +244,15 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if record, err := dir.Installer(name).ReadRecord(); err == nil {
 		recorded = record.Conflist
 	}
-	options := conflist.Options{Force: f.force}
+	options := conflist.Options{}
+	if f.force {
+		options.Force = func(held error) { log.Warn("going on without the lock, by force", "error", held) }
+	}
 	// In a container the node's directories may have other paths than the entry says.
 	if err := install.Remove(ctx, f.conf, options, conflist.AnyRuntimeDir, name, recorded, log); err != nil {
+		if errors.Is(err, conflist.ErrHeld) {
+			err = fmt.Errorf("%w; end that installer, or use --force", err)
+		}
 		return fmt.Errorf("the entry of agent %s is still in %s, so that nothing else is uninstalled: %w", name, f.conf, err)
 	}
 	if err := conflist.RemoveTemps(ctx, f.binDir, options); err != nil {

@@ -49,8 +49,8 @@ type Options struct {
 	Runtime Runtime
 	// BinDir has the plugins that the runtime runs. Empty: which are installed is not known.
 	BinDir string
-	// Force goes on where another installer does not give its lock back, as one that hangs does.
-	Force bool
+	// Force is told that another installer does not give its lock back, as one that hangs does, and the work goes on. Nil: it ends.
+	Force func(held error)
 }
 
 // Directory is a directory of network configurations, as it was read.

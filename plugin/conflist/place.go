@@ -73,7 +73,8 @@ func Lock(ctx context.Context, dir string) (unlock func(), err error) {
 // where the file is as it was read, whoever has the lock.
 func (o Options) lock(ctx context.Context, dir string) (unlock func(), err error) {
 	unlock, err = Lock(ctx, dir)
-	if o.Force && errors.Is(err, ErrHeld) {
+	if o.Force != nil && errors.Is(err, ErrHeld) {
+		o.Force(err)
 		return func() { _ = os.Remove(filepath.Join(dir, lockName)) }, nil
 	}
 	return unlock, err

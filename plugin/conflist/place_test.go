@@ -259,8 +259,9 @@ func TestForce(t *testing.T) {
 		if err := uninstall(Options{}); !errors.Is(err, ErrHeld) {
 			t.Errorf("without force: %v", err)
 		}
-		if err := uninstall(Options{Force: true}); err != nil {
-			t.Errorf("by force: %v", err)
+		var told []error
+		if err := uninstall(Options{Force: func(held error) { told = append(told, held) }}); err != nil || len(told) != 1 || !errors.Is(told[0], ErrHeld) {
+			t.Errorf("by force: %v, told %v", err, told)
 		}
 		if diff := cmp.Diff([]string{"10-a.conflist"}, fileNames(t, dir)); diff != "" {
 			t.Errorf("files (-want +got):\n%s", diff)

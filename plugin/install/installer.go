@@ -234,11 +234,14 @@ func (i *installer) lost(plan conflist.Plan) (wait time.Duration) {
 }
 
 // Remove removes the key of an agent from all network configurations of a directory. That it is still there, or that this
-// cannot be told, is an error. recorded is the file that has the key, as far as that was recorded.
+// cannot be told, is an error. recorded is the file that has the key, as far as that was recorded. Of options, Force counts.
 func Remove(ctx context.Context, confDir string, options conflist.Options, runtimeDir, agent, recorded string, log *slog.Logger) error {
 	plan, err := conflist.Update(ctx, confDir, options, func(d *conflist.Directory) (conflist.Plan, error) {
 		return d.Take(agent, runtimeDir, filepath.Base(recorded))
 	})
+	if errors.Is(err, conflist.ErrHeld) {
+		return err // and what else is to do needs that lock as well
+	}
 	elsewhere := recorded != "" && !strings.HasPrefix(recorded, filepath.Clean(confDir)+"/")
 	if elsewhere {
 		if d, errRecorded := conflist.Read(filepath.Dir(recorded), conflist.Options{}); errRecorded == nil && d.Has(filepath.Base(recorded), agent, runtimeDir) {
