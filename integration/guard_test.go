@@ -184,13 +184,18 @@ func TestReplyToGoneClient(t *testing.T) {
 			}
 			defer func() { _ = client.Close() }()
 			err = lab.Eventually(patience(t), func() (err error) {
-				if _, err := client.Write([]byte("asked")); err != nil {
+				asked, data := fmt.Sprintf("asked, six: %t", six), make([]byte, 100)
+				if _, err := client.Write([]byte(asked)); err != nil {
 					return err
 				}
 				if err := server.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
 					return err
 				}
-				_, peers[six], err = server.ReadFrom(make([]byte, 100))
+				n, peer, err := server.ReadFrom(data)
+				if err == nil && string(data[:n]) != asked {
+					err = fmt.Errorf("received %q, want %q", data[:n], asked)
+				}
+				peers[six] = peer
 				return err
 			})
 			if err != nil {
