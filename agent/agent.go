@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -287,7 +288,7 @@ func (a *agent) serve(ctx context.Context) {
 		interval := a.config.PollInterval
 		next, ok := a.pass(ctx, Source(a.pending.Swap(0)))
 		if !ok {
-			next = backoff
+			next = soonest(next, backoff) // what is due by time does not wait for what has failed
 		} else {
 			backoff = minBackoff
 		}
@@ -315,12 +316,12 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 		return 0, true
 	}
 	waits := a.waits()
-	a.decideAt = time.Time{}
 	if len(waits) == 0 {
 		damaged, pause := a.kernel.check(ctx, changed, now)
 		if changed == Rules && !damaged && pause == 0 && a.kernel.verifyErr == nil && a.kernel.applied != nil && len(a.logged) == 0 {
 			return 0, true // the agent's own change wakes it too
 		}
+		a.decideAt = time.Time{}
 		next = a.decide(now)
 		if a.files.claims.written == nil {
 			// Claims are made known before they are acted on: of two agents that start at once the younger
@@ -341,7 +342,7 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 	if changed&Poll != 0 {
 		a.Meter.Polled()
 	}
-	return next, len(waits) == 0 && a.kernel.synced() && !a.sources.failing()
+	return next, len(waits) == 0 && a.kernel.synced() && !a.sources.failing() && len(a.files.problems()) == 0
 }
 
 // decided reports whether a pass comes to what the last one did, while no source changes: nothing is wrong, or was.
@@ -358,6 +359,9 @@ func (a *agent) waits() (waits []problem) {
 	}
 	if !a.sources.othersSynced {
 		waits = append(waits, problem{"waiting", "start", errors.New("waiting for the claims of the other agents to be read" + consequence)})
+	}
+	if unread := a.sources.unread(); len(unread) > 0 && a.kernel.applied == nil {
+		waits = append(waits, problem{"waiting", "start", fmt.Errorf("waiting for the claims of agent %s to be read (uninstall it if it is no more)%s", strings.Join(unread, ", "), consequence)})
 	}
 	if a.keep && a.pods.AllSynced() {
 		a.keep = false

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
@@ -76,7 +77,7 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged
 		if k.syncErr == nil || inPlace(k.syncErr) {
 			k.agent.Log.Debug("rules in place", "backend", k.agent.Backend.Name(), "took", time.Since(started))
 			change := p.Since(k.applied)
-			if damaged { // new flows of any frontend may have gone anywhere
+			if k.damaged { // new flows of any frontend may have gone anywhere
 				all := p.Since(nil)
 				change.Frontends, change.Untranslated = all.Frontends, all.Untranslated
 			}
@@ -186,9 +187,15 @@ func (k *kernel) removeRoutes(routes []node.LocalRoute, wanted map[netip.Addr]bo
 			wanted[c.Address] = wanted[c.Address] || c.LocalRoute
 		}
 	}
+	unread := k.agent.sources.unread()
+	var kept []node.LocalRoute
 	var removed []netip.Addr
 	for _, route := range routes {
 		if wanted[route.Address] {
+			continue
+		}
+		if len(unread) > 0 {
+			kept = append(kept, route)
 			continue
 		}
 		if err := k.agent.Node.RemoveLocalRoute(route); err != nil {
@@ -199,6 +206,10 @@ func (k *kernel) removeRoutes(routes []node.LocalRoute, wanted map[netip.Addr]bo
 		removed = append(removed, route.Address)
 	}
 	k.logRoutes("local routes removed", removed)
+	if len(kept) > 0 {
+		network.LocalRoutes = append(network.LocalRoutes, kept...)
+		k.routeErrs = append(k.routeErrs, fmt.Errorf("local route for %s (%d in all) stays: it may be one of agent %s, whose claims cannot be read", kept[0].Address, len(kept), strings.Join(unread, ", ")))
+	}
 }
 
 // logRoutes logs what was done for these magic IPs, of which there may be thousands.
@@ -223,7 +234,9 @@ func (k *kernel) routeErr() error {
 // verify reports whether our rules were externally modified.
 func (k *kernel) verify(ctx context.Context, now time.Time) (damaged bool) {
 	differs, err := k.agent.Backend.Verify(ctx)
-	k.verifyErr = err
+	if k.verifyErr = err; err != nil {
+		k.agent.pending.Or(uint32(Rules)) // whether they were modified is still to be found out
+	}
 	if len(differs) > 0 {
 		k.agent.Log.Warn("rules of this agent were externally modified; restoring them", "backend", k.agent.Backend.Name(), "differs", differs, "process", k.agent.Backend.ModifiedBy())
 		k.restoredAt, k.damaged = now, true
@@ -279,7 +292,9 @@ func (k *kernel) endHairpins() {
 }
 
 // synced reports whether nothing is left to be done.
-func (k *kernel) synced() bool { return k.syncErr == nil && k.sweepErr == nil && len(k.routeErrs) == 0 }
+func (k *kernel) synced() bool {
+	return k.syncErr == nil && k.verifyErr == nil && k.sweepErr == nil && len(k.routeErrs) == 0 && len(k.hairpinErrs) == 0
+}
 
 func (k *kernel) problems() []problem {
 	backend := k.agent.Backend.Name()

@@ -60,12 +60,13 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	lose-memory, lose-files            memory.json goes, or all files of the agent
 //	fail WHAT, heal WHAT               network (cannot be read), torn (it is incomplete), sync, verify, sweep, hairpin, leftovers (fail) from now on, or work
 //	flush [seen]                       all rules are flushed; seen: with an event
+//	modified                           an event of the rules comes, as that of the agent's own change does
 //	wait DURATION [unseen]             time passes; unseen: and nothing wakes the agent then
 //	reboot                             the node's uptime begins anew, and the agent with it
 //	other NAME FRONTEND DURATION [local|unserved|passing]
 //	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve
 //	                                   it; passing: some packets to it are for somebody beyond the node
-//	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage; it leaves
+//	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage, or are that from the start; it leaves
 //	config FILE                        the configuration becomes that section
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
 //	want FRONTEND unserved: REASON     part of the reason
@@ -397,7 +398,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 			address := netip.MustParseAddr(arg)
 			s.network.Addresses = append(s.network.Addresses, node.Address{Link: 1, Prefix: netip.PrefixFrom(address, address.BitLen())})
 		}
-		s.wake(Network)
+		if s.wake != nil {
+			s.wake(Network)
+		}
 	case "bridge":
 		s.removeLink(args[0])
 		s.removeLink("port-of-" + args[0])
@@ -417,7 +420,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		if is("unreadable") {
 			s.cilium = nil
 		}
-		s.wake(DataPlane | Network)
+		if s.wake != nil {
+			s.wake(DataPlane | Network)
+		}
 	case "no-cilium":
 		s.removeLink(node.CiliumLink)
 		s.wake(Network)
@@ -455,6 +460,8 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 			defer s.wake(Rules)
 		}
 		return s.backend.Flush()
+	case "modified":
+		s.wake(Rules)
 	case "wait":
 		d, err := time.ParseDuration(args[0])
 		time.Sleep(d)
@@ -462,8 +469,12 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 	case "other":
 		return s.other(args)
 	case "corrupt-claims":
-		defer s.wake(Others)
-		return os.WriteFile(filepath.Join(filepath.Dir(s.dir.Agent(args[0]).StatusPath()), "claims.json"), []byte("{"), 0o644)
+		if s.wake != nil {
+			defer s.wake(Others)
+		}
+		other := s.dir.Agent(args[0])
+		return errors.Join(other.WriteClaims(nil), other.WriteStatus(runtimedir.Status{}),
+			os.WriteFile(filepath.Join(filepath.Dir(other.StatusPath()), "claims.json"), []byte("{"), 0o644))
 	case "leave":
 		defer s.wake(Others)
 		return s.dir.Agent(args[0]).Leave()

@@ -45,6 +45,17 @@ type sources struct {
 type other struct {
 	name   string
 	claims []runtimedir.Claim
+	unread bool // its claims could not be read yet
+}
+
+// unread are the agents of which it is not known what they claim.
+func (s *sources) unread() (names []string) {
+	for _, o := range s.others {
+		if o.unread {
+			names = append(names, o.name)
+		}
+	}
+	return names
 }
 
 // failing reports whether a source of the node itself is to be read again soon.
@@ -136,9 +147,10 @@ func (a *agent) readNetwork(localRoutes bool) {
 				snapshot.Links = append(snapshot.Links, l)
 			}
 		}
-		snapshot.Addresses = append(snapshot.Addresses, s.snapshot.Addresses...)
-		snapshot.Routes = append(snapshot.Routes, s.snapshot.Routes...)
-		snapshot.LocalRoutes = append(snapshot.LocalRoutes, s.snapshot.LocalRoutes...)
+		snapshot.Addresses = union(snapshot.Addresses, s.snapshot.Addresses)
+		snapshot.Routes = union(snapshot.Routes, s.snapshot.Routes)
+		snapshot.LocalRoutes = union(snapshot.LocalRoutes, s.snapshot.LocalRoutes)
+		snapshot.IPv6 = snapshot.IPv6 || s.snapshot.IPv6
 	}
 	if s.namespace != snapshot.Namespace {
 		s.namespace, s.uplinks, s.cilium, a.kernel.hairpins = snapshot.Namespace, nil, nil, nil
@@ -155,6 +167,15 @@ func (a *agent) readNetwork(localRoutes bool) {
 		links[l.Name] = l.Index
 	}
 	a.pods.SetLinks(links)
+}
+
+// union is what is in either.
+func union[T comparable](a, b []T) []T {
+	there := map[T]bool{}
+	for _, v := range a {
+		there[v] = true
+	}
+	return append(a, slices.DeleteFunc(slices.Clone(b), func(v T) bool { return there[v] })...)
 }
 
 // readDataPlane reads Cilium's settings, and chooses what brings packets of pods to the rules. While the file cannot be read, what it
@@ -257,9 +278,12 @@ func (a *agent) readOthers() (news bool) {
 		claims, err := a.dir.Agent(name).ReadClaims()
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			s.othersErrs = append(s.othersErrs, problem{"claims", "agent " + name, err})
+			o := other{name: name, unread: true}
 			if i := slices.IndexFunc(s.others, func(o other) bool { return o.name == name }); i >= 0 {
-				claims = s.others[i].claims
+				o = s.others[i]
 			}
+			others = append(others, o)
+			continue
 		}
 		others = append(others, other{name: name, claims: claims})
 	}
@@ -268,13 +292,30 @@ func (a *agent) readOthers() (news bool) {
 	return news
 }
 
-// WatchFiles watches the plugin's state file, the agents' claims, the configuration file (none where empty) and Cilium's file. It watches their directories, since all of them are replaced by rename.
-func WatchFiles(runtimeDir, configFile, ciliumStateDir string) Task {
+// WatchFiles watches the plugin's state file, the agents' claims, the configuration file (none where empty) and Cilium's file. It watches
+// their directories, since all of them are replaced by rename. What cannot be watched is reported, and tried again each second.
+func WatchFiles(runtimeDir, configFile, ciliumStateDir string, report func(error)) Task {
 	dir := runtimedir.New(runtimeDir)
 	return func(ctx context.Context, wake func(Source)) error {
+		reported := ""
+		check := func(err error) {
+			text := ""
+			if err != nil {
+				text = err.Error()
+			}
+			if text != reported && text != "" {
+				report(err)
+			}
+			reported = text
+		}
 		watcher, err := fsnotify.NewWatcher()
-		if err != nil {
-			return err
+		for ; err != nil; watcher, err = fsnotify.NewWatcher() { // most likely fs.inotify.max_user_instances
+			check(err)
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(time.Second):
+			}
 		}
 		defer func() { _ = watcher.Close() }()
 		// A directory that was replaced, or is there only now, is watched within a second. What happened before is
@@ -285,9 +326,15 @@ func WatchFiles(runtimeDir, configFile, ciliumStateDir string) Task {
 				folders = append(folders, filepath.Dir(configFile))
 			}
 			watched := watcher.WatchList()
+			var errs []error
 			for _, folder := range folders {
-				added = watcher.Add(folder) == nil && !slices.Contains(watched, folder) || added
+				err := watcher.Add(folder)
+				added = err == nil && !slices.Contains(watched, folder) || added
+				if err != nil && !errors.Is(err, fs.ErrNotExist) { // most likely fs.inotify.max_user_watches
+					errs = append(errs, fmt.Errorf("%s: %w", folder, err))
+				}
 			}
+			check(errors.Join(errs...))
 			return added
 		}
 		arm()

@@ -2,11 +2,14 @@ package dataplane
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -27,11 +30,15 @@ type Settings = runtimedir.CiliumSettings
 // Read reads what Cilium's agent has written into its state directory: fs.ErrNotExist where it has written nothing, or the
 // directory is not there. It is written in place: an error may be gone a moment later.
 func Read(stateDir string) (Settings, error) {
-	file, err := os.Open(filepath.Join(stateDir, File))
+	// Without O_NONBLOCK a FIFO of that name would stop the reader.
+	file, err := os.OpenFile(filepath.Join(stateDir, File), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return Settings{}, err
 	}
 	defer func() { _ = file.Close() }()
+	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
+		return Settings{}, errors.Join(fmt.Errorf("%s is no regular file", file.Name()), err)
+	}
 	settings, err := parse(io.LimitReader(file, maxFile))
 	if err != nil {
 		return Settings{}, fmt.Errorf("%s: %w", file.Name(), err)

@@ -28,10 +28,12 @@ func (Kernel) AddLocalRoute(r LocalRoute) error {
 	if errors.Is(err, unix.EEXIST) {
 		const filter = netlink.RT_FILTER_TABLE | netlink.RT_FILTER_PROTOCOL | netlink.RT_FILTER_DST
 		var ours []netlink.Route
-		if ours, err = netlink.RouteListFiltered(netlink.FAMILY_ALL, r.route(), filter); err == nil && len(ours) == 0 {
-			return fmt.Errorf("local route for %s: another program has made one; remove it: ip route del local %[1]s", r.Address)
+		if ours, err = netlink.RouteListFiltered(netlink.FAMILY_ALL, r.route(), filter); err == nil {
+			if len(ours) == 0 {
+				return fmt.Errorf("local route for %s: another program has made one; remove it: ip route del local %[1]s", r.Address)
+			}
+			err = netlink.RouteReplace(r.route())
 		}
-		err = errors.Join(err, netlink.RouteReplace(r.route()))
 	}
 	if err != nil {
 		return fmt.Errorf("local route for %s, source %s: %w", r.Address, r.Source, err)

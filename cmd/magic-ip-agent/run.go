@@ -98,7 +98,9 @@ func (f *runFlags) run(ctx context.Context) error {
 		Cilium:      func() (dataplane.Settings, error) { return dataplane.Read(f.ciliumStateDir) },
 		Uptime:      uptime,
 		Tasks: []agent.Task{
-			agent.WatchFiles(f.runtimeDir, f.config, f.ciliumStateDir),
+			agent.WatchFiles(f.runtimeDir, f.config, f.ciliumStateDir, func(err error) {
+				log.Error("changes of files are seen by polling only until they can be watched; see fs.inotify.max_user_instances and max_user_watches", "error", err)
+			}),
 			func(ctx context.Context, wake func(agent.Source)) error {
 				return node.Watch(ctx, func(localRoutes bool) {
 					if localRoutes {
