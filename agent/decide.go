@@ -190,7 +190,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 	network := &a.sources.network
 	in := plan.Input{
 		PodInterfaces: network.PodInterfaces,
-		Uplinks:       network.Uplinks,
+		Uplinks:       network.Outward,
 		UnservedPairs: network.UnservedPairs,
 		Bridges:       network.Bridges,
 		StrictTCP:     network.StrictTCP,

@@ -85,34 +85,8 @@ func testGuard(t *testing.T, w *world) {
 	}
 	ask(goneRoute, "client", "answered by echo, seen as client", "answered by echo, seen as client")
 	w.standIn(target.IPs)
-	bothFamilies(func(six bool) { // SO_BINDTODEVICE: the route is not asked for
-		for _, network := range []string{"tcp", "udp"} {
-			var answer []byte
-			err := w.In(lab.Host, func() error {
-				dialer := net.Dialer{Timeout: 300 * time.Millisecond, Control: func(_, _ string, c syscall.RawConn) (err error) {
-					return errors.Join(c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "eth0") }), err)
-				}}
-				conn, err := dialer.DialContext(t.Context(), network, magic(six).String())
-				if err != nil {
-					return err
-				}
-				defer func() { _ = conn.Close() }()
-				if _, err := conn.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
-					return err
-				}
-				if err := conn.SetDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
-					return err
-				}
-				answer = make([]byte, 1000)
-				n, err := conn.Read(answer)
-				answer = answer[:n]
-				return err
-			})
-			if len(answer) > 0 || err == nil {
-				w.note(boundHost, six, fmt.Errorf("%s: answered: %q", network, answer))
-			}
-			w.note(boundHost, six, nil)
-		}
+	bothFamilies(func(six bool) {
+		w.note(boundHost, six, w.boundTo("eth0", magic(six)))
 	})
 	streams := map[bool]*lab.Probe{}
 	for _, six := range []bool{false, true} {
@@ -149,6 +123,84 @@ func testGuard(t *testing.T, w *world) {
 			}
 		}
 	}
+}
+
+// boundTo has a process of the node ask by a link, whatever the route says (SO_BINDTODEVICE); nobody may answer.
+func (w *world) boundTo(link string, to netip.AddrPort) error {
+	for _, network := range []string{"tcp", "udp"} {
+		var answer []byte
+		err := w.In(lab.Host, func() error {
+			dialer := net.Dialer{Timeout: 300 * time.Millisecond, Control: func(_, _ string, c syscall.RawConn) (err error) {
+				return errors.Join(c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), link) }), err)
+			}}
+			conn, err := dialer.DialContext(w.t.Context(), network, to.String())
+			if err != nil {
+				return err
+			}
+			defer func() { _ = conn.Close() }()
+			if _, err := conn.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+				return err
+			}
+			if err := conn.SetDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+				return err
+			}
+			answer = make([]byte, 1000)
+			n, err := conn.Read(answer)
+			answer = answer[:n]
+			return err
+		})
+		if len(answer) > 0 || err == nil {
+			return fmt.Errorf("%s by %s: answered: %q", network, link, answer)
+		}
+	}
+	return nil
+}
+
+// TestGuardByOtherLinks: links that no default route goes by lead out of the node as well, such as a second network interface and a
+// tunnel. Their networks have routes that are shorter than the endpoint's own, which is gone.
+func TestGuardByOtherLinks(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "ptp")
+		w.addPod("ptp", lab.Pod{Name: "client", Namespace: "elsewhere"})
+		if err := w.secondNIC(); err != nil {
+			t.Fatal(err)
+		}
+		w.run(`ip link add vx0 type vxlan id 7 dstport 4789 local 203.0.113.1 remote 203.0.113.2; ip link set vx0 up; ip address add 10.99.0.1/24 dev vx0; ip address add 2001:db8:99::1/64 dev vx0 nodad
+			ip -n lan link add vx0 type vxlan id 7 dstport 4789 local 203.0.113.2 remote 203.0.113.1; ip -n lan link set vx0 up; ip -n lan address add 10.99.0.2/24 dev vx0; ip -n lan address add 2001:db8:99::2/64 dev vx0 nodad`)
+		w.start(config())
+		target := w.addTarget("echo")
+		w.echo("echo")
+		bothFamilies(func(six bool) {
+			if err := w.want("client", magic(six), "answered by echo"); err != nil {
+				t.Error(err)
+			}
+		})
+		for _, address := range target.IPs {
+			w.run(fmt.Sprintf("ip -n lan address add %s dev lo nodad", address))
+			w.echoAt("lan", "impostor", netip.AddrPortFrom(address, port).String())
+		}
+		w.agent.Kill()
+		w.run("ip link delete " + hostInterface(t, w.Node, "echo").Name)
+		for _, by := range []struct{ link, four, six string }{{"eth1", "203.0.113.2", "2001:db8:3::2"}, {"vx0", "10.99.0.2", "2001:db8:99::2"}} {
+			bothFamilies(func(six bool) {
+				far := by.four
+				if six {
+					far = by.six
+				}
+				to := family(target.IPs, six)
+				w.run(fmt.Sprintf("ip route replace %s via %s dev %s", netip.PrefixFrom(to, to.BitLen()-1).Masked(), far, by.link))
+				// To the endpoint itself, so that the way out is seen to be there.
+				err := errors.Join(
+					w.want("client", netip.AddrPortFrom(to, port), "answered by impostor"),
+					w.want("client", magic(six), "refused"), w.boundTo(by.link, magic(six)),
+					want(w.fate(lab.Host, lab.NewConnection, magic(six)), "silence"), want(w.fate(lab.Host, lab.UDP, magic(six)), "refused"),
+				)
+				if err != nil {
+					t.Errorf("by %s: %v", by.link, err)
+				}
+			})
+		}
+	})
 }
 
 // isReset reports whether a packet without IP options is a TCP reset from a server.

@@ -48,10 +48,10 @@ func (e *examination) podOf(address netip.AddrPort) string {
 	return "unknown"
 }
 
-// leaves is the uplink that the node's route to an address goes by; empty where it goes by another link.
+// leaves is the link out of the node that the node's route to an address goes by; empty where it goes by another one.
 func (e *examination) leaves(address netip.Addr) string {
 	index, ok := routeTo(address)
-	i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == index && l.Role == node.Uplink })
+	i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == index && slices.Contains(e.network.Outward, l.Name) })
 	if !ok || i < 0 {
 		return ""
 	}

@@ -439,6 +439,7 @@ func (c *classifier) network(s Snapshot) Network {
 		switch {
 		case l.role == Uplink:
 			n.Uplinks = append(n.Uplinks, l.Name)
+			n.Outward = append(n.Outward, l.Name)
 			if l.keep {
 				n.Keep = append(n.Keep, l.Index)
 			}
@@ -446,6 +447,8 @@ func (c *classifier) network(s Snapshot) Network {
 			n.PodInterfaces = append(n.PodInterfaces, l.Name)
 		case l.role == Served && (l.Elsewhere || l.Tap):
 			n.PodPorts[l.Index] = l.Hairpin
+		case l.role == Other && c.outward(l):
+			n.Outward = append(n.Outward, l.Name)
 		}
 		if paired(l.Kind) && l.role != Served {
 			n.UnservedPairs = append(n.UnservedPairs, l.Name)
@@ -472,6 +475,20 @@ func (c *classifier) network(s Snapshot) Network {
 	}
 	n.Sources = c.sources(s.Addresses)
 	return n
+}
+
+// outward reports whether a link that is neither an uplink nor served leads to others than this node and its pods: by its kind, unless
+// it may lead to pods that are no clients. A packet goes out by a port only where it went out by what the port belongs to.
+func (c *classifier) outward(l *link) bool {
+	switch {
+	case l.recorded.IsValid() || l.master != nil:
+		return false
+	case paired(l.Kind) && l.Elsewhere:
+		return true
+	case l.Tap: // of a VPN, or of a virtual machine
+		return l.subnet.IsValid()
+	}
+	return !c.forPods(l) && !slices.Contains([]string{"openvswitch", "dummy", "vrf", "ifb", "nlmon"}, l.Kind)
 }
 
 // sources are the first address of each family on an uplink, those with a default route of the main table before others.

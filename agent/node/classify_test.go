@@ -35,7 +35,11 @@ func TestLayouts(t *testing.T) {
 		t.Run(file.Name, func(t *testing.T) {
 			snapshot, known, want := nodetest.Layout(t, string(file.Data))
 			network := node.Classify(snapshot, known)
-			if diff := cmp.Diff(strings.Join(want, "\n"), shown(network)); diff != "" {
+			got := shown(network)
+			if len(network.Outward) > 0 {
+				got += "\nout: " + strings.Join(network.Outward, " ")
+			}
+			if diff := cmp.Diff(strings.Join(want, "\n"), got); diff != "" {
 				t.Errorf("links (-want +got):\n%s", diff)
 			}
 			// A second look finds the same.

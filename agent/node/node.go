@@ -50,6 +50,9 @@ type Network struct {
 	PodInterfaces []string
 	// Uplinks are the names of the uplinks, the links that they stand on included.
 	Uplinks []string
+	// Outward are the names of the links that lead out of the node: the uplinks, and network interfaces, tunnels and the like that
+	// no default route goes by. No endpoint is behind them.
+	Outward []string
 	// UnservedPairs are the veth and netkit links that are not served. A rule that serves these kinds has to except them.
 	UnservedPairs []string
 	// Keep are the ifindexes of the uplinks that stay uplinks until they are gone: Known.Uplinks of the next classification.

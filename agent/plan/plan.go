@@ -128,7 +128,7 @@ type Input struct {
 	Foreign []Frontend
 	// PodInterfaces are the links that auto serves, less those of Uplinks.
 	PodInterfaces []string
-	// Uplinks are the node's ways out. No packet to a magic IP leaves by one, translated or not, unless a HostInterface
+	// Uplinks are the node's ways out, with a default route or without. No packet to a magic IP leaves by one, translated or not, unless a HostInterface
 	// names it.
 	Uplinks []string
 	// UnservedPairs are the veth and netkit links that are not served. Other links of these kinds, which come up while nobody
