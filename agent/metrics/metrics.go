@@ -187,7 +187,9 @@ func (m *Metrics) Polled() {
 // Observe takes in a status of the agent and the one before it.
 func (m *Metrics) Observe(before, now *runtimedir.Status) {
 	for _, added := range newlyRouted(before, now) {
-		m.routed.Observe(time.Since(added).Seconds())
+		if took := time.Since(added); took >= 0 { // else the clock was set back in between
+			m.routed.Observe(took.Seconds())
+		}
 	}
 	m.countChanges(before, now)
 	m.mu.Lock()

@@ -70,6 +70,8 @@ func TestMetrics(t *testing.T) {
 
 	start := time.Now().Add(-time.Minute)
 	endpoint := runtimedir.Endpoint{Address: netip.MustParseAddrPort("10.244.1.2:8080"), UID: "u", Recorded: true, AddedAt: time.Now()}
+	ahead := endpoint // of a clock that was set back since
+	ahead.UID, ahead.AddedAt = "v", time.Now().Add(time.Hour)
 	m.Connections = func(frontends []runtimedir.Frontend) (map[runtimedir.Frontend]int, error) {
 		counts := map[runtimedir.Frontend]int{}
 		for _, f := range frontends {
@@ -78,6 +80,7 @@ func TestMetrics(t *testing.T) {
 		return counts, nil
 	}
 	before, after := magicIP(80), magicIP(80, endpoint)
+	m.Observe(&runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(81)}}, &runtimedir.Status{StartedAt: start, MagicIPs: []runtimedir.MagicIP{magicIP(81, ahead)}})
 	after.Count = &runtimedir.Count{Opened: 5, Refused: 7}
 	before.Since, after.Since = start, start.Add(time.Second)
 	unserved := magicIP(82)

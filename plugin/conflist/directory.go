@@ -44,6 +44,14 @@ const (
 // as a whole leaves it empty for a moment.
 const settleTime = 2 * time.Second
 
+// settlesIn is how long the file may still be under its writer's hands; 0 where its time of change lies ahead: clocks are set back.
+func (f *file) settlesIn(now time.Time) time.Duration {
+	if age := now.Sub(f.modified); age >= 0 && age < settleTime {
+		return settleTime - age
+	}
+	return 0
+}
+
 // Options say how a directory is read.
 type Options struct {
 	Runtime Runtime
@@ -316,9 +324,7 @@ func (d *Directory) first(now time.Time, skip func(file) bool) (chosen *file, ag
 		case f.foreign != nil && usable == nil:
 			return nil, 0, notes, f.foreign
 		case f.unusable != nil && usable == nil:
-			if age := now.Sub(f.modified); age >= 0 && age < settleTime {
-				again = max(again, settleTime-age)
-			}
+			again = max(again, f.settlesIn(now))
 			what := fmt.Sprintf("cannot be used (%s)", strings.ReplaceAll(f.unusable.Error(), "\n", " "))
 			if errors.Is(f.unusable, errEmpty) {
 				what = "is empty"

@@ -542,6 +542,19 @@ func TestUpdateTriesAgain(t *testing.T) {
 	}
 }
 
+// TestOrphans: our list of an original that cannot be used goes when that has settled, also where it was written ahead of the clock.
+func TestOrphans(t *testing.T) {
+	t.Parallel()
+	for age, want := range map[time.Duration]int{0: 0, time.Minute: 1, -time.Hour: 1} {
+		d := &Directory{files: []file{{name: "10-a.conf", unusable: errEmpty, modified: time.Now().Add(-age)}, {name: ownName("10-a.conf")}}}
+		p := &Plan{d: d}
+		p.removeOrphans()
+		if got := len(p.changes); got != want {
+			t.Errorf("written %v ago: %d changes, want %d", age, got, want)
+		}
+	}
+}
+
 // TestSettle: a file that cannot be used is given time from when it was last written, by the clock of that moment: one from the future
 // is not waited for. Of several the one that was written last counts.
 func TestSettle(t *testing.T) {

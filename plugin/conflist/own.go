@@ -101,7 +101,7 @@ func (p *Plan) removeOrphans() {
 	for _, f := range slices.Clone(p.d.files) {
 		if name, own := originalOf(f.name); own {
 			original := p.d.find(name)
-			if original == nil || original.foreign == nil && original.unusable != nil && time.Since(original.modified) > settleTime {
+			if original == nil || original.foreign == nil && original.unusable != nil && original.settlesIn(time.Now()) == 0 {
 				p.write(f, nil)
 			}
 		}
