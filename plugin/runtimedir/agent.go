@@ -25,8 +25,11 @@ const (
 // Agent is the directory of one agent, agents/<name>/. It writes there what others are to know of it.
 type Agent struct{ writer }
 
-// Agents lists the agents that have a status file, in order.
-func (d Dir) Agents() ([]string, error) { return d.writers(agentsDir, statusFile, d.agentWriter) }
+// Agents lists the agents that have claims or a status, in order: while an agent starts there are claims without a status. With an error
+// they are those that can be listed.
+func (d Dir) Agents() ([]string, error) {
+	return d.writers(agentsDir, d.agentWriter, claimsFile, statusFile)
+}
 
 func (d Dir) agentWriter(name string) writer { return d.Agent(name).writer }
 
