@@ -22,11 +22,8 @@ const instead = "use a Service with internalTrafficPolicy: Local"
 // the calling thread. Programs attached by tcx or netkit are found only where the process may use bpf(2).
 func Bypasses() ([]string, error) {
 	snapshot, err := Kernel{}.SnapshotWithoutLocalRoutes()
-	if err != nil {
+	if err = errors.Join(err, snapshot.Complete()); err != nil {
 		return nil, err
-	}
-	if len(snapshot.Torn) > 0 {
-		return nil, fmt.Errorf("changes interrupted the reading of %s each time", strings.Join(snapshot.Torn, ", "))
 	}
 	network := Classify(snapshot, Known{})
 	if found := dataPlanes(network); len(found) > 0 || network.IfIndex[CiliumLink] != 0 {
