@@ -282,15 +282,6 @@ func (k *kernel) hairpin() {
 	}
 }
 
-// endHairpins switches hairpin mode off again where this agent has switched it on.
-func (k *kernel) endHairpins() {
-	for _, port := range k.hairpins {
-		if err := k.agent.Node.SetHairpin(port, false); err != nil {
-			k.agent.Log.Warn("hairpin mode stays on; it has no effect on other traffic than a pod's to itself", "error", err)
-		}
-	}
-}
-
 // synced reports whether nothing is left to be done.
 func (k *kernel) synced() bool {
 	return k.syncErr == nil && k.verifyErr == nil && k.sweepErr == nil && len(k.routeErrs) == 0 && len(k.hairpinErrs) == 0

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -37,6 +38,7 @@ type leaving struct {
 
 	mu      sync.Mutex // the agent's goroutine writes what the test reads
 	failing int        // how often the rules cannot be removed yet
+	broken  string     // what fails: network, hairpin, route or flows
 	swept   plan.Change
 	hairpin bool
 	routes  []node.LocalRoute
@@ -64,8 +66,25 @@ func newLeaving(t *testing.T) *leaving {
 func (l *leaving) Sweep(_ context.Context, _ *plan.Plan, change plan.Change) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := l.failure("flows"); err != nil {
+		return 0, err
+	}
 	l.swept = change
 	return 0, nil
+}
+
+// failure is the error of what fails; nil for all else.
+func (l *leaving) failure(what string) error {
+	if l.broken == what {
+		return errors.New("broken " + what)
+	}
+	return nil
+}
+
+func (l *leaving) setBroken(what string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.broken = what
 }
 
 // run starts the agent; sigterm stops it and waits for its end.
@@ -124,6 +143,9 @@ func (l *leaving) SnapshotWithoutLocalRoutes() (node.Snapshot, error) {
 func (l *leaving) Snapshot() (node.Snapshot, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := l.failure("network"); err != nil {
+		return node.Snapshot{}, err
+	}
 	return node.Snapshot{LocalRoutes: slices.Clone(l.routes), Addresses: []node.Address{{Link: 2, Prefix: netip.MustParsePrefix("192.0.2.2/24")}}, Routes: []node.Route{
 		{Link: 2, Destination: netip.MustParsePrefix("0.0.0.0/0"), Table: 254},
 	}, Links: []node.LinkState{
@@ -142,6 +164,9 @@ func (l *leaving) SetHairpin(port int, on bool) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := l.failure("hairpin"); err != nil {
+		return err
+	}
 	l.hairpin = on
 	return nil
 }
@@ -156,6 +181,9 @@ func (l *leaving) AddLocalRoute(route node.LocalRoute) error {
 func (l *leaving) RemoveLocalRoute(route node.LocalRoute) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := l.failure("route"); err != nil {
+		return err
+	}
 	l.routes = slices.DeleteFunc(l.routes, func(r node.LocalRoute) bool { return r == route })
 	return nil
 }
@@ -319,6 +347,71 @@ func TestLeaveTriesAgain(t *testing.T) {
 		l.want("left", false, all(pluginFiles)...)
 		sigterm()
 	})
+}
+
+// TestLeaveTakesAllOut: what is in the kernel beside the rules is tried again too. Where it stays the files do, so that the next attempt knows
+// of it; flows are in no file.
+func TestLeaveTakesAllOut(t *testing.T) {
+	t.Parallel()
+	for broken, says := range map[string]string{
+		"network": "broken network", "hairpin": "hairpin mode stays on", "route": "local routes stay: pods are refused at these addresses: broken route",
+		"claims": "local routes stay: pods are refused at these addresses: agent other", "flows": "",
+	} {
+		for _, heals := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s heals %t", broken, heals), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					l := newLeaving(t)
+					if err := l.dir.Agent("other").WriteClaims(nil); err != nil {
+						t.Fatal(err)
+					}
+					sigterm := l.run()
+					claims := filepath.Join(l.dir.Path(), "agents/other/claims.json")
+					if broken == "claims" {
+						if err := os.WriteFile(claims, []byte("{"), 0o600); err != nil {
+							t.Fatal(err)
+						}
+					}
+					l.setBroken(broken)
+					close(l.deleted)
+					time.Sleep(5 * time.Second)
+					synctest.Wait()
+					if l.rules() || !l.dir.Agent(leavingName).Live() || len(l.ended) > 0 {
+						t.Errorf("rules there: %t, ended: %d; want that it tries again", l.rules(), len(l.ended))
+					}
+					if heals {
+						l.setBroken("")
+						if err := l.dir.Agent("other").WriteClaims(nil); err != nil {
+							t.Fatal(err)
+						}
+					}
+					time.Sleep(leaveTimeout)
+					synctest.Wait()
+					if heals || says == "" {
+						l.want("left", false, all("agents agents/other agents/other/claims.json", pluginFiles)...)
+						if l.hairpinOn() || heals == (len(l.swept.Removed) == 0) {
+							t.Errorf("hairpin mode is on: %t, swept %v", l.hairpinOn(), l.swept)
+						}
+						sigterm()
+						return
+					}
+					if len(l.ended) == 0 {
+						t.Error("it has not ended")
+						sigterm()
+						return
+					}
+					if err := <-l.ended; err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "magic-ip-agent uninstall --name "+leavingName) {
+						t.Errorf("it ended with %v, want %q", err, says)
+					}
+					if _, err := l.dir.Agent(leavingName).ReadMemory(); err != nil {
+						t.Errorf("nothing knows of what stays: %v", err)
+					}
+					if hairpin := broken == "hairpin" || broken == "network"; l.hairpinOn() != hairpin || (len(l.routes) > 0) == (broken == "hairpin") {
+						t.Errorf("hairpin mode is on: %t; local routes: %v", l.hairpinOn(), l.routes)
+					}
+				})
+			})
+		}
+	}
 }
 
 // TestSIGTERMIsNotUninstall.

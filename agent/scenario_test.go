@@ -670,12 +670,10 @@ func (s *stage) other(args []string) error {
 		}
 	}()
 	other := s.dir.Agent(args[0])
-	return errors.Join(
-		other.WriteClaims([]runtimedir.Claim{{
-			Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: !slices.Contains(args, "unserved"), LocalRoute: slices.Contains(args, "local"),
-			Confined: !slices.Contains(args, "passing"),
-		}}),
-		other.WriteStatus(runtimedir.Status{}))
+	return other.WriteClaims([]runtimedir.Claim{{ // what it writes first; the status is its last file
+		Frontend: frontend, ClaimedAt: time.Now().Add(-age), Served: !slices.Contains(args, "unserved"), LocalRoute: slices.Contains(args, "local"),
+		Confined: !slices.Contains(args, "passing"),
+	}})
 }
 
 func parseFrontend(text string) (plan.Frontend, error) {

@@ -15,7 +15,10 @@ import (
 // dataPlane reports whether packets of pods pass the rules, and what it costs where the agents bring them there.
 func (e *examination) dataPlane() {
 	const check = "data plane"
-	bypasses := node.Bypasses()
+	bypasses, unseen := node.Bypasses()
+	if unseen != nil {
+		e.add(Hidden, check, "whether packets of pods bypass netfilter cannot be seen here: "+unseen.Error(), "run this as root in the network namespace of the node")
+	}
 	for _, bypass := range bypasses {
 		e.add(Warn, check, bypass, "")
 	}
@@ -49,7 +52,7 @@ func (e *examination) dataPlane() {
 			e.add(Warn, check, who+choice.Reason+": "+choice.Means+". The price: "+choice.Price, "where that matters: "+choice.Instead)
 		case known.Link:
 			e.add(OK, check, who+choice.Reason+": "+choice.Means, "")
-		case len(bypasses) == 0:
+		case len(bypasses) == 0 && unseen == nil:
 			e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 		}
 		e.localRoutes(a, choice)

@@ -1,7 +1,7 @@
 // Package foreign finds rules of others that translate a magic IP, such as one that an older tool has left behind, or those of a
 // Service with that address among its externalIPs.
 //
-// It looks at all rules of the node, so it is for the doctor command and one look at start, not for a loop. Rules of
+// It looks at all rules of the node, so it is for the doctor command and for a look every few minutes. Rules of
 // iptables-legacy are visible only where iptables-legacy-save can be run, which needs CAP_NET_RAW.
 package foreign
 

@@ -29,6 +29,9 @@ const (
 	maxMessage = 1024
 	// eventTimeout bounds one request.
 	eventTimeout = 5 * time.Second
+	// problemAge is how long a failure is a problem: longer than client-go retries an Event, and not until the next Event, which may
+	// come after days.
+	problemAge = 3 * time.Minute
 )
 
 // Self is the agent's own pod, which its Events are about.
@@ -45,8 +48,11 @@ type Events struct {
 	recorder record.EventRecorder
 	log      *slog.Logger
 
-	mu  sync.Mutex
-	err error // of the last attempt
+	mu sync.Mutex
+	// err is the error of the last attempt, which ended at failedAt. forbidden is the last refusal for a right that is missing. Both are
+	// nil after an Event that was accepted.
+	err, forbidden error
+	failedAt       time.Time
 }
 
 // Events makes the sender, which works until ctx ends.
@@ -78,14 +84,22 @@ func (e *Events) Send(what event.Event) {
 	e.recorder.Event(e.about, kind, what.Reason, message)
 }
 
-// Problem is why the last Event could not be sent; empty where it was.
+// Problem is why Events are not sent; empty where they are, and where the last attempt is so long ago that its error says nothing of now.
+// A missing right is a problem until an Event is accepted.
 func (e *Events) Problem() string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.err == nil {
-		return ""
+	if err := e.problem(); err != nil {
+		return err.Error()
 	}
-	return e.err.Error()
+	return ""
+}
+
+func (e *Events) problem() error {
+	if e.err != nil && time.Since(e.failedAt) < problemAge {
+		return e.err
+	}
+	return e.forbidden
 }
 
 // Create is part of record.EventSink.
@@ -113,15 +127,20 @@ func (e *Events) attempt(send func(context.Context) (*corev1.Event, error)) (*co
 	if apierrors.IsNotFound(err) {
 		return object, err
 	}
-	said := err
-	if apierrors.IsForbidden(err) {
-		said = fmt.Errorf("the API server does not allow Events in namespace %s; allow create and patch of events there: %w", e.about.Namespace, err)
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if said != nil && e.err == nil {
-		e.log.Warn("Events cannot be sent; `magic-ip-agent status` shows the state", "error", said)
+	if err == nil {
+		e.err, e.forbidden = nil, nil
+		return object, nil
 	}
-	e.err = said
+	known := e.problem() != nil
+	e.err, e.failedAt = err, time.Now()
+	if apierrors.IsForbidden(err) {
+		e.err = fmt.Errorf("the API server does not allow Events in namespace %s; allow create and patch of events there: %w", e.about.Namespace, err)
+		e.forbidden = e.err
+	}
+	if !known {
+		e.log.Warn("Events cannot be sent; `magic-ip-agent status` shows the state", "error", e.err)
+	}
 	return object, err
 }

@@ -98,3 +98,65 @@ func TestEvents(t *testing.T) {
 		}
 	})
 }
+
+// TestEventsProblemEnds: an Event is sent only when something changes, and client-go drops one at once that the API server answers with an
+// error: nothing shows then that it accepts Events again. A right that is missing stays missing until an Event is accepted.
+func TestEventsProblemEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset()
+		var answer atomic.Pointer[error]
+		client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
+			if err := answer.Load(); err != nil {
+				return true, nil, *err
+			}
+			return false, nil, nil
+		})
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var log bytes.Buffer
+		self := Self{Namespace: "kube-system", Name: "agent", UID: "u"}
+		events := newPods(client, noOwners(), "node1").Events(ctx, self, slog.New(slog.NewTextHandler(&log, nil)))
+		send := func(err error) {
+			answer.Store(&err)
+			if err == nil {
+				answer.Store(nil)
+			}
+			events.Send(event.Event{Reason: event.EndpointGained, Message: "gained"})
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		want := func(when, problem string) {
+			t.Helper()
+			if got := events.Problem(); problem == "" && got != "" || !strings.Contains(got, problem) {
+				t.Errorf("%s: %q, want %q", when, got, problem)
+			}
+		}
+		busy := apierrors.NewServiceUnavailable("busy")
+		forbidden := apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", nil)
+		for range 2 { // each is logged
+			send(busy)
+			time.Sleep(2 * time.Minute)
+			want("while client-go could still retry", "busy")
+			time.Sleep(problemAge - 2*time.Minute)
+			want("long after", "")
+		}
+		send(errors.New("connection refused"))
+		for range 11 {
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			want("while client-go retries", "connection refused")
+		}
+		time.Sleep(problemAge)
+		want("long after the last try", "")
+		send(forbidden)
+		send(busy)
+		want("another failure after it", "busy")
+		time.Sleep(time.Hour)
+		want("without the right", "allow create and patch of events there")
+		send(nil)
+		want("with the right", "")
+		if said := strings.Count(log.String(), "Events cannot be sent"); said != 4 {
+			t.Errorf("logged %d times: %s", said, log.String())
+		}
+	})
+}

@@ -170,6 +170,7 @@ magic_ip_problem{kind="unfiltered_bridge"} 0
 magic_ip_problem{kind="unlabelled_pods"} 0
 magic_ip_problem{kind="unnamed_link"} 0
 magic_ip_problem{kind="unrecorded_endpoint"} 0
+magic_ip_problem{kind="unseen"} 0
 magic_ip_problem{kind="unserved_link"} 0
 magic_ip_problem{kind="verify"} 0
 magic_ip_problem{kind="waiting"} 0

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,28 +18,34 @@ const CiliumLink = "cilium_host"
 const instead = "use a Service with internalTrafficPolicy: Local"
 
 // Bypasses names, one sentence each, the data planes of this node that may forward packets of pods past netfilter, and so
-// past the rules: not Cilium, of which package dataplane knows more. It names nothing where the kernel does not answer. It reads the network namespace of the calling thread.
-func Bypasses() []string {
-	snapshot, err := Kernel{}.Snapshot()
-	if err != nil {
-		return nil
+// past the rules: not Cilium, of which package dataplane knows more. With an error nothing is known of them. It reads the network namespace of
+// the calling thread. Programs attached by tcx or netkit are found only where the process may use bpf(2).
+func Bypasses() ([]string, error) {
+	snapshot, err := Kernel{}.SnapshotWithoutLocalRoutes()
+	if err = errors.Join(err, snapshot.Complete()); err != nil {
+		return nil, err
 	}
 	network := Classify(snapshot, Known{})
 	if found := dataPlanes(network); len(found) > 0 || network.IfIndex[CiliumLink] != 0 {
-		return found // the programs below are theirs
+		return found, nil // the programs below are theirs
 	}
 	var programs []string
 	for _, link := range network.Links {
-		if link.Role == Served {
-			programs = append(programs, programsOf(link)...)
+		if link.Role != Served {
+			continue
 		}
+		found, err := programsOf(link)
+		if err != nil {
+			return nil, err
+		}
+		programs = append(programs, found...)
 	}
 	if len(programs) == 0 {
-		return nil
+		return nil, nil
 	}
 	slices.Sort(programs)
 	return []string{fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
-		"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead)}
+		"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead)}, nil
 }
 
 // dataPlanes names the known ones by their links.
@@ -73,31 +80,37 @@ func fewOf(names []string) string {
 }
 
 // programsOf are the eBPF programs that see what comes in by a link: those of classic tc, of tcx and of netkit.
-func programsOf(link Link) (programs []string) {
-	if filters, err := netlink.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: link.Index}}, netlink.HANDLE_MIN_INGRESS); err == nil {
-		for _, filter := range filters {
-			if bpf, ok := filter.(*netlink.BpfFilter); ok {
-				programs = append(programs, fmt.Sprintf("%s: tc %s", link.Name, bpf.Name))
-			}
+func programsOf(link Link) (programs []string, err error) {
+	filters, err := netlink.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: link.Index}}, netlink.HANDLE_MIN_INGRESS)
+	if err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EOPNOTSUPP) { // it is gone, or the kernel has no classifiers
+		return nil, fmt.Errorf("tc filters of %s: %w", link.Name, err)
+	}
+	for _, filter := range filters {
+		if bpf, ok := filter.(*netlink.BpfFilter); ok {
+			programs = append(programs, fmt.Sprintf("%s: tc %s", link.Name, bpf.Name))
 		}
 	}
 	for kind, attach := range map[string]uint32{"tcx": unix.BPF_TCX_INGRESS, "netkit": bpfNetkitPeer} {
 		if kind == "netkit" && link.Kind != kind {
 			continue
 		}
-		if count := attached(link.Index, attach); count > 0 {
+		count, err := attached(link.Index, attach)
+		if err != nil {
+			return nil, fmt.Errorf("programs of %s by %s: %w", link.Name, kind, err)
+		}
+		if count > 0 {
 			programs = append(programs, fmt.Sprintf("%s: %d by %s", link.Name, count, kind))
 		}
 	}
-	return programs
+	return programs, nil
 }
 
 // bpfNetkitPeer is BPF_NETKIT_PEER (linux/bpf.h): what comes from the pod.
 const bpfNetkitPeer = 55
 
-// attached asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h): none where the kernel does
-// not know the kind of attachment or does not permit the query.
-func attached(index int, attach uint32) uint32 {
+// attached asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h): none where the link is gone, where the
+// kernel does not know the kind of attachment, and where it does not permit the query, as in a container with the usual seccomp profile.
+func attached(index int, attach uint32) (uint32, error) {
 	query := struct {
 		target, attachType, flags, attachFlags uint32
 		ids                                    uint64
@@ -106,8 +119,11 @@ func attached(index int, attach uint32) uint32 {
 		revision                               uint64
 	}{target: uint32(index), attachType: attach}
 	_, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_QUERY, uintptr(unsafe.Pointer(&query)), unsafe.Sizeof(query))
-	if errno != 0 {
-		return 0
+	switch errno {
+	case 0:
+		return query.count, nil
+	case unix.ENOENT, unix.ENODEV, unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS, unix.EPERM, unix.EACCES:
+		return 0, nil
 	}
-	return query.count
+	return 0, errno
 }

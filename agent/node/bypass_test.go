@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -13,6 +14,34 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 )
 
+func bypasses(t *testing.T) string {
+	t.Helper()
+	found, err := node.Bypasses()
+	if err != nil {
+		t.Error(err)
+	}
+	return strings.Join(found, "\n")
+}
+
+// TestBypassesUnseen: that nothing could be read is not that there is nothing.
+func TestBypassesUnseen(t *testing.T) {
+	nodetest.Namespace(t, "link add bpfin.cali type veth peer name bpfout.cali")
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	found, err := node.Bypasses()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, unix.EMFILE) || len(found) > 0 {
+		t.Errorf("found %q, %v, want %v", found, err, unix.EMFILE)
+	}
+}
+
 func TestBypasses(t *testing.T) {
 	for _, test := range []struct {
 		name, commands, want string
@@ -23,7 +52,7 @@ func TestBypasses(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			nodetest.Namespace(t, test.commands)
-			got := strings.Join(node.Bypasses(), "\n")
+			got := bypasses(t)
 			if test.want == "" && got != "" || !strings.Contains(got, test.want) {
 				t.Errorf("found %q, want %q", got, test.want)
 			}
@@ -64,12 +93,12 @@ func TestProgramsOfPods(t *testing.T) {
 	`, nodetest.Another(t), nodetest.Another(t)))
 	program := loadProgram(t)
 	attachTC(t, "eth0", program) // not a pod's
-	if found := node.Bypasses(); len(found) > 0 {
+	if found := bypasses(t); found != "" {
 		t.Errorf("found %q at an uplink", found)
 	}
 	attachTC(t, "veth-a", program)
 	attachTCX(t, "veth-b", program)
-	found := strings.Join(node.Bypasses(), "\n")
+	found := bypasses(t)
 	for _, want := range []string{"veth-a: tc from_pod", "veth-b: 1 by tcx", "internalTrafficPolicy"} {
 		if !strings.Contains(found, want) {
 			t.Errorf("found %q, want %q in it", found, want)

@@ -52,6 +52,9 @@ func TestInterruptedDumps(t *testing.T) {
 			if !slices.Equal(s.Torn, test.torn) || !slices.Equal(Classify(s, Known{}).Torn, test.torn) {
 				t.Errorf("torn: %v, want %v", s.Torn, test.torn)
 			}
+			if err := s.Complete(); (err == nil) != (test.torn == nil) {
+				t.Errorf("complete: %v", err)
+			}
 		})
 	}
 }

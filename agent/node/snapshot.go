@@ -1,6 +1,10 @@
 package node
 
-import "net/netip"
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+)
 
 // Snapshot is the kernel's view of the node's network at one moment: the input of Classify.
 type Snapshot struct {
@@ -19,6 +23,14 @@ type Snapshot struct {
 	// Torn names the dumps that changes interrupted in every attempt. What they list is there; what they do not list
 	// may be there as well.
 	Torn []string
+}
+
+// Complete returns an error where Torn names any.
+func (s Snapshot) Complete() error {
+	if len(s.Torn) == 0 {
+		return nil
+	}
+	return fmt.Errorf("changes interrupted the reading of %s each time", strings.Join(s.Torn, ", "))
 }
 
 // LinkState is a link as rtnetlink describes it.

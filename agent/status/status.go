@@ -47,10 +47,10 @@ type MagicIP struct {
 
 const noAgent = "no agent has a status file"
 
-// Read reads the status of all agents of a node, or of the one called name.
+// Read reads the status of all agents of a node, or of the one called name, which must have one.
 func Read(dir runtimedir.Dir, name string) (Status, error) {
-	names := []string{name}
-	if name == "" {
+	names, all := []string{name}, name == ""
+	if all {
 		var err error
 		if names, err = dir.Agents(); err != nil {
 			return Status{}, err
@@ -62,6 +62,8 @@ func Read(dir runtimedir.Dir, name string) (Status, error) {
 		a := Agent{Status: runtimedir.Status{Name: name}, Live: files.Live()}
 		read, err := files.ReadStatus()
 		switch {
+		case errors.Is(err, fs.ErrNotExist) && all: // it starts, or has been uninstalled since
+			continue
 		case errors.Is(err, fs.ErrNotExist):
 			return Status{}, fmt.Errorf("no agent called %s has a status file in %s", name, dir.Path())
 		case err != nil:

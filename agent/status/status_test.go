@@ -45,6 +45,7 @@ func TestStatus(t *testing.T) {
 		dir.Agent("unreadable").WriteStatus(runtimedir.Status{}),
 		os.WriteFile(dir.Agent("unreadable").StatusPath(), []byte("{"), 0o600),
 		live.Renew(at), dir.Agent("stopped").Renew(at),
+		dir.Agent("starting").WriteClaims(nil), // it has no status yet
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -70,6 +71,12 @@ func TestStatus(t *testing.T) {
 	}
 	if strings.Contains(out.String(), "\x1b") {
 		t.Errorf("escapes reach the terminal:\n%q", out.String())
+	}
+	if strings.Contains(out.String(), "starting") {
+		t.Errorf("an agent without a status is shown:\n%s", out.String())
+	}
+	if _, err := status.Read(dir, "starting"); err == nil || !strings.Contains(err.Error(), "no agent called starting") {
+		t.Errorf("an agent without a status: %v", err)
 	}
 	one, err := status.Read(dir, "live")
 	if err != nil {

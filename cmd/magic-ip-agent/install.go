@@ -168,7 +168,7 @@ Stop the agent and its installer first.`,
 	f.StringVar(&flags.name, "name", "", "`NAME` of the agent")
 	f.StringVar(&flags.backend, "backend", backend.Auto, "`NAME` of what rules are removed with first: auto, nftables or iptables; those of the other are removed as well")
 	f.StringVar(&flags.binDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins; the plugin stays, what an installer that was killed has left of it goes")
-	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs, or hangs: it puts back what it can")
+	f.BoolVar(&flags.force, "force", false, "although the agent or its installer runs or hangs, or something stays: it puts back what it can")
 	f.StringVar(&flags.logLevel, "log-level", "info", "`LEVEL`: debug, info, warn or error")
 	command.MarkFlagsMutuallyExclusive("config", "name")
 	command.MarkFlagsOneRequired("config", "name")
@@ -268,11 +268,12 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if selected.Unread != "" {
 		log.Warn(unreadLeftovers, "reason", selected.Unread)
 	}
-	if err := endHairpins(dir.Agent(name)); err != nil {
-		log.Warn("hairpin mode stays on at ports of pods; it has no effect on other traffic than a pod's to itself", "error", err)
-	}
-	if err := endLocalRoutes(dir, name); err != nil {
-		log.Warn("local routes stay: pods are refused at these addresses", "error", err)
+	// Before the files, by which the next attempt knows that something of the agent is here.
+	switch err := errors.Join(endHairpins(dir.Agent(name)), endLocalRoutes(dir, name)); {
+	case err != nil && !f.force:
+		return fmt.Errorf("the files of agent %s stay, so that it can be uninstalled again, or with --force: %w", name, err)
+	case err != nil:
+		log.Warn("going on by force although not all is removed", "error", err)
 	}
 	if err := errors.Join(install.RemoveFiles(f.conf, dir, name), dir.Agent(name).Leave()); err != nil {
 		return err
@@ -281,11 +282,16 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	return nil
 }
 
-// endLocalRoutes removes the local routes that no other agent wants.
-func endLocalRoutes(dir runtimedir.Dir, name string) error {
+// endLocalRoutes removes the local routes that no other agent wants. Where it cannot be read which these are, all of them stay.
+func endLocalRoutes(dir runtimedir.Dir, name string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("local routes stay: pods are refused at these addresses: %w", err)
+		}
+	}()
 	kernel := node.Kernel{}
 	snapshot, err := kernel.Snapshot()
-	if err != nil || len(snapshot.LocalRoutes) == 0 {
+	if err = errors.Join(err, snapshot.Complete()); err != nil || len(snapshot.LocalRoutes) == 0 {
 		return err
 	}
 	names, err := dir.Agents()
@@ -294,12 +300,15 @@ func endLocalRoutes(dir runtimedir.Dir, name string) error {
 	}
 	wanted := map[netip.Addr]bool{}
 	for _, other := range names {
+		if other == name {
+			continue
+		}
 		claims, err := dir.Agent(other).ReadClaims()
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		for _, c := range claims {
-			wanted[c.Address] = wanted[c.Address] || c.LocalRoute && other != name
+			wanted[c.Address] = wanted[c.Address] || c.LocalRoute
 		}
 	}
 	for _, route := range snapshot.LocalRoutes {
@@ -311,14 +320,22 @@ func endLocalRoutes(dir runtimedir.Dir, name string) error {
 }
 
 // endHairpins switches hairpin mode off where the agent had switched it on.
-func endHairpins(agent runtimedir.Agent) (err error) {
+func endHairpins(agent runtimedir.Agent) error {
 	kernel := node.Kernel{}
-	memory, unreadable := agent.ReadMemory()
-	if unreadable != nil || memory.Namespace != kernel.Namespace() {
-		return nil // nothing is known of the links that are there
+	memory, err := agent.ReadMemory()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("hairpin mode may stay on at ports of pods: %w", err)
+	case memory.Namespace != kernel.Namespace():
+		return nil // its links are gone
 	}
 	for _, port := range memory.Hairpins {
 		err = errors.Join(err, kernel.SetHairpin(port, false))
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("hairpin mode stays on at ports of pods, which has no effect on other traffic than a pod's to itself: %w", err)
+	}
+	return nil
 }

@@ -6,17 +6,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"sync/atomic"
 
 	"github.com/magic-ip-address/magic-ip-address/agent"
-	"github.com/magic-ip-address/magic-ip-address/agent/config"
 	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
-	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/metrics"
-	"github.com/magic-ip-address/magic-ip-address/agent/node"
-	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
 // reportEvents has the agent send Events about its own pod, where it knows which that is.
@@ -58,37 +53,6 @@ func (f *runFlags) serveMetrics(options *agent.Options, pods *kube.Pods, name st
 		return nil
 	})
 	return nil
-}
-
-// lookAround looks once for rules of others that translate a magic IP, and for what bypasses the rules of this agent. The first
-// is a look at all rules of the node: the doctor command repeats it.
-func lookAround(options *agent.Options, initial config.Config) {
-	var frontends []plan.Frontend
-	for _, port := range initial.Ports {
-		frontends = append(frontends, port.Frontend)
-	}
-	var found atomic.Pointer[[]agent.Note]
-	options.Notes = append(options.Notes, func() []agent.Note {
-		if notes := found.Load(); notes != nil {
-			return *notes
-		}
-		return nil
-	})
-	options.Tasks = append(options.Tasks, func(ctx context.Context, wake func(agent.Source)) error {
-		rules, _ := foreign.Rules(ctx, frontends)
-		var notes []agent.Note
-		for _, rule := range rules {
-			options.Log.Warn("another program translates a magic IP too: where its rule comes first, clients do not reach the endpoint; remove it", "rule", rule.Text)
-			notes = append(notes, agent.Note{Kind: "foreign_rule", Text: "when the agent started, another program translated a magic IP too; remove the rule: " + rule.Text})
-		}
-		for _, bypass := range node.Bypasses() {
-			options.Log.Warn("packets of pods may bypass the rules", "reason", bypass)
-			notes = append(notes, agent.Note{Kind: "bypass", Text: bypass})
-		}
-		found.Store(&notes)
-		wake(agent.Notes)
-		return nil
-	})
 }
 
 // noted is a note of text behind prefix; none where there is no text.

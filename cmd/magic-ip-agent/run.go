@@ -129,7 +129,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		})
 		f.reportEvents(ctx, &options, pods, selected.Fallback)
 	}
-	lookAround(&options, initial)
+	newLookout(log).join(&options)
 	if err := f.serveMetrics(&options, pods, initial.Name); err != nil {
 		return err
 	}

@@ -25,8 +25,11 @@ const (
 // Agent is the directory of one agent, agents/<name>/. It writes there what others are to know of it.
 type Agent struct{ writer }
 
-// Agents lists the agents that have a status file, in order.
-func (d Dir) Agents() ([]string, error) { return d.writers(agentsDir, statusFile, d.agentWriter) }
+// Agents lists the agents that have claims or a status, in order: while an agent starts there are claims without a status. With an error
+// they are those that can be listed.
+func (d Dir) Agents() ([]string, error) {
+	return d.writers(agentsDir, d.agentWriter, claimsFile, statusFile)
+}
 
 func (d Dir) agentWriter(name string) writer { return d.Agent(name).writer }
 
@@ -77,7 +80,7 @@ func ProblemKinds() map[string]string {
 		"data_plane":          "the data plane is not as configured, or its settings cannot be read",
 		"events_dropped":      "Events cannot be sent",
 		"files":               "a file of the agent cannot be written",
-		"foreign_rule":        "another program translated a magic IP when the agent started",
+		"foreign_rule":        "another program translates a magic IP",
 		"hairpin":             "hairpin mode cannot be switched on",
 		"local_route":         "a local route cannot be made",
 		"metrics":             "metrics are not served",
@@ -89,6 +92,7 @@ func ProblemKinds() map[string]string {
 		"unlabelled_pods":     "labels of recorded pods are not known",
 		"unnamed_link":        "a link has a name that rules cannot have",
 		"unrecorded_endpoint": "an endpoint's address is in no record",
+		"unseen":              "it cannot be seen whether packets bypass the rules, or another program translates a magic IP",
 		"unserved_link":       "a link is neither pods' nor an uplink",
 		"verify":              "the kernel's rules cannot be read",
 		"waiting":             "a source that decisions need has not been read since the start",

@@ -7,12 +7,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -144,6 +147,61 @@ func TestReadRefuses(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestAgents: claims are written before the first status, and other agents must see them; what can be no agent's directory is no error,
+// and what cannot be looked into is one that keeps none of the others from being listed.
+func TestAgents(t *testing.T) {
+	dir := t.TempDir()
+	d := runtimedir.New(dir)
+	claims, status, closed := d.Agent("claims"), d.Agent("status"), filepath.Join(dir, "agents/closed")
+	if err := errors.Join(
+		claims.WriteClaims(nil), status.WriteStatus(runtimedir.Status{}), d.Agent("pods").WriteMemory(runtimedir.Memory{}),
+		os.Symlink("claims", filepath.Join(dir, "agents/link")), os.WriteFile(filepath.Join(dir, "agents/file"), nil, 0o600),
+		d.Agent("foreign").WriteClaims(nil), d.Agent("closed").WriteClaims(nil), os.Chmod(closed, 0),
+	); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"claims", "foreign", "status"}
+	if os.Chown(filepath.Join(dir, "agents/foreign"), 4242, 4242) == nil { // takes root
+		want = []string{"claims", "status"}
+	}
+	var got []string
+	err := withoutOverride(func() (err error) {
+		got, err = d.Agents()
+		return err
+	})
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("agents (-want +got):\n%s", diff)
+	}
+	if !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), closed) {
+		t.Errorf("%v, want that %s cannot be opened", err, closed)
+	}
+	if err := os.Chmod(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.Agents(); err != nil || !slices.Contains(got, "closed") {
+		t.Errorf("Agents() = %v, %v, want closed among them", got, err)
+	}
+}
+
+// withoutOverride runs f without the right of root to open what its mode closes.
+func withoutOverride(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with this goroutine
+		header, sets := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, [2]unix.CapUserData{}
+		err := unix.Capget(&header, &sets[0])
+		if err == nil {
+			sets[0].Effective &^= 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH
+			err = unix.Capset(&header, &sets[0])
+		}
+		if err == nil {
+			err = f()
+		}
+		done <- err
+	}()
+	return <-done
 }
 
 // TestCorruptMemory is kept for whoever looks into it, and reported once.

@@ -22,6 +22,9 @@ type folder struct {
 	path string // for messages
 }
 
+// errOwner is the cause where a directory is of another user.
+var errOwner = errors.New("allowed: a directory of root")
+
 const folderFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
 
 func openFolder(path string) (*folder, error) { return folderAt(unix.AT_FDCWD, path, path) }
@@ -40,7 +43,7 @@ func folderAt(fd int, name, path string) (*folder, error) {
 	}
 	stat, err := f.stat()
 	if err == nil && !owned(stat.Uid) {
-		err = fmt.Errorf("owned by user %d; allowed: a directory of root", stat.Uid)
+		err = fmt.Errorf("owned by user %d; %w", stat.Uid, errOwner)
 	}
 	if err != nil {
 		f.close()

@@ -14,9 +14,9 @@ const (
 // Installer is the directory of the installer of one agent, install/<name>/.
 type Installer struct{ writer }
 
-// Installers lists the agents of which an installer has a record, in order.
+// Installers lists the agents of which an installer has a record, in order. With an error they are those that can be listed.
 func (d Dir) Installers() ([]string, error) {
-	return d.writers(installDir, recordFile, d.installerWriter)
+	return d.writers(installDir, d.installerWriter, recordFile)
 }
 
 func (d Dir) installerWriter(name string) writer { return d.Installer(name).writer }

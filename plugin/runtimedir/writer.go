@@ -181,8 +181,9 @@ func (w writer) time(name string) (time.Time, error) {
 	return f.modified(name)
 }
 
-// writers are the names in a group, in order: of those that have the file in their directory, or of the layout before.
-func (d Dir) writers(group, file string, of func(name string) writer) ([]string, error) {
+// writers are the names in a group, in order: of those that have one of the files in their directory, or of the layout before. With an
+// error they are those that can be listed.
+func (d Dir) writers(group string, of func(name string) writer, files ...string) ([]string, error) {
 	names, err := d.oldWriters(of)
 	if err != nil {
 		return nil, err
@@ -200,15 +201,30 @@ func (d Dir) writers(group, file string, of func(name string) writer) ([]string,
 		if !entry.IsDir() {
 			continue
 		}
-		sub, err := f.sub(entry.Name())
-		if err != nil {
-			continue // a directory of another user, or gone since
-		}
-		if _, err := sub.lookup(file); err == nil {
+		has, hasErr := f.has(entry.Name(), files)
+		err = errors.Join(err, hasErr)
+		if has {
 			names = append(names, entry.Name())
 		}
-		sub.close()
 	}
 	slices.Sort(names)
 	return slices.Compact(names), err
+}
+
+// has reports whether a directory in f has one of the files. One that is gone or of another user has none.
+func (f *folder) has(name string, files []string) (bool, error) {
+	sub, err := f.sub(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP), errors.Is(err, errOwner):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	defer sub.close()
+	for _, file := range files {
+		if _, err := sub.lookup(file); !errors.Is(err, fs.ErrNotExist) {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
