@@ -133,14 +133,12 @@ func (e *LeftoverError) Unwrap() error { return e.err }
 // InPlace says that the rules of the plan are in the kernel.
 func (e *LeftoverError) InPlace() bool { return true }
 
-// Watch calls changed after each change of our rules, until ctx ends. The kernel reports only those of nftables; Verify
-// compares the rules of iptables.
-func (s *Selected) Watch(ctx context.Context, changed func()) error {
+// Watch calls changed after each change of our rules, and whenever they may have changed unseen, until ctx ends. It reports errors, and
+// goes on. The kernel reports only changes of nftables; Verify compares the rules of iptables.
+func (s *Selected) Watch(ctx context.Context, changed func(), report func(error)) {
 	if nft, ok := s.backend.(*nftables.Backend); ok {
-		return nft.Watch(ctx, changed)
+		nft.Watch(ctx, changed, report)
 	}
-	<-ctx.Done()
-	return nil
 }
 
 // Exists reports whether any rule of the agent is there, whichever backend it is of.

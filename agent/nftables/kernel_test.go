@@ -318,7 +318,7 @@ func TestModifiedBy(t *testing.T) {
 	backend := newBackend(t, "a")
 	changed := make(chan struct{}, 100)
 	ctx, cancel := context.WithCancel(t.Context())
-	watching := make(chan error, 1)
+	watching := make(chan error, 2)
 	namespace, err := netns.Get()
 	if err != nil {
 		t.Fatal(err)
@@ -329,7 +329,8 @@ func TestModifiedBy(t *testing.T) {
 			watching <- err
 			return
 		}
-		watching <- backend.Watch(ctx, func() { changed <- struct{}{} })
+		backend.Watch(ctx, func() { changed <- struct{}{} }, func(err error) { watching <- err })
+		watching <- nil
 	}()
 	defer func() {
 		cancel()

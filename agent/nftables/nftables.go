@@ -161,17 +161,18 @@ func (b *Backend) Exists(context.Context) (bool, error) {
 	return false, nil
 }
 
-// Watch calls changed after each change of our tables, until ctx ends.
-func (b *Backend) Watch(ctx context.Context, changed func()) error {
+// Watch calls changed after each change of our tables, until ctx ends, and whenever it has subscribed or has lost events: they may have
+// changed then. An error does not end it: Watch reports the error and subscribes again.
+func (b *Backend) Watch(ctx context.Context, changed func(), report func(error)) {
 	self := ownProcess()
-	return watchTable(ctx, b.tables[0].name, func(process string) {
+	keepWatching(ctx, subscribe, b.tables[0].name, func(process string) {
 		b.mu.Lock()
 		if process != "" && process != self && !slices.Contains(b.processes, process) {
 			b.processes = append(b.processes, process)
 		}
 		b.mu.Unlock()
 		changed()
-	})
+	}, report)
 }
 
 // ownProcess is this process's name as the kernel has it.

@@ -110,7 +110,10 @@ func (f *runFlags) run(ctx context.Context) error {
 				})
 			},
 			func(ctx context.Context, wake func(agent.Source)) error {
-				return selected.Watch(ctx, func() { wake(agent.Rules) })
+				selected.Watch(ctx, func() { wake(agent.Rules) }, func(err error) {
+					log.Error("changes of this agent's rules by others are seen by polling only until the kernel reports them again", "error", err)
+				})
+				return nil
 			},
 		},
 		Log: log,
