@@ -117,7 +117,9 @@ func (s *Selected) Sync(ctx context.Context, p *plan.Plan) error {
 	if degraded := new(nftables.DegradedError); err != nil && !errors.As(err, &degraded) {
 		return err
 	}
-	if err := s.removeLeftovers(ctx); err != nil {
+	// A sync gives up after a second where the xtables lock is held. Remove waits for longer.
+	nothing := func(b backend) error { return b.Sync(ctx, &plan.Plan{}) }
+	if err := s.removeLeftovers(ctx, nothing); err != nil {
 		return &LeftoverError{err}
 	}
 	s.leftovers = nil
@@ -156,15 +158,15 @@ func (s *Selected) Exists(ctx context.Context) (bool, error) {
 
 // Remove takes the rules of the agent out, whichever backend they are of.
 func (s *Selected) Remove(ctx context.Context) error {
-	return errors.Join(s.backend.Remove(ctx), s.removeLeftovers(ctx))
+	return errors.Join(s.backend.Remove(ctx), s.removeLeftovers(ctx, func(b backend) error { return b.Remove(ctx) }))
 }
 
-func (s *Selected) removeLeftovers(ctx context.Context) error {
+func (s *Selected) removeLeftovers(ctx context.Context, remove func(backend) error) error {
 	var err error
 	for _, other := range s.leftovers {
 		exists, otherErr := other.Exists(ctx)
 		if exists {
-			otherErr = other.Remove(ctx)
+			otherErr = remove(other)
 		}
 		if otherErr != nil {
 			err = errors.Join(err, fmt.Errorf("rules left behind by backend %s: %w", other.Name(), otherErr))

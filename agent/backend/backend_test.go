@@ -139,6 +139,79 @@ func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
 	}
 }
 
+// TestLeftoversBehindAHeldLock: while another program holds the xtables lock, a sync waits for it for a second in all, since the agent's loop
+// waits too. The end of the agent has more time.
+func TestLeftoversBehindAHeldLock(t *testing.T) {
+	inIPTablesNamespace(t)
+	p := planOf("169.254.210.210", "fd00:a::1")
+	leave := func() {
+		t.Helper()
+		if err := iptables.New(testAgent, legacyVariant(t)).Sync(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	leave()
+	tools, calls := t.TempDir(), filepath.Join(t.TempDir(), "calls")
+	for _, command := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
+		standIn(t, tools, command, `echo "$*" >>`+calls+"\n"+`exec $real "$@"`)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	backend, err := Select(t.Context(), NFTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.OpenFile(os.Getenv("XTABLES_LOCKFILE"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	called := func() string {
+		t.Helper()
+		out, err := os.ReadFile(calls)
+		if err = errors.Join(err, os.Remove(calls)); err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}
+	var left *LeftoverError
+	if err := backend.Sync(t.Context(), p); !errors.As(err, &left) || !strings.Contains(err.Error(), "holds the xtables lock") {
+		t.Errorf("sync: %v, want an error that names the lock", err)
+	}
+	if got, want := called(), "--noflush --wait 1\n"; got != want {
+		t.Errorf("restored by %q, want %q", got, want)
+	}
+	if err := errors.Join(lock.Close(), backend.Sync(t.Context(), p)); err != nil || hasChains(t, "-legacy") {
+		t.Errorf("the lock is free: %v", err)
+	}
+	called()
+
+	leave()
+	called()
+	if backend, err = Select(t.Context(), NFTables, testAgent); err != nil {
+		t.Fatal(err)
+	}
+	if err := backend.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got, want := called(), strings.Repeat("--noflush --wait 10\n", 2); got != want {
+		t.Errorf("removed by %q, want %q", got, want)
+	}
+}
+
+// standIn puts a script called as a command into a directory; $real is the command.
+func standIn(t *testing.T, directory, command, script string) {
+	t.Helper()
+	path, err := exec.LookPath(command)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(directory, command), []byte("#!/bin/sh\nreal="+path+"\n"+script+"\n"), 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestSelectSaysWhyNot(t *testing.T) {
 	inIPTablesNamespace(t)
 	if _, err := Select(t.Context(), "ipvs", testAgent); err == nil || !strings.Contains(err.Error(), "auto, nftables, iptables") {
