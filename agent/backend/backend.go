@@ -7,7 +7,7 @@
 //     (mdlayher/netlink: google/nftables does not say when a change has interrupted a dump, nor which table the elements of an
 //     event belong to).
 //   - iptables-restore and iptables-save make and read the rules of package iptables, one transaction for each table.
-//     coreos/go-iptables has no transactions: it finds the version, and which kind of iptables kubelet uses.
+//     coreos/go-iptables has no transactions: it finds the version.
 //   - ctnetlink (vishvananda/netlink/nl) deletes flows in package conntrack. Its conntrack functions cannot have the kernel
 //     filter a dump.
 package backend
@@ -84,19 +84,19 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 			noZones, unusable = nft.Trial(ctx)
 		}
 		if unusable == nil {
-			others, unread := otherIPTables(agentName, nil)
+			others, unread := otherIPTables(ctx, agentName, nil)
 			return &Selected{backend: nft, NoZones: noZones, leftovers: others, Unread: unread}, nil
 		}
 		if name == NFTables {
 			return nil, fmt.Errorf("backend nftables: %w", unusable)
 		}
 	}
-	variant, err := iptables.InUse()
+	variant, err := iptables.InUse(ctx)
 	if err == nil {
 		ipt := iptables.New(agentName, variant)
 		var version string
 		if version, noZones, err = ipt.Trial(ctx); err == nil {
-			others, unread := otherIPTables(agentName, &variant)
+			others, unread := otherIPTables(ctx, agentName, &variant)
 			s := &Selected{backend: ipt, NoZones: noZones, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {
 				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
@@ -176,12 +176,12 @@ func (s *Selected) removeLeftovers(ctx context.Context, remove func(backend) err
 }
 
 // otherIPTables are the kinds of iptables that are not in use: one for each kind.
-func otherIPTables(agentName string, inUse *iptables.Variant) (others []backend, unread string) {
+func otherIPTables(ctx context.Context, agentName string, inUse *iptables.Variant) (others []backend, unread string) {
 	seen := map[bool]bool{}
 	if inUse != nil {
 		seen[inUse.Legacy] = true
 	}
-	for _, v := range iptables.Variants() {
+	for _, v := range iptables.Variants(ctx) {
 		if seen[v.Legacy] {
 			continue
 		}
@@ -199,7 +199,7 @@ func otherIPTables(agentName string, inUse *iptables.Variant) (others []backend,
 func Leftovers(ctx context.Context, inUse, agentName string) (names []string, unread string, err error) {
 	var others []backend
 	if inUse == NFTables {
-		others, unread = otherIPTables(agentName, nil)
+		others, unread = otherIPTables(ctx, agentName, nil)
 	} else if nft, err := nftables.New(agentName); err == nil {
 		others = append(others, nft)
 	} else {

@@ -104,7 +104,7 @@ func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
 	inIPTablesNamespace(t)
 	p := planOf("169.254.210.210", "fd00:a::1")
 	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
-	variant, err := iptables.InUse()
+	variant, err := iptables.InUse(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +289,7 @@ func TestLeftoversThatCannotBeRead(t *testing.T) {
 
 func legacyVariant(t *testing.T) iptables.Variant {
 	t.Helper()
-	for _, v := range iptables.Variants() {
+	for _, v := range iptables.Variants(t.Context()) {
 		if v.Legacy {
 			return v
 		}

@@ -1,6 +1,8 @@
 package iptables
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -17,6 +19,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // inIPTablesNamespace is a network namespace without the machine's tables lock.
@@ -42,7 +45,7 @@ const testAgent = "kube-system.apm"
 
 func newTestIPTables(t *testing.T, suffix, agentName string) *Backend {
 	t.Helper()
-	variant, err := InUse()
+	variant, err := InUse(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -508,4 +511,31 @@ func TestExistsWithoutRawSockets(t *testing.T) {
 	want("chains of another agent", false)
 	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", Prefix(testAgent)+"pods")
 	want("a chain of ours", true)
+}
+
+// TestHungProcess: an iptables-restore or -save that does not end is killed, and is an error that names it. No rule was externally modified,
+// and the next sync makes it good.
+func TestHungProcess(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		before, after := moved()
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		for _, command := range []string{"-restore", "-save"} {
+			back := instead(t, "iptables"+suffix+command, "sleep 600")
+			for _, f := range backend.families {
+				f.timeout = 100 * time.Millisecond
+			}
+			err := backend.Sync(t.Context(), &after)
+			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "iptables"+suffix+command) {
+				t.Errorf("%s hangs: %v", command, err)
+			}
+			back()
+			for _, f := range backend.families {
+				f.timeout = program.Timeout
+			}
+			mustSync(t, backend, &after)
+			wantIntact(t, backend)
+			mustSync(t, backend, &before)
+		}
+	})
 }

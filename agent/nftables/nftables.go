@@ -14,10 +14,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Name is the backend's name as in --backend.
@@ -49,7 +51,7 @@ func New(agentName string) (*Backend, error) {
 			return nil, err
 		}
 		b.tables = append(b.tables, &table{
-			family: family, name: name, nft: nft, generation: NewGeneration(),
+			family: family, name: name, nft: bounded{nft, program.Timeout}, generation: NewGeneration(),
 			list:     func(known []set) (*listing, error) { return r.listTable(family, name, known) },
 			elements: func(changes []setChange) error { return elements.apply(family, name, changes) },
 			counters: func(s set) ([]element, error) { return r.listCounters(family, name, s) },
@@ -59,6 +61,22 @@ func New(agentName string) (*Backend, error) {
 		t.siblings = b.tables
 	}
 	return b, nil
+}
+
+// bounded kills an nft process that does not end within timeout.
+type bounded struct {
+	knftables.Interface
+	timeout time.Duration
+}
+
+// Run is part of knftables.Interface.
+func (b bounded) Run(ctx context.Context, tx *knftables.Transaction) error {
+	return program.Within(ctx, b.timeout, func(ctx context.Context) error { return b.Interface.Run(ctx, tx) })
+}
+
+// Check is part of knftables.Interface.
+func (b bounded) Check(ctx context.Context, tx *knftables.Transaction) error {
+	return program.Within(ctx, b.timeout, func(ctx context.Context) error { return b.Interface.Check(ctx, tx) })
 }
 
 // Trial says why nft or the kernel cannot do what the rules need; nil where they can. noZones is why UDP flows cannot be put into zones

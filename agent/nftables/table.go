@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // table is one family's table and what it is believed to hold.
@@ -244,11 +245,16 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 	wanted.write(tx)
 	if err := t.nft.Run(ctx, tx); err != nil {
 		// Another version may have made a set of the same name with another type. Then the table has to be deleted first,
-		// which can reject a packet that is just on its way.
-		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
+		// which can reject a packet that is just on its way. Where that fails too, the table stays as it is.
+		if !there.exists || program.Transient(err) {
 			return 0, err
 		}
-		return 2, nil
+		anew := t.nft.NewTransaction()
+		wanted.replace(anew)
+		if t.nft.Run(ctx, anew) != nil {
+			return 0, err
+		}
+		return 1, nil
 	}
 	tx = t.nft.NewTransaction()
 	wanted.prune(tx, there.objects)

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -280,5 +283,54 @@ func TestUnreadGeneration(t *testing.T) {
 	failing = false
 	if differs, err := fake.Verify(t.Context()); len(differs) > 0 || err != nil || lists != 1 {
 		t.Errorf("verify: %v, %v, listed %d times; want once, since it is not known what has changed", differs, err, lists)
+	}
+}
+
+// TestHungProcess: an nft process that does not end is killed, and is an error that says so. Nobody has modified the table, which stays.
+func TestHungProcess(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	real, err := exec.LookPath("nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tools := t.TempDir()
+	hangs := filepath.Join(tools, "hangs") // while it is there, whatever adds rules does
+	script := fmt.Sprintf("#!/bin/sh\ninput=$(cat)\ncase $input in *add\\ rule*) [ -e %s ] && exec sleep 600 ;; esac\nprintf '%%s\\n' \"$input\" | %s \"$@\"\n", hangs, real)
+	if err := os.WriteFile(filepath.Join(tools, "nft"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	backend := newBackend(t, "a")
+	ip := backend.tables[0]
+	patient := ip.nft.(bounded)
+	one, many := oneEndpoint("10.0.0.2:1"), plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend:  frontend("169.254.210.210", plan.TCP, 80),
+		Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:1"), netip.MustParseAddrPort("10.0.0.3:1")},
+	}}})
+	if err := backend.Sync(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	for _, known := range []bool{true, false} { // a change, and a load
+		ip.known = known
+		if err := os.WriteFile(hangs, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ip.nft = bounded{patient.Interface, time.Second}
+		if err := backend.Sync(t.Context(), &many); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("known %t: %v", known, err)
+		}
+		if err := os.Remove(hangs); err != nil {
+			t.Fatal(err)
+		}
+		ip.nft = patient
+		if rules := nodetest.Run(t, "nft", "list", "table", "ip", "magic-ip-a"); !strings.Contains(rules, "10.0.0.2 . 1") {
+			t.Errorf("known %t: the rules are gone:\n%s", known, rules)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("known %t: verify says %v, %v", known, differs, err)
+		}
+		if err := errors.Join(backend.Sync(t.Context(), &many), backend.Sync(t.Context(), one)); err != nil {
+			t.Errorf("known %t: and then: %v", known, err)
+		}
 	}
 }
