@@ -89,7 +89,7 @@ func (b *Backend) Trial(ctx context.Context) (noZones, err error) {
 		}}})
 		tx := b.tables[0].nft.NewTransaction()
 		rules := render(&p, plan.IPv4)
-		rules.write(tx)
+		rules.replace(tx) // what is in the table decides nothing
 		return b.tables[0].nft.Check(ctx, tx)
 	}
 	if noZones = trial(true); noZones == nil {
