@@ -20,6 +20,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Names, as in --backend. Auto takes nftables where it can be used, else iptables.
@@ -68,20 +69,22 @@ type backend interface {
 	Exists(ctx context.Context) (bool, error)
 }
 
-// Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used.
+// Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used: one that fails for a reason
+// that may pass is made again.
 func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	if name != Auto && name != NFTables && name != IPTables {
 		return nil, fmt.Errorf("backend %q is not allowed; allowed: %s, %s, %s", name, Auto, NFTables, IPTables)
 	}
 	var noZones error
-	nft, unusable := nftables.New(agentName)
+	var nft *nftables.Backend
+	unusable := program.Retry(ctx, func() (err error) { nft, err = nftables.New(agentName); return err })
 	var leftovers []backend
 	if nft != nil {
 		leftovers = append(leftovers, nft)
 	}
 	if name != IPTables {
 		if unusable == nil {
-			noZones, unusable = nft.Trial(ctx)
+			unusable = program.Retry(ctx, func() (err error) { noZones, err = nft.Trial(ctx); return err })
 		}
 		if unusable == nil {
 			others, unread := otherIPTables(ctx, agentName, nil)
@@ -95,7 +98,7 @@ func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	if err == nil {
 		ipt := iptables.New(agentName, variant)
 		var version string
-		if version, noZones, err = ipt.Trial(ctx); err == nil {
+		if err = program.Retry(ctx, func() (err error) { version, noZones, err = ipt.Trial(ctx); return err }); err == nil {
 			others, unread := otherIPTables(ctx, agentName, &variant)
 			s := &Selected{backend: ipt, NoZones: noZones, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {

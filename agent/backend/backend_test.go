@@ -312,3 +312,65 @@ func dropNetRaw(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestSelectTriesAgain: a trial that fails for a reason that may pass is made again. It decides neither on the backend nor on zones.
+func TestSelectTriesAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name, backend, command, fails string // fails: a pattern of arguments and input
+		want                          string
+	}{
+		{"the first runs of nft", Auto, "nft", `*" -f "*`, NFTables},
+		{"a trial with zones", Auto, "nft", `*zone\ set*`, NFTables},
+		{"the table raw", IPTables, "iptables-nft-restore", `*\*raw*`, IPTables},
+		{"the look for kubelet's chain", IPTables, "iptables-legacy", `*-S\ KUBE-*`, IPTables},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inIPTablesNamespace(t)
+			kind := "iptables-nft"
+			if tt.command == "iptables-legacy" {
+				kind = tt.command
+			}
+			nodetest.Run(t, kind, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+			tools, failures := t.TempDir(), filepath.Join(t.TempDir(), "failures")
+			standIn(t, tools, tt.command, `input=$(cat)
+case " $* $input" in `+tt.fails+`)
+	echo once >>`+failures+`
+	if [ $(wc -l <`+failures+`) -le 2 ]; then
+		echo "Error: Could not process rule: Device or resource busy" >&2
+		exit 4
+	fi ;;
+esac
+printf '%s\n' "$input" | $real "$@"`)
+			t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+			selected, err := Select(t.Context(), tt.backend, testAgent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if called, err := os.ReadFile(failures); err != nil || strings.Count(string(called), "once") < 3 {
+				t.Errorf("the stand-in was called %q, %v; want two failures and then none", called, err)
+			}
+			if selected.Name() != tt.want || selected.NoZones != nil || selected.Fallback != "" {
+				t.Errorf("%s, no zones: %v, fallback %q", selected.Name(), selected.NoZones, selected.Fallback)
+			}
+			if tt.want == IPTables && !strings.Contains(selected.Reason, "kubelet uses it") {
+				t.Errorf("reason %q", selected.Reason)
+			}
+		})
+	}
+}
+
+// TestSelectNamesWhatItDoesNotKnow: where it cannot be read which iptables kubelet uses, the reason says so.
+func TestSelectNamesWhatItDoesNotKnow(t *testing.T) {
+	inIPTablesNamespace(t)
+	tools := t.TempDir()
+	standIn(t, tools, "iptables-nft", `case "$*" in *-S*) echo "Could not fetch rule set generation id: Permission denied" >&2; exit 4 ;; esac
+exec $real "$@"`)
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	selected, err := Select(t.Context(), IPTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(selected.Reason, "it is not known which one kubelet uses: ") || !strings.Contains(selected.Reason, "Permission denied") {
+		t.Errorf("reason %q", selected.Reason)
+	}
+}

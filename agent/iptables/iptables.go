@@ -69,7 +69,7 @@ func (b *Backend) Trial(ctx context.Context) (version string, noZones, err error
 	for _, t := range render(&trial, plan.IPv4, f.agent) {
 		err := f.restore(ctx, lockWaitAtEnd, t.write(&listing{}, f.prefix, nil), "--test")
 		switch {
-		case err != nil && t.name == rawTable:
+		case err != nil && t.name == rawTable && !program.Transient(err) && !errors.Is(err, errLocked):
 			noZones = err
 		case err != nil:
 			return version, nil, fmt.Errorf("%s cannot load the rules: %w", version, err)
@@ -528,6 +528,11 @@ func (f *chains) restore(ctx context.Context, wait int, input string, flags ...s
 	}
 	args := append([]string{"--noflush", "--wait", fmt.Sprint(wait)}, flags...)
 	_, err := program.Output(ctx, f.timeout, input, f.command+"-restore", args...)
+	return locked(err)
+}
+
+// locked is errLocked where iptables says so in err, else err.
+func locked(err error) error {
 	if err != nil && strings.Contains(err.Error(), "holding the xtables lock") {
 		return errLocked
 	}

@@ -92,8 +92,8 @@ func (b *Backend) Trial(ctx context.Context) (noZones, err error) {
 		rules.replace(tx) // what is in the table decides nothing
 		return b.tables[0].nft.Check(ctx, tx)
 	}
-	if noZones = trial(true); noZones == nil {
-		return nil, nil
+	if noZones = trial(true); noZones == nil || program.Transient(noZones) {
+		return nil, noZones
 	}
 	if err := trial(false); err != nil {
 		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
