@@ -517,6 +517,9 @@ func ownFailure(err error) bool {
 	if err == nil {
 		return false
 	}
+	if program.Says(err, syscall.EBUSY) { // of a chain that foreign rules lead to
+		return false
+	}
 	return errors.Is(err, errLocked) || errors.Is(err, exec.ErrNotFound) || errors.Is(err, context.Canceled) ||
 		program.Transient(err) || program.Says(err, syscall.EPERM, syscall.EACCES)
 }

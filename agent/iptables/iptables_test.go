@@ -487,6 +487,34 @@ func TestOwnFailures(t *testing.T) {
 	})
 }
 
+// TestForeignJump: a rule of others that leads to a chain of ours keeps that from being deleted. It is an external modification, and restored.
+func TestForeignJump(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		before, after := plan.Build(cases()["many"]), plan.Build(cases()["one"])
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		f := backend.families[0]
+		nat := func(tables []table) table {
+			return tables[slices.IndexFunc(tables, func(t table) bool { return t.name == "nat" })]
+		}
+		remain := nat(render(&after, f.family, f.agent)).chains
+		chains := slices.Clone(nat(f.tables).chains)
+		gone := slices.IndexFunc(chains, func(c chain) bool {
+			return !slices.ContainsFunc(remain, func(r chain) bool { return r.name == c.name })
+		})
+		if gone < 0 {
+			t.Fatal("no chain goes")
+		}
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1", "-j", chains[gone].name)
+		mustSync(t, backend, &after)
+		differs, err := backend.Verify(t.Context())
+		if err != nil || len(differs) != 1 || !strings.Contains(differs[0], "found when an endpoint changed: ") {
+			t.Errorf("externally modified: %q, %v", differs, err)
+		}
+		wantIntact(t, backend)
+	})
+}
+
 // TestExistsWithoutRawSockets: rules of others that match by ipset, as Cilium's do, keep iptables-nft-save from all rules where the
 // process has no CAP_NET_RAW, as the agent's container. Whether there are chains of ours is known all the same.
 func TestExistsWithoutRawSockets(t *testing.T) {

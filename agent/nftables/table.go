@@ -12,7 +12,6 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
-	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // table is one family's table and what it is believed to hold.
@@ -246,7 +245,7 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 	if err := t.nft.Run(ctx, tx); err != nil {
 		// Another version may have made a set of the same name with another type. Then the table has to be deleted first,
 		// which can reject a packet that is just on its way. Where that fails too, the table stays as it is.
-		if !there.exists || program.Transient(err) {
+		if !there.exists || errors.Is(err, context.DeadlineExceeded) {
 			return 0, err
 		}
 		anew := t.nft.NewTransaction()
