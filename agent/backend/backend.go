@@ -7,7 +7,7 @@
 //     (mdlayher/netlink: google/nftables does not say when a change has interrupted a dump, nor which table the elements of an
 //     event belong to).
 //   - iptables-restore and iptables-save make and read the rules of package iptables, one transaction for each table.
-//     coreos/go-iptables has no transactions: it finds the version, and which kind of iptables kubelet uses.
+//     coreos/go-iptables has no transactions: it finds the version.
 //   - ctnetlink (vishvananda/netlink/nl) deletes flows in package conntrack. Its conntrack functions cannot have the kernel
 //     filter a dump.
 package backend
@@ -20,6 +20,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Names, as in --backend. Auto takes nftables where it can be used, else iptables.
@@ -68,35 +69,37 @@ type backend interface {
 	Exists(ctx context.Context) (bool, error)
 }
 
-// Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used.
+// Select makes the backend of this name for the agent called agentName. Trial loads decide what can be used: one that fails for a reason
+// that may pass is made again.
 func Select(ctx context.Context, name, agentName string) (*Selected, error) {
 	if name != Auto && name != NFTables && name != IPTables {
 		return nil, fmt.Errorf("backend %q is not allowed; allowed: %s, %s, %s", name, Auto, NFTables, IPTables)
 	}
 	var noZones error
-	nft, unusable := nftables.New(agentName)
+	var nft *nftables.Backend
+	unusable := program.Retry(ctx, func() (err error) { nft, err = nftables.New(agentName); return err })
 	var leftovers []backend
 	if nft != nil {
 		leftovers = append(leftovers, nft)
 	}
 	if name != IPTables {
 		if unusable == nil {
-			noZones, unusable = nft.Trial(ctx)
+			unusable = program.Retry(ctx, func() (err error) { noZones, err = nft.Trial(ctx); return err })
 		}
 		if unusable == nil {
-			others, unread := otherIPTables(agentName, nil)
+			others, unread := otherIPTables(ctx, agentName, nil)
 			return &Selected{backend: nft, NoZones: noZones, leftovers: others, Unread: unread}, nil
 		}
 		if name == NFTables {
 			return nil, fmt.Errorf("backend nftables: %w", unusable)
 		}
 	}
-	variant, err := iptables.InUse()
+	variant, err := iptables.InUse(ctx)
 	if err == nil {
 		ipt := iptables.New(agentName, variant)
 		var version string
-		if version, noZones, err = ipt.Trial(ctx); err == nil {
-			others, unread := otherIPTables(agentName, &variant)
+		if err = program.Retry(ctx, func() (err error) { version, noZones, err = ipt.Trial(ctx); return err }); err == nil {
+			others, unread := otherIPTables(ctx, agentName, &variant)
 			s := &Selected{backend: ipt, NoZones: noZones, Reason: version + ", " + variant.Reason, leftovers: append(others, leftovers...), Unread: unread}
 			if name == Auto {
 				s.Fallback = fmt.Sprintf("nftables cannot be used: %v", unusable)
@@ -117,7 +120,9 @@ func (s *Selected) Sync(ctx context.Context, p *plan.Plan) error {
 	if degraded := new(nftables.DegradedError); err != nil && !errors.As(err, &degraded) {
 		return err
 	}
-	if err := s.removeLeftovers(ctx); err != nil {
+	// A sync gives up after a second where the xtables lock is held. Remove waits for longer.
+	nothing := func(b backend) error { return b.Sync(ctx, &plan.Plan{}) }
+	if err := s.removeLeftovers(ctx, nothing); err != nil {
 		return &LeftoverError{err}
 	}
 	s.leftovers = nil
@@ -133,14 +138,12 @@ func (e *LeftoverError) Unwrap() error { return e.err }
 // InPlace says that the rules of the plan are in the kernel.
 func (e *LeftoverError) InPlace() bool { return true }
 
-// Watch calls changed after each change of our rules, until ctx ends. The kernel reports only those of nftables; Verify
-// compares the rules of iptables.
-func (s *Selected) Watch(ctx context.Context, changed func()) error {
+// Watch calls changed after each change of our rules, and whenever they may have changed unseen, until ctx ends. It reports errors, and
+// goes on. The kernel reports only changes of nftables; Verify compares the rules of iptables.
+func (s *Selected) Watch(ctx context.Context, changed func(), report func(error)) {
 	if nft, ok := s.backend.(*nftables.Backend); ok {
-		return nft.Watch(ctx, changed)
+		nft.Watch(ctx, changed, report)
 	}
-	<-ctx.Done()
-	return nil
 }
 
 // Exists reports whether any rule of the agent is there, whichever backend it is of.
@@ -158,15 +161,15 @@ func (s *Selected) Exists(ctx context.Context) (bool, error) {
 
 // Remove takes the rules of the agent out, whichever backend they are of.
 func (s *Selected) Remove(ctx context.Context) error {
-	return errors.Join(s.backend.Remove(ctx), s.removeLeftovers(ctx))
+	return errors.Join(s.backend.Remove(ctx), s.removeLeftovers(ctx, func(b backend) error { return b.Remove(ctx) }))
 }
 
-func (s *Selected) removeLeftovers(ctx context.Context) error {
+func (s *Selected) removeLeftovers(ctx context.Context, remove func(backend) error) error {
 	var err error
 	for _, other := range s.leftovers {
 		exists, otherErr := other.Exists(ctx)
 		if exists {
-			otherErr = other.Remove(ctx)
+			otherErr = remove(other)
 		}
 		if otherErr != nil {
 			err = errors.Join(err, fmt.Errorf("rules left behind by backend %s: %w", other.Name(), otherErr))
@@ -176,12 +179,12 @@ func (s *Selected) removeLeftovers(ctx context.Context) error {
 }
 
 // otherIPTables are the kinds of iptables that are not in use: one for each kind.
-func otherIPTables(agentName string, inUse *iptables.Variant) (others []backend, unread string) {
+func otherIPTables(ctx context.Context, agentName string, inUse *iptables.Variant) (others []backend, unread string) {
 	seen := map[bool]bool{}
 	if inUse != nil {
 		seen[inUse.Legacy] = true
 	}
-	for _, v := range iptables.Variants() {
+	for _, v := range iptables.Variants(ctx) {
 		if seen[v.Legacy] {
 			continue
 		}
@@ -199,7 +202,7 @@ func otherIPTables(agentName string, inUse *iptables.Variant) (others []backend,
 func Leftovers(ctx context.Context, inUse, agentName string) (names []string, unread string, err error) {
 	var others []backend
 	if inUse == NFTables {
-		others, unread = otherIPTables(agentName, nil)
+		others, unread = otherIPTables(ctx, agentName, nil)
 	} else if nft, err := nftables.New(agentName); err == nil {
 		others = append(others, nft)
 	} else {

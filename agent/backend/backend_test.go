@@ -104,7 +104,7 @@ func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
 	inIPTablesNamespace(t)
 	p := planOf("169.254.210.210", "fd00:a::1")
 	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
-	variant, err := iptables.InUse()
+	variant, err := iptables.InUse(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,6 +136,79 @@ func TestSelectLeftoversDoNotStandInTheWay(t *testing.T) {
 	}
 	if hasChains(t, "-nft") {
 		t.Error("the leftovers are still there")
+	}
+}
+
+// TestLeftoversBehindAHeldLock: while another program holds the xtables lock, a sync waits for it for a second in all, since the agent's loop
+// waits too. The end of the agent has more time.
+func TestLeftoversBehindAHeldLock(t *testing.T) {
+	inIPTablesNamespace(t)
+	p := planOf("169.254.210.210", "fd00:a::1")
+	leave := func() {
+		t.Helper()
+		if err := iptables.New(testAgent, legacyVariant(t)).Sync(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	leave()
+	tools, calls := t.TempDir(), filepath.Join(t.TempDir(), "calls")
+	for _, command := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
+		standIn(t, tools, command, `echo "$*" >>`+calls+"\n"+`exec $real "$@"`)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	backend, err := Select(t.Context(), NFTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.OpenFile(os.Getenv("XTABLES_LOCKFILE"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	called := func() string {
+		t.Helper()
+		out, err := os.ReadFile(calls)
+		if err = errors.Join(err, os.Remove(calls)); err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}
+	var left *LeftoverError
+	if err := backend.Sync(t.Context(), p); !errors.As(err, &left) || !strings.Contains(err.Error(), "holds the xtables lock") {
+		t.Errorf("sync: %v, want an error that names the lock", err)
+	}
+	if got, want := called(), "--noflush --wait 1\n"; got != want {
+		t.Errorf("restored by %q, want %q", got, want)
+	}
+	if err := errors.Join(lock.Close(), backend.Sync(t.Context(), p)); err != nil || hasChains(t, "-legacy") {
+		t.Errorf("the lock is free: %v", err)
+	}
+	called()
+
+	leave()
+	called()
+	if backend, err = Select(t.Context(), NFTables, testAgent); err != nil {
+		t.Fatal(err)
+	}
+	if err := backend.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got, want := called(), strings.Repeat("--noflush --wait 10\n", 2); got != want {
+		t.Errorf("removed by %q, want %q", got, want)
+	}
+}
+
+// standIn puts a script called as a command into a directory; $real is the command.
+func standIn(t *testing.T, directory, command, script string) {
+	t.Helper()
+	path, err := exec.LookPath(command)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(directory, command), []byte("#!/bin/sh\nreal="+path+"\n"+script+"\n"), 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -216,7 +289,7 @@ func TestLeftoversThatCannotBeRead(t *testing.T) {
 
 func legacyVariant(t *testing.T) iptables.Variant {
 	t.Helper()
-	for _, v := range iptables.Variants() {
+	for _, v := range iptables.Variants(t.Context()) {
 		if v.Legacy {
 			return v
 		}
@@ -237,5 +310,67 @@ func dropNetRaw(t *testing.T) {
 	data[0].Permitted &^= 1 << unix.CAP_NET_RAW
 	if err := errors.Join(unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0), unix.Capset(&header, &data[0])); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestSelectTriesAgain: a trial that fails for a reason that may pass is made again. It decides neither on the backend nor on zones.
+func TestSelectTriesAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name, backend, command, fails string // fails: a pattern of arguments and input
+		want                          string
+	}{
+		{"the first runs of nft", Auto, "nft", `*" -f "*`, NFTables},
+		{"a trial with zones", Auto, "nft", `*zone\ set*`, NFTables},
+		{"the table raw", IPTables, "iptables-nft-restore", `*\*raw*`, IPTables},
+		{"the look for kubelet's chain", IPTables, "iptables-legacy", `*-S\ KUBE-*`, IPTables},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inIPTablesNamespace(t)
+			kind := "iptables-nft"
+			if tt.command == "iptables-legacy" {
+				kind = tt.command
+			}
+			nodetest.Run(t, kind, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+			tools, failures := t.TempDir(), filepath.Join(t.TempDir(), "failures")
+			standIn(t, tools, tt.command, `input=$(cat)
+case " $* $input" in `+tt.fails+`)
+	echo once >>`+failures+`
+	if [ $(wc -l <`+failures+`) -le 2 ]; then
+		echo "Error: Could not process rule: Device or resource busy" >&2
+		exit 4
+	fi ;;
+esac
+printf '%s\n' "$input" | $real "$@"`)
+			t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+			selected, err := Select(t.Context(), tt.backend, testAgent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if called, err := os.ReadFile(failures); err != nil || strings.Count(string(called), "once") < 3 {
+				t.Errorf("the stand-in was called %q, %v; want two failures and then none", called, err)
+			}
+			if selected.Name() != tt.want || selected.NoZones != nil || selected.Fallback != "" {
+				t.Errorf("%s, no zones: %v, fallback %q", selected.Name(), selected.NoZones, selected.Fallback)
+			}
+			if tt.want == IPTables && !strings.Contains(selected.Reason, "kubelet uses it") {
+				t.Errorf("reason %q", selected.Reason)
+			}
+		})
+	}
+}
+
+// TestSelectNamesWhatItDoesNotKnow: where it cannot be read which iptables kubelet uses, the reason says so.
+func TestSelectNamesWhatItDoesNotKnow(t *testing.T) {
+	inIPTablesNamespace(t)
+	tools := t.TempDir()
+	standIn(t, tools, "iptables-nft", `case "$*" in *-S*) echo "Could not fetch rule set generation id: Permission denied" >&2; exit 4 ;; esac
+exec $real "$@"`)
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	selected, err := Select(t.Context(), IPTables, testAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(selected.Reason, "it is not known which one kubelet uses: ") || !strings.Contains(selected.Reason, "Permission denied") {
+		t.Errorf("reason %q", selected.Reason)
 	}
 }

@@ -2,24 +2,24 @@ package backend
 
 import (
 	"context"
-	"os/exec"
 	"strings"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Tools are the versions of the commands that make rules, as they print them; those that are missing are not named.
 func Tools(ctx context.Context) []string {
 	var found []string
 	for _, command := range []string{"nft", "iptables-nft", "iptables-legacy", "iptables"} {
-		if out, err := exec.CommandContext(ctx, command, "--version").Output(); err == nil {
+		if out, err := program.Output(ctx, program.Timeout, "", command, "--version"); err == nil {
 			name := ""
-			if version := strings.TrimSpace(string(out)); !strings.HasPrefix(version, command+" ") {
+			if version := strings.TrimSpace(out); !strings.HasPrefix(version, command+" ") {
 				name = command + ": "
 			}
-			found = append(found, name+strings.TrimSpace(string(out)))
+			found = append(found, name+strings.TrimSpace(out))
 		}
 	}
 	return found

@@ -17,6 +17,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
@@ -88,39 +89,36 @@ func packets(frontends []plan.Frontend, family plan.Family) (all []ruleset.Packe
 
 // saved is what a save command prints of the table nat, and the members of the sets that its rules match with.
 func saved(ctx context.Context, save string) (rules string, sets map[string][]string, err error) {
-	out, err := exec.CommandContext(ctx, save, "-t", "nat").Output()
-	if exit := new(exec.ExitError); errors.As(err, &exit) {
-		return "", nil, fmt.Errorf("%s: %w: %s", save, err, strings.TrimSpace(string(exit.Stderr)))
-	}
+	rules, err = program.Output(ctx, program.Timeout, "", save, "-t", "nat")
 	if err != nil {
-		return "", nil, err // it names the command
+		return "", nil, err
 	}
 	sets = map[string][]string{}
-	for _, name := range ruleset.ParseIPTables(string(out), nil).Sets() {
-		members, err := exec.CommandContext(ctx, "ipset", "save", name).Output()
+	for _, name := range ruleset.ParseIPTables(rules, nil).Sets() {
+		members, err := program.Output(ctx, program.Timeout, "", "ipset", "save", name)
 		if err != nil {
 			continue // what depends on it is not known
 		}
 		sets[name] = []string{}
-		for line := range strings.Lines(string(members)) { // add NAME MEMBER …
+		for line := range strings.Lines(members) { // add NAME MEMBER …
 			if words := strings.Fields(line); len(words) >= 3 && words[0] == "add" {
 				sets[name] = append(sets[name], words[2])
 			}
 		}
 	}
-	return string(out), sets, nil
+	return rules, sets, nil
 }
 
 // nftRules looks through all tables of nft but those in known and those of agents.
 func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]bool) (found []Rule, err error) {
-	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
+	out, err := program.Output(ctx, program.Timeout, "", "nft", "--json", "--stateless", "list", "ruleset")
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the rules of nftables cannot be read here: nft: %w", err)
+		return nil, fmt.Errorf("the rules of nftables cannot be read here: %w", err)
 	}
-	tables, err := ruleset.ParseNFTables(out)
+	tables, err := ruleset.ParseNFTables([]byte(out))
 	if err != nil {
 		return nil, err
 	}
@@ -159,13 +157,13 @@ func nftRule(r ruleset.NFTRule, texts map[string]string, p ruleset.Packet) Rule 
 
 // nftTexts are all rules as nft writes them, by their place and handle.
 func nftTexts(ctx context.Context) map[string]string {
-	out, err := exec.CommandContext(ctx, "nft", "--stateless", "--handle", "list", "ruleset").Output()
+	out, err := program.Output(ctx, program.Timeout, "", "nft", "--stateless", "--handle", "list", "ruleset")
 	if err != nil {
 		return nil
 	}
 	texts := map[string]string{}
 	table, chain := "", ""
-	for line := range strings.Lines(string(out)) {
+	for line := range strings.Lines(out) {
 		text, handle, ok := strings.Cut(strings.TrimSpace(line), " # handle ")
 		words := strings.Fields(line)
 		switch {

@@ -13,7 +13,7 @@ import (
 // Inspect says in which respects the kernel's chains of an agent differ from a plan, and changes nothing. It sees that there
 // is one jump from each hook and that each frontend leads to its endpoints: not, which clients are served.
 func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []string, err error) {
-	v, err := InUse()
+	v, err := InUse(ctx)
 	if err != nil {
 		return nil, err
 	}

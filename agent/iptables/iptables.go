@@ -3,7 +3,6 @@
 package iptables
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Name is the backend's name as in --backend.
@@ -34,8 +34,8 @@ func New(agentName string, v Variant) *Backend {
 	b := &Backend{Variant: v}
 	for _, family := range plan.Families() {
 		b.families = append(b.families, &chains{
-			generation: nftables.NewGeneration(),
-			family:     family, variant: v, command: v.command(family), agent: agentName, prefix: Prefix(agentName),
+			generation: nftables.NewGeneration(), timeout: program.Timeout,
+			family: family, variant: v, command: v.command(family), agent: agentName, prefix: Prefix(agentName),
 			moved: map[string]time.Time{},
 		})
 	}
@@ -69,7 +69,7 @@ func (b *Backend) Trial(ctx context.Context) (version string, noZones, err error
 	for _, t := range render(&trial, plan.IPv4, f.agent) {
 		err := f.restore(ctx, lockWaitAtEnd, t.write(&listing{}, f.prefix, nil), "--test")
 		switch {
-		case err != nil && t.name == rawTable:
+		case err != nil && t.name == rawTable && !program.Transient(err) && !errors.Is(err, errLocked):
 			noZones = err
 		case err != nil:
 			return version, nil, fmt.Errorf("%s cannot load the rules: %w", version, err)
@@ -153,6 +153,7 @@ type chains struct {
 	command string // iptables-nft, say
 	agent   string
 	prefix  string
+	timeout time.Duration // of each process
 
 	known  bool // false until the first sync, and after a failed one
 	tables []table
@@ -494,7 +495,7 @@ func (f *chains) list(ctx context.Context, tables ...string) (map[string]*listin
 			args = []string{"-t", asked[0]}
 		}
 		var err error
-		if out, err = output(exec.CommandContext(ctx, f.command+"-save", args...)); err != nil {
+		if out, err = program.Output(ctx, f.timeout, "", f.command+"-save", args...); err != nil {
 			return nil, err
 		}
 	}
@@ -516,20 +517,11 @@ func ownFailure(err error) bool {
 	if err == nil {
 		return false
 	}
-	if errors.Is(err, errLocked) || errors.Is(err, exec.ErrNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return true
+	if program.Says(err, syscall.EBUSY) { // of a chain that foreign rules lead to
+		return false
 	}
-	exit := new(exec.ExitError)
-	if errors.As(err, &exit) && !exit.Exited() { // killed
-		return true
-	}
-	// strerror(3) in what iptables and its extensions say
-	for _, cause := range []syscall.Errno{syscall.EPERM, syscall.EACCES, syscall.ENOMEM, syscall.ENOBUFS, syscall.EAGAIN, syscall.EMFILE, syscall.ENFILE} {
-		if strings.Contains(strings.ToLower(err.Error()), strings.ToLower(cause.Error())) {
-			return true
-		}
-	}
-	return false
+	return errors.Is(err, errLocked) || errors.Is(err, exec.ErrNotFound) || errors.Is(err, context.Canceled) ||
+		program.Transient(err) || program.Says(err, syscall.EPERM, syscall.EACCES)
 }
 
 // restore runs iptables-restore, which makes one transaction of each table in the input, in order.
@@ -537,21 +529,15 @@ func (f *chains) restore(ctx context.Context, wait int, input string, flags ...s
 	if input == "" {
 		return nil
 	}
-	command := exec.CommandContext(ctx, f.command+"-restore", append([]string{"--noflush", "--wait", fmt.Sprint(wait)}, flags...)...)
-	command.Stdin = strings.NewReader(input)
-	_, err := output(command)
+	args := append([]string{"--noflush", "--wait", fmt.Sprint(wait)}, flags...)
+	_, err := program.Output(ctx, f.timeout, input, f.command+"-restore", args...)
+	return locked(err)
+}
+
+// locked is errLocked where iptables says so in err, else err.
+func locked(err error) error {
 	if err != nil && strings.Contains(err.Error(), "holding the xtables lock") {
 		return errLocked
 	}
 	return err
-}
-
-// output runs a command and puts what it says for an error into the error.
-func output(command *exec.Cmd) (stdout string, err error) {
-	var out, stderr bytes.Buffer
-	command.Stdout, command.Stderr = &out, &stderr
-	if err := command.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w: %s", strings.Join(command.Args, " "), err, strings.TrimSpace(stderr.String()))
-	}
-	return out.String(), nil
 }

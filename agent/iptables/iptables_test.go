@@ -1,6 +1,8 @@
 package iptables
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -17,6 +19,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // inIPTablesNamespace is a network namespace without the machine's tables lock.
@@ -42,7 +45,7 @@ const testAgent = "kube-system.apm"
 
 func newTestIPTables(t *testing.T, suffix, agentName string) *Backend {
 	t.Helper()
-	variant, err := InUse()
+	variant, err := InUse(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -484,6 +487,34 @@ func TestOwnFailures(t *testing.T) {
 	})
 }
 
+// TestForeignJump: a rule of others that leads to a chain of ours keeps that from being deleted. It is an external modification, and restored.
+func TestForeignJump(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		before, after := plan.Build(cases()["many"]), plan.Build(cases()["one"])
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		f := backend.families[0]
+		nat := func(tables []table) table {
+			return tables[slices.IndexFunc(tables, func(t table) bool { return t.name == "nat" })]
+		}
+		remain := nat(render(&after, f.family, f.agent)).chains
+		chains := slices.Clone(nat(f.tables).chains)
+		gone := slices.IndexFunc(chains, func(c chain) bool {
+			return !slices.ContainsFunc(remain, func(r chain) bool { return r.name == c.name })
+		})
+		if gone < 0 {
+			t.Fatal("no chain goes")
+		}
+		nodetest.Run(t, "iptables"+suffix, "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1", "-j", chains[gone].name)
+		mustSync(t, backend, &after)
+		differs, err := backend.Verify(t.Context())
+		if err != nil || len(differs) != 1 || !strings.Contains(differs[0], "found when an endpoint changed: ") {
+			t.Errorf("externally modified: %q, %v", differs, err)
+		}
+		wantIntact(t, backend)
+	})
+}
+
 // TestExistsWithoutRawSockets: rules of others that match by ipset, as Cilium's do, keep iptables-nft-save from all rules where the
 // process has no CAP_NET_RAW, as the agent's container. Whether there are chains of ours is known all the same.
 func TestExistsWithoutRawSockets(t *testing.T) {
@@ -508,4 +539,31 @@ func TestExistsWithoutRawSockets(t *testing.T) {
 	want("chains of another agent", false)
 	nodetest.Run(t, "iptables-nft", "-t", "mangle", "-N", Prefix(testAgent)+"pods")
 	want("a chain of ours", true)
+}
+
+// TestHungProcess: an iptables-restore or -save that does not end is killed, and is an error that names it. No rule was externally modified,
+// and the next sync makes it good.
+func TestHungProcess(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, suffix string) {
+		before, after := moved()
+		backend := newTestIPTables(t, suffix, testAgent)
+		mustSync(t, backend, &before)
+		for _, command := range []string{"-restore", "-save"} {
+			back := instead(t, "iptables"+suffix+command, "sleep 600")
+			for _, f := range backend.families {
+				f.timeout = 100 * time.Millisecond
+			}
+			err := backend.Sync(t.Context(), &after)
+			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "iptables"+suffix+command) {
+				t.Errorf("%s hangs: %v", command, err)
+			}
+			back()
+			for _, f := range backend.families {
+				f.timeout = program.Timeout
+			}
+			mustSync(t, backend, &after)
+			wantIntact(t, backend)
+			mustSync(t, backend, &before)
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,10 +9,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Variant is one of the two kinds of rules that iptables commands edit.
@@ -32,15 +33,15 @@ func (v Variant) command(family plan.Family) string {
 }
 
 // Variants are those whose commands are there, the default one last.
-func Variants() []Variant {
+func Variants(ctx context.Context) []Variant {
 	var found []Variant
 	for _, v := range []Variant{{suffix: "-nft"}, {suffix: "-legacy", Legacy: true}} {
 		if present("iptables" + v.suffix) {
 			found = append(found, v)
 		}
 	}
-	if out, err := output(exec.Command("iptables", "--version")); err == nil {
-		found = append(found, Variant{Legacy: !strings.Contains(out, "(nf_tables)")})
+	if version, err := outputAgain(ctx, "iptables", "--version"); err == nil {
+		found = append(found, Variant{Legacy: !strings.Contains(version, "(nf_tables)")})
 	}
 	return found
 }
@@ -65,23 +66,26 @@ func (v Variant) Unreadable() string {
 
 // InUse is the variant that kubelet uses on this node: rules in the other one would come before
 // or after kube-proxy's whatever the order of the jumps. kubelet makes a chain for others to tell it by
-// (KUBE-IPTABLES-HINT, KEP-3178); older ones have a canary. A node without either uses the default.
-func InUse() (Variant, error) {
-	found := Variants()
+// (KUBE-IPTABLES-HINT, KEP-3178); older ones have a canary. A node without either uses the default. So does one where a variant cannot
+// be read, and the reason says so.
+func InUse(ctx context.Context) (Variant, error) {
+	found := Variants(ctx)
+	var unread error
 	for _, v := range found {
 		for _, family := range plan.Families() {
 			command := v.command(family)
 			if !present(command) || v.Legacy && !LegacyTable(family, "mangle") {
 				continue
 			}
-			tool, err := iptables.New(iptables.Path(command), iptables.Timeout(lockWaitAtEnd))
-			if err != nil {
-				return v, fmt.Errorf("%s: %w", command, err)
-			}
 			for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-				if exists, err := tool.ChainExists("mangle", chain); err == nil && exists {
+				exists, err := chainExists(ctx, command, chain)
+				if exists {
 					v.Reason = "kubelet uses it: chain " + chain + " is there"
 					return v, nil
+				}
+				if err != nil {
+					unread = err
+					break // the lock is waited for each time
 				}
 			}
 		}
@@ -91,7 +95,29 @@ func InUse() (Variant, error) {
 	}
 	v := found[len(found)-1]
 	v.Reason = "kubelet has left no hint"
+	if unread != nil {
+		v.Reason = "it is not known which one kubelet uses: " + unread.Error()
+	}
 	return v, nil
+}
+
+// chainExists reports whether the table mangle has a chain. iptables exits with 1 where it has none, and with another status where it
+// cannot say.
+func chainExists(ctx context.Context, command, chain string) (bool, error) {
+	_, err := outputAgain(ctx, command, "--wait", fmt.Sprint(lockWaitAtEnd), "-t", "mangle", "-S", chain, "1")
+	if exit := new(exec.ExitError); errors.As(err, &exit) && exit.ExitCode() == 1 {
+		return false, nil
+	}
+	return err == nil, locked(err)
+}
+
+// outputAgain is what a program prints. Where it fails for a reason that may pass, it is run again.
+func outputAgain(ctx context.Context, name string, args ...string) (out string, err error) {
+	err = program.Retry(ctx, func() (err error) {
+		out, err = program.Output(ctx, program.Timeout, "", name, args...)
+		return err
+	})
+	return out, err
 }
 
 func present(command string) bool {

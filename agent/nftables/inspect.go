@@ -23,15 +23,20 @@ func Inspect(agentName string, p *plan.Plan) (differs []string, err error) {
 func inspectTable(family plan.Family, name string, p *plan.Plan) ([]string, error) {
 	var r reader
 	wanted := render(p, family)
-	there, err := r.listTable(family, name, wanted.sets)
+	differs := func(there *listing) []string {
+		return inspectListing(there, wanted, fmt.Sprintf("table %s %s", family, name))
+	}
+	there, err := listAgain(func() (*listing, error) { return r.listTable(family, name, wanted.sets) }, func(l *listing) bool { return len(differs(l)) == 0 })
 	if err != nil {
 		return nil, err
 	}
-	table := fmt.Sprintf("table %s %s", family, name)
+	return differs(there), nil
+}
+
+func inspectListing(there *listing, wanted ruleset, table string) (differs []string) {
 	if !there.exists {
-		return []string{table + " is missing"}, nil
+		return []string{table + " is missing"}
 	}
-	var differs []string
 	for _, c := range wanted.chains {
 		if c.hook == "" {
 			continue
@@ -42,7 +47,7 @@ func inspectTable(family plan.Family, name string, p *plan.Plan) ([]string, erro
 	}
 	// The rest of the data follows from what is not known here.
 	known := []string{"addresses", "destinations", "spreads"}
-	wanted.sets = slices.DeleteFunc(wanted.sets, func(s set) bool { return !slices.Contains(known, s.name) })
+	wanted.sets = slices.DeleteFunc(slices.Clone(wanted.sets), func(s set) bool { return !slices.Contains(known, s.name) })
 	for _, s := range wanted.sets {
 		if there.elements[s.name] == nil {
 			differs = append(differs, fmt.Sprintf("%s: %s %s is missing", table, s.kind(), s.name))
@@ -51,5 +56,5 @@ func inspectTable(family plan.Family, name string, p *plan.Plan) ([]string, erro
 	for _, difference := range there.differs(&wanted, there.structure) {
 		differs = append(differs, table+": "+difference)
 	}
-	return differs, nil
+	return differs
 }

@@ -177,6 +177,20 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
+// TestSetOfAnotherType: a table with a set of the same name and another type is made anew, in one transaction.
+func TestSetOfAnotherType(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	nodetest.Run(t, "nft", "add table ip magic-ip-a; add set ip magic-ip-a addresses { type ifname; elements = { eth0 }; }; add chain ip magic-ip-a old")
+	backend := newBackend(t, "a")
+	if err := backend.Sync(t.Context(), oneEndpoint("10.0.0.2:1")); err != nil {
+		t.Fatal(err)
+	}
+	nodetest.Run(t, "nft", "add table ip unrelated")
+	if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+		t.Errorf("%v, %v", differs, err)
+	}
+}
+
 // TestHoldEndsInKernel: the kernel removes what is held when its time is over, with nobody there; another hold of the same
 // frontend begins anew, whether the last one is over or not.
 func TestHoldEndsInKernel(t *testing.T) {
@@ -318,7 +332,7 @@ func TestModifiedBy(t *testing.T) {
 	backend := newBackend(t, "a")
 	changed := make(chan struct{}, 100)
 	ctx, cancel := context.WithCancel(t.Context())
-	watching := make(chan error, 1)
+	watching := make(chan error, 2)
 	namespace, err := netns.Get()
 	if err != nil {
 		t.Fatal(err)
@@ -329,7 +343,8 @@ func TestModifiedBy(t *testing.T) {
 			watching <- err
 			return
 		}
-		watching <- backend.Watch(ctx, func() { changed <- struct{}{} })
+		backend.Watch(ctx, func() { changed <- struct{}{} }, func(err error) { watching <- err })
+		watching <- nil
 	}()
 	defer func() {
 		cancel()

@@ -111,11 +111,14 @@ func (r *reader) listTable(family plan.Family, name string, known []set) (*listi
 // iptables-nft-save cannot: that loads the library of each match, and the one of ipset wants a raw socket (CAP_NET_RAW).
 func HasChain(family plan.Family, table, prefix string) (bool, error) {
 	var r reader
-	l, err := r.listTable(family, table, nil)
+	has := func(l *listing) bool {
+		return slices.ContainsFunc(l.objects, func(o object) bool { return o.kind == "chain" && strings.HasPrefix(o.name, prefix) })
+	}
+	l, err := listAgain(func() (*listing, error) { return r.listTable(family, table, nil) }, has)
 	if err != nil {
 		return false, err
 	}
-	return slices.ContainsFunc(l.objects, func(o object) bool { return o.kind == "chain" && strings.HasPrefix(o.name, prefix) }), nil
+	return has(l), nil
 }
 
 // Attributes that x/sys does not name.

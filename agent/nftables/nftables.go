@@ -14,10 +14,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"sigs.k8s.io/knftables"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 )
 
 // Name is the backend's name as in --backend.
@@ -49,7 +51,7 @@ func New(agentName string) (*Backend, error) {
 			return nil, err
 		}
 		b.tables = append(b.tables, &table{
-			family: family, name: name, nft: nft, generation: NewGeneration(),
+			family: family, name: name, nft: bounded{nft, program.Timeout}, generation: NewGeneration(),
 			list:     func(known []set) (*listing, error) { return r.listTable(family, name, known) },
 			elements: func(changes []setChange) error { return elements.apply(family, name, changes) },
 			counters: func(s set) ([]element, error) { return r.listCounters(family, name, s) },
@@ -59,6 +61,22 @@ func New(agentName string) (*Backend, error) {
 		t.siblings = b.tables
 	}
 	return b, nil
+}
+
+// bounded kills an nft process that does not end within timeout.
+type bounded struct {
+	knftables.Interface
+	timeout time.Duration
+}
+
+// Run is part of knftables.Interface.
+func (b bounded) Run(ctx context.Context, tx *knftables.Transaction) error {
+	return program.Within(ctx, b.timeout, func(ctx context.Context) error { return b.Interface.Run(ctx, tx) })
+}
+
+// Check is part of knftables.Interface.
+func (b bounded) Check(ctx context.Context, tx *knftables.Transaction) error {
+	return program.Within(ctx, b.timeout, func(ctx context.Context) error { return b.Interface.Check(ctx, tx) })
 }
 
 // Trial says why nft or the kernel cannot do what the rules need; nil where they can. noZones is why UDP flows cannot be put into zones
@@ -71,11 +89,11 @@ func (b *Backend) Trial(ctx context.Context) (noZones, err error) {
 		}}})
 		tx := b.tables[0].nft.NewTransaction()
 		rules := render(&p, plan.IPv4)
-		rules.write(tx)
+		rules.replace(tx) // what is in the table decides nothing
 		return b.tables[0].nft.Check(ctx, tx)
 	}
-	if noZones = trial(true); noZones == nil {
-		return nil, nil
+	if noZones = trial(true); noZones == nil || program.Transient(noZones) {
+		return nil, noZones
 	}
 	if err := trial(false); err != nil {
 		return nil, fmt.Errorf("nft or the kernel cannot load the rules (Linux 5.9 and nft 1.0.1 are the least): %w", err)
@@ -161,17 +179,18 @@ func (b *Backend) Exists(context.Context) (bool, error) {
 	return false, nil
 }
 
-// Watch calls changed after each change of our tables, until ctx ends.
-func (b *Backend) Watch(ctx context.Context, changed func()) error {
+// Watch calls changed after each change of our tables, until ctx ends, and whenever it has subscribed or has lost events: they may have
+// changed then. An error does not end it: Watch reports the error and subscribes again.
+func (b *Backend) Watch(ctx context.Context, changed func(), report func(error)) {
 	self := ownProcess()
-	return watchTable(ctx, b.tables[0].name, func(process string) {
+	keepWatching(ctx, subscribe, b.tables[0].name, func(process string) {
 		b.mu.Lock()
 		if process != "" && process != self && !slices.Contains(b.processes, process) {
 			b.processes = append(b.processes, process)
 		}
 		b.mu.Unlock()
 		changed()
-	})
+	}, report)
 }
 
 // ownProcess is this process's name as the kernel has it.

@@ -91,12 +91,23 @@ func externallyModified(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || knftables.IsNotFound(err) || knftables.IsAlreadyExists(err)
 }
 
+// errInterrupted: what a table lacks by its listings may be there all the same.
+var errInterrupted = errors.New("rules of the node change so often that the table cannot be listed")
+
+// listAgain lists a table again, up to five times, while a change has interrupted the listing, be it one of another table, and not all that
+// is looked for is in it.
+func listAgain(list func() (*listing, error), complete func(*listing) bool) (*listing, error) {
+	for attempt := 1; ; attempt++ {
+		listed, err := list()
+		if err != nil || !listed.interrupted || complete(listed) || attempt == 5 {
+			return listed, err
+		}
+	}
+}
+
 // change does d in one transaction: by netlink where only elements change, and by nft where netlink fails or chains change.
 func (t *table) change(ctx context.Context, d diff) error {
-	before, err := t.generation()
-	if err != nil {
-		return err
-	}
+	before, errGeneration := t.generation()
 	kept := t.keptCounts(&d)
 	byNFT := t.elements == nil || len(d.chains)+len(d.gone) > 0
 	var errNetlink error
@@ -126,13 +137,16 @@ func (t *table) change(ctx context.Context, d diff) error {
 			return err
 		}
 	}
-	t.advance(before, 1)
+	if errGeneration == nil { // else the next verify lists the table
+		t.advance(before, 1)
+	}
 	return nil
 }
 
 // rememberChains takes down how the kernel encodes chains that have just been changed.
 func (t *table) rememberChains(d diff) error {
-	listed, err := t.list(nil)
+	wanted := ruleset{chains: d.chains}
+	listed, err := listAgain(func() (*listing, error) { return t.list(nil) }, func(l *listing) bool { return len(l.lacks(&wanted)) == 0 })
 	if err != nil {
 		return err
 	}
@@ -140,8 +154,12 @@ func (t *table) rememberChains(d diff) error {
 		delete(t.structure, "chain "+c.name)
 		delete(t.structure, "rules "+c.name)
 	}
-	if missing := listed.lacks(&ruleset{chains: d.chains}); len(missing) > 0 {
-		return fmt.Errorf("not as loaded: %s: %w", strings.Join(missing, "; "), unix.ENOENT)
+	if missing := listed.lacks(&wanted); len(missing) > 0 {
+		err := fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
+		if listed.interrupted {
+			return fmt.Errorf("%w: %w", errInterrupted, err)
+		}
+		return fmt.Errorf("%w: %w", err, unix.ENOENT)
 	}
 	for _, c := range d.chains {
 		for _, kind := range []string{"chain ", "rules "} {
@@ -178,6 +196,7 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 		return err
 	}
 	t.counted = kept
+	unlisted := errors.New("the table is externally modified while it is loaded")
 	var last *listing
 	for range 5 {
 		began, err := t.generation()
@@ -189,7 +208,12 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 			return err
 		}
 		if missing := append(listed.lacks(&wanted), listed.differs(&wanted, listed.structure)...); len(missing) > 0 {
-			return fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
+			err := fmt.Errorf("not as loaded: %s", strings.Join(missing, "; "))
+			if !listed.interrupted {
+				return err
+			}
+			unlisted = fmt.Errorf("%w: %w", errInterrupted, err)
+			continue
 		}
 		now, err := t.generation()
 		if err != nil {
@@ -206,12 +230,13 @@ func (t *table) loadAndRemember(ctx context.Context, p *plan.Plan) error {
 		}
 		last = listed
 	}
-	return errors.New("the table is externally modified while it is loaded")
+	return unlisted
 }
 
 // load puts all of wanted in place of whatever is there, in so many transactions.
 func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32, err error) {
-	there, err := t.list(nil)
+	complete := func(*listing) bool { return false } // what it may lack would not be deleted
+	there, err := listAgain(func() (*listing, error) { return t.list(nil) }, complete)
 	if err != nil {
 		return 0, err
 	}
@@ -219,11 +244,16 @@ func (t *table) load(ctx context.Context, wanted *ruleset) (transactions uint32,
 	wanted.write(tx)
 	if err := t.nft.Run(ctx, tx); err != nil {
 		// Another version may have made a set of the same name with another type. Then the table has to be deleted first,
-		// which can reject a packet that is just on its way.
-		if !there.exists || t.remove(ctx) != nil || t.nft.Run(ctx, tx) != nil {
+		// which can reject a packet that is just on its way. Where that fails too, the table stays as it is.
+		if !there.exists || errors.Is(err, context.DeadlineExceeded) {
 			return 0, err
 		}
-		return 2, nil
+		anew := t.nft.NewTransaction()
+		wanted.replace(anew)
+		if t.nft.Run(ctx, anew) != nil {
+			return 0, err
+		}
+		return 1, nil
 	}
 	tx = t.nft.NewTransaction()
 	wanted.prune(tx, there.objects)

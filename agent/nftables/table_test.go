@@ -4,7 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -189,4 +194,143 @@ func TestBesideABusyWriter(t *testing.T) {
 		t.Errorf("%d transactions by nft, want the one that loads the table", nft.runs)
 	}
 	t.Logf("loaded and changed in %v", time.Since(began))
+}
+
+// interruptedListings has the kernel skip a chain in so many of the next listings of a table, as it does where another program deletes a
+// chain during a dump (it does not filter chains by table). It says in each that rules have changed meanwhile.
+func interruptedListings(ip *table, chain string, count *int) {
+	list := ip.list
+	ip.list = func(known []set) (*listing, error) {
+		l, err := list(known)
+		if err != nil || *count == 0 || !l.exists {
+			return l, err
+		}
+		*count--
+		l.interrupted = true
+		l.objects = slices.DeleteFunc(l.objects, func(o object) bool { return strings.HasPrefix(o.name, chain) })
+		maps.DeleteFunc(l.structure, func(name, _ string) bool { return strings.HasPrefix(name, "chain "+chain) })
+		return l, nil
+	}
+}
+
+// TestInterruptedListing: a chain that an interrupted listing lacks is looked for again. Nothing is loaded again because of it, and nobody
+// is said to have modified the table.
+func TestInterruptedListing(t *testing.T) {
+	spread := func(endpoints ...string) *plan.Plan {
+		s := plan.Service{Frontend: frontend("169.254.210.210", plan.TCP, 80)}
+		for _, e := range endpoints {
+			s.Endpoints = append(s.Endpoints, netip.MustParseAddrPort(e))
+		}
+		p := plan.Build(plan.Input{Services: []plan.Service{s}})
+		return &p
+	}
+	nodetest.Namespace(t, "link set lo up")
+	backend := newBackend(t, "a")
+	ip := backend.tables[0]
+	nft := &countingNFT{Interface: ip.nft}
+	ip.nft = nft
+	interrupted := 0
+	interruptedListings(ip, "spread-", &interrupted)
+	sync := func(what string, interruptions, transactions int, p *plan.Plan) {
+		t.Helper()
+		interrupted, nft.runs = interruptions, 0
+		if err := backend.Sync(t.Context(), p); err != nil || nft.runs != transactions || interrupted != 0 {
+			t.Errorf("%s: %v, %d transactions instead of %d, %d interruptions were not met", what, err, nft.runs, transactions, interrupted)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("%s: verify says %v, %v", what, differs, err)
+		}
+	}
+	sync("the first load", 0, 1, spread("10.0.0.2:1"))
+	sync("a chain is added", 4, 1, spread("10.0.0.2:1", "10.0.0.3:1"))
+	sync("a chain is changed", 1, 1, spread("10.0.0.2:1", "10.0.0.3:1", "10.0.0.4:1"))
+
+	// A load lists what is there before it, and what it has loaded after it.
+	ip.known = false
+	sync("a load", 3, 1, spread("10.0.0.2:1", "10.0.0.3:1"))
+	ip.known = false
+	nodetest.Run(t, "nft", "add chain ip magic-ip-a spread-left")
+	sync("a load that deletes a chain", 1, 2, spread("10.0.0.2:1", "10.0.0.3:1"))
+
+	// No listing has the chain: that may be so for as long as others go on.
+	interrupted = 5
+	if err := backend.Sync(t.Context(), spread("10.0.0.2:1", "10.0.0.4:1")); !errors.Is(err, errInterrupted) {
+		t.Errorf("interrupted for too long: %v", err)
+	}
+	sync("and then not", 0, 1, spread("10.0.0.2:1", "10.0.0.4:1"))
+}
+
+// TestUnreadGeneration: an endpoint is changed although the generation cannot be read, and without a load of the whole table.
+func TestUnreadGeneration(t *testing.T) {
+	fake := NewFake("a")
+	ip := fake.Backend.tables[0]
+	if err := fake.Sync(t.Context(), oneEndpoint("10.0.0.2:1")); err != nil {
+		t.Fatal(err)
+	}
+	generation, failing := ip.generation, true
+	ip.generation = func() (uint32, error) {
+		if failing {
+			return 0, unix.ENOBUFS
+		}
+		return generation()
+	}
+	lists, list := 0, ip.list
+	ip.list = func(known []set) (*listing, error) { lists++; return list(known) }
+	err := fake.Sync(t.Context(), oneEndpoint("10.0.0.3:1"))
+	if err != nil || lists > 0 || !strings.Contains(fake.Dump(), "10.0.0.3") {
+		t.Errorf("sync: %v, listed %d times:\n%s", err, lists, fake.Dump())
+	}
+	failing = false
+	if differs, err := fake.Verify(t.Context()); len(differs) > 0 || err != nil || lists != 1 {
+		t.Errorf("verify: %v, %v, listed %d times; want once, since it is not known what has changed", differs, err, lists)
+	}
+}
+
+// TestHungProcess: an nft process that does not end is killed, and is an error that says so. Nobody has modified the table, which stays.
+func TestHungProcess(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	real, err := exec.LookPath("nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tools := t.TempDir()
+	hangs := filepath.Join(tools, "hangs") // while it is there, whatever adds rules does
+	script := fmt.Sprintf("#!/bin/sh\ninput=$(cat)\ncase $input in *add\\ rule*) [ -e %s ] && exec sleep 600 ;; esac\nprintf '%%s\\n' \"$input\" | %s \"$@\"\n", hangs, real)
+	if err := os.WriteFile(filepath.Join(tools, "nft"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	backend := newBackend(t, "a")
+	ip := backend.tables[0]
+	patient := ip.nft.(bounded)
+	one, many := oneEndpoint("10.0.0.2:1"), plan.Build(plan.Input{Services: []plan.Service{{
+		Frontend:  frontend("169.254.210.210", plan.TCP, 80),
+		Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:1"), netip.MustParseAddrPort("10.0.0.3:1")},
+	}}})
+	if err := backend.Sync(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	for _, known := range []bool{true, false} { // a change, and a load
+		ip.known = known
+		if err := os.WriteFile(hangs, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ip.nft = bounded{patient.Interface, time.Second}
+		if err := backend.Sync(t.Context(), &many); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("known %t: %v", known, err)
+		}
+		if err := os.Remove(hangs); err != nil {
+			t.Fatal(err)
+		}
+		ip.nft = patient
+		if rules := nodetest.Run(t, "nft", "list", "table", "ip", "magic-ip-a"); !strings.Contains(rules, "10.0.0.2 . 1") {
+			t.Errorf("known %t: the rules are gone:\n%s", known, rules)
+		}
+		if differs, err := backend.Verify(t.Context()); len(differs) > 0 || err != nil {
+			t.Errorf("known %t: verify says %v, %v", known, differs, err)
+		}
+		if err := errors.Join(backend.Sync(t.Context(), &many), backend.Sync(t.Context(), one)); err != nil {
+			t.Errorf("known %t: and then: %v", known, err)
+		}
+	}
 }

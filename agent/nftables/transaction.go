@@ -49,6 +49,13 @@ func (rs *ruleset) write(tx *knftables.Transaction) {
 	}
 }
 
+// replace is the transaction that deletes the table, where there is one, and makes it anew with rs.
+func (rs *ruleset) replace(tx *knftables.Transaction) {
+	tx.Add(&knftables.Table{})
+	tx.Delete(&knftables.Table{})
+	rs.write(tx)
+}
+
 // prune is the transaction that deletes what rs does not have. It comes after write: nothing refers to these chains and sets
 // any more. Maps go before the chains that their elements lead to.
 func (rs *ruleset) prune(tx *knftables.Transaction, there []object) {

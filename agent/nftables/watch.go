@@ -10,20 +10,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watchTable calls changed whenever anybody has changed a table called name, of any family, until ctx ends (nfnetlink group
-// NFNLGRP_NFTABLES), with the name of the process where the kernel says it. It calls it after lost events too.
-//
-// It reads the events itself: google/nftables does not say which table the elements of an event belong to.
-func watchTable(ctx context.Context, name string, changed func(process string)) error {
+// keepWatching subscribes, and calls changed whenever anybody has changed a table called name, of any family, until ctx ends, with the
+// name of the process where the kernel says it. It calls it after each subscription too, since what changed before went unseen, and after
+// lost events. An error does not end it: it is reported, and the next subscription follows.
+func keepWatching(ctx context.Context, subscribe func() (*netlink.Conn, error), name string, changed func(process string), report func(error)) {
+	const retry = time.Second
+	for {
+		conn, err := subscribe()
+		if err == nil {
+			err = watchTable(ctx, conn, name, changed)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		report(fmt.Errorf("nftables events: %w", err))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retry):
+		}
+	}
+}
+
+// subscribe opens a socket for the events of nftables (nfnetlink group NFNLGRP_NFTABLES) in the network namespace of the calling thread.
+func subscribe() (*netlink.Conn, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return fmt.Errorf("nftables events: %w", err)
+		return nil, err
 	}
-	defer func() { _ = conn.Close() }()
 	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
-		return fmt.Errorf("nftables events: %w", err)
+		return nil, errors.Join(err, conn.Close())
 	}
+	return conn, nil
+}
+
+// watchTable returns when ctx has ended or the connection, which it closes, has failed.
+//
+// It reads the events itself: google/nftables does not say which table the elements of an event belong to.
+func watchTable(ctx context.Context, conn *netlink.Conn, name string, changed func(process string)) error {
+	defer func() { _ = conn.Close() }()
 	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
+	changed("")
 	ours := false // a change of the transaction under way is of our table
 	for {
 		messages, err := conn.Receive()
@@ -36,7 +63,7 @@ func watchTable(ctx context.Context, name string, changed func(process string)) 
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
 		case err != nil:
-			return fmt.Errorf("nftables events: %w", err)
+			return err
 		}
 		for _, message := range messages {
 			switch {

@@ -19,6 +19,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/program"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -84,7 +85,7 @@ func (f *runFlags) run(ctx context.Context) error {
 		return err
 	}
 	if selected.NoZones == nil {
-		selected.NoZones = conntrack.Table{}.Zones()
+		selected.NoZones = program.Retry(ctx, conntrack.Table{}.Zones)
 	}
 	log.Info("starting", "version", version, "name", initial.Name, "node", f.nodeName, "backend", selected.Name(), "reason", selected.Reason, "runtimeDir", f.runtimeDir)
 	options := agent.Options{
@@ -112,7 +113,10 @@ func (f *runFlags) run(ctx context.Context) error {
 				})
 			},
 			func(ctx context.Context, wake func(agent.Source)) error {
-				return selected.Watch(ctx, func() { wake(agent.Rules) })
+				selected.Watch(ctx, func() { wake(agent.Rules) }, func(err error) {
+					log.Error("changes of this agent's rules by others are seen by polling only until the kernel reports them again", "error", err)
+				})
+				return nil
 			},
 		},
 		Log: log,
