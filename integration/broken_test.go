@@ -102,9 +102,9 @@ func brokenNodes() []brokenNode {
 		{name: "FORWARD drops, iptables-legacy", breaks: script("iptables-legacy -P FORWARD DROP"),
 			level: "FAIL", verdict: "iptables-legacy, table filter: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by the policy of FORWARD", probe: "it was dropped"},
 		{name: "FORWARD drops, nftables", breaks: script("nft 'add table inet wall; add chain inet wall forward { type filter hook forward priority 0; policy drop; }'"),
-			level: "FAIL", verdict: "nftables chain inet wall forward drops what it forwards by its policy", probe: "it was dropped"},
+			level: "FAIL", verdict: "filters: nftables chain inet wall forward: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by its policy", probe: "it was dropped"},
 		{name: "another program's filter rejects", breaks: script("nft 'add table inet wall; add chain inet wall forward { type filter hook forward priority 0; }; add rule inet wall forward ip daddr 10.244.3.2 tcp dport 8080 reject with tcp reset'"),
-			level: "FAIL", verdict: "another program's rule in inet wall forward", probe: "another program's rule in inet wall forward"},
+			level: "FAIL", verdict: "filters: nftables chain inet wall forward: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by its rule", probe: "probably because of filters: nftables chain inet wall forward"},
 		{name: "strict rp_filter and an asymmetric route", breaks: func(w *world) {
 			w.run("ip route add " + w.pod4("echo") + "/32 dev eth0")
 			sysctls("ipv4/conf/cni1/rp_filter=1")(w)

@@ -250,12 +250,5 @@ func (e *examination) because(text string, checks ...string) (withCause, next st
 			}
 		}
 	}
-	if len(e.filtersOfOthers) > 0 {
-		names := make([]string, len(e.filtersOfOthers))
-		for i, chain := range e.filtersOfOthers {
-			names[i] = chain.String()
-		}
-		return text + "; probably because of another program's rule in " + strings.Join(names, ", "), e.filtersOfOthers[0].list() + "; kubectl get networkpolicy -A"
-	}
 	return text, "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
 }

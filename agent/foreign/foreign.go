@@ -113,14 +113,10 @@ func saved(ctx context.Context, save string) (rules string, sets map[string][]st
 
 // nftRules looks through all tables of nft but those in known and those of agents.
 func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]bool) (found []Rule, err error) {
-	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
+	tables, err := NFTables(ctx)
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("the rules of nftables cannot be read here: nft: %w", err)
-	}
-	tables, err := ruleset.ParseNFTables(out)
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +135,22 @@ func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]b
 		}
 	}
 	return found, nil
+}
+
+// NFTables are the tables of nftables.
+func NFTables(ctx context.Context) (*ruleset.NFTables, error) {
+	out, err := exec.CommandContext(ctx, "nft", "--json", "--stateless", "list", "ruleset").Output()
+	if err != nil {
+		return nil, fmt.Errorf("the rules of nftables cannot be read here: nft: %w", err)
+	}
+	tables, err := ruleset.ParseNFTables(out)
+	if err != nil {
+		return nil, err
+	}
+	if listing, err := exec.CommandContext(ctx, "nft", "list", "chains").Output(); err == nil { // without it, only links are missing
+		tables.AddDevices(string(listing))
+	}
+	return tables, nil
 }
 
 func nftRule(r ruleset.NFTRule, texts map[string]string, p ruleset.Packet) Rule {

@@ -81,6 +81,12 @@ func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) 
 	return Drop, ends.drop
 }
 
+// harmless are the targets that packets go on from.
+func harmless() []string {
+	return []string{"AUDIT", "CHECKSUM", "CLASSIFY", "CONNMARK", "CONNSECMARK", "DSCP", "ECN", "HL", "HMARK", "IDLETIMER", "LED", "LOG", "MARK", "NFLOG",
+		"RATEEST", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS", "TRACE", "TTL"}
+}
+
 type filter struct {
 	*IPTables
 	packet Packet
@@ -118,9 +124,11 @@ func (f *filter) chain(name string) (all ends) {
 		case "RETURN":
 			all.goesOn = true
 			inner = ends{}
-		case "", "LOG", "MARK", "CONNMARK", "NFLOG", "TCPMSS", "TRACE":
+		case "TPROXY": // a kind of translation
+			inner = ends{accept: true}
 		default:
 			switch _, known := f.policy[m.target]; {
+			case m.target == "" || slices.Contains(harmless(), m.target):
 			case !known: // a target that decides by itself, such as NFQUEUE
 				inner = ends{accept: true, drop: "the rule " + rule.text}
 			default:

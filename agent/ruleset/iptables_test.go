@@ -136,7 +136,7 @@ func FuzzNFTables(f *testing.F) {
 		if t, err := ParseNFTables(printed); err == nil {
 			nothing := func(_, _, _ string) bool { return false }
 			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, nothing)
-			t.Stopping(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, 0, nothing)
+			t.Stopping(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, Hook{Name: "forward", Before: 1}, nothing)
 		}
 	})
 }

@@ -2,6 +2,7 @@ package ruleset
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -49,8 +50,8 @@ func TestStopping(t *testing.T) {
 			t.Fatal(err, tables)
 		}
 		for _, passes := range []bool{false, true} {
-			found := tables.Stopping(packet, -105, func(_, table, _ string) bool { return passes && strings.HasPrefix(table, "t") })
-			if (len(found) == 1) != (test.found && !passes) {
+			found := tables.Stopping(packet, Hook{Name: "prerouting", From: math.MinInt, Before: -105}, func(_, table, _ string) bool { return passes && strings.HasPrefix(table, "t") })
+			if (len(found) == 1 && found[0].Sure) != (test.found && !passes) {
 				t.Errorf("%s, passed over: %t: found %+v", name, passes, found)
 			}
 		}
