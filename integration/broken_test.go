@@ -131,6 +131,8 @@ func brokenNodes() []brokenNode {
 			status: "default/echo", level: "FAIL", verdict: "filters: nftables chain inet wall first: a packet of a pod to 169.254.210.210:8080/tcp is dropped", probe: "it was dropped; probably because of filters: nftables chain inet wall first"},
 		{name: "mangle drops what goes to link-local addresses, iptables-legacy", breaks: script("iptables-legacy -t mangle -A PREROUTING -d 169.254.0.0/16 -j DROP"),
 			status: "default/echo", level: "FAIL", verdict: "filters: iptables-legacy, table mangle: a packet of a pod to 169.254.210.210:8080/tcp is dropped", probe: "probably because of filters: iptables-legacy, table mangle"},
+		{name: "another program keeps processes of the node from link-local addresses", breaks: script("nft 'add table inet wall; add chain inet wall out { type filter hook output priority mangle; }; add rule inet wall out ip daddr 169.254.0.0/16 drop'"),
+			status: "default/echo", level: "FAIL", verdict: "filters: nftables chain inet wall out: a packet of a process of the node to 169.254.210.210:8080/tcp is dropped", probe: "from a process of the node to 169.254.210.210:8080/tcp: a process of the node sent the SYN, and nothing left the node"},
 		{name: "magic IPs are not tracked, iptables-nft", breaks: script("iptables-nft -t raw -A PREROUTING -d 169.254.0.0/16 -j NOTRACK"),
 			status: "default/echo", level: "FAIL", verdict: "by the rule -A PREROUTING -d 169.254.0.0/16 -j ", probe: "probably because of filters: iptables-nft, table raw"},
 		{name: "magic IPs are not tracked, nftables", breaks: script("nft 'add table ip wall; add chain ip wall first { type filter hook prerouting priority raw; }; add rule ip wall first iifname cni1 notrack'"),

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -44,7 +45,7 @@ func whole(hook string) ruleset.Hook {
 	return ruleset.Hook{Name: hook, From: math.MinInt, Before: math.MaxInt}
 }
 
-// legs are the ways of the first packets of this family that pods send to magic IPs.
+// legs are the ways of the first packets of this family that pods and processes of the node send to magic IPs.
 func (e *examination) legs(family plan.Family) (legs []leg) {
 	for _, packet := range e.packetsToMagicIPs(family) {
 		legs = append(legs, leg{Packet: packet, name: fmt.Sprintf("a packet of a pod to %s/%s", packet.Destination, packet.Protocol),
@@ -57,7 +58,46 @@ func (e *examination) legs(family plan.Family) (legs []leg) {
 		}
 		legs = append(legs, leg{Packet: packet, name: fmt.Sprintf("a packet of a pod to endpoint %s", packet.Destination), hooks: hooks})
 	}
-	return append(legs, e.portLegs(legs)...)
+	return slices.Concat(legs, e.portLegs(legs), e.nodeLegs(family))
+}
+
+// nodeLegs are the ways of those that processes of the node send, where these are clients.
+func (e *examination) nodeLegs(family plan.Family) (legs []leg) {
+	const who = "a packet of a process of the node to "
+	for _, target := range e.targets() {
+		m, _ := e.served(target.Frontend)
+		if !m.HostClients || plan.FamilyOf(target.Address) != family || len(legs) == most {
+			continue
+		}
+		out, source := wayTo(target.Address)
+		packet := ruleset.Packet{Out: out, Source: source, Destination: target.AddrPort(), Protocol: string(target.Protocol)}
+		legs = append(legs, leg{Packet: packet, name: fmt.Sprintf("%s%s/%s", who, packet.Destination, packet.Protocol), hooks: []ruleset.Hook{before("output")}})
+	}
+	packet, ok := e.packetToEndpoint(family)
+	if len(legs) == 0 || !ok {
+		return legs
+	}
+	packet.In = ""
+	_, packet.Source = wayTo(packet.Destination.Addr())
+	sent := packet
+	sent.Out = "" // in the output hook it is that of the route to the magic IP still
+	name := fmt.Sprintf("%sendpoint %s", who, packet.Destination)
+	return append(legs,
+		leg{Packet: sent, name: name, hooks: []ruleset.Hook{after("output")}},
+		leg{Packet: packet, name: name, hooks: []ruleset.Hook{whole("postrouting"), whole("egress")}})
+}
+
+// wayTo is the link that the node sends to an address by, and the source address; empty and invalid where there is no route.
+func wayTo(address netip.Addr) (link string, source netip.Addr) {
+	routes, err := netlink.RouteGet(net.IP(address.AsSlice()))
+	if err != nil || len(routes) == 0 {
+		return "", netip.Addr{}
+	}
+	if found, err := netlink.LinkByIndex(routes[0].LinkIndex); err == nil {
+		link = found.Attrs().Name
+	}
+	source, _ = netip.AddrFromSlice(routes[0].Src)
+	return link, source.Unmap()
 }
 
 // portLegs are the ways of the same packets through the ports of the pods' bridge.

@@ -33,8 +33,9 @@ func examinationOf(t *testing.T, endpoint string) *examination {
 	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
 	e := &examination{}
 	e.agents = []status.Agent{{Status: runtimedir.Status{Name: "a"}, MagicIPs: []status.MagicIP{{MagicIP: runtimedir.MagicIP{
-		Frontend:  plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 8080},
-		Endpoints: []runtimedir.Endpoint{{Address: netip.MustParseAddrPort(endpoint), Pod: "default/echo"}},
+		HostClients: true,
+		Frontend:    plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 8080},
+		Endpoints:   []runtimedir.Endpoint{{Address: netip.MustParseAddrPort(endpoint), Pod: "default/echo"}},
 	}}}}}
 	return e
 }
@@ -125,6 +126,12 @@ func TestFilters(t *testing.T) {
 		{"bridge, pods on none", chain("bridge", "prerouting priority 0; policy drop"), "", OK, ""},
 		{"input, the endpoint is a process of the node", chain("inet", "input priority 0", "tcp dport 8080 drop"), "10.244.3.1:8080", Fail, "a packet of a pod to endpoint 10.244.3.1:8080 is dropped"},
 		{"input, the endpoint is a pod", chain("inet", "input priority 0", "tcp dport 8080 drop"), "", OK, ""},
+		{"output", chain("inet", "output priority -150", "ip daddr 169.254.0.0/16 drop"), "", Fail, "inet w c: a packet of a process of the node to 169.254.210.210:8080/tcp is dropped"},
+		{"output, for one user", chain("inet", "output priority -150", "meta skuid 1000 ip daddr 169.254.0.0/16 drop"), "", Warn, "inet w c"},
+		{"output behind the translation", chain("inet", "output priority 0", "ip daddr 10.244.2.2 drop"), "", Fail, "a packet of a process of the node to endpoint 10.244.2.2:8080"},
+		{"output, iptables-nft", "iptables-nft -A OUTPUT -d 10.244.0.0/16 -j REJECT", "", Fail, "iptables-nft, table filter: a packet of a process of the node to endpoint"},
+		{"output, the magic IP is gone", "iptables-nft -A OUTPUT -d 169.254.0.0/16 -j REJECT", "", OK, ""},
+		{"output, iptables-legacy", "iptables-legacy -t raw -A OUTPUT -d 169.254.0.0/16 -j DROP", "", Fail, "iptables-legacy, table raw: a packet of a process of the node to 169.254.210.210:8080/tcp"},
 		{"a queue", "iptables-nft -A FORWARD -j NFQUEUE --queue-num 1", "", Warn, "NFQUEUE"},
 
 		{"Docker, forwarding is not allowed", "iptables-nft -N DOCKER-USER; iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -j DOCKER-USER; iptables-nft -A FORWARD -i docker0 ! -o docker0 -j ACCEPT", "", Fail, "by the policy of FORWARD"},
@@ -181,4 +188,34 @@ func onlyTools(t *testing.T, names ...string) {
 		}
 	}
 	t.Setenv("PATH", dir)
+}
+
+// TestProbeFromNode: processes of the node are tried where they are clients.
+func TestProbeFromNode(t *testing.T) {
+	for name, test := range map[string]struct {
+		exempt bool
+		rules  string
+		level  Level
+		words  string
+	}{
+		"refused":         {false, "table ip n { chain c { type nat hook output priority -105; ip daddr 169.254.210.210 dnat to 10.244.3.1; }; }", Fail, "from a process of the node to 169.254.210.210:8080/tcp: "},
+		"dropped":         {false, "table ip n { chain c { type filter hook output priority -150; ip daddr 169.254.0.0/16 drop; }; }", Fail, "a process of the node sent the SYN, and nothing left the node for an endpoint: it was dropped; probably because of filters: nftables chain ip n c"},
+		"not its clients": {true, "", "", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := examinationOf(t, bridged)
+			nodetest.IP(t, "route add 169.254.0.0/16 dev cni1")
+			e.agents[0].MagicIPs[0].HostClients = !test.exempt
+			nodetest.Run(t, "nft", test.rules)
+			e.look(t)
+			e.probeFromNode(t.Context(), e.targets())
+			if test.level == "" {
+				if last := e.found[len(e.found)-1]; last.Check == "probe" {
+					t.Errorf("%+v", last)
+				}
+				return
+			}
+			e.wants(t, "probe", test.level, test.words)
+		})
+	}
 }
