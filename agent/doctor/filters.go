@@ -227,7 +227,11 @@ func acceptBefore(command, table, chain string, p ruleset.Packet) string {
 
 // filtersOfNFTables looks at the other tables of nftables, and names flowtables. undecided are the rules that may drop something.
 func (e *examination) filtersOfNFTables(ctx context.Context) (undecided []string) {
-	tables, err := foreign.NFTables(ctx)
+	saved := present("iptables-nft-save")
+	ofIPTables := func(family, table string) bool {
+		return saved && (family == "ip" || family == "ip6") && slices.Contains([]string{"raw", "mangle", "nat", "filter", "security"}, table)
+	}
+	tables, err := foreign.NFTables(ctx, ofIPTables)
 	if err != nil {
 		e.add(Hidden, filtersCheck, err.Error(), "run this as root in the network namespace of the node, with nft")
 		return nil
@@ -236,10 +240,8 @@ func (e *examination) filtersOfNFTables(ctx context.Context) (undecided []string
 		e.add(Warn, "flowtables", few(tables.Flowtables)+": packets of standing flows in it pass no rules, so that a UDP client may stay with a former pod until that is gone",
 			"where that matters, keep flows to magic IPs out of it")
 	}
-	saved := present("iptables-nft-save")
 	passed := func(family, table, chain string) bool {
-		ofIPTables := (family == "ip" || family == "ip6") && slices.Contains([]string{"raw", "mangle", "nat", "filter", "security"}, table) && chain == strings.ToUpper(chain)
-		return ofIPTables && saved || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
+		return ofIPTables(family, table) && chain == strings.ToUpper(chain) || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
 	}
 	var seen []ruleset.NFTRule
 	for _, family := range e.families() {

@@ -177,6 +177,21 @@ func TestFiltersSeenByNFTAlone(t *testing.T) {
 	}
 }
 
+// TestFiltersWithoutTools: without nft and iptables it is not known what filters do, unless the kernel has none.
+func TestFiltersWithoutTools(t *testing.T) {
+	for script, level := range map[string]Level{
+		"true": OK, chain("inet", "forward priority 0; policy drop"): Hidden, "iptables-legacy -A FORWARD -j DROP": Hidden, "nft add table inet magic-ip-default.a": OK,
+	} {
+		t.Run(script, func(t *testing.T) {
+			e := examinationOf(t, "10.244.2.2:8080")
+			nodetest.Run(t, "sh", "-ec", script)
+			onlyTools(t)
+			e.look(t)
+			e.wants(t, "filters", level, "")
+		})
+	}
+}
+
 // onlyTools leaves these commands alone on PATH.
 func onlyTools(t *testing.T, names ...string) {
 	t.Helper()

@@ -150,8 +150,8 @@ func (f *filter) chain(name string) (all ends) {
 	return all
 }
 
-// Translating are the rules of the table nat that translate the destination of a packet, of a pod or of the node: each is the one
-// that chose the packet for its destination, as iptables-save prints it, or one that chose it without looking at that. passed says which chains are passed over.
+// Translating are the rules of the table nat that translate the destination of a packet, of a pod or of the node, and those of the table
+// mangle that take it to a transparent proxy: each is the one that chose the packet for its destination, as iptables-save prints it, or one that chose it without looking at that. passed says which chains are passed over.
 func (t *IPTables) Translating(p Packet, passed func(chain string) bool) []string {
 	w := translation{IPTables: t, packet: p, passed: passed, walk: walk{seen: map[step]bool{}}}
 	for _, hook := range []string{"PREROUTING", "OUTPUT"} {
@@ -185,7 +185,7 @@ func (w *translation) chain(s step) (returns bool) {
 		switch m.target {
 		case "ACCEPT":
 			goesOn = false
-		case "DNAT", "REDIRECT", "NETMAP":
+		case "DNAT", "REDIRECT", "NETMAP", "TPROXY":
 			w.translated(rule.text, aim, isSure)
 			goesOn = false
 		case "RETURN":

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -88,14 +89,18 @@ func ParseNFTables(printed []byte) (*NFTables, error) {
 
 func name(parts ...string) string { return strings.Join(parts, " ") }
 
-// Translating are the rules that translate the destination of a packet, of a pod or of the node: each is the one that chose the
-// packet for its destination, or one that chose it without looking at that. passed says which chains are passed over.
-func (t *NFTables) Translating(p Packet, passed func(family, table, chain string) bool) (found []NFTRule) {
+// Translating are the rules that translate the destination of a packet, of a pod or of the node, or take a packet of a pod at a priority
+// before this one to a transparent proxy: each is the one that chose the packet for its destination, or one that chose it without looking
+// at that. passed says which chains are passed over.
+func (t *NFTables) Translating(p Packet, before int, passed func(family, table, chain string) bool) (found []NFTRule) {
 	for _, base := range t.chains {
-		if base.Type != "nat" || base.Hook != "prerouting" && base.Hook != "output" || !p.of(base.Family) || passed(base.Family, base.Table, base.Name) {
+		priority, err := strconv.Atoi(string(base.Prio))
+		translates := base.Type == "nat" && (base.Hook == "prerouting" || base.Hook == "output")
+		diverts := base.Type == "filter" && base.Hook == "prerouting" && err == nil && priority < before && base.Family != "bridge"
+		if !translates && !diverts || !p.of(base.Family) || passed(base.Family, base.Table, base.Name) {
 			continue
 		}
-		w := nftWalk{nftPacket: nftPacket{t, p, true}, walk: walk{seen: map[step]bool{}}, passed: passed, places: map[string]NFTRule{}}
+		w := nftWalk{nftPacket: nftPacket{t, p, translates || priority >= trackingPriority}, walk: walk{seen: map[step]bool{}}, nat: translates, passed: passed, places: map[string]NFTRule{}}
 		w.chain(base, "", true)
 		for _, place := range w.found {
 			if !slices.Contains(found, w.places[place]) {
@@ -116,6 +121,7 @@ type nftPacket struct {
 type nftWalk struct {
 	nftPacket
 	walk
+	nat    bool // the base chain is of this type
 	passed func(family, table, chain string) bool
 	places map[string]NFTRule
 }
@@ -156,8 +162,11 @@ const (
 // rule evaluates the statements of a rule in their order.
 func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets certainty) {
 	meets = yes
-	for _, statement := range r.Expr {
+	for n, statement := range r.Expr {
 		for kind, data := range statement {
+			if kind == "xt" {
+				kind = xtKind(data, n == len(r.Expr)-1)
+			}
 			switch kind {
 			case "match":
 				is, hit := w.match(r, data)
@@ -183,8 +192,14 @@ func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets 
 				return ended, meets
 			case "jump", "goto", "accept", "drop", "return", "continue", "reject", "queue":
 				return w.verdict(r, kind, data, aim, isSure && meets == yes), meets
-			case "counter", "log", "mangle", "notrack", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
-			default: // xt (a match or target of iptables), limit, quota, …
+			case "tproxy":
+				w.translated(w.place(r, element{}), aim, isSure && meets == yes)
+			case unknownTarget:
+				if w.nat { // there are few others in such chains
+					w.translated(w.place(r, element{}), aim, false)
+				}
+			case "counter", "log", "mangle", "notrack", "snat", "masquerade", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
+			default: // a match of iptables, limit, quota, …
 				meets = min(meets, maybe)
 			}
 			if meets == no {

@@ -153,7 +153,7 @@ func (f *nftFilter) rule(r *nftRule) (all nftEnds) {
 				is, _ := f.mapped(r, data)
 				meets = min(meets, is)
 				return end(nftEnds{accept: true})
-			case "redirect", "snat", "masquerade", "accept", "drop", "reject", "queue", "return", "continue", "jump", "goto":
+			case "redirect", "snat", "masquerade", "accept", "drop", "reject", "queue", unknownTarget, "return", "continue", "jump", "goto":
 				return end(f.verdict(this, kind, data))
 			case "notrack":
 				switch {
@@ -177,6 +177,9 @@ func (f *nftFilter) rule(r *nftRule) (all nftEnds) {
 	return all
 }
 
+// unknownTarget is the kind of a target of iptables whose name is not printed.
+const unknownTarget = "unknown target"
+
 // xtKind is the statement of nftables that does what a match or target of iptables does. Not every nft prints which one it is; a target comes last.
 func xtKind(data json.RawMessage, last bool) string {
 	var xt struct{ Type, Name string }
@@ -186,12 +189,12 @@ func xtKind(data json.RawMessage, last bool) string {
 		return "comment"
 	case xt.Type == "match", xt.Type == "" && !last:
 		return "limit" // any that may match
-	case xt.Name == "REJECT":
-		return "reject"
-	case xt.Name == "NOTRACK":
-		return "notrack"
-	case slices.Contains([]string{"DNAT", "REDIRECT", "NETMAP", "SNAT", "MASQUERADE", "TPROXY"}, xt.Name):
-		return "accept"
+	case xt.Name == "":
+		return unknownTarget
+	case xt.Name == "REJECT", xt.Name == "NOTRACK", xt.Name == "TPROXY", xt.Name == "SNAT", xt.Name == "MASQUERADE":
+		return strings.ToLower(xt.Name)
+	case xt.Name == "DNAT", xt.Name == "REDIRECT", xt.Name == "NETMAP":
+		return "redirect"
 	}
 	return "queue" // it decides by itself
 }
@@ -200,7 +203,7 @@ func (f *nftFilter) verdict(this NFTRule, kind string, data json.RawMessage) nft
 	switch kind {
 	case "drop", "reject":
 		return nftEnds{drop: &this}
-	case "queue": // another program decides
+	case "queue", unknownTarget: // what decides is not known
 		return nftEnds{accept: true, drop: &this}
 	case "continue":
 		return nftEnds{goesOn: true}
