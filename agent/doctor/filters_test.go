@@ -234,3 +234,16 @@ func TestProbeFromNode(t *testing.T) {
 		})
 	}
 }
+
+// TestSettleFilters: a probe that passes decides what could not be evaluated, and one that does not, or cannot be made, does not.
+func TestSettleFilters(t *testing.T) {
+	for probed, want := range map[Level]Level{OK: OK, Hidden: Warn, Fail: Warn} {
+		e := &examination{}
+		e.add(Warn, filtersCheck, "it depends", "")
+		e.add(OK, probeCheck, "4 answered", "")
+		e.add(probed, probeCheck, "more", "")
+		e.settleFilters()
+		e.found = e.found[:1]
+		e.wants(t, filtersCheck, want, "it depends")
+	}
+}
