@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -37,10 +38,17 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 		if err != nil {
 			return err
 		}
+		passed := func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }
 		table := ruleset.ParseIPTables(rules, sets)
 		for _, p := range packets(frontends, family) {
-			for _, text := range table.Translating(p, func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }) {
+			certain := table.Translating(p, passed)
+			for _, text := range certain {
 				found = append(found, Rule{Text: save + " -t " + name + ": " + text, Next: removeSaved(save, name, text, p)})
+			}
+			for _, text := range ruleset.ParseIPTables(rules, assumed(table, sets, p.Destination.Addr())).Translating(p, passed) {
+				if !slices.Contains(certain, text) {
+					hidden = append(hidden, fmt.Sprintf("whether %s -t %s: %s translates a magic IP: the members of its set cannot be read here (ipset save)", save, name, text))
+				}
 			}
 		}
 		return nil
@@ -111,6 +119,17 @@ func saved(ctx context.Context, save, table string) (rules string, sets map[stri
 		}
 	}
 	return string(out), sets, nil
+}
+
+// assumed are the sets with those that could not be read as if they had this address.
+func assumed(table *ruleset.IPTables, sets map[string][]string, address netip.Addr) map[string][]string {
+	all := maps.Clone(sets)
+	for _, name := range table.Sets() {
+		if _, read := sets[name]; !read {
+			all[name] = []string{address.String()}
+		}
+	}
+	return all
 }
 
 // nftRules looks through all tables of nft but those in known and those of agents.

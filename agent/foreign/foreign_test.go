@@ -298,3 +298,27 @@ func TestWithoutTools(t *testing.T) {
 		})
 	}
 }
+
+// TestUnreadSets: a rule that translates what is in a set of ipset, which cannot be read, is hidden; one that does not translate is not.
+func TestUnreadSets(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	const rules = `*nat
+:PREROUTING ACCEPT [0:0]
+-A PREROUTING -m set --match-set proxied dst -p tcp -j REDIRECT --to-ports 3128
+-A PREROUTING -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT
+-A PREROUTING ! -d 169.254.0.0/16 -m set --match-set others dst -j REDIRECT
+COMMIT
+`
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "iptables-nft-save"), []byte("#!/bin/sh\n[ $2 = nat ] || exit 0\ncat <<E\n"+rules+"E\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "ipset"), []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	found, hidden := Rules(t.Context(), frontends)
+	if len(found) > 0 || len(hidden) != 1 || !strings.Contains(hidden[0], "-m set --match-set proxied dst") {
+		t.Errorf("found %q, hidden %q", texts(found), hidden)
+	}
+}
