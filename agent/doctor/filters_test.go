@@ -126,6 +126,7 @@ func TestFilters(t *testing.T) {
 		{"bridge, pods on none", chain("bridge", "prerouting priority 0; policy drop"), "", OK, ""},
 		{"input, the endpoint is a process of the node", chain("inet", "input priority 0", "tcp dport 8080 drop"), "10.244.3.1:8080", Fail, "a packet of a pod to endpoint 10.244.3.1:8080 is dropped"},
 		{"input, the endpoint is a pod", chain("inet", "input priority 0", "tcp dport 8080 drop"), "", OK, ""},
+		{"a chain that is called as a hook is", "iptables-nft -N INGRESS; iptables-nft -A INGRESS -j DROP", "", OK, ""},
 		{"output", chain("inet", "output priority -150", "ip daddr 169.254.0.0/16 drop"), "", Fail, "inet w c: a packet of a process of the node to 169.254.210.210:8080/tcp is dropped"},
 		{"output, for one user", chain("inet", "output priority -150", "meta skuid 1000 ip daddr 169.254.0.0/16 drop"), "", Warn, "inet w c"},
 		{"output behind the translation", chain("inet", "output priority 0", "ip daddr 10.244.2.2 drop"), "", Fail, "a packet of a process of the node to endpoint 10.244.2.2:8080"},

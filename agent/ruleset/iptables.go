@@ -62,6 +62,9 @@ const (
 // BuiltIn evaluates a built-in chain. by is the rule or policy that drops, or may drop, the packet; one that keeps it from being tracked
 // (NOTRACK), and so from being translated, counts as well.
 func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) {
+	if t.policy[chain] == "-" { // somebody's own, of that name
+		return Accept, ""
+	}
 	f := filter{t, p, map[string]ends{}}
 	ends := f.chain(chain)
 	accepted := ends.accept
