@@ -102,9 +102,9 @@ func brokenNodes() []brokenNode {
 		{name: "FORWARD drops, iptables-legacy", breaks: script("iptables-legacy -P FORWARD DROP"),
 			level: "FAIL", verdict: "iptables-legacy, table filter: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by the policy of FORWARD", probe: "it was dropped"},
 		{name: "FORWARD drops, nftables", breaks: script("nft 'add table inet wall; add chain inet wall forward { type filter hook forward priority 0; policy drop; }'"),
-			level: "FAIL", verdict: "nftables chain inet wall forward drops what it forwards by its policy", probe: "it was dropped"},
+			level: "FAIL", verdict: "filters: nftables chain inet wall forward: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by its policy", probe: "it was dropped"},
 		{name: "another program's filter rejects", breaks: script("nft 'add table inet wall; add chain inet wall forward { type filter hook forward priority 0; }; add rule inet wall forward ip daddr 10.244.3.2 tcp dport 8080 reject with tcp reset'"),
-			level: "FAIL", verdict: "another program's rule in inet wall forward", probe: "another program's rule in inet wall forward"},
+			level: "FAIL", verdict: "filters: nftables chain inet wall forward: a packet of a pod to endpoint 10.244.3.2:8080 is dropped by its rule", probe: "probably because of filters: nftables chain inet wall forward"},
 		{name: "strict rp_filter and an asymmetric route", breaks: func(w *world) {
 			w.run("ip route add " + w.pod4("echo") + "/32 dev eth0")
 			sysctls("ipv4/conf/cni1/rp_filter=1")(w)
@@ -131,6 +131,8 @@ func brokenNodes() []brokenNode {
 			status: "default/echo", level: "FAIL", verdict: "filters: nftables chain inet wall first: a packet of a pod to 169.254.210.210:8080/tcp is dropped", probe: "it was dropped; probably because of filters: nftables chain inet wall first"},
 		{name: "mangle drops what goes to link-local addresses, iptables-legacy", breaks: script("iptables-legacy -t mangle -A PREROUTING -d 169.254.0.0/16 -j DROP"),
 			status: "default/echo", level: "FAIL", verdict: "filters: iptables-legacy, table mangle: a packet of a pod to 169.254.210.210:8080/tcp is dropped", probe: "probably because of filters: iptables-legacy, table mangle"},
+		{name: "another program keeps processes of the node from link-local addresses", breaks: script("nft 'add table inet wall; add chain inet wall out { type filter hook output priority mangle; }; add rule inet wall out ip daddr 169.254.0.0/16 drop'"),
+			status: "default/echo", level: "FAIL", verdict: "filters: nftables chain inet wall out: a packet of a process of the node to 169.254.210.210:8080/tcp is dropped", probe: "from a process of the node to 169.254.210.210:8080/tcp: a process of the node sent the SYN, and nothing left the node"},
 		{name: "magic IPs are not tracked, iptables-nft", breaks: script("iptables-nft -t raw -A PREROUTING -d 169.254.0.0/16 -j NOTRACK"),
 			status: "default/echo", level: "FAIL", verdict: "by the rule -A PREROUTING -d 169.254.0.0/16 -j ", probe: "probably because of filters: iptables-nft, table raw"},
 		{name: "magic IPs are not tracked, nftables", breaks: script("nft 'add table ip wall; add chain ip wall first { type filter hook prerouting priority raw; }; add rule ip wall first iifname cni1 notrack'"),

@@ -21,8 +21,8 @@ func TestCommands(t *testing.T) {
 		}
 	}
 	for command, want := range map[string]string{
-		nftName{"inet", "$(id)", "c"}.list("--handle"):                                 "nft --handle list chain inet '$(id)' c",
-		savedTable{name: "iptables-nft"}.accept(ruleset.Packet{In: "$(id)", Out: "b"}): "iptables-nft -I FORWARD -i '$(id)' -o b -j ACCEPT",
+		nftName{"inet", "$(id)", "c"}.list("--handle"):                                                             "nft --handle list chain inet '$(id)' c",
+		acceptBefore("iptables-nft", "filter", "FORWARD", ruleset.Packet{In: "$(id)", Out: "b", Translated: true}): "iptables-nft -t filter -I FORWARD -i '$(id)' -o b -j ACCEPT",
 	} {
 		if command != want {
 			t.Errorf("%s, want %s", command, want)

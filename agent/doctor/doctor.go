@@ -34,9 +34,7 @@ type examination struct {
 	agents  []status.Agent
 	records []runtimedir.Attachment
 	network node.Network
-	// filtersOfOthers are the chains of others in the forward hook that drop or reject anything.
-	filtersOfOthers []nftName
-	found           []Finding
+	found   []Finding
 }
 
 func (e *examination) add(level Level, check, text, next string) {

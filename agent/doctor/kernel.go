@@ -144,7 +144,7 @@ func (e *examination) foreignRules(ctx context.Context) {
 		e.add(Warn, check, "another program translates a magic IP too: "+rule.Text, rule.Next)
 	}
 	for _, reason := range hidden {
-		e.add(Hidden, check, reason, "run this as root on the node, with the commands of iptables")
+		e.add(Hidden, check, reason, "run this as root on the node, with nft and the commands of iptables")
 	}
 	if len(found)+len(hidden) == 0 {
 		e.add(OK, check, "none translates a magic IP; looked for: "+foreign.Kinds, "")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -19,39 +20,79 @@ import (
 const (
 	probeCheck = "probe"
 	onVeth     = "a namespace of its own on a veth"
+	fromNode   = "a process of the node"
 )
 
 // rights is what a probe needs.
 const rights = "run this as root on the node, or in a container with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_NET_RAW in the node's network and PID namespaces"
 
-// probe sends packets to the magic IPs from where a pod is, and says where they end.
+// probe sends packets to the magic IPs from where a pod is, and from the node itself, and says where they end.
 func (e *examination) probe(ctx context.Context) {
 	targets := e.targets()
 	if len(targets) == 0 {
 		e.add(Hidden, probeCheck, "no magic IP is served that packets could be sent to", "")
 		return
 	}
+	e.probeFromPod(ctx, targets)
+	e.probeFromNode(ctx, targets)
+	e.settleFilters()
+}
+
+// settleFilters says of filters that could not be decided that they let the probe pass, where all of it came through.
+func (e *examination) settleFilters() {
+	for _, f := range e.found {
+		if f.Check == probeCheck && f.Level != OK {
+			return
+		}
+	}
+	for i := range e.found {
+		if f := &e.found[i]; f.Check == filtersCheck && f.Level == Warn {
+			f.Level, f.Text, f.Next = OK, "the probe passed; "+f.Text, ""
+		}
+	}
+}
+
+func (e *examination) probeFromPod(ctx context.Context, targets []probe.Target) {
 	client, name, done := e.client()
 	if name == "" {
 		return
 	}
 	defer done()
-	var all []probe.Target
-	unprobed, elsewhere := 0, 0
+	var here []probe.Target
 	for _, target := range targets {
-		m, _ := e.served(target.Frontend)
-		switch {
-		case name == onVeth && len(m.HostInterface) > 0:
-			elsewhere++
-		case target.Protocol == plan.SCTP || len(all) == most:
-			unprobed++
-		default:
-			all = append(all, target)
+		if m, _ := e.served(target.Frontend); name != onVeth || len(m.HostInterface) == 0 {
+			here = append(here, target)
 		}
 	}
-	if elsewhere > 0 {
+	if elsewhere := len(targets) - len(here); elsewhere > 0 {
 		e.add(Hidden, probeCheck, fmt.Sprintf("%d are for clients behind links that hostInterface names, where no namespace can be made", elsewhere), "use --from-pod or --netns")
 	}
+	e.probeFrom(ctx, client, name, here)
+}
+
+// probeFromNode probes as processes of the node, and pods with hostNetwork, do. It needs no rights.
+func (e *examination) probeFromNode(ctx context.Context, targets []probe.Target) {
+	targets = slices.DeleteFunc(slices.Clone(targets), func(target probe.Target) bool {
+		m, _ := e.served(target.Frontend)
+		_, err := netlink.RouteGet(net.IP(target.Address.AsSlice()))
+		return !m.HostClients || err != nil // the check of routes has said so
+	})
+	if len(targets) == 0 {
+		return
+	}
+	here, err := netns.Get()
+	if err != nil {
+		e.add(Hidden, probeCheck, fmt.Sprintf("from %s: %v", fromNode, err), "")
+		return
+	}
+	defer func() { _ = here.Close() }()
+	e.probeFrom(ctx, here, fromNode, targets)
+}
+
+// probeFrom probes the targets from a network namespace, which has a name for people.
+func (e *examination) probeFrom(ctx context.Context, client netns.NsHandle, name string, targets []probe.Target) {
+	all := slices.DeleteFunc(slices.Clone(targets), func(target probe.Target) bool { return target.Protocol == plan.SCTP })
+	all = all[:min(len(all), most)]
 	traces, err := probe.Run(ctx, client, all, connectTimeout)
 	if errors.Is(err, probe.ErrNotPermitted) {
 		e.add(Hidden, probeCheck, err.Error(), rights)
@@ -79,8 +120,8 @@ func (e *examination) probe(ctx context.Context) {
 	if len(ends) > 0 {
 		e.add(OK, probeCheck, fmt.Sprintf("from %s: %s", name, strings.Join(ends, ", ")), "")
 	}
-	if unprobed > 0 {
-		e.add(Hidden, probeCheck, fmt.Sprintf("%d more were not tried: SCTP, and more than %d", unprobed, most), "")
+	if unprobed := len(targets) - len(all); unprobed > 0 {
+		e.add(Hidden, probeCheck, fmt.Sprintf("from %s, %d more were not tried: SCTP, and more than %d", name, unprobed, most), "")
 	}
 }
 
@@ -180,7 +221,7 @@ func (e *examination) podBridge() string {
 func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next string) {
 	m, found := e.served(trace.Frontend)
 	link := byIP(trace.Link)
-	if reason := e.unserved(link); reason != "" && (trace.Hop == probe.Node || trace.Hop == probe.Rejected) {
+	if reason := e.unserved(link); reason != "" && !trace.Local && (trace.Hop == probe.Node || trace.Hop == probe.Rejected) {
 		return Fail, fmt.Sprintf("%s; clients behind %s are not served: %s", trace.Text, link, reason), "see that only pods are behind that link, or name it: hostInterface: " + link
 	}
 	without := found && len(m.Endpoints) == 0
@@ -200,9 +241,17 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 			return fail(text+", although it should "+m.Action, "rules", "agent")
 		}
 		return fail(text, "links", "endpoints", "rules", "rules of others", "filters", "agent")
+	case probe.Output:
+		if without && m.Action != string(plan.Pass) { // EPERM is what the kernel makes of a rejection too
+			return OK, map[bool]string{true: "held", false: "rejected"}[m.Action == string(plan.Hold)] + " for want of an endpoint", ""
+		}
+		return fail(text, "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Node:
 		if without && m.Action == string(plan.Hold) {
 			return OK, "held for want of an endpoint", ""
+		}
+		if trace.Local {
+			return fail(text, "conntrack", "endpoints", "rules", "rules of others", "filters", "agent")
 		}
 		return fail(text, "forwarding", "rp_filter", "conntrack", "links", "bridge ports", "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Client:
@@ -249,13 +298,6 @@ func (e *examination) because(text string, checks ...string) (withCause, next st
 				return fmt.Sprintf("%s; probably because of %s: %s", text, e.found[i].Check, e.found[i].Text), e.found[i].Next
 			}
 		}
-	}
-	if len(e.filtersOfOthers) > 0 {
-		names := make([]string, len(e.filtersOfOthers))
-		for i, chain := range e.filtersOfOthers {
-			names[i] = chain.String()
-		}
-		return text + "; probably because of another program's rule in " + strings.Join(names, ", "), e.filtersOfOthers[0].list() + "; kubectl get networkpolicy -A"
 	}
 	return text, "nothing else that was looked at explains it: look at the other rules of this node (nft list ruleset, iptables-save) and at NetworkPolicies"
 }

@@ -1,5 +1,5 @@
 // Package foreign finds rules of others that translate a magic IP, such as one that an older tool has left behind, or those of a
-// Service with that address among its externalIPs.
+// Service with that address among its externalIPs, and rules that take packets to it to a transparent proxy.
 //
 // It looks at all rules of the node, so it is for the doctor command and for a look every few minutes. Rules of
 // iptables-legacy are visible only where iptables-legacy-save can be run, which needs CAP_NET_RAW.
@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -23,41 +24,50 @@ import (
 )
 
 // Kinds says which rules Rules finds.
-const Kinds = "DNAT and REDIRECT of iptables and nftables, by address, prefix, range, set, map or port"
+const Kinds = "DNAT, REDIRECT and TPROXY of iptables and nftables, by address, prefix, range, set, map or port"
 
 // Rule is a rule of others that translates a magic IP. Text is the rule with its place, and Next what to do about it.
 type Rule struct{ Text, Next string }
 
 // Rules are the rules of others that translate one of these frontends. They do no harm where the agent's rules come first,
-// and are the cause of wrong answers where they do not. hidden says, one sentence each, which rules could not be read.
-// Tools that are missing have made no rules.
+// and are the cause of wrong answers where they do not. hidden says, one sentence each, which rules could not be read; where a tool is
+// missing, those that it would read and that the kernel has.
 func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden []string) {
 	known := map[string]bool{} // nft tables that a save command has printed
-	look := func(family plan.Family, save string) error {
-		rules, sets, err := saved(ctx, save)
+	look := func(family plan.Family, save, name string) error {
+		rules, sets, err := saved(ctx, save, name)
 		if err != nil {
 			return err
 		}
+		passed := func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }
 		table := ruleset.ParseIPTables(rules, sets)
 		for _, p := range packets(frontends, family) {
-			for _, text := range table.Translating(p, func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }) {
-				found = append(found, Rule{Text: save + " -t nat: " + text, Next: removeSaved(save, text, p)})
+			certain := table.Translating(p, passed)
+			for _, text := range certain {
+				found = append(found, Rule{Text: save + " -t " + name + ": " + text, Next: removeSaved(save, name, text, p)})
+			}
+			for _, text := range ruleset.ParseIPTables(rules, assumed(table, sets, p.Destination.Addr())).Translating(p, passed) {
+				if !slices.Contains(certain, text) {
+					hidden = append(hidden, fmt.Sprintf("whether %s -t %s: %s translates a magic IP: the members of its set cannot be read here (ipset save)", save, name, text))
+				}
 			}
 		}
 		return nil
 	}
 	for _, family := range plan.Families() {
 		command := map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[family]
-		err := look(family, command+"-nft-save")
-		known[fmt.Sprintf("%s nat", family)] = err == nil
-		if err != nil && !errors.Is(err, exec.ErrNotFound) && nftables.Supported() { // without it there are no such rules
-			hidden = append(hidden, fmt.Sprintf("rules of iptables-nft (%s) cannot be read here: %v", family, err))
-		}
-		if !iptables.LegacyTable(family, "nat") {
-			continue
-		}
-		if err := look(family, command+"-legacy-save"); err != nil { // the command or CAP_NET_RAW is missing
-			hidden = append(hidden, fmt.Sprintf("the nat table of iptables-legacy is in use (%s) and cannot be read here: %v", family, err))
+		for _, name := range []string{"nat", "mangle"} {
+			err := look(family, command+"-nft-save", name)
+			known[fmt.Sprintf("%s %s", family, name)] = err == nil
+			if err != nil && !errors.Is(err, exec.ErrNotFound) && nftables.Supported() { // without it there are no such rules
+				hidden = append(hidden, fmt.Sprintf("rules of iptables-nft (%s) cannot be read here: %v", family, err))
+			}
+			if !iptables.LegacyTable(family, name) {
+				continue
+			}
+			if err := look(family, command+"-legacy-save", name); err != nil { // the command or CAP_NET_RAW is missing
+				hidden = append(hidden, fmt.Sprintf("the %s table of iptables-legacy is in use (%s) and cannot be read here: %v", name, family, err))
+			}
 		}
 	}
 	rules, err := nftRules(ctx, frontends, known)
@@ -68,7 +78,7 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 	slices.SortStableFunc(found, func(a, b Rule) int { return strings.Compare(a.Text, b.Text) })
 	found = slices.CompactFunc(found, func(a, b Rule) bool { return a.Text == b.Text })
 	slices.Sort(hidden)
-	return found, hidden
+	return found, slices.Compact(hidden)
 }
 
 // packets are what is looked for: for each address a packet of which nothing else is known, and for each frontend one to it.
@@ -87,9 +97,9 @@ func packets(frontends []plan.Frontend, family plan.Family) (all []ruleset.Packe
 	return all
 }
 
-// saved is what a save command prints of the table nat, and the members of the sets that its rules match with.
-func saved(ctx context.Context, save string) (rules string, sets map[string][]string, err error) {
-	rules, err = program.Output(ctx, program.Timeout, "", save, "-t", "nat")
+// saved is what a save command prints of a table, and the members of the sets that its rules match with.
+func saved(ctx context.Context, save, table string) (rules string, sets map[string][]string, err error) {
+	rules, err = program.Output(ctx, program.Timeout, "", save, "-t", table)
 	if err != nil {
 		return "", nil, err
 	}
@@ -109,16 +119,20 @@ func saved(ctx context.Context, save string) (rules string, sets map[string][]st
 	return rules, sets, nil
 }
 
+// assumed are the sets with those that could not be read as if they had this address.
+func assumed(table *ruleset.IPTables, sets map[string][]string, address netip.Addr) map[string][]string {
+	all := maps.Clone(sets)
+	for _, name := range table.Sets() {
+		if _, read := sets[name]; !read {
+			all[name] = []string{address.String()}
+		}
+	}
+	return all
+}
+
 // nftRules looks through all tables of nft but those in known and those of agents.
 func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]bool) (found []Rule, err error) {
-	out, err := program.Output(ctx, program.Timeout, "", "nft", "--json", "--stateless", "list", "ruleset")
-	if errors.Is(err, exec.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("the rules of nftables cannot be read here: %w", err)
-	}
-	tables, err := ruleset.ParseNFTables([]byte(out))
+	tables, err := NFTables(ctx, func(family, table string) bool { return known[family+" "+table] })
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +142,7 @@ func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]b
 	var texts map[string]string
 	for _, family := range plan.Families() {
 		for _, p := range packets(frontends, family) {
-			for _, r := range tables.Translating(p, passed) {
+			for _, r := range tables.Translating(p, nftables.TranslationPriority, passed) {
 				if texts == nil {
 					texts = nftTexts(ctx)
 				}
@@ -137,6 +151,44 @@ func nftRules(ctx context.Context, frontends []plan.Frontend, known map[string]b
 		}
 	}
 	return found, nil
+}
+
+// NFTables are the tables of nftables. Where nft is missing, there are none if the kernel has none, but those of agents and those that
+// known says have been read otherwise.
+func NFTables(ctx context.Context, known func(family, table string) bool) (*ruleset.NFTables, error) {
+	out, err := program.Output(ctx, program.Timeout, "", "nft", "--json", "--stateless", "list", "ruleset")
+	if errors.Is(err, exec.ErrNotFound) {
+		return &ruleset.NFTables{}, withoutNFT(known)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the rules of nftables cannot be read here: %w", err)
+	}
+	tables, err := ruleset.ParseNFTables([]byte(out))
+	if err != nil {
+		return nil, err
+	}
+	if listing, err := program.Output(ctx, program.Timeout, "", "nft", "list", "chains"); err == nil { // without it, only links are missing
+		tables.AddDevices(listing)
+	}
+	return tables, nil
+}
+
+// withoutNFT is an error that names the tables that are not known.
+func withoutNFT(known func(family, table string) bool) error {
+	tables, err := kernelTables()
+	if err != nil {
+		return fmt.Errorf("nft is missing, and which tables nftables has cannot be read here: %w", err)
+	}
+	var unread []string
+	for _, t := range tables {
+		if !known(t[0], t[1]) && !strings.HasPrefix(t[1], nftables.TablePrefix) {
+			unread = append(unread, t[0]+" "+t[1])
+		}
+	}
+	if len(unread) > 0 {
+		return fmt.Errorf("the rules of nftables cannot be read here: nft is missing, and the kernel has tables: %s", strings.Join(unread, ", "))
+	}
+	return nil
 }
 
 func nftRule(r ruleset.NFTRule, texts map[string]string, p ruleset.Packet) Rule {
@@ -179,12 +231,12 @@ func nftTexts(ctx context.Context) map[string]string {
 }
 
 // removeSaved is the command that removes a rule of iptables, safe to paste into a shell.
-func removeSaved(save, text string, p ruleset.Packet) string {
+func removeSaved(save, table, text string, p ruleset.Packet) string {
 	words := quote.Fields(text)
 	if strings.HasPrefix(words[1], "KUBE-") {
 		return takeFromService(p)
 	}
-	return quote.Shell(append([]string{strings.TrimSuffix(save, "-save"), "-t", "nat", "-D"}, words[1:]...)...)
+	return quote.Shell(append([]string{strings.TrimSuffix(save, "-save"), "-t", table, "-D"}, words[1:]...)...)
 }
 
 // takeFromService is what to do about a rule of kube-proxy, which would put it back.

@@ -214,7 +214,111 @@ func TestRulesOnlyLooks(t *testing.T) {
 func TestRemoveIsSafeToPaste(t *testing.T) {
 	rule := `-A PREROUTING -d 169.254.210.210/32 -m comment --comment "$(reboot) \"x\" ; true" -j DNAT --to-destination 10.0.0.1:1`
 	want := `iptables-nft -t nat -D PREROUTING -d 169.254.210.210/32 -m comment --comment '$(reboot) "x" ; true' -j DNAT --to-destination 10.0.0.1:1`
-	if got := removeSaved("iptables-nft-save", rule, ruleset.Packet{}); got != want {
+	if got := removeSaved("iptables-nft-save", "nat", rule, ruleset.Packet{}); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
+
+// TestTransparentProxy: rules that take packets to a transparent proxy ahead of the translation are found, and others are not.
+func TestTransparentProxy(t *testing.T) {
+	for _, test := range []struct {
+		name, script string
+		want         string
+	}{
+		{"nftables", "nft 'table ip w { chain p { type filter hook prerouting priority mangle; tcp dport 8080 tproxy to :3128 meta mark set 1 accept; }; }'",
+			"nft table ip w, chain p: tcp dport 8080 tproxy to :3128 meta mark set 0x00000001 accept"},
+		{"nftables, of another family", "nft 'table ip6 w { chain p { type filter hook prerouting priority mangle; tcp dport 8080 tproxy to :3128 accept; }; }'", ""},
+		{"nftables, behind the translation", "nft 'table ip w { chain p { type filter hook prerouting priority 0; tcp dport 8080 tproxy to :3128 accept; }; }'", ""},
+		{"nftables, marked packets", "nft 'table ip w { chain p { type filter hook prerouting priority mangle; meta mark 0x200 tcp dport 8080 tproxy to :3128 accept; }; }'", ""},
+		{"iptables-nft", "iptables-nft -t mangle -A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128 --tproxy-mark 1",
+			"iptables-nft-save -t mangle: -A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128 --on-ip 0.0.0.0 --tproxy-mark 0x1/0xffffffff"},
+		{"iptables-legacy", "iptables-legacy -t mangle -A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128 --tproxy-mark 1",
+			"iptables-legacy-save -t mangle: -A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128 --on-ip 0.0.0.0 --tproxy-mark 0x1/0xffffffff"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			nodetest.Namespace(t, "link set lo up")
+			t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
+			nodetest.Run(t, "sh", "-ec", test.script)
+			found, hidden := Rules(t.Context(), frontends)
+			var want []string
+			if test.want != "" {
+				want = []string{test.want}
+			}
+			if diff := cmp.Diff(want, texts(found)); diff != "" || len(hidden) > 0 {
+				t.Fatalf("(-want +got):\n%s\nhidden: %q", diff, hidden)
+			}
+			for _, rule := range found {
+				nodetest.Run(t, "sh", "-c", rule.Next)
+			}
+			if found, _ := Rules(t.Context(), frontends); len(found) > 0 {
+				t.Errorf("after the command it is still there: %v", found)
+			}
+		})
+	}
+}
+
+// TestWithoutTools: where a tool is missing, what it would read is hidden if the kernel has it, and is looked at by the tool that is there.
+func TestWithoutTools(t *testing.T) {
+	const dnat = "iptables-nft -t nat -A PREROUTING -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.9.9.9:80"
+	for _, test := range []struct {
+		name, script  string
+		tools         []string
+		found, hidden string
+	}{
+		{"none, and no rules", "true", nil, "", ""},
+		{"none, and a table", "nft add table inet theirs", nil, "", "nft is missing, and the kernel has tables: inet theirs"},
+		{"none, and an agent's table", "nft add table inet magic-ip-default.a", nil, "", ""},
+		{"none, and rules of iptables-nft", dnat, nil, "", "nft is missing, and the kernel has tables: ip nat"},
+		{"none, and rules of iptables-legacy", "iptables-legacy -t nat -A PREROUTING -d 169.254.210.210/32 -j ACCEPT", nil, "", "the nat table of iptables-legacy is in use"},
+		{"iptables, and rules of it", dnat, []string{"iptables-nft-save", "ip6tables-nft-save"}, "iptables-nft-save -t nat: -A PREROUTING", ""},
+		{"iptables, and a table of nft", dnat + "; nft add table ip theirs", []string{"iptables-nft-save", "ip6tables-nft-save"}, "iptables-nft-save -t nat: -A PREROUTING", "nft is missing, and the kernel has tables: ip theirs"},
+		{"nft, and rules of iptables", dnat, []string{"nft"}, "nft table ip nat, chain PREROUTING", ""},
+		{"nft, and rules of iptables for another address", "iptables-nft -t nat -A PREROUTING -d 169.254.210.0/26 -p tcp -j DNAT --to-destination 10.9.9.9:80", []string{"nft"}, "", ""},
+		{"nft, and a mark by iptables", "iptables-nft -t nat -A PREROUTING -d 169.254.210.210/32 -p tcp -j MARK --set-mark 1", []string{"nft"}, "", ""},
+		{"nft, and a proxy of iptables", "iptables-nft -t mangle -A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128", []string{"nft"}, "nft table ip mangle, chain PREROUTING", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			nodetest.Namespace(t, "link set lo up")
+			t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "xtables.lock"))
+			nodetest.Run(t, "sh", "-ec", test.script)
+			dir := t.TempDir()
+			for _, tool := range test.tools {
+				if err := os.Symlink(strings.TrimSpace(nodetest.Run(t, "which", tool)), filepath.Join(dir, tool)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			t.Setenv("PATH", dir)
+			found, hidden := Rules(t.Context(), frontends)
+			if got := strings.Join(texts(found), "\n"); (got == "") != (test.found == "") || !strings.Contains(got, test.found) {
+				t.Errorf("found %q, want %q", got, test.found)
+			}
+			if got := strings.Join(hidden, "\n"); (got == "") != (test.hidden == "") || !strings.Contains(got, test.hidden) {
+				t.Errorf("hidden %q, want %q", got, test.hidden)
+			}
+		})
+	}
+}
+
+// TestUnreadSets: a rule that translates what is in a set of ipset, which cannot be read, is hidden; one that does not translate is not.
+func TestUnreadSets(t *testing.T) {
+	nodetest.Namespace(t, "link set lo up")
+	const rules = `*nat
+:PREROUTING ACCEPT [0:0]
+-A PREROUTING -m set --match-set proxied dst -p tcp -j REDIRECT --to-ports 3128
+-A PREROUTING -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT
+-A PREROUTING ! -d 169.254.0.0/16 -m set --match-set others dst -j REDIRECT
+COMMIT
+`
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "iptables-nft-save"), []byte("#!/bin/sh\n[ $2 = nat ] || exit 0\ncat <<E\n"+rules+"E\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "ipset"), []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	found, hidden := Rules(t.Context(), frontends)
+	if len(found) > 0 || len(hidden) != 1 || !strings.Contains(hidden[0], "-m set --match-set proxied dst") {
+		t.Errorf("found %q, hidden %q", texts(found), hidden)
 	}
 }

@@ -62,6 +62,9 @@ const (
 // BuiltIn evaluates a built-in chain. by is the rule or policy that drops, or may drop, the packet; one that keeps it from being tracked
 // (NOTRACK), and so from being translated, counts as well.
 func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) {
+	if t.policy[chain] == "-" { // somebody's own, of that name
+		return Accept, ""
+	}
 	f := filter{t, p, map[string]ends{}}
 	ends := f.chain(chain)
 	accepted := ends.accept
@@ -79,6 +82,12 @@ func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) 
 		return Unknown, ends.drop
 	}
 	return Drop, ends.drop
+}
+
+// harmless are the targets that packets go on from.
+func harmless() []string {
+	return []string{"AUDIT", "CHECKSUM", "CLASSIFY", "CONNMARK", "CONNSECMARK", "DSCP", "ECN", "HL", "HMARK", "IDLETIMER", "LED", "LOG", "MARK", "NFLOG",
+		"RATEEST", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS", "TRACE", "TTL"}
 }
 
 type filter struct {
@@ -118,9 +127,11 @@ func (f *filter) chain(name string) (all ends) {
 		case "RETURN":
 			all.goesOn = true
 			inner = ends{}
-		case "", "LOG", "MARK", "CONNMARK", "NFLOG", "TCPMSS", "TRACE":
+		case "TPROXY": // a kind of translation
+			inner = ends{accept: true}
 		default:
 			switch _, known := f.policy[m.target]; {
+			case m.target == "" || slices.Contains(harmless(), m.target):
 			case !known: // a target that decides by itself, such as NFQUEUE
 				inner = ends{accept: true, drop: "the rule " + rule.text}
 			default:
@@ -142,8 +153,8 @@ func (f *filter) chain(name string) (all ends) {
 	return all
 }
 
-// Translating are the rules of the table nat that translate the destination of a packet, of a pod or of the node: each is the one
-// that chose the packet for its destination, as iptables-save prints it, or one that chose it without looking at that. passed says which chains are passed over.
+// Translating are the rules of the table nat that translate the destination of a packet, of a pod or of the node, and those of the table
+// mangle that take it to a transparent proxy: each is the one that chose the packet for its destination, as iptables-save prints it, or one that chose it without looking at that. passed says which chains are passed over.
 func (t *IPTables) Translating(p Packet, passed func(chain string) bool) []string {
 	w := translation{IPTables: t, packet: p, passed: passed, walk: walk{seen: map[step]bool{}}}
 	for _, hook := range []string{"PREROUTING", "OUTPUT"} {
@@ -177,7 +188,7 @@ func (w *translation) chain(s step) (returns bool) {
 		switch m.target {
 		case "ACCEPT":
 			goesOn = false
-		case "DNAT", "REDIRECT", "NETMAP":
+		case "DNAT", "REDIRECT", "NETMAP", "TPROXY":
 			w.translated(rule.text, aim, isSure)
 			goesOn = false
 		case "RETURN":

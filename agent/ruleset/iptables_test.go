@@ -71,6 +71,8 @@ func TestTranslating(t *testing.T) {
 		"perhaps every packet":          {"-A PREROUTING -m addrtype --dst-type LOCAL -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.2\n", 80, ""},
 		"accepted before":               {"-A PREROUTING -d 169.254.0.0/16 -j ACCEPT\n-A PREROUTING -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.2\n", 0, ""},
 		"accepted before, of one port":  {"-A PREROUTING -d 169.254.0.0/16 -p tcp --dport 81 -j ACCEPT\n-A PREROUTING -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.2\n", 0, "2"},
+		"a transparent proxy":           {"-A PREROUTING -d 169.254.0.0/16 -p tcp -j TPROXY --on-port 3128\n", 0, "1"},
+		"a proxy of marked packets":     {"-A PREROUTING -p tcp -m mark --mark 0x3d0200 -j TPROXY --on-port 3128\n", 80, ""},
 		"a match":                       {"-A PREROUTING -d 169.254.210.210/32 -j MARK --set-mark 1\n", 0, ""},
 		"our chain":                     {":MIP-x - [0:0]\n-A PREROUTING -d 169.254.210.210/32 -j MIP-x\n-A MIP-x -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.2\n", 0, ""},
 		"a chain that nothing jumps to": {":OLD - [0:0]\n-A OLD -d 169.254.210.210/32 -j DNAT --to-destination 10.0.0.2\n", 0, ""},
@@ -135,8 +137,8 @@ func FuzzNFTables(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, printed []byte) {
 		if t, err := ParseNFTables(printed); err == nil {
 			nothing := func(_, _, _ string) bool { return false }
-			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, nothing)
-			t.Stopping(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, 0, nothing)
+			t.Translating(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, 0, nothing)
+			t.Stopping(Packet{Destination: netip.MustParseAddrPort("10.0.0.1:80")}, Hook{Name: "forward", Before: 1}, nothing)
 		}
 	})
 }

@@ -28,7 +28,10 @@ type NFTRule struct {
 
 type nftChain struct {
 	Family, Table, Name, Type, Hook string
+	Policy                          string          // of a base chain
 	Prio                            json.RawMessage // of a base chain, a number
+	Dev                             json.RawMessage // of a base chain in a hook of links, one or several; not every nft prints them
+	devices                         []string
 	rules                           []nftRule
 }
 
@@ -58,6 +61,7 @@ func ParseNFTables(printed []byte) (*NFTables, error) {
 			case "chain":
 				chain := &nftChain{}
 				err = json.Unmarshal(data, chain)
+				chain.devices = texts(chain.Dev)
 				t.chains = append(t.chains, chain)
 				byName[name(chain.Family, chain.Table, chain.Name)] = chain
 			case "flowtable":
@@ -85,14 +89,18 @@ func ParseNFTables(printed []byte) (*NFTables, error) {
 
 func name(parts ...string) string { return strings.Join(parts, " ") }
 
-// Translating are the rules that translate the destination of a packet, of a pod or of the node: each is the one that chose the
-// packet for its destination, or one that chose it without looking at that. passed says which chains are passed over.
-func (t *NFTables) Translating(p Packet, passed func(family, table, chain string) bool) (found []NFTRule) {
+// Translating are the rules that translate the destination of a packet, of a pod or of the node, or take a packet of a pod at a priority
+// before this one to a transparent proxy: each is the one that chose the packet for its destination, or one that chose it without looking
+// at that. passed says which chains are passed over.
+func (t *NFTables) Translating(p Packet, before int, passed func(family, table, chain string) bool) (found []NFTRule) {
 	for _, base := range t.chains {
-		if base.Type != "nat" || base.Hook != "prerouting" && base.Hook != "output" || passed(base.Family, base.Table, base.Name) {
+		priority, err := strconv.Atoi(string(base.Prio))
+		translates := base.Type == "nat" && (base.Hook == "prerouting" || base.Hook == "output")
+		diverts := base.Type == "filter" && base.Hook == "prerouting" && err == nil && priority < before && base.Family != "bridge"
+		if !translates && !diverts || !p.of(base.Family) || passed(base.Family, base.Table, base.Name) {
 			continue
 		}
-		w := nftWalk{NFTables: t, walk: walk{seen: map[step]bool{}}, packet: p, passed: passed, places: map[string]NFTRule{}}
+		w := nftWalk{nftPacket: nftPacket{t, p, translates || priority >= trackingPriority}, walk: walk{seen: map[step]bool{}}, nat: translates, passed: passed, places: map[string]NFTRule{}}
 		w.chain(base, "", true)
 		for _, place := range w.found {
 			if !slices.Contains(found, w.places[place]) {
@@ -103,34 +111,19 @@ func (t *NFTables) Translating(p Packet, passed func(family, table, chain string
 	return found
 }
 
-// Stopping are the rules in hooks before the priority at which a packet of a pod is translated that certainly drop it, or keep it from
-// being tracked and so from being translated. passed says which chains are passed over.
-func (t *NFTables) Stopping(p Packet, before int, passed func(family, table, chain string) bool) (found []NFTRule) {
-	for _, base := range t.chains {
-		priority, err := strconv.Atoi(string(base.Prio))
-		if err != nil || priority >= before || base.Hook != "prerouting" || base.Family == "bridge" || passed(base.Family, base.Table, base.Name) {
-			continue
-		}
-		w := nftWalk{NFTables: t, walk: walk{seen: map[step]bool{}}, packet: p, passed: passed, places: map[string]NFTRule{}, stopping: true, tracked: priority >= trackingPriority}
-		w.chain(base, "", true)
-		for _, place := range w.found {
-			found = append(found, w.places[place])
-		}
-	}
-	return found
+// nftPacket compares a packet with what rules of nftables match.
+type nftPacket struct {
+	*NFTables
+	packet  Packet
+	tracked bool // connection tracking has had the packet
 }
 
-// trackingPriority is that of connection tracking (NF_IP_PRI_CONNTRACK): notrack comes too late from there on.
-const trackingPriority = -200
-
 type nftWalk struct {
-	*NFTables
+	nftPacket
 	walk
-	stopping bool // it is for what stops a packet, and not for what translates it
-	tracked  bool // connection tracking has had the packet
-	packet   Packet
-	passed   func(family, table, chain string) bool
-	places   map[string]NFTRule
+	nat    bool // the base chain is of this type
+	passed func(family, table, chain string) bool
+	places map[string]NFTRule
 }
 
 // place is the rule under a name that walk keeps.
@@ -169,8 +162,11 @@ const (
 // rule evaluates the statements of a rule in their order.
 func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets certainty) {
 	meets = yes
-	for _, statement := range r.Expr {
+	for n, statement := range r.Expr {
 		for kind, data := range statement {
+			if kind == "xt" {
+				kind = xtKind(data, n == len(r.Expr)-1)
+			}
 			switch kind {
 			case "match":
 				is, hit := w.match(r, data)
@@ -192,16 +188,18 @@ func (w *nftWalk) rule(r *nftRule, aim string, isSure bool) (end outcome, meets 
 				if hit.aimed {
 					aim = w.place(r, hit)
 				}
-				if !w.stopping {
-					w.translated(w.place(r, element{}), aim, isSure && meets == yes)
-				}
+				w.translated(w.place(r, element{}), aim, isSure && meets == yes)
 				return ended, meets
 			case "jump", "goto", "accept", "drop", "return", "continue", "reject", "queue":
 				return w.verdict(r, kind, data, aim, isSure && meets == yes), meets
-			case "notrack":
-				w.stopped(r, isSure && meets == yes && !w.tracked)
-			case "counter", "log", "mangle", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
-			default: // xt (a match or target of iptables), limit, quota, …
+			case "tproxy":
+				w.translated(w.place(r, element{}), aim, isSure && meets == yes)
+			case unknownTarget:
+				if w.nat { // there are few others in such chains
+					w.translated(w.place(r, element{}), aim, false)
+				}
+			case "counter", "log", "mangle", "notrack", "snat", "masquerade", "comment", "set", "meter", "flow", "dup", "fwd", "ct helper":
+			default: // a match of iptables, limit, quota, …
 				meets = min(meets, maybe)
 			}
 			if meets == no {
@@ -233,17 +231,8 @@ func (w *nftWalk) verdict(r *nftRule, kind string, data json.RawMessage, aim str
 		return goesOn
 	case "return":
 		return returned
-	case "drop", "reject":
-		w.stopped(r, isSure)
 	}
 	return ended
-}
-
-// stopped takes down a rule that stops the packet for certain.
-func (w *nftWalk) stopped(r *nftRule, sure bool) {
-	if w.stopping {
-		w.translated(w.place(r, element{}), "", sure)
-	}
 }
 
 // vmap follows the verdicts of all elements that the packet may meet.
@@ -273,7 +262,7 @@ func (w *nftWalk) vmap(r *nftRule, key, data json.RawMessage, aim string, isSure
 }
 
 // mapped evaluates the map by which a dnat statement finds the address; yes without one.
-func (w *nftWalk) mapped(r *nftRule, data json.RawMessage) (certainty, element) {
+func (w *nftPacket) mapped(r *nftRule, data json.RawMessage) (certainty, element) {
 	var to struct {
 		Addr struct {
 			Map *struct{ Key, Data json.RawMessage }
@@ -291,7 +280,7 @@ func (w *nftWalk) mapped(r *nftRule, data json.RawMessage) (certainty, element) 
 	return best, hit
 }
 
-func (w *nftWalk) match(r *nftRule, data json.RawMessage) (is certainty, hit element) {
+func (w *nftPacket) match(r *nftRule, data json.RawMessage) (is certainty, hit element) {
 	var m struct {
 		Op          string
 		Left, Right json.RawMessage
@@ -304,10 +293,12 @@ func (w *nftWalk) match(r *nftRule, data json.RawMessage) (is certainty, hit ele
 			is, hit = found, aimed
 		}
 	}
-	switch m.Op {
-	case "==", "in":
+	var left struct{ CT struct{ Key string } }
+	switch bits := json.Unmarshal(m.Left, &left) == nil && left.CT.Key == "status"; {
+	case bits && (m.Op == "==" || m.Op == "!="): // with all bits, of which one is known
+	case m.Op == "==", m.Op == "in":
 		return is, hit
-	case "!=":
+	case m.Op == "!=", m.Op == "!": // none of these bits
 		return is.not(), element{}
 	}
 	return maybe, element{}
@@ -322,7 +313,7 @@ type element struct {
 }
 
 // elements are those of a set or map, which may be a name behind @, and otherwise the one that data is.
-func (w *nftWalk) elements(r *nftRule, data json.RawMessage) (all []element) {
+func (w *nftPacket) elements(r *nftRule, data json.RawMessage) (all []element) {
 	var named string
 	var anonymous struct{ Set json.RawMessage }
 	var list []json.RawMessage
@@ -368,7 +359,7 @@ func toElement(data json.RawMessage) element {
 }
 
 // compare reports whether what the packet has in key is the element's; aimed where its destination is a part of that.
-func (w *nftWalk) compare(key json.RawMessage, e element) (certainty, element) {
+func (w *nftPacket) compare(key json.RawMessage, e element) (certainty, element) {
 	var keys, parts struct{ Concat []json.RawMessage }
 	if json.Unmarshal(key, &keys) == nil && len(keys.Concat) > 0 {
 		if json.Unmarshal(e.key, &parts) != nil || len(parts.Concat) != len(keys.Concat) {
@@ -389,13 +380,13 @@ func (w *nftWalk) compare(key json.RawMessage, e element) (certainty, element) {
 }
 
 // field compares one field of the packet.
-func (w *nftWalk) field(key json.RawMessage, with string) (is certainty, aimed bool) {
+func (w *nftPacket) field(key json.RawMessage, with string) (is certainty, aimed bool) {
 	var left struct {
 		Payload struct{ Protocol, Field string }
 		Meta    struct{ Key string }
 		CT      struct{ Key string }
 	}
-	if json.Unmarshal(key, &left) != nil {
+	if json.Unmarshal(key, &left) != nil || with == "*" { // what no other element has
 		return maybe, false
 	}
 	p := &w.packet
@@ -419,12 +410,17 @@ func (w *nftWalk) field(key json.RawMessage, with string) (is certainty, aimed b
 		return among(p.Protocol, with, protocol.Replace(with)), false
 	case left.Meta.Key == "nfproto":
 		return sure(with == map[bool]string{false: "ipv4", true: "ipv6"}[p.Destination.Addr().Is6()]), false
-	case left.Meta.Key == "iifname":
+	case left.Meta.Key == "protocol" || left.Payload.Protocol == "ether" && left.Payload.Field == "type":
+		return sure(with == map[bool]string{false: "ip", true: "ip6"}[p.Destination.Addr().Is6()]), false
+	case left.Meta.Key == "iifname" || left.Meta.Key == "iif":
 		return linkMatches(strings.ReplaceAll(with, "*", "+"), p.In), false
-	case left.Meta.Key == "oifname":
+	case left.Meta.Key == "oifname" || left.Meta.Key == "oif":
 		return linkMatches(strings.ReplaceAll(with, "*", "+"), p.Out), false
+	case !w.tracked:
 	case left.CT.Key == "state":
 		return sure(with == "new"), false
+	case left.CT.Key == "status" && with == "dnat":
+		return sure(p.Translated), false
 	}
 	return maybe, false
 }
@@ -459,4 +455,14 @@ func text(value json.RawMessage) string {
 		return strings.Join(parts, " . ")
 	}
 	return string(value)
+}
+
+// texts are one or several words.
+func texts(value json.RawMessage) (all []string) {
+	var one string
+	if json.Unmarshal(value, &one) == nil && one != "" {
+		return []string{one}
+	}
+	_ = json.Unmarshal(value, &all)
+	return all
 }

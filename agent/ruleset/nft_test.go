@@ -2,6 +2,7 @@ package ruleset
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -49,10 +50,45 @@ func TestStopping(t *testing.T) {
 			t.Fatal(err, tables)
 		}
 		for _, passes := range []bool{false, true} {
-			found := tables.Stopping(packet, -105, func(_, table, _ string) bool { return passes && strings.HasPrefix(table, "t") })
-			if (len(found) == 1) != (test.found && !passes) {
+			found := tables.Stopping(packet, Hook{Name: "prerouting", From: math.MinInt, Before: -105}, func(_, table, _ string) bool { return passes && strings.HasPrefix(table, "t") })
+			if (len(found) == 1 && found[0].Sure) != (test.found && !passes) {
 				t.Errorf("%s, passed over: %t: found %+v", name, passes, found)
 			}
+		}
+	}
+}
+
+// TestTargetsOfIPTables: nft prints targets of iptables by their names, or not even those.
+func TestTargetsOfIPTables(t *testing.T) {
+	const aimed = `{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "daddr"}}, "right": "169.254.210.210"}}`
+	packet := Packet{Destination: netip.MustParseAddrPort("169.254.210.210:8080"), Protocol: "tcp"}
+	for _, test := range []struct {
+		kind, expr  string
+		translates  bool
+		stops, sure bool
+	}{
+		{kind: "nat", expr: aimed + `, {"xt": {"type": "match", "name": "comment"}}, {"counter": null}, {"xt": {"type": "target", "name": "DNAT"}}`, translates: true},
+		{kind: "nat", expr: aimed + `, {"xt": null}, {"counter": null}, {"xt": null}`, translates: true, stops: true},
+		{kind: "nat", expr: `{"xt": {"type": "match", "name": "set"}}, {"xt": {"type": "target", "name": "DNAT"}}`},
+		{kind: "nat", expr: `{"xt": {"type": "target", "name": "REDIRECT"}}`, translates: true},
+		{kind: "nat", expr: aimed + `, {"xt": {"type": "target", "name": "MARK"}}`},
+		{kind: "filter", expr: aimed + `, {"xt": {"type": "target", "name": "TPROXY"}}`, translates: true},
+		{kind: "filter", expr: aimed + `, {"xt": null}`, stops: true},
+		{kind: "filter", expr: aimed + `, {"xt": {"type": "target", "name": "REJECT"}}`, stops: true, sure: true},
+		{kind: "filter", expr: aimed + `, {"xt": {"type": "match", "name": "addrtype"}}, {"drop": null}`, stops: true},
+	} {
+		tables, err := ParseNFTables([]byte(`{"nftables": [{"chain": {"family": "ip", "table": "mangle", "name": "PREROUTING", "type": "` + test.kind + `", "hook": "prerouting", "prio": -150}},
+			{"rule": {"family": "ip", "table": "mangle", "chain": "PREROUTING", "handle": 1, "expr": [` + test.expr + `]}}]}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		nothing := func(_, _, _ string) bool { return false }
+		if found := tables.Translating(packet, -105, nothing); (len(found) == 1) != test.translates {
+			t.Errorf("%s: translated by %+v", test.expr, found)
+		}
+		found := tables.Stopping(packet, Hook{Name: "prerouting", From: math.MinInt, Before: -105}, nothing)
+		if (len(found) == 1) != test.stops || test.stops && found[0].Sure != test.sure {
+			t.Errorf("%s: stopped by %+v", test.expr, found)
 		}
 	}
 }

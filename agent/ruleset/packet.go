@@ -20,6 +20,17 @@ type Packet struct {
 	Translated bool
 }
 
+// of reports whether it passes chains of this family of nftables.
+func (p Packet) of(family string) bool {
+	switch family {
+	case "ip":
+		return p.Destination.Addr().Is4()
+	case "ip6":
+		return p.Destination.Addr().Is6()
+	}
+	return family != "arp"
+}
+
 // certainty reports whether a packet meets a condition.
 type certainty int
 

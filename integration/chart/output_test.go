@@ -43,7 +43,7 @@ func TestOutput(t *testing.T) {
 			},
 			Links: []runtimedir.Links{{Names: []string{"eth0"}, Kind: "device", Role: "uplink", Reason: "a default route goes by it"}},
 			MagicIPs: []runtimedir.MagicIP{
-				{Frontend: frontend("169.254.210.210", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Action: "serve", Since: at, Count: &runtimedir.Count{Opened: 1}, HostInterface: []string{"cni0"}, Endpoints: []runtimedir.Endpoint{
+				{Frontend: frontend("169.254.210.210", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Action: "serve", Since: at, Count: &runtimedir.Count{Opened: 1}, HostInterface: []string{"cni0"}, HostClients: true, Endpoints: []runtimedir.Endpoint{
 					{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Pod: "default/echo", UID: "1", Recorded: true, AddedAt: at},
 				}},
 				{Frontend: frontend("fd00:a9fe:d2d2::1", runtimedir.UDP), Namespace: "*", Selector: "app=none", Action: "hold", Why: []string{"no pod"}},

@@ -215,7 +215,7 @@ func freePorts(client netns.NsHandle) (base uint16, err error) {
 	return 0, errors.New("the client has no 32 free ports in a row")
 }
 
-// within runs f in a network namespace; sockets that f opens stay there.
+// within runs f in a network namespace; sockets that f opens stay there. To run it in the caller's own needs no rights.
 func within(namespace netns.NsHandle, f func() error) error {
 	runtime.LockOSThread()
 	origin, err := netns.Get()
@@ -224,6 +224,10 @@ func within(namespace netns.NsHandle, f func() error) error {
 		return err
 	}
 	defer func() { _ = origin.Close() }()
+	if origin.Equal(namespace) {
+		defer runtime.UnlockOSThread()
+		return f()
+	}
 	if err := netns.Set(namespace); err != nil {
 		runtime.UnlockOSThread()
 		if errors.Is(err, unix.EPERM) {

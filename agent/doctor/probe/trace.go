@@ -1,10 +1,13 @@
 package probe
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -19,6 +22,8 @@ const (
 	Client Hop = "client"
 	// Rejected: the node answered the client that nothing listens, before any translation.
 	Rejected Hop = "rejected"
+	// Output: the node let no packet of its own process go out (EPERM): a rule in the output hook drops or rejects it.
+	Output Hop = "output"
 	// Node: the packet reached the node, and no translated one left it: dropped, by rules, by routing or by a filter.
 	Node Hop = "node"
 	// Astray: the packet left the node as it was, or to an address that is no endpoint.
@@ -115,6 +120,8 @@ func (e *Evidence) hop(link string) (Hop, string) {
 		return Answered, "answered"
 	case known:
 		return e.behind(server, out, what)
+	case e.Local && errors.Is(e.Err, unix.EPERM):
+		return Output, fmt.Sprintf("the node let no %s out: its output hook drops or rejects it (%v)", what, e.Err)
 	case e.Result == Failure && !e.arrived(link):
 		return Client, fmt.Sprintf("the client cannot send to %s: %v", e.Address, e.Err)
 	case e.Result == Refusal:
@@ -125,7 +132,10 @@ func (e *Evidence) hop(link string) (Hop, string) {
 		return Node, fmt.Sprintf("the %s came in%s and the node answered: %v", what, by, e.Err)
 	case e.Sniffed || e.Protocol == plan.TCP || e.Flow == nil:
 		came := fmt.Sprintf("the %s came in%s", what, by)
-		if link == "" {
+		switch {
+		case e.Local:
+			came = fmt.Sprintf("a process of the node sent the %s", what)
+		case link == "":
 			came = fmt.Sprintf("the %s was sent", what)
 		}
 		return Node, came + ", and nothing left the node for an endpoint: it was dropped"

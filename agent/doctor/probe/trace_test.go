@@ -50,6 +50,8 @@ func TestTrace(t *testing.T) {
 		{"dropped", Evidence{Sniffed: true, Packets: arrived}, Node, "the SYN came in by cni0, and nothing left the node for an endpoint"},
 		{"dropped, not seen", Evidence{}, Node, "the SYN was sent, and nothing left"},
 		{"a filter's ICMP", Evidence{Result: Failure, Err: unix.EHOSTUNREACH, Sniffed: true, Packets: arrived}, Node, "no route to host"},
+		{"the node's own, dropped", Evidence{Local: true, Sniffed: true}, Node, "a process of the node sent the SYN, and nothing left the node"},
+		{"the node's own, not let out", Evidence{Local: true, Sniffed: true, Result: Failure, Err: unix.EPERM}, Output, "the node let no SYN out"},
 		{"to an impostor", Evidence{Result: Success, Sniffed: true, Packets: append(arrived[:2:2], out("eth0", source, stranger))}, Astray, "translated to 192.0.2.9:80 by eth0"},
 		{"to an impostor, not seen", Evidence{Flow: flow(stranger, false)}, Astray, "translated to 192.0.2.9:80"},
 		{"untranslated", Evidence{Sniffed: true, Packets: append(arrived[:2:2], out("eth0", source, magic))}, Astray, "left the node untranslated by eth0"},
