@@ -221,6 +221,8 @@ func TestEqualStatus(t *testing.T) {
 		switch field := reflect.ValueOf(&b.MagicIPs[0]).Elem().Field(i); field.Kind() {
 		case reflect.String:
 			field.SetString("x")
+		case reflect.Bool:
+			field.SetBool(true)
 		case reflect.Slice:
 			field.Set(reflect.MakeSlice(field.Type(), 1, 1))
 		case reflect.Pointer: // to a Count

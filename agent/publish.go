@@ -136,7 +136,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 	for i := range a.config.Ports {
 		port := &a.config.Ports[i]
 		m := runtimedir.MagicIP{
-			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface,
+			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface, HostClients: port.HostClients,
 			Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
 		}
 		if i < len(a.services.inOrder) && a.services.inOrder[i] != nil && port.Unserved == "" {

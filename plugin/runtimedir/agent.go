@@ -113,6 +113,8 @@ type MagicIP struct {
 	Selector  string `json:"selector"`
 	// HostInterface are the links that clients are behind, as configured; empty is auto.
 	HostInterface []string `json:"hostInterface,omitempty"`
+	// HostClients: processes of the node are clients too, as configured.
+	HostClients bool `json:"hostClients"`
 	// Reason is why the frontend is unserved; empty where it is served.
 	Reason string `json:"reason,omitempty"`
 	// Action is what becomes of new packets: serve, reject, hold or pass; empty where the frontend is unserved.

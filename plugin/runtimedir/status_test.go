@@ -39,6 +39,7 @@ func TestStatusEqual(t *testing.T) {
 		"a namespace":       func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Namespace = "other" },
 		"a selector":        func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Selector = "app=y" },
 		"a host interface":  func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.HostInterface = nil },
+		"host clients":      func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.HostClients = true },
 		"a reason":          func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Reason = "claimed" },
 		"an action":         func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Action = "hold" },
 		"an endpoint":       func(_ *runtimedir.Status, m *runtimedir.MagicIP) { m.Endpoints[0].UID = "u" },
