@@ -81,6 +81,12 @@ func (t *IPTables) BuiltIn(chain string, p Packet) (verdict Verdict, by string) 
 	return Drop, ends.drop
 }
 
+// Takes reports whether a packet surely does not come to the end of a built-in chain: a rule accepts, drops or translates it before.
+func (t *IPTables) Takes(chain string, p Packet) bool {
+	f := filter{t, p, map[string]ends{}}
+	return !f.chain(chain).goesOn
+}
+
 type filter struct {
 	*IPTables
 	packet Packet
@@ -118,7 +124,7 @@ func (f *filter) chain(name string) (all ends) {
 		case "RETURN":
 			all.goesOn = true
 			inner = ends{}
-		case "", "LOG", "MARK", "CONNMARK", "NFLOG", "TCPMSS", "TRACE":
+		case "", "LOG", "MARK", "CONNMARK", "NFLOG", "TCPMSS", "TRACE", "AUDIT", "CHECKSUM", "CLASSIFY", "CONNSECMARK", "DSCP", "HL", "HMARK", "IDLETIMER", "SECMARK", "SET", "TOS", "TTL":
 		default:
 			switch _, known := f.policy[m.target]; {
 			case !known: // a target that decides by itself, such as NFQUEUE

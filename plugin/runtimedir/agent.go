@@ -90,7 +90,7 @@ func ProblemKinds() map[string]string {
 		"unnamed_link":        "a link has a name that rules cannot have",
 		"unrecorded_endpoint": "an endpoint's address is in no record",
 		"unserved_link":       "a link is neither pods' nor an uplink",
-		"verify":              "the kernel's rules cannot be read",
+		"verify":              "the kernel's rules cannot be read, or those of another program take the packets",
 		"waiting":             "a source that decisions need has not been read since the start",
 	}
 }
