@@ -36,9 +36,9 @@ func Trial(ctx context.Context) error {
 }
 
 // Inspect says in which respects the rules in the kernel differ from what the agent called agentName serves, and
-// changes nothing.
-func Inspect(ctx context.Context, backendName, agentName string, services []plan.Service) ([]string, error) {
-	p := plan.Build(plan.Input{Services: services})
+// changes nothing. Of in it needs the services, the links of pods, the uplinks and the addresses of the node.
+func Inspect(ctx context.Context, backendName, agentName string, in plan.Input) ([]string, error) {
+	p := plan.Build(in)
 	if backendName == NFTables {
 		return nftables.Inspect(agentName, &p)
 	}

@@ -60,6 +60,10 @@ func reserved() []reservation {
 		// https://github.com/aws/amazon-vpc-cni-k8s/blob/master/cmd/egress-cni-plugin/netconf/netconf.go
 		reserve("the egress network of the Amazon VPC CNI", "169.254.172.0/22", "fd00::ac:0/118"),
 
+		// https://docs.aws.amazon.com/vpc-lattice/latest/ug/security-groups.html
+		// https://aws.amazon.com/blogs/networking-and-content-delivery/managing-dns-resolution-with-amazon-vpc-lattice-and-vpc-resources
+		reserve("the services of Amazon VPC Lattice", "169.254.171.0/24", "fd00:ec2:80::/64"),
+
 		// https://cloud.google.com/compute/docs/metadata/querying-metadata (IPv6-only instances)
 		reserve("the metadata server of Google Compute Engine", "fd20:ce::254"),
 		// https://cloud.google.com/kubernetes-engine/docs/concepts/workload-identity
@@ -81,6 +85,8 @@ func reserved() []reservation {
 		reserve("the DNS resolver of Alibaba Cloud", "100.100.2.116/31", "100.100.2.118", "100.100.2.136/31", "100.100.2.138"),
 		// https://www.tencentcloud.com/document/product/213/4934
 		reserve("the instance metadata service of Tencent Cloud", "169.254.0.23"),
+		// https://techdocs.akamai.com/cloud-computing/docs/metadata-service-api
+		reserve("the instance metadata service of Akamai (Linode)", "fd00:a9fe:a9fe::1"),
 		// https://www.scaleway.com/en/docs/instances/how-to/use-cloud-init/
 		// https://github.com/scaleway/scaleway-sdk-go/blob/master/api/instance/v1/instance_metadata_sdk.go
 		reserve("the instance metadata service of Scaleway", "169.254.42.42", "fd00:42::42"),
@@ -95,7 +101,10 @@ func reserved() []reservation {
 		// https://github.com/istio/istio/blob/master/cni/pkg/nodeagent/options.go
 		reserve("the kubelet's probes in Istio's ambient mode", "169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"),
 		// https://github.com/ovn-kubernetes/ovn-kubernetes/blob/master/go-controller/pkg/config/config.go (masquerade subnets)
+		// The larger ones of OpenShift 4.17 are in docs/configuration.md only: clusters without OpenShift can use them.
 		reserve("the gateways of OVN-Kubernetes", "169.254.169.0/29", "fd69::/125"),
+		// https://github.com/cilium/cilium/blob/main/pkg/defaults/defaults.go (pods that reach themselves by a Service have this source)
+		reserve("the service loopback of Cilium", "169.254.42.1"),
 		// https://github.com/antrea-io/antrea/blob/main/pkg/agent/config/service_config.go
 		reserve("the virtual addresses of Antrea", "169.254.0.252", "169.254.0.253", "fc01::aabb:ccdd:eefe", "fc01::aabb:ccdd:eeff"),
 	)

@@ -18,6 +18,7 @@ func TestReservedAddresses(t *testing.T) {
 		"169.254.169.254": "most clouds", "fd00:ec2::254": "EC2", "169.254.169.253": "VPC", "fd00:ec2::253": "VPC",
 		"169.254.169.123": "time service of Amazon", "fd00:ec2::123": "time service of Amazon", "169.254.170.2": "ECS",
 		"169.254.170.23": "EKS", "fd00:ec2::23": "EKS", "169.254.173.7": "VPC CNI", "fd00::ac:1": "VPC CNI", "169.254.1.1": "Calico",
+		"169.254.171.9": "VPC Lattice", "fd00:ec2:80::a9fe:ab21": "VPC Lattice", "fd00:a9fe:a9fe::1": "Akamai", "169.254.42.1": "Cilium",
 		"fd20:ce::254": "Google", "169.254.169.252": "GKE", "168.63.129.16": "Azure", "169.254.10.10": "AKS",
 		"169.254.0.2": "Oracle", "169.254.2.9": "Oracle", "fd00:c1::a9fe:a9fe": "Oracle", "100.100.100.200": "Alibaba", "100.100.2.137": "Alibaba",
 		"169.254.0.23": "Tencent", "169.254.42.42": "Scaleway", "fd00:42::42": "Scaleway", "169.254.20.10": "NodeLocal", "169.254.25.10": "Kubespray",

@@ -12,6 +12,7 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/foreign"
 	"github.com/magic-ip-address/magic-ip-address/agent/iptables"
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
@@ -66,14 +67,14 @@ func (e *examination) rules(ctx context.Context) {
 		if a.Unreadable != "" || a.LastSync.IsZero() {
 			continue
 		}
-		differs, err := inspect(ctx, a)
+		differs, err := e.inspect(ctx, a)
 		if len(differs) > 0 { // it may be changing right now
 			select {
 			case <-ctx.Done():
 			case <-time.After(time.Second):
 			}
 			if read, readErr := status.Read(runtimedir.New(e.RuntimeDir), a.Name); readErr == nil {
-				differs, err = inspect(ctx, read.Agents[0])
+				differs, err = e.inspect(ctx, read.Agents[0])
 			}
 		}
 		switch {
@@ -102,19 +103,27 @@ func (e *examination) rules(ctx context.Context) {
 	}
 }
 
-func inspect(ctx context.Context, a status.Agent) ([]string, error) {
-	var services []plan.Service
+func (e *examination) inspect(ctx context.Context, a status.Agent) ([]string, error) {
+	in := plan.Input{HostAddresses: e.network.Addresses}
+	for _, l := range a.Links {
+		switch node.Role(l.Role) {
+		case node.Served:
+			in.PodInterfaces = append(in.PodInterfaces, l.Names...)
+		case node.Uplink:
+			in.Uplinks = append(in.Uplinks, l.Names...)
+		}
+	}
 	for _, m := range a.MagicIPs {
 		if m.Reason != "" {
 			continue
 		}
-		service := plan.Service{Frontend: m.Frontend, HostClients: true, WithoutEndpoint: plan.Action(m.Action)}
+		service := plan.Service{Frontend: m.Frontend, HostInterface: m.HostInterface, HostClients: m.HostClients, WithoutEndpoint: plan.Action(m.Action)}
 		for _, endpoint := range m.Endpoints {
 			service.Endpoints = append(service.Endpoints, endpoint.Address)
 		}
-		services = append(services, service)
+		in.Services = append(in.Services, service)
 	}
-	return backend.Inspect(ctx, a.Backend, a.Name, services)
+	return backend.Inspect(ctx, a.Backend, a.Name, in)
 }
 
 func (e *examination) addresses() (all []netip.Addr) {

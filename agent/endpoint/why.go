@@ -96,12 +96,25 @@ func (s *Selection) excludes(t *inventory.Target) string {
 		return ""
 	case s.PortName != "" && !slices.ContainsFunc(t.Ports, s.named):
 		return s.withoutPort(t)
-	case len(t.IPs) == 0 && len(t.Unusable) > 0:
-		return fmt.Sprintf("has only an address that cannot be an endpoint: %s is %s", t.Unusable[0].IP, t.Unusable[0].Reason)
-	case len(t.IPs) == 0:
-		return "has no address"
 	}
-	return fmt.Sprintf("has no %s address, only %s", map[bool]string{false: "IPv4", true: "IPv6"}[s.IPv6], list(t.IPs))
+	return s.withoutAddress(t)
+}
+
+// withoutAddress is about a target that has no address of the family.
+func (s *Selection) withoutAddress(t *inventory.Target) string {
+	family := map[bool]string{false: "IPv4", true: "IPv6"}[s.IPv6]
+	for _, u := range t.Unusable {
+		if u.IP.Is6() == s.IPv6 {
+			return fmt.Sprintf("has no %s address that can be an endpoint: %s is %s", family, u.IP, u.Reason)
+		}
+	}
+	switch {
+	case len(t.IPs) > 0:
+		return fmt.Sprintf("has no %s address, only %s", family, list(t.IPs))
+	case len(t.Unusable) > 0:
+		return fmt.Sprintf("has no %s address, and %s is %s", family, t.Unusable[0].IP, t.Unusable[0].Reason)
+	}
+	return "has no address"
 }
 
 // withoutPort is about a target that has no container port of the name and protocol.

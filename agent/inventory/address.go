@@ -58,5 +58,5 @@ func (i *Inventory) unusable(ip netip.Addr, hostNetwork bool) string {
 // Unusable is an address of a target that cannot be an endpoint.
 type Unusable struct {
 	IP     netip.Addr
-	Reason string // as in "10.0.0.1 is loopback"
+	Reason string // as in "10.0.0.1 is loopback", "… is of a sandbox that was deleted"
 }

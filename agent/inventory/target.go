@@ -2,6 +2,7 @@ package inventory
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -23,7 +24,8 @@ type Target struct {
 	Running, Ready, Terminating, Finished bool
 	Ports                                 []runtimedir.NamedPort
 
-	// Unusable are addresses that cannot be an endpoint. Unrecorded: its addresses are in no record, although there are records.
+	// Unusable are addresses of the pod, as recorded or reported, that cannot be an endpoint. Unrecorded: its addresses are in no
+	// record, although there are records.
 	Unusable   []Unusable
 	Unrecorded bool
 
@@ -74,9 +76,11 @@ func (i *Inventory) Targets(now time.Time) []Target {
 			AddedAt: r.AddedAt, order: p.order, added: true,
 		}
 		for _, ip := range p.ips {
-			if holder[ip] == p.order {
-				i.give(&target, ip, false)
+			if n := holder[ip]; n != p.order {
+				target.Unusable = append(target.Unusable, Unusable{ip, i.recordedFor(n, target.PodID)})
+				continue
 			}
+			i.give(&target, ip, false)
 		}
 		n, here := i.byID[r.pod()]
 		pod, reported := i.reported[r.pod()]
@@ -108,8 +112,11 @@ func (i *Inventory) Targets(now time.Time) []Target {
 		target.describe(pod)
 		target.observe(pod)
 		for _, ip := range pod.IPs {
-			_, taken := holder[ip]
-			if !taken && !withdrawn(pod, ip) && !target.has(ip.Is6()) {
+			if n, taken := holder[ip]; taken {
+				target.Unusable = append(target.Unusable, Unusable{ip, i.recordedFor(n, pod.PodID)})
+			} else if reason := withdrawn(pod, ip); reason != "" {
+				target.Unusable = append(target.Unusable, Unusable{ip, reason})
+			} else if !target.has(ip.Is6()) {
 				i.give(&target, ip, pod.HostNetwork)
 			}
 		}
@@ -195,8 +202,17 @@ func (i *Inventory) inPodIPs(r *record) bool {
 	return here && slices.ContainsFunc(r.IPs, func(ip netip.Addr) bool { return slices.Contains(pod.IPs, ip) })
 }
 
-// withdrawnNow says of a pod's address whether DEL has taken it, or would have: the link of the sandbox is gone.
-func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) bool {
+// recordedFor is why an address in record n is none of a pod that has no part in it.
+func (i *Inventory) recordedFor(n int, pod PodID) string {
+	if other := i.records[n].pod(); other != pod {
+		return fmt.Sprintf("recorded for pod %s/%s, which has it now", other.Namespace, other.Name)
+	}
+	return "of another interface or sandbox of the pod"
+}
+
+// withdrawnNow is why an address that the API reports of a pod is not its own any more: DEL has taken it, or would have, because the link
+// of the sandbox is gone. Empty where it is.
+func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) string {
 	fallen := map[PodID][]netip.Addr{}
 	for n := range i.records {
 		if r := &i.records[n]; !i.live(r) && r.UID != "" {
@@ -205,8 +221,14 @@ func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) bool {
 			}
 		}
 	}
-	return func(pod *Pod, ip netip.Addr) bool {
-		return slices.Contains(fallen[pod.PodID], ip) || slices.Contains(i.withdrawnFrom(pod), ip)
+	return func(pod *Pod, ip netip.Addr) string {
+		switch {
+		case slices.Contains(fallen[pod.PodID], ip):
+			return "of a sandbox whose link is gone"
+		case slices.Contains(i.withdrawnFrom(pod), ip):
+			return "of a sandbox that was deleted"
+		}
+		return ""
 	}
 }
 

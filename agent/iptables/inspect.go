@@ -11,7 +11,8 @@ import (
 )
 
 // Inspect says in which respects the kernel's chains of an agent differ from a plan, and changes nothing. It sees that there
-// is one jump from each hook and that each frontend leads to its endpoints: not, which clients are served.
+// is one jump from each hook, before rules of others that would take the packets, that no chain has been emptied, and that each frontend leads to its endpoints; in the table raw, nothing. Of
+// the plan's input it needs the services, without ExcludeTarget, the links and HostAddresses.
 func Inspect(ctx context.Context, agentName string, p *plan.Plan) (differs []string, err error) {
 	v, err := InUse(ctx)
 	if err != nil {
@@ -36,8 +37,19 @@ func (f *chains) inspect(ctx context.Context, p *plan.Plan) ([]string, error) {
 	for _, t := range tables {
 		there := listings[t.name]
 		for _, j := range t.jumps {
-			if count, _ := there.jump(j); count != 1 {
+			switch count, behind := there.jump(j); {
+			case count != 1:
 				differs = append(differs, fmt.Sprintf("%s table %s: %d jumps from %s to our chain instead of 1", f.command, t.name, count, j.hook))
+			case behind > 0:
+				if err := f.taken(t.name, j, there, p.Rules); err != nil {
+					differs = append(differs, err.Error())
+				}
+			}
+		}
+		for _, c := range there.chains {
+			rendered := func(r chain) bool { return r.name == c.name && len(r.rules) == 0 }
+			if len(t.jumps) > 0 && len(c.rules) == 0 && !slices.ContainsFunc(t.chains, rendered) {
+				differs = append(differs, fmt.Sprintf("%s table %s: chain %s has no rules", f.command, t.name, c.name))
 			}
 		}
 		if t.name != "nat" {

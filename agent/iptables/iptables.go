@@ -164,6 +164,7 @@ type chains struct {
 	generation func() (uint32, error)
 	// restored is why a sync has loaded chains anew that were externally modified. Verify has yet to report it.
 	restored error
+	rules    []plan.Rule // that were loaded last
 	// served are the frontends that have an endpoint in the kernel.
 	served map[plan.Frontend]bool
 	// moved is when a jump was last put before those of others, by table and hook.
@@ -179,7 +180,7 @@ func (f *chains) sync(ctx context.Context, p *plan.Plan) error {
 	if err := f.apply(ctx, wanted, f.order(served)); err != nil {
 		return fmt.Errorf("%s: %w", f.command, err)
 	}
-	f.served = served
+	f.served, f.rules = served, p.Rules
 	return nil
 }
 
@@ -433,6 +434,7 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 		return nil, fmt.Errorf("%s: %w", f.command, err)
 	}
 	var differs []string
+	var waiting error // for a jump that may not move yet
 	for i, t := range f.tables {
 		if len(t.jumps) == 0 {
 			continue
@@ -447,6 +449,9 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 				found = append(found, fmt.Sprintf("%d rules of others before ours in %s", behind, j.hook))
 			case behind > 0:
 				now = 0 // look again with the next poll
+				if waiting == nil {
+					waiting = f.taken(t.name, j, there, f.rules)
+				}
 			}
 		}
 		if len(found) == 0 && len(there.leadingTo(f.prefix)) != len(t.jumps) {
@@ -461,7 +466,18 @@ func (f *chains) verify(ctx context.Context) ([]string, error) {
 		return differs, nil
 	}
 	f.seen = now
+	if waiting != nil {
+		return nil, fmt.Errorf("%w; another program put it there a second time, so ours are put first again only after a minute", waiting)
+	}
 	return nil, nil
+}
+
+// taken is an error where a rule of others before a jump takes packets to these frontends.
+func (f *chains) taken(table string, j jump, there *listing, rules []plan.Rule) error {
+	if rule := there.taken(j, rules, f.family); rule != "" {
+		return fmt.Errorf("%s table %s: a rule of others before ours takes packets to magic IPs: %s", f.command, table, rule)
+	}
+	return nil
 }
 
 // remove takes jumps and chains out: filter before nat, so that nothing is held or rejected that is not

@@ -2,11 +2,14 @@ package iptables
 
 import (
 	"fmt"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/nftables"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/agent/ruleset"
 )
 
 // listing is what iptables-save shows of one table, as far as it concerns one agent.
@@ -14,7 +17,7 @@ type listing struct {
 	// chains are the agent's, in the order listed, with their rules as listed. They are compared with an
 	// earlier listing by the same iptables, never with what we wrote: it words rules in its own way.
 	chains []chain
-	// others are all rules of all other chains, by chain: "-A PREROUTING …".
+	// others are all other chains with all their rules: "-A PREROUTING …".
 	others map[string][]string
 }
 
@@ -43,6 +46,9 @@ func parseListing(out, prefix string, tables []string) (map[string]*listing, err
 			name, _, _ := strings.Cut(line[1:], " ")
 			index[name] = len(l.chains)
 			l.chains = append(l.chains, chain{name: name})
+		case strings.HasPrefix(line, ":"):
+			name, _, _ := strings.Cut(line[1:], " ")
+			l.others[name] = nil
 		case strings.HasPrefix(line, "-A "):
 			chain, rule, _ := strings.Cut(line[3:], " ")
 			if i, ours := index[chain]; ours {
@@ -87,6 +93,35 @@ func (l *listing) jump(j jump) (count, behind int) {
 		}
 	}
 	return count, behind
+}
+
+// taken is the first rule of others before a jump that surely takes a new packet to one of these frontends, so that ours never see it; empty
+// where none does. Most rules there concern other packets, such as the jumps of kube-proxy.
+func (l *listing) taken(j jump, rules []plan.Rule, family plan.Family) string {
+	var chains strings.Builder
+	for name, rules := range l.others {
+		fmt.Fprintf(&chains, ":%s - [0:0]\n", name)
+		if name != j.hook {
+			fmt.Fprintln(&chains, strings.Join(rules, "\n"))
+		}
+	}
+	for _, before := range l.others[j.hook] {
+		if strings.HasPrefix(target(before), ChainPrefix) {
+			if target(before) == j.chain {
+				break
+			}
+			continue
+		}
+		t := ruleset.ParseIPTables(chains.String()+before+"\n", nil)
+		for i := range rules {
+			r := &rules[i]
+			packet := ruleset.Packet{Destination: netip.AddrPortFrom(r.Address, r.Port), Protocol: string(r.Protocol)}
+			if plan.FamilyOf(r.Address) == family && !r.Foreign() && (j.hook != "OUTPUT" || r.HostClients) && t.Takes(j.hook, packet) {
+				return before
+			}
+		}
+	}
+	return ""
 }
 
 // empty says that nothing is there of the agent whose chains begin with prefix.

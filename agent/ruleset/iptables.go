@@ -90,6 +90,12 @@ func harmless() []string {
 		"RATEEST", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS", "TRACE", "TTL"}
 }
 
+// Takes reports whether a packet surely does not come to the end of a built-in chain: a rule accepts, drops or translates it before.
+func (t *IPTables) Takes(chain string, p Packet) bool {
+	f := filter{t, p, map[string]ends{}}
+	return !f.chain(chain).goesOn
+}
+
 type filter struct {
 	*IPTables
 	packet Packet

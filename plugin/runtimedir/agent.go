@@ -94,7 +94,7 @@ func ProblemKinds() map[string]string {
 		"unrecorded_endpoint": "an endpoint's address is in no record",
 		"unseen":              "it cannot be seen whether packets bypass the rules, or another program translates a magic IP",
 		"unserved_link":       "a link is neither pods' nor an uplink",
-		"verify":              "the kernel's rules cannot be read",
+		"verify":              "the kernel's rules cannot be read, or those of another program take the packets",
 		"waiting":             "a source that decisions need has not been read since the start",
 	}
 }
