@@ -19,7 +19,7 @@ const instead = "use a Service with internalTrafficPolicy: Local"
 
 // Bypasses names, one sentence each, the data planes of this node that may forward packets of pods past netfilter, and so
 // past the rules: not Cilium, of which package dataplane knows more. With an error nothing is known of them. It reads the network namespace of
-// the calling thread. Programs attached by tcx or netkit are found only where the process may use bpf(2).
+// the calling thread. Programs attached by tcx or netkit may be hidden, see ProgramsHidden.
 func Bypasses() ([]string, error) {
 	snapshot, err := Kernel{}.SnapshotWithoutLocalRoutes()
 	if err = errors.Join(err, snapshot.Complete()); err != nil {
@@ -108,9 +108,36 @@ func programsOf(link Link) (programs []string, err error) {
 // bpfNetkitPeer is BPF_NETKIT_PEER (linux/bpf.h): what comes from the pod.
 const bpfNetkitPeer = 55
 
-// attached asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h): none where the link is gone, where the
-// kernel does not know the kind of attachment, and where it does not permit the query, as in a container with the usual seccomp profile.
+// attached asks how many programs are attached to a link: none where the link is gone, where the kernel does not know the kind of attachment,
+// and where it does not permit the query, see ProgramsHidden.
 func attached(index int, attach uint32) (uint32, error) {
+	count, errno := queryPrograms(index, attach)
+	switch errno {
+	case 0, unix.ENOENT, unix.ENODEV, unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS, unix.EPERM, unix.EACCES:
+		return count, nil
+	}
+	return 0, errno
+}
+
+// ProgramsHidden is why programs attached by tcx or netkit, which came with Linux 6.6, cannot be seen by this process: in a container with the
+// usual seccomp profile bpf(2) is not permitted. Nil where they can be, or there are none.
+func ProgramsHidden() error {
+	var name unix.Utsname
+	var major, minor int
+	if err := unix.Uname(&name); err != nil {
+		return err
+	}
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor); err == nil && (major < 6 || major == 6 && minor < 6) {
+		return nil
+	}
+	if _, errno := queryPrograms(loopback, unix.BPF_TCX_INGRESS); errno == unix.EPERM || errno == unix.EACCES {
+		return fmt.Errorf("bpf(2): %w", errno)
+	}
+	return nil
+}
+
+// queryPrograms asks how many programs are attached to a link (bpf(2), BPF_PROG_QUERY; linux/bpf.h).
+func queryPrograms(index int, attach uint32) (count uint32, errno unix.Errno) {
 	query := struct {
 		target, attachType, flags, attachFlags uint32
 		ids                                    uint64
@@ -118,12 +145,9 @@ func attached(index int, attach uint32) (uint32, error) {
 		programFlags, linkIDs, linkFlags       uint64
 		revision                               uint64
 	}{target: uint32(index), attachType: attach}
-	_, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_QUERY, uintptr(unsafe.Pointer(&query)), unsafe.Sizeof(query))
-	switch errno {
-	case 0:
-		return query.count, nil
-	case unix.ENOENT, unix.ENODEV, unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS, unix.EPERM, unix.EACCES:
-		return 0, nil
+	_, _, errno = unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_QUERY, uintptr(unsafe.Pointer(&query)), unsafe.Sizeof(query))
+	if errno != 0 {
+		return 0, errno
 	}
-	return 0, errno
+	return query.count, 0
 }

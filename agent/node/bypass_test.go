@@ -3,6 +3,7 @@ package node_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"unsafe"
@@ -103,6 +104,25 @@ func TestProgramsOfPods(t *testing.T) {
 		if !strings.Contains(found, want) {
 			t.Errorf("found %q, want %q in it", found, want)
 		}
+	}
+}
+
+// TestProgramsHidden: a process that may not use bpf(2) sees no programs, and says so.
+func TestProgramsHidden(t *testing.T) {
+	if err := node.ProgramsHidden(); err != nil {
+		t.Error(err)
+	}
+	hidden := make(chan error)
+	go func() {
+		runtime.LockOSThread() // without its rights the thread ends with the goroutine
+		data := [2]unix.CapUserData{}
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &data[0]); err != nil {
+			hidden <- err
+		}
+		hidden <- node.ProgramsHidden()
+	}()
+	if err := <-hidden; !errors.Is(err, unix.EPERM) {
+		t.Errorf("without rights: %v, want %v", err, unix.EPERM)
 	}
 }
 
