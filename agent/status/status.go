@@ -34,6 +34,8 @@ type Agent struct {
 	Heartbeat time.Time `json:"heartbeat"`
 	// Unreadable is why its status file cannot be read; empty where it can.
 	Unreadable string `json:"unreadable,omitempty"`
+	// Failure is what Unhealthy has said when Judge was called.
+	Failure string `json:"failure,omitempty"`
 	// Installed is what its installer has put on the node; nil where it has none.
 	Installed *runtimedir.Record `json:"installed,omitempty"`
 }
@@ -129,6 +131,13 @@ func (s Status) Unhealthy(now time.Time) error {
 		}
 	}
 	return nil
+}
+
+// Judge notes in each agent whether it does its work, for readers elsewhere: the heartbeat is by the clock of this node.
+func (s *Status) Judge(now time.Time) {
+	for i := range s.Agents {
+		s.Agents[i].Failure = s.Agents[i].Unhealthy(now)
+	}
 }
 
 // Unhealthy is why an agent is not doing its work: it does not run, or has not polled for three poll

@@ -197,9 +197,10 @@ func writeTable(out io.Writer, t screen.Table, left int) {
 // report is what is shown of docs/status.schema.json. It is not the agent's own type, which needs Linux.
 type report struct {
 	Agents []struct {
-		Name, LastError, Unreadable string
-		Live                        bool
-		MagicIPs                    []magicIP
+		Name, LastError, Unreadable, Failure string
+
+		Live     bool
+		MagicIPs []magicIP
 	}
 }
 
@@ -231,6 +232,11 @@ func statusTable(answers []answer, now time.Time) (table screen.Table, well bool
 			continue
 		}
 		well = well && a.ExitCode == 0
+		if len(r.Agents) == 0 {
+			const nothing = "no agent has a status file"
+			add(a.Node, nothing, a.Node, "", nothing)
+			well = false
+		}
 		for _, agent := range r.Agents {
 			state := "running"
 			switch {
@@ -238,12 +244,18 @@ func statusTable(answers []answer, now time.Time) (table screen.Table, well bool
 				state = agent.Unreadable
 			case !agent.Live:
 				state = "not running"
+			case agent.Failure != "":
+				state = agent.Failure
 			case agent.LastError != "":
 				state, well = "error: "+agent.LastError, false
 			}
+			mark := state
+			if state == agent.Failure { // which says for how long
+				mark = "hung"
+			}
 			key := a.Node + " " + agent.Name
 			if len(agent.MagicIPs) == 0 {
-				add(key, state, a.Node, agent.Name, state)
+				add(key, mark, a.Node, agent.Name, state)
 			}
 			for _, m := range agent.MagicIPs {
 				endpoint, pods := m.traffic()
@@ -258,7 +270,7 @@ func statusTable(answers []answer, now time.Time) (table screen.Table, well bool
 				if m.Count != nil {
 					opened, refused = strconv.FormatUint(m.Count.Opened, 10), strconv.FormatUint(m.Count.Refused, 10)
 				}
-				add(fmt.Sprintf("%s %s port %d/%s", key, m.IPAddress, m.Port, m.Protocol), strings.TrimSpace(state+", "+endpoint+" "+pods),
+				add(fmt.Sprintf("%s %s port %d/%s", key, m.IPAddress, m.Port, m.Protocol), strings.TrimSpace(mark+", "+endpoint+" "+pods),
 					a.Node, agent.Name, state, fmt.Sprintf("%s port %d", m.IPAddress, m.Port), m.Protocol, endpoint, pods, age, connections, opened, refused)
 			}
 		}
@@ -287,7 +299,7 @@ func doctorTable(answers []answer, _ time.Time) (table screen.Table, well bool) 
 	well = true
 	for _, a := range answers {
 		var r struct{ Verdict struct{ Level, Text string } }
-		if a.Error == "" && json.Unmarshal(a.Report, &r) != nil {
+		if a.Error == "" && (json.Unmarshal(a.Report, &r) != nil || r.Verdict.Level == "") {
 			a.Error = "the agent's answer has another format"
 		}
 		if a.Error != "" {

@@ -27,10 +27,13 @@ func TestStatus(t *testing.T) {
 		"no endpoint": {fleet.Node{Pod: "p/q", Output: agent(`{"ipAddress":"fd00::1","protocol":"udp","port":53,"action":"reject","endpoints":[]}`)}, "n a running fd00::1 port 53 udp none: reject", true},
 		"unserved":    {fleet.Node{Pod: "p/q", Output: agent(`{"ipAddress":"fd00::1","protocol":"udp","port":53,"reason":"reserved","endpoints":[]}`)}, "n a running fd00::1 port 53 udp unserved: reserved", false},
 		"stopped":     {fleet.Node{Pod: "p/q", ExitCode: 1, Output: []byte(`{"agents":[{"name":"a","live":false,"magicIPs":[]}]}`)}, "n a not running", false},
-		"error":       {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":[{"name":"a","live":true,"lastError":"\u001b[2Jbad","magicIPs":[]}]}`)}, `n a error: \x1b[2Jbad`, false},
-		"no agent":    {fleet.Node{Err: errors.New("no agent")}, "n no agent", false},
-		"no JSON":     {fleet.Node{Pod: "p/q", Output: []byte("oops")}, "n the agent answered no JSON", false},
-		"another":     {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":1}`)}, "n the agent's answer has another format", false},
+		"hung": {fleet.Node{Pod: "p/q", ExitCode: 1, Output: []byte(`{"agents":[{"name":"a","live":true,"failure":"has not polled for 1m0s, although it does so every 5s","magicIPs":[` + endpoint + `]}]}`)},
+			"n a has not polled for 1m0s, although it does so every 5s 169.254.210.210 port 80 tcp 10.244.1.2:8080 default/echo", false},
+		"no report": {fleet.Node{Pod: "p/q", ExitCode: 1, Output: []byte(`{"agents":[]}`)}, "n no agent has a status file", false},
+		"error":     {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":[{"name":"a","live":true,"lastError":"\u001b[2Jbad","magicIPs":[]}]}`)}, `n a error: \x1b[2Jbad`, false},
+		"no agent":  {fleet.Node{Err: errors.New("no agent")}, "n no agent", false},
+		"no JSON":   {fleet.Node{Pod: "p/q", Output: []byte("oops")}, "n the agent answered no JSON", false},
+		"another":   {fleet.Node{Pod: "p/q", Output: []byte(`{"agents":1}`)}, "n the agent's answer has another format", false},
 	} {
 		test.node.Name = "n"
 		var out strings.Builder
@@ -60,6 +63,17 @@ func TestLive(t *testing.T) {
 	}
 }
 
+// TestHungLive: a live screen does not mark a hung agent anew with each second that it hangs.
+func TestHungLive(t *testing.T) {
+	at := func(age string) string {
+		table, _ := statusTable([]answer{newAnswer(fleet.Node{Name: "n", Pod: "p/q", ExitCode: 1, Output: fmt.Appendf(nil, `{"agents":[{"name":"a","live":true,"failure":"has not polled for %s","magicIPs":[]}]}`, age)})}, time.Now())
+		return table.Rows[0].State
+	}
+	if before, after := at("20s"), at("22s"); before != after || before == "" {
+		t.Errorf("the state is %q, and then %q", before, after)
+	}
+}
+
 func TestDoctor(t *testing.T) {
 	var out strings.Builder
 	table, well := doctorTable([]answer{
@@ -73,6 +87,9 @@ func TestDoctor(t *testing.T) {
 	}
 	if _, well := doctorTable([]answer{newAnswer(fleet.Node{Name: "n2", Pod: "p/q", Output: []byte(`{"verdict":{"level":"hidden"}}`)})}, time.Now()); !well {
 		t.Error("what cannot be seen is taken for a fault")
+	}
+	if _, well := doctorTable([]answer{newAnswer(fleet.Node{Name: "n2", Pod: "p/q", Output: []byte(`{}`)})}, time.Now()); well {
+		t.Error("no verdict is taken for a good one")
 	}
 }
 

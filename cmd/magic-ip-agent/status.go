@@ -40,6 +40,7 @@ With -o json it prints one object; docs/status.schema.json is its schema.`,
 				if err == nil && (watch || output == "json") {
 					read.Count(conntrack.Table{}.Count)
 				}
+				read.Judge(time.Now())
 				return read, err
 			}
 			if watch && output == "table" {
@@ -71,17 +72,17 @@ With -o json it prints one object; docs/status.schema.json is its schema.`,
 				if err != nil {
 					return err
 				}
-				if !watch {
-					if read.Unhealthy(time.Now()) != nil { // which has been shown
-						return exitCode(1)
+				if watch {
+					select {
+					case <-cmd.Context().Done():
+					case <-time.After(interval):
+						continue
 					}
-					return nil
 				}
-				select {
-				case <-cmd.Context().Done():
-					return nil
-				case <-time.After(interval):
+				if read.Unhealthy(time.Now()) != nil { // which has been shown
+					return exitCode(1)
 				}
+				return nil
 			}
 		},
 	}

@@ -64,3 +64,36 @@ func TestStatusWatch(t *testing.T) {
 		}
 	}
 }
+
+// TestStatusWatchExit: the exit status is that of what was shown last, in every format.
+func TestStatusWatchExit(t *testing.T) {
+	dir := runtimedir.New(t.TempDir())
+	own := dir.Agent("default.magic-ip")
+	lock, err := own.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	if err := own.WriteStatus(runtimedir.Status{PollInterval: "5s"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, output := range []string{"table", "json"} {
+		for age, want := range map[time.Duration]int{0: 0, time.Minute: 1} {
+			if err := own.Renew(time.Now().Add(-age)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, stop := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			root := rootCommand()
+			root.SetArgs([]string{"status", "--watch", "-o", output, "--runtime-dir", dir.Path()})
+			var out strings.Builder
+			root.SetOut(&out)
+			if code := execute(ctx, root); code != want {
+				t.Errorf("-o %s, polled %s ago: exit status %d, want %d\n%s", output, age, code, want, &out)
+			}
+			if hung := strings.Contains(out.String(), "has not polled for"); hung != (want == 1) {
+				t.Errorf("-o %s, polled %s ago:\n%s", output, age, &out)
+			}
+			stop()
+		}
+	}
+}

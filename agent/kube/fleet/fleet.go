@@ -71,6 +71,8 @@ type Node struct {
 	Name string
 	// Pod is the agent's, namespace/name; empty where the node has none.
 	Pod string
+	// flags are those of its agent that every command takes.
+	flags []string
 	// Output is what the command has written to standard output.
 	Output []byte
 	// ExitCode is that of the command. Err is why there is none: no pod, a pod that does not run, or no answer.
@@ -78,7 +80,7 @@ type Node struct {
 	Err      error
 }
 
-// Run runs the command on each Linux node, and returns the nodes in the order of their names, those without an agent first.
+// Run runs the command on each Linux node, with the runtime directory of the agent there, and returns the nodes in the order of their names, those without an agent first.
 func (f *Fleet) Run(ctx context.Context, command []string) ([]Node, error) {
 	list, err := f.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{LabelSelector: corev1.LabelOSStable + "=linux"})
 	if err != nil {
@@ -97,7 +99,7 @@ func (f *Fleet) Run(ctx context.Context, command []string) ([]Node, error) {
 		}
 		free <- struct{}{}
 		group.Go(func() {
-			f.run(ctx, &nodes[i], command)
+			f.run(ctx, &nodes[i], slices.Concat(command, nodes[i].flags))
 			<-free
 		})
 	}
@@ -129,6 +131,7 @@ func assign(list []corev1.Node, pods []corev1.Pod) []Node {
 		nodes[i] = Node{Name: n.Name, Err: errors.New("no agent")}
 		if pod := best[n.Name]; pod != nil {
 			nodes[i].Pod, nodes[i].Err = pod.Namespace+"/"+pod.Name, nil
+			nodes[i].flags = runtimeDir(pod)
 			if reason := notRunning(pod); reason != "" {
 				nodes[i].Err = fmt.Errorf("pod %s/%s %s", pod.Namespace, pod.Name, reason)
 			}
@@ -136,6 +139,26 @@ func assign(list []corev1.Node, pods []corev1.Pod) []Node {
 	}
 	slices.SortFunc(nodes, func(a, b Node) int { return strings.Compare(a.Name, b.Name) })
 	return nodes
+}
+
+// runtimeDir is the flag of the agent's container that says where its files are; empty where it has the default.
+func runtimeDir(pod *corev1.Pod) (flags []string) {
+	const flag = "--runtime-dir"
+	for _, c := range pod.Spec.Containers {
+		if c.Name != container {
+			continue
+		}
+		words := slices.Concat(c.Command, c.Args)
+		for i, word := range words {
+			switch {
+			case strings.HasPrefix(word, flag+"="):
+				flags = []string{word}
+			case word == flag && i+1 < len(words):
+				flags = words[i : i+2]
+			}
+		}
+	}
+	return flags
 }
 
 func ready(pod *corev1.Pod) bool {

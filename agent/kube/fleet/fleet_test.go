@@ -54,3 +54,23 @@ func TestAssign(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
+
+// TestRuntimeDir: a command reads the files of the agent, wherever they are.
+func TestRuntimeDir(t *testing.T) {
+	for name, tt := range map[string]struct{ command, args, want []string }{
+		"default":        {nil, []string{"run", "--backend=auto"}, nil},
+		"chart":          {nil, []string{"run", "--runtime-dir=/var/run/x", "--backend=auto"}, []string{"--runtime-dir=/var/run/x"}},
+		"two words":      {nil, []string{"run", "--runtime-dir", "/var/run/x"}, []string{"--runtime-dir", "/var/run/x"}},
+		"in the command": {[]string{"magic-ip-agent", "run", "--runtime-dir=/x"}, nil, []string{"--runtime-dir=/x"}},
+		"the last one":   {nil, []string{"--runtime-dir=/x", "--runtime-dir=/y"}, []string{"--runtime-dir=/y"}},
+	} {
+		pod := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "other", Args: []string{"--runtime-dir=/other"}}, {Name: container, Command: tt.command, Args: tt.args}}}}
+		if diff := cmp.Diff(tt.want, runtimeDir(pod)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		pod.Spec.NodeName = "n"
+		if diff := cmp.Diff(tt.want, assign([]corev1.Node{{ObjectMeta: metav1.ObjectMeta{Name: "n"}}}, []corev1.Pod{*pod})[0].flags); diff != "" {
+			t.Errorf("%s, assigned (-want +got):\n%s", name, diff)
+		}
+	}
+}
