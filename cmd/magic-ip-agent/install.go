@@ -16,8 +16,10 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/backend"
 	"github.com/magic-ip-address/magic-ip-address/agent/config"
+	"github.com/magic-ip-address/magic-ip-address/agent/conntrack"
 	"github.com/magic-ip-address/magic-ip-address/agent/kube"
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 	"github.com/magic-ip-address/magic-ip-address/plugin/install"
@@ -268,6 +270,9 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	if selected.Unread != "" {
 		log.Warn(unreadLeftovers, "reason", selected.Unread)
 	}
+	if err := endFlows(ctx, dir.Agent(name)); err != nil {
+		log.Warn("flows that the rules translated are still there: a UDP client that goes on sending reaches the endpoint of before", "error", err)
+	}
 	// Before the files, by which the next attempt knows that something of the agent is here.
 	switch err := errors.Join(endHairpins(dir.Agent(name)), endLocalRoutes(dir, name)); {
 	case err != nil && !f.force:
@@ -280,6 +285,23 @@ func (f *uninstallFlags) remove(ctx context.Context, name string, log *slog.Logg
 	}
 	fmt.Fprintf(os.Stdout, "agent %s is uninstalled; the plugin stays, and does nothing\n", name)
 	return nil
+}
+
+// endFlows deletes the flows to the magic IPs that the agent has served: a datagram must not find its old way for as long as its client keeps
+// the flow alive. Established TCP may finish.
+func endFlows(ctx context.Context, agent runtimedir.Agent) error {
+	claims, err := agent.ReadClaims()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var change plan.Change
+	for _, c := range claims {
+		if c.Served {
+			change.Removed = append(change.Removed, c.Frontend)
+		}
+	}
+	_, err = conntrack.Table{}.Sweep(ctx, &plan.Plan{}, change)
+	return err
 }
 
 // endLocalRoutes removes the local routes that no other agent wants. Where it cannot be read which these are, all of them stay.

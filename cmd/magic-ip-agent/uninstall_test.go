@@ -7,11 +7,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
@@ -120,4 +122,28 @@ func TestUninstallThatFails(t *testing.T) {
 		u.uninstall("")
 		u.want("own claims are not asked for", false, false, false)
 	})
+}
+
+// TestUninstallEndsFlows: what the rules translated goes with them, but for established TCP, and for what is another agent's.
+func TestUninstallEndsFlows(t *testing.T) {
+	u := newUninstalled(t)
+	served := func(address string, protocol plan.Protocol) runtimedir.Claim {
+		return runtimedir.Claim{Frontend: plan.Frontend{Address: netip.MustParseAddr(address), Protocol: protocol, Port: 80}, Served: true}
+	}
+	if err := u.dir.Agent("a").WriteClaims([]runtimedir.Claim{served("198.18.0.1", plan.UDP), served("198.18.0.1", plan.TCP)}); err != nil {
+		t.Fatal(err)
+	}
+	flow := func(protocol, to string, more ...string) {
+		nodetest.Run(t, "conntrack", append([]string{"-I", "-t", "1000", "-p", protocol, "-s", "10.244.1.9", "-d", to, "--sport", "1000", "--dport", "80", "--dst-nat", "10.244.1.2"}, more...)...)
+	}
+	flow("udp", "198.18.0.1")
+	flow("udp", "198.18.0.2")
+	flow("tcp", "198.18.0.1", "--state", "ESTABLISHED", "-u", "SEEN_REPLY,ASSURED")
+	u.uninstall("")
+	left := nodetest.Run(t, "conntrack", "-L")
+	for flow, want := range map[string]bool{"udp .* dst=198.18.0.1 ": false, "udp .* dst=198.18.0.2 ": true, "tcp .* dst=198.18.0.1 ": true} {
+		if got := regexp.MustCompile(flow).MatchString(left); got != want {
+			t.Errorf("%s: %t, want %t, in:\n%s", flow, got, want, left)
+		}
+	}
 }
