@@ -8,8 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -31,7 +30,7 @@ type Settings = runtimedir.CiliumSettings
 // directory is not there. It is written in place: an error may be gone a moment later.
 func Read(stateDir string) (Settings, error) {
 	// Without O_NONBLOCK a FIFO of that name would stop the reader.
-	file, err := os.OpenFile(filepath.Join(stateDir, File), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	file, err := os.OpenFile(filepath.Join(stateDir, File), os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return Settings{}, err
 	}

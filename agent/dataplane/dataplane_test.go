@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
@@ -101,5 +102,16 @@ func TestChoose(t *testing.T) {
 				t.Errorf("%+v: want a price %t, broken %t, unknown %t", got, test.price, test.broken, test.unknown)
 			}
 		})
+	}
+}
+
+// TestReadNoFile: what only looks like the file does not keep the reader waiting.
+func TestReadNoFile(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mkfifo(filepath.Join(dir, File), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Read(dir); err == nil || !strings.Contains(err.Error(), "is no regular file") {
+		t.Errorf("a FIFO: %v", err)
 	}
 }

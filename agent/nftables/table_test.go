@@ -289,13 +289,13 @@ func TestUnreadGeneration(t *testing.T) {
 // TestHungProcess: an nft process that does not end is killed, and is an error that says so. Nobody has modified the table, which stays.
 func TestHungProcess(t *testing.T) {
 	nodetest.Namespace(t, "link set lo up")
-	real, err := exec.LookPath("nft")
+	nft, err := exec.LookPath("nft")
 	if err != nil {
 		t.Fatal(err)
 	}
 	tools := t.TempDir()
 	hangs := filepath.Join(tools, "hangs") // while it is there, whatever adds rules does
-	script := fmt.Sprintf("#!/bin/sh\ninput=$(cat)\ncase $input in *add\\ rule*) [ -e %s ] && exec sleep 600 ;; esac\nprintf '%%s\\n' \"$input\" | %s \"$@\"\n", hangs, real)
+	script := fmt.Sprintf("#!/bin/sh\ninput=$(cat)\ncase $input in *add\\ rule*) [ -e %s ] && exec sleep 600 ;; esac\nprintf '%%s\\n' \"$input\" | %s \"$@\"\n", hangs, nft)
 	if err := os.WriteFile(filepath.Join(tools, "nft"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
