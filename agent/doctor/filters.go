@@ -343,8 +343,14 @@ func savedTables(ctx context.Context, family plan.Family, name string) (tables [
 	}
 	for _, kind := range []string{"-nft", "-legacy"} {
 		legacy := kind == "-legacy"
-		if legacy && !iptables.LegacyTable(family, name) {
-			continue
+		if legacy {
+			inUse, err := iptables.LegacyTable(family, name)
+			if err != nil {
+				tables = append(tables, savedTable{command + kind, "", err})
+			}
+			if !inUse {
+				continue
+			}
 		}
 		out, err := program.Output(ctx, program.Timeout, "", command+kind+"-save", "-t", name)
 		if errors.Is(err, exec.ErrNotFound) && !legacy {

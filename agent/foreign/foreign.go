@@ -62,7 +62,11 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 			if err != nil && !errors.Is(err, exec.ErrNotFound) && nftables.Supported() { // without it there are no such rules
 				hidden = append(hidden, fmt.Sprintf("rules of iptables-nft (%s) cannot be read here: %v", family, err))
 			}
-			if !iptables.LegacyTable(family, name) {
+			inUse, err := iptables.LegacyTable(family, name)
+			if err != nil {
+				hidden = append(hidden, fmt.Sprintf("whether the %s table of iptables-legacy is in use (%s) cannot be read here: %v", name, family, err))
+			}
+			if !inUse {
 				continue
 			}
 			if err := look(family, command+"-legacy-save", name); err != nil { // the command or CAP_NET_RAW is missing

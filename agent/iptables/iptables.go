@@ -503,7 +503,19 @@ func (f *chains) remove(ctx context.Context, wait int) error {
 
 // list asks iptables-save for tables: by one process, which lists all that there are where these are several.
 func (f *chains) list(ctx context.Context, tables ...string) (map[string]*listing, error) {
-	asked := slices.DeleteFunc(slices.Clone(tables), func(table string) bool { return f.variant.Legacy && !LegacyTable(f.family, table) })
+	asked := tables
+	if f.variant.Legacy {
+		asked = nil
+		for _, table := range tables {
+			inUse, err := LegacyTable(f.family, table)
+			if err != nil {
+				return nil, err
+			}
+			if inUse {
+				asked = append(asked, table)
+			}
+		}
+	}
 	out := ""
 	if len(asked) > 0 {
 		var args []string

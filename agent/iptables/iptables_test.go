@@ -571,3 +571,27 @@ func TestHungProcess(t *testing.T) {
 		}
 	})
 }
+
+// TestUnreadTables: that it cannot be read which tables are in use is not that there are none.
+func TestUnreadTables(t *testing.T) {
+	inIPTablesNamespace(t)
+	nodetest.Run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+	backend := newTestIPTables(t, "-legacy", testAgent)
+	p, _ := moved()
+	mustSync(t, backend, &p)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, inUseErr := LegacyTable(plan.IPv4, "nat")
+	differs, err := backend.Verify(t.Context())
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(inUseErr, unix.EMFILE) || !errors.Is(err, unix.EMFILE) || len(differs) > 0 {
+		t.Errorf("in use: %v; verify says %v, %v; want %v", inUseErr, differs, err, unix.EMFILE)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"slices"
@@ -56,7 +57,10 @@ func (v Variant) Unreadable() string {
 	}
 	for _, family := range plan.Families() {
 		for _, table := range []string{"filter", "nat", "mangle"} {
-			if LegacyTable(family, table) {
+			switch inUse, err := LegacyTable(family, table); {
+			case err != nil:
+				return fmt.Sprintf("whether the table %s of %s is in use cannot be read: %v", table, v.command(family), err)
+			case inUse:
 				return fmt.Sprintf("the table %s of %s is in use, and cannot be read without CAP_NET_RAW", table, v.command(family))
 			}
 		}
@@ -74,8 +78,17 @@ func InUse(ctx context.Context) (Variant, error) {
 	for _, v := range found {
 		for _, family := range plan.Families() {
 			command := v.command(family)
-			if !present(command) || v.Legacy && !LegacyTable(family, "mangle") {
+			if !present(command) {
 				continue
+			}
+			if v.Legacy {
+				inUse, err := LegacyTable(family, "mangle")
+				if err != nil {
+					unread = err
+				}
+				if !inUse {
+					continue
+				}
 			}
 			for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
 				exists, err := chainExists(ctx, command, chain)
@@ -126,11 +139,14 @@ func present(command string) bool {
 }
 
 // LegacyTable reports whether a legacy table is in use. To ask iptables-legacy would bring it into use.
-func LegacyTable(family plan.Family, table string) bool {
+func LegacyTable(family plan.Family, table string) (bool, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if family == plan.IPv6 {
 		file = "/proc/thread-self/net/ip6_tables_names"
 	}
-	names, _ := os.ReadFile(file)
-	return slices.Contains(strings.Fields(string(names)), table)
+	names, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) { // the kernel has none
+		return false, nil
+	}
+	return slices.Contains(strings.Fields(string(names)), table), err
 }
