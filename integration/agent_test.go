@@ -222,7 +222,7 @@ func claimedPort(t *testing.T) {
 	w.await("to be replaced by the standby", func(a *runtimedir.Status) bool { return a.StartedAt.After(before) })
 
 	standby.Kill()
-	if err := os.Remove(runtimedir.New(w.Path(lab.RuntimeDir)).Agent(agentName).StatusPath()); err != nil {
+	if err := runtimedir.New(w.Path(lab.RuntimeDir)).Agent(agentName).Leave(); err != nil {
 		t.Fatal(err)
 	}
 	readYounger(func(a *runtimedir.Status) bool {
