@@ -16,7 +16,7 @@ const module = "github.com/magic-ip-address/magic-ip-address/"
 // floors are the rooms of the product, the ground first. A room imports rooms of lower floors only.
 func floors() [][]string {
 	return [][]string{
-		{"plugin/runtimedir", "plugin/conflist/entry", "agent/quote"},
+		{"plugin/runtimedir", "plugin/conflist/entry", "agent/quote", "agent/program"},
 		{"plugin/conflist", "agent/inventory", "agent/plan", "agent/ask", "agent/screen"},
 		{"agent/endpoint", "agent/conntrack", "agent/nftables", "agent/node", "agent/event", "agent/status", "agent/ruleset", "agent/dataplane"},
 		{"plugin", "plugin/install", "agent/config", "agent/iptables", "agent/kube", "agent/kube/fleet", "agent/doctor/probe"},
