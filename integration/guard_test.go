@@ -162,7 +162,9 @@ func TestGuardByOtherLinks(t *testing.T) {
 	onEach(t, func(t *testing.T, backend string) {
 		w := newWorld(t, backend, "ptp")
 		w.addPod("ptp", lab.Pod{Name: "client", Namespace: "elsewhere"})
-		if err := w.secondNIC(); err != nil {
+		if err := w.secondNIC(); errors.As(err, new(cannot)) {
+			t.Skip(err)
+		} else if err != nil {
 			t.Fatal(err)
 		}
 		w.run(`ip link add vx0 type vxlan id 7 dstport 4789 local 203.0.113.1 remote 203.0.113.2; ip link set vx0 up; ip address add 10.99.0.1/24 dev vx0; ip address add 2001:db8:99::1/64 dev vx0 nodad

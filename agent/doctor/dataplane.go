@@ -16,6 +16,7 @@ import (
 func (e *examination) dataPlane() {
 	const check = "data plane"
 	bypasses, unseen := node.Bypasses()
+	hidden := node.ProgramsHidden()
 	if unseen != nil {
 		e.add(Hidden, check, "whether packets of pods bypass netfilter cannot be seen here: "+unseen.Error(), "run this as root in the network namespace of the node")
 	}
@@ -52,8 +53,8 @@ func (e *examination) dataPlane() {
 			e.add(Warn, check, who+choice.Reason+": "+choice.Means+". The price: "+choice.Price, "where that matters: "+choice.Instead)
 		case known.Link:
 			e.add(OK, check, who+choice.Reason+": "+choice.Means, "")
-		case len(bypasses) == 0 && unseen == nil && node.ProgramsHidden() != nil:
-			e.add(Hidden, check, fmt.Sprintf("whether eBPF programs attached by tcx or netkit see the packets of pods before netfilter cannot be seen here: %v; none does by tc", node.ProgramsHidden()), "run this as root on the node")
+		case len(bypasses) == 0 && unseen == nil && hidden != nil:
+			e.add(Hidden, check, fmt.Sprintf("whether eBPF programs attached by tcx or netkit see the packets of pods before netfilter cannot be seen here: %v; none does by tc", hidden), "run this as root on the node")
 		case len(bypasses) == 0 && unseen == nil:
 			e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 		}

@@ -150,19 +150,19 @@ func (e *examination) behind(link string, address netip.Addr) bool {
 // filters sees that no rule of others drops what is sent to the magic IPs, on its way to the translation or from there to the endpoints,
 // or keeps it from being translated.
 func (e *examination) filters(ctx context.Context) {
-	looked := false
+	var all []leg
 	var undecided []string
 	for _, family := range e.families() {
 		legs := e.legs(family)
-		looked = looked || len(legs) > 0
+		all = append(all, legs...)
 		undecided = append(undecided, e.filtersOfIPTables(ctx, family, legs)...)
 	}
-	undecided = append(undecided, e.filtersOfNFTables(ctx)...)
+	undecided = append(undecided, e.filtersOfNFTables(ctx, all)...)
 	if len(undecided) > 0 {
 		e.add(Warn, filtersCheck, "whether what is sent to magic IPs and endpoints is accepted depends on what this command does not evaluate; otherwise it is dropped by "+few(undecided),
 			"see what the probe says; kubectl get networkpolicy -A")
 	}
-	if looked && !slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == filtersCheck }) {
+	if len(all) > 0 && !slices.ContainsFunc(e.found, func(f Finding) bool { return f.Check == filtersCheck }) {
 		e.add(OK, filtersCheck, "none drops what is sent to the magic IPs, ahead of the translation or behind it", "")
 	}
 }
@@ -227,7 +227,7 @@ func acceptBefore(command, table, chain string, p ruleset.Packet) string {
 }
 
 // filtersOfNFTables looks at the other tables of nftables, and names flowtables. undecided are the rules that may drop something.
-func (e *examination) filtersOfNFTables(ctx context.Context) (undecided []string) {
+func (e *examination) filtersOfNFTables(ctx context.Context, legs []leg) (undecided []string) {
 	saved := present("iptables-nft-save")
 	ofIPTables := func(family, table string) bool {
 		return saved && (family == "ip" || family == "ip6") && slices.Contains([]string{"raw", "mangle", "nat", "filter", "security"}, table)
@@ -245,25 +245,23 @@ func (e *examination) filtersOfNFTables(ctx context.Context) (undecided []string
 		return ofIPTables(family, table) && chain == strings.ToUpper(chain) || strings.HasPrefix(table, nftables.TablePrefix) || strings.HasPrefix(chain, iptables.ChainPrefix)
 	}
 	var seen []ruleset.NFTRule
-	for _, family := range e.families() {
-		for _, l := range e.legs(family) {
-			for _, hook := range l.hooks {
-				for _, stop := range tables.Stopping(l.Packet, hook, passed) {
-					if slices.Contains(seen, stop.NFTRule) {
-						continue
-					}
-					seen = append(seen, stop.NFTRule)
-					chain := nftName{stop.Family, stop.Table, stop.Chain}
-					place, by := fmt.Sprintf("nftables chain %s", chain), fmt.Sprintf("its rule with handle %d", stop.Handle)
-					if stop.Handle == 0 {
-						by = "its policy"
-					}
-					if !stop.Sure || l.perhaps {
-						undecided = append(undecided, place+": "+by)
-						continue
-					}
-					e.stops(l, place, by, "see what it is for: "+chain.list("--handle"))
+	for _, l := range legs {
+		for _, hook := range l.hooks {
+			for _, stop := range tables.Stopping(l.Packet, hook, passed) {
+				if slices.Contains(seen, stop.NFTRule) {
+					continue
 				}
+				seen = append(seen, stop.NFTRule)
+				chain := nftName{stop.Family, stop.Table, stop.Chain}
+				place, by := fmt.Sprintf("nftables chain %s", chain), fmt.Sprintf("its rule with handle %d", stop.Handle)
+				if stop.Handle == 0 {
+					by = "its policy"
+				}
+				if !stop.Sure || l.perhaps {
+					undecided = append(undecided, place+": "+by)
+					continue
+				}
+				e.stops(l, place, by, "see what it is for: "+chain.list("--handle"))
 			}
 		}
 	}

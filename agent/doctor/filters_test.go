@@ -103,7 +103,7 @@ func TestFilters(t *testing.T) {
 		{"mangle POSTROUTING, iptables-legacy", "iptables-legacy -t mangle -A POSTROUTING -j DROP", "", Fail, "by the rule -A POSTROUTING -j DROP"},
 		{"mangle PREROUTING, the endpoint's address is not there yet", "iptables-legacy -t mangle -A PREROUTING -d 10.244.0.0/16 -j DROP", "", OK, ""},
 		{"security FORWARD, iptables-legacy", "iptables-legacy -t security -A FORWARD -j DROP", "", Fail, "iptables-legacy, table security: "},
-		{"security FORWARD, a label", "iptables-legacy -t security -A FORWARD -j SECMARK --selctx none || true", "", OK, ""},
+		{"security FORWARD, a log", "iptables-legacy -t security -A FORWARD -j LOG", "", OK, ""},
 		{"prerouting, policy", chain("inet", "prerouting priority -150; policy drop", "ct state established accept", "iifname eth0 accept"), "", Fail, "a packet of a pod to 169.254.210.210:8080/tcp is dropped, or kept from being tracked and so from being translated, by its policy"},
 		{"prerouting, a policy and exceptions", chain("inet", "prerouting priority -150; policy drop", "iifname veth1 accept"), "", OK, ""},
 		{"prerouting, iif", chain("inet", "prerouting priority -150", "iif veth1 drop"), "", Fail, "handle 2"},

@@ -41,12 +41,21 @@ func Rules(ctx context.Context, frontends []plan.Frontend) (found []Rule, hidden
 		}
 		passed := func(chain string) bool { return strings.HasPrefix(chain, iptables.ChainPrefix) }
 		table := ruleset.ParseIPTables(rules, sets)
+		unread := slices.DeleteFunc(table.Sets(), func(name string) bool { _, read := sets[name]; return read })
+		assumed := maps.Clone(sets)
+		perhaps := ruleset.ParseIPTables(rules, assumed)
 		for _, p := range packets(frontends, family) {
 			certain := table.Translating(p, passed)
 			for _, text := range certain {
 				found = append(found, Rule{Text: save + " -t " + name + ": " + text, Next: removeSaved(save, name, text, p)})
 			}
-			for _, text := range ruleset.ParseIPTables(rules, assumed(table, sets, p.Destination.Addr())).Translating(p, passed) {
+			if len(unread) == 0 {
+				continue
+			}
+			for _, name := range unread { // as if they had this address
+				assumed[name] = []string{p.Destination.Addr().String()}
+			}
+			for _, text := range perhaps.Translating(p, passed) {
 				if !slices.Contains(certain, text) {
 					hidden = append(hidden, fmt.Sprintf("whether %s -t %s: %s translates a magic IP: the members of its set cannot be read here (ipset save)", save, name, text))
 				}
@@ -121,17 +130,6 @@ func saved(ctx context.Context, save, table string) (rules string, sets map[stri
 		}
 	}
 	return rules, sets, nil
-}
-
-// assumed are the sets with those that could not be read as if they had this address.
-func assumed(table *ruleset.IPTables, sets map[string][]string, address netip.Addr) map[string][]string {
-	all := maps.Clone(sets)
-	for _, name := range table.Sets() {
-		if _, read := sets[name]; !read {
-			all[name] = []string{address.String()}
-		}
-	}
-	return all
 }
 
 // nftRules looks through all tables of nft but those in known and those of agents.

@@ -24,18 +24,23 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/event"
 )
 
+// newEventSink is an API server that answers requests for Events with what fails was called with last, if not nil.
+func newEventSink() (client *fake.Clientset, fails func(error)) {
+	client = fake.NewClientset()
+	var answer atomic.Pointer[error]
+	client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
+		if err := answer.Load(); err != nil && *err != nil {
+			return true, nil, *err
+		}
+		return false, nil, nil
+	})
+	return client, func(err error) { answer.Store(&err) }
+}
+
 // TestEvents: what the API server has in the end of what was sent, and what is said while it takes none.
 func TestEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset()
-		var answer atomic.Pointer[error]
-		fails := func(err error) { answer.Store(&err) }
-		client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
-			if err := answer.Load(); err != nil {
-				return true, nil, *err
-			}
-			return false, nil, nil
-		})
+		client, fails := newEventSink()
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		var log bytes.Buffer
@@ -65,7 +70,7 @@ func TestEvents(t *testing.T) {
 		if problem := events.Problem(); problem != "connection refused" {
 			t.Errorf("while the API server is away: %q", problem)
 		}
-		answer.Store(nil)
+		fails(nil)
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if problem := events.Problem(); problem != "" {
@@ -103,24 +108,14 @@ func TestEvents(t *testing.T) {
 // error: nothing shows then that it accepts Events again. A right that is missing stays missing until an Event is accepted.
 func TestEventsProblemEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset()
-		var answer atomic.Pointer[error]
-		client.PrependReactor("*", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
-			if err := answer.Load(); err != nil {
-				return true, nil, *err
-			}
-			return false, nil, nil
-		})
+		client, fails := newEventSink()
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		var log bytes.Buffer
 		self := Self{Namespace: "kube-system", Name: "agent", UID: "u"}
 		events := newPods(client, noOwners(), "node1").Events(ctx, self, slog.New(slog.NewTextHandler(&log, nil)))
 		send := func(err error) {
-			answer.Store(&err)
-			if err == nil {
-				answer.Store(nil)
-			}
+			fails(err)
 			events.Send(event.Event{Reason: event.EndpointGained, Message: "gained"})
 			time.Sleep(time.Second)
 			synctest.Wait()

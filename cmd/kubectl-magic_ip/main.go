@@ -198,9 +198,8 @@ func writeTable(out io.Writer, t screen.Table, left int) {
 type report struct {
 	Agents []struct {
 		Name, LastError, Unreadable, Failure string
-
-		Live     bool
-		MagicIPs []magicIP
+		Live                                 bool
+		MagicIPs                             []magicIP
 	}
 }
 
