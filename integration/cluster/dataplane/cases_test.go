@@ -255,7 +255,7 @@ func (w *world) faults(s setting) {
 	// Another pod is there sooner than the container is started again, for which kubelet waits the longer the more often it ends.
 	killed := time.Now()
 	w.exec("kill -KILL " + w.agentPID())
-	_, err = cluster.Kubectl(w.ctx, "delete", "pod", "--namespace", "kube-system", "--field-selector", "spec.nodeName="+node.Name, "--selector", "app=magic-ip-address")
+	_, err = cluster.Kubectl(w.ctx, "delete", "pod", "--namespace", "kube-system", "--field-selector", "spec.nodeName="+node.Name, "--selector", agentLabels)
 	w.must(err)
 	w.eventually("the agent comes back", func() error {
 		if status := w.status(); status.StartedAt.Before(killed) || !runtimedir.New(node.Path(lab.RuntimeDir)).Agent(agentName).Live() {
@@ -333,13 +333,17 @@ func (w *world) endpoint() (name string) {
 	return name
 }
 
-// agentPID is the process of the agent's container.
-func (w *world) agentPID() string {
+// agentPID is the process of the agent's container. A program that the agent starts has the agent's command line at first, so that there may be two.
+func (w *world) agentPID() (pid string) {
 	w.Helper()
-	out := w.exec("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^" + agent + " run ' && basename $p; done; true")
-	pids := strings.Fields(out)
-	if len(pids) != 1 {
-		w.Fatalf("processes of the agent: %v", pids)
-	}
-	return pids[0]
+	w.eventually("the process of the agent", func() error {
+		out := w.exec("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^" + agent + " run ' && basename $p; done; true")
+		pids := strings.Fields(out)
+		if len(pids) != 1 {
+			return fmt.Errorf("there are %v", pids)
+		}
+		pid = pids[0]
+		return nil
+	})
+	return pid
 }

@@ -28,13 +28,14 @@ import (
 // The plan: node1 has Cilium, node2 has not; or both have flannel. Servers are pods with app=echo in the namespace default, port 8080; clients and a pod that
 // nobody selects are in the namespace clients. The release is called mip, in kube-system.
 const (
-	agentName = "kube-system.mip"
-	daemonSet = "mip-magic-ip-address"
-	port      = 8080
-	clients   = "clients"
-	chart     = "charts/magic-ip-address"
-	agent     = "/usr/local/bin/magic-ip-agent"
-	longest   = 5 * time.Minute // of one setting
+	agentName   = "kube-system.mip"
+	daemonSet   = "mip-magic-ip-address"
+	port        = 8080
+	clients     = "clients"
+	agentLabels = "app=magic-ip-address"
+	chart       = "charts/magic-ip-address"
+	agent       = "/usr/local/bin/magic-ip-agent"
+	longest     = 5 * time.Minute // of one setting
 )
 
 var (
@@ -72,10 +73,7 @@ func run(m *testing.M) int {
 	if cluster == nil {
 		return code
 	}
-	if code != 0 {
-		err = errors.New(cluster.LogTails())
-	}
-	if err = errors.Join(err, cluster.Close()); err != nil {
+	if err := cluster.Close(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -130,7 +128,6 @@ func furnish(ctx context.Context) error {
 
 // release installs the chart or upgrades it, with these values beside the test's, and waits until the agents have made their rules.
 func release(ctx context.Context, values ...string) error {
-	began := time.Now()
 	args := []string{"upgrade", "mip", chart, "--install", "--namespace", "kube-system", "--set", "minReadySeconds=0"}
 	for _, value := range values {
 		args = append(args, "--set", value)
@@ -141,21 +138,53 @@ func release(ctx context.Context, values ...string) error {
 		return err
 	}
 	// New pods have a changed configuration at once.
-	if _, err := cluster.Kubectl(ctx, "delete", "pod", "--namespace", "kube-system", "--selector", "app=magic-ip-address"); err != nil {
+	pods := func() ([]corev1.Pod, error) {
+		list, err := cluster.Admin.CoreV1().Pods("kube-system").List(ctx, metav1.ListOptions{LabelSelector: agentLabels})
+		if err != nil {
+			return nil, err
+		}
+		return list.Items, nil
+	}
+	old, err := pods()
+	if err != nil {
+		return err
+	}
+	if _, err := cluster.Kubectl(ctx, "delete", "pod", "--namespace", "kube-system", "--selector", agentLabels); err != nil {
 		return err
 	}
 	return lab.Eventually(ctx, func() error {
+		now, err := pods()
+		if err != nil {
+			return err
+		}
 		for _, n := range cluster.Nodes {
-			status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
-			if err == nil && (status.LastSync.IsZero() || status.StartedAt.Before(began)) {
-				err = errors.New("the agent has not made its rules yet")
-			}
-			if err != nil {
+			if err := agentOf(n, old, now); err != nil {
 				return fmt.Errorf("%s: %w", n.Name, err)
 			}
 		}
 		return nil
 	})
+}
+
+// agentOf tells whether the agent of a node is that of a pod which is none of the old ones, and has made its rules. The pods are all those of agents.
+func agentOf(n *whole.Node, old, pods []corev1.Pod) error {
+	pods = slices.DeleteFunc(slices.Clone(pods), func(p corev1.Pod) bool { return p.Spec.NodeName != n.Name })
+	if len(pods) != 1 {
+		return fmt.Errorf("it has %d pods of agents", len(pods))
+	}
+	pod := pods[0]
+	if slices.ContainsFunc(old, func(o corev1.Pod) bool { return o.UID == pod.UID }) {
+		return fmt.Errorf("pod %s is still there", pod.Name)
+	}
+	container := slices.IndexFunc(pod.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.Name == "agent" && c.State.Running != nil })
+	if container < 0 {
+		return fmt.Errorf("the agent of pod %s does not run", pod.Name)
+	}
+	status, err := runtimedir.New(n.Path(lab.RuntimeDir)).Agent(agentName).ReadStatus()
+	if err == nil && (status.LastSync.IsZero() || status.StartedAt.Before(pod.Status.ContainerStatuses[container].State.Running.StartedAt.Time)) {
+		err = errors.New("the agent has not made its rules yet")
+	}
+	return err
 }
 
 // world is a test of one setting.
@@ -211,7 +240,7 @@ func (w *world) describe() {
 		out, err := node.Exec(w.ctx, "sh", "-c", strings.Replace(script, "bin/", root+"/bin/", 1)+" 2>&1 || true")
 		w.Logf("%s:\n%s%v", script, out, err)
 	}
-	out, err := cluster.Kubectl(w.ctx, "logs", "-n", "kube-system", "-l", "app=magic-ip-address", "-c", "agent", "--prefix", "--tail=40")
+	out, err := cluster.Kubectl(w.ctx, "logs", "-n", "kube-system", "-l", agentLabels, "-c", "agent", "--prefix", "--tail=20")
 	w.Log(out, err)
 }
 
