@@ -142,6 +142,8 @@ type measured struct {
 	ruled time.Duration
 	// witness is the longest time that the witness has waited for an answer, after the replacement.
 	witness time.Duration
+	// waits are those of the agents for a processor.
+	waits lab.Outcomes
 	// dropped are the packets that the machine's processors had no room for meanwhile, whoever they were of.
 	dropped uint64
 	// decisions are what the agents have said of endpoints meanwhile, where clients of theirs failed while a process listened.
@@ -175,6 +177,11 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if err != nil {
 		return m, "", err
 	}
+	waits, err := watchWaits(ctx, n)
+	if err != nil {
+		return m, "", err
+	}
+	defer waits.stop()
 	sleep(ctx, warmUp)
 	droppedBefore, err := droppedByProcessors()
 	if err != nil {
@@ -191,6 +198,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if m.lives, err = allLives(n); err != nil {
 		return m, "", err
 	}
+	m.waits = waits.end()
 	outcomes, witness, err := loads.stop(ctx)
 	if err != nil {
 		return m, "", err
@@ -199,11 +207,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 		return m, "", err
 	}
 	m.dropped -= droppedBefore
-	for _, o := range witness {
-		if o.Sent.After(m.at) {
-			m.witness = max(m.witness, o.Took)
-		}
-	}
+	m.witness = longestOf(witness, m.at)
 	for _, kind := range w.kinds {
 		all := m.lives[kind]
 		last := all[len(all)-1]
@@ -240,6 +244,16 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	echo := m.lives[lab.NewConnection]
 	m.ruled = echo[len(echo)-1].started.Sub(ruledAt)
 	return m, fresh, err
+}
+
+// longestOf is the longest that was sent after a moment.
+func longestOf(outcomes lab.Outcomes, after time.Time) (longest time.Duration) {
+	for _, o := range outcomes {
+		if o.Sent.After(after) {
+			longest = max(longest, o.Took)
+		}
+	}
+	return longest
 }
 
 // decisions are the lines about endpoints that the agents of a node have logged since a moment.
@@ -412,8 +426,8 @@ func (w *world) runs(ctx context.Context, n *whole.Node, u update, times int) (a
 // String is the run in a few lines.
 func (m measured) String() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v, %d packets dropped by the processors\n",
-		m.update.name, m.node.Name, m.node.Runtime(), m.ruled.Round(time.Millisecond), m.witness.Round(100*time.Microsecond), m.dropped)
+	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v, of the agents for a processor %v, %d packets dropped by the processors\n",
+		m.update.name, m.node.Name, m.node.Runtime(), m.ruled.Round(time.Millisecond), m.witness.Round(100*time.Microsecond), longestOf(m.waits, m.at).Round(100*time.Microsecond), m.dropped)
 	for _, p := range slices.Sorted(maps.Keys(m.costs)) {
 		for _, kind := range allKinds() {
 			c, has := m.costs[p][kind]
