@@ -177,11 +177,12 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if err != nil {
 		return m, "", err
 	}
-	waits, err := watchWaits(ctx, n)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	waits, err := n.Lab().WatchWaits(ctx, agentPattern)
 	if err != nil {
 		return m, "", err
 	}
-	defer waits.stop()
 	sleep(ctx, warmUp)
 	droppedBefore, err := droppedByProcessors()
 	if err != nil {
@@ -198,7 +199,7 @@ func (w *world) run(ctx context.Context, n *whole.Node, u update, pod string) (m
 	if m.lives, err = allLives(n); err != nil {
 		return m, "", err
 	}
-	m.waits = waits.end()
+	m.waits = waits.End()
 	outcomes, witness, err := loads.stop(ctx)
 	if err != nil {
 		return m, "", err

@@ -78,7 +78,7 @@ func judge(t *testing.T, m measured) {
 			t.Errorf("%s, %s: no request was answered by the new pod", where, kind)
 		}
 		for _, o := range c.blamed {
-			if isStalled(o, m.waits) {
+			if o.Stalled(m.waits) {
 				continue // String has told it
 			}
 			t.Errorf("%s, %s: a request sent %v after the update failed after %v, while a process listened: %v", where, kind, o.Sent.Sub(m.at), o.Took, o.Err)

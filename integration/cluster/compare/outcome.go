@@ -36,13 +36,6 @@ type servers struct {
 // cutWithin is how long before a server stops it may have taken a request that is never answered, in working time.
 const cutWithin = 10 * time.Millisecond
 
-// stall is how long the witness, who asks a pod that nothing happens to, waits for its answers only where the machine
-// has no time for client or server.
-const (
-	stall  = 20 * time.Millisecond
-	around = 100 * time.Millisecond
-)
-
 const never = time.Duration(-1)
 
 // assess says what an update has cost.
@@ -78,7 +71,7 @@ func assess(outcomes, witness lab.Outcomes, s servers) cost {
 			c.cut++
 		case !listened(o.Sent, s.lives):
 			c.unserved++
-		case isStalled(o, witness):
+		case o.Stalled(witness):
 			c.stalled++
 		default:
 			c.blamed = append(c.blamed, o)
@@ -114,15 +107,4 @@ func isCut(o lab.Outcome, s servers) bool {
 
 func timedOut(o lab.Outcome) bool {
 	return o.Err != nil && strings.Contains(o.Err.Error(), "deadline exceeded")
-}
-
-// isStalled reports whether the witness has waited too, then or shortly before or after: a machine that has no time for
-// client or server has none for the agent.
-func isStalled(o lab.Outcome, witness lab.Outcomes) bool {
-	for _, w := range witness {
-		if w.Took >= stall && w.Sent.Add(-around).Before(o.Sent.Add(o.Took)) && o.Sent.Before(w.Sent.Add(w.Took+around)) {
-			return true
-		}
-	}
-	return false
 }

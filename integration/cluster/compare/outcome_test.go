@@ -114,29 +114,6 @@ func TestAssess(t *testing.T) {
 	}
 }
 
-// TestAddWait: times are milliseconds; a wait is seen when it is over, by looks 10 ms apart, or later ones on a busy machine.
-func TestAddWait(t *testing.T) {
-	t.Parallel()
-	start := time.Now()
-	at := func(ms int) time.Time { return start.Add(time.Duration(ms) * time.Millisecond) }
-	type wait struct{ from, took int }
-	var all lab.Outcomes
-	for _, look := range []struct{ last, now, waited int }{
-		{100, 110, 0}, {110, 120, 5}, {120, 130, 10}, {130, 140, 0}, // one of 20, or so
-		{200, 210, 0}, {490, 500, 250}, {500, 510, 3}, // one of 253
-		{600, 700, 40}, {800, 900, 1}, // in none of the looks longer than it is
-	} {
-		all = addWait(all, at(look.last), at(look.now), time.Duration(look.waited)*time.Millisecond)
-	}
-	var got []wait
-	for _, o := range all {
-		got = append(got, wait{int(o.Sent.Sub(start) / time.Millisecond), int(o.Took / time.Millisecond)})
-	}
-	if diff := cmp.Diff([]wait{{110, 20}, {250, 253}, {600, 40}, {800, 1}}, got, cmp.AllowUnexported(wait{})); diff != "" {
-		t.Error(diff)
-	}
-}
-
 func TestJournal(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 1, 2, 3, 4, 5, 600, time.UTC)

@@ -1,4 +1,4 @@
-package main
+package lab
 
 import (
 	"context"
@@ -7,28 +7,25 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-
-	"github.com/magic-ip-address/magic-ip-address/integration/cluster/whole"
-	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
-// waits watch for how long the agents of a node are ready to run and have no processor. On a busy machine that is longer than a witness waits, since
-// the agents have no more than what the chart asks for.
-type waits struct {
+// Waits watches for how long processes are ready to run and have no processor. On a busy machine an agent waits for longer than a witness does: it
+// has no more than what its pod asks for.
+type Waits struct {
 	processes []string // their directories in /proc
 	stop      context.CancelFunc
-	found     chan lab.Outcomes
+	found     chan Outcomes
 }
 
 const waitsEvery = 10 * time.Millisecond
 
-// watchWaits starts it; it ends with the context at the latest.
-func watchWaits(ctx context.Context, n *whole.Node) (*waits, error) {
-	printed, err := n.Exec(ctx, "pgrep", "-f", agentPattern)
+// WatchWaits watches the processes of the node whose command lines match a pattern of pgrep -f and that run now. It ends with the context at the latest.
+func (n *Node) WatchWaits(ctx context.Context, pattern string) (*Waits, error) {
+	printed, err := n.Run(ctx, "pgrep", "-f", pattern)
 	if err != nil {
 		return nil, err
 	}
-	w := &waits{found: make(chan lab.Outcomes, 1)}
+	w := &Waits{found: make(chan Outcomes, 1)}
 	for _, pid := range strings.Fields(printed) {
 		w.processes = append(w.processes, n.Path("/proc/"+pid))
 	}
@@ -37,14 +34,14 @@ func watchWaits(ctx context.Context, n *whole.Node) (*waits, error) {
 	return w, nil
 }
 
-// end returns the waits: each began at Sent and took as long as it says.
-func (w *waits) end() lab.Outcomes {
+// End returns the waits: each began at Sent and took as long as it says.
+func (w *Waits) End() Outcomes {
 	w.stop()
 	return <-w.found
 }
 
-func (w *waits) run(ctx context.Context) {
-	var all lab.Outcomes
+func (w *Waits) run(ctx context.Context) {
+	var all Outcomes
 	before, last := w.waited(), time.Now()
 	for {
 		select {
@@ -64,7 +61,7 @@ func (w *waits) run(ctx context.Context) {
 }
 
 // addWait adds a wait that was over between two looks, or continues the one before.
-func addWait(all lab.Outcomes, last, now time.Time, waited time.Duration) lab.Outcomes {
+func addWait(all Outcomes, last, now time.Time, waited time.Duration) Outcomes {
 	if waited < time.Millisecond {
 		return all
 	}
@@ -76,11 +73,11 @@ func addWait(all lab.Outcomes, last, now time.Time, waited time.Duration) lab.Ou
 		}
 		all = all[:i]
 	}
-	return append(all, lab.Outcome{Sent: from, Took: until.Sub(from)})
+	return append(all, Outcome{Sent: from, Took: until.Sub(from)})
 }
 
 // waited is how long each thread has waited so far: the second number (Documentation/scheduler/sched-stats.rst of the kernel), in nanoseconds.
-func (w *waits) waited() map[string]time.Duration {
+func (w *Waits) waited() map[string]time.Duration {
 	all := map[string]time.Duration{}
 	for _, process := range w.processes {
 		files, _ := filepath.Glob(process + "/task/*/schedstat")
@@ -96,4 +93,22 @@ func (w *waits) waited() map[string]time.Duration {
 		}
 	}
 	return all
+}
+
+// stall is how long a witness, who asks a server that nothing happens to, waits for its answers only where the machine has no time for client or
+// server.
+const (
+	stall  = 20 * time.Millisecond
+	around = 100 * time.Millisecond
+)
+
+// Stalled reports whether the witness has waited too, then or shortly before or after: a machine that has no time for
+// client or server has none for the agent. The witness may be the agent itself, by its waits.
+func (o Outcome) Stalled(witness Outcomes) bool {
+	for _, w := range witness {
+		if w.Took >= stall && w.Sent.Add(-around).Before(o.Sent.Add(o.Took)) && o.Sent.Before(w.Sent.Add(w.Took+around)) {
+			return true
+		}
+	}
+	return false
 }
