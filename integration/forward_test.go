@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -142,7 +141,7 @@ func TestHoldAlone(t *testing.T) {
 		bothFamilies(func(six bool) {
 			err := w.want("client", magicAt(holding, six), "silence")
 			if err == nil && backend == "nftables" {
-				limit, cancel := context.WithTimeout(t.Context(), time.Minute)
+				limit, cancel := lab.Patience(t.Context(), time.Minute)
 				defer cancel()
 				err = lab.Eventually(limit, func() error {
 					return errors.Join(w.want("client", magicAt(holding, six), "refused"), w.want(lab.Host, magicAt(holding, six), "refused"))

@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := lab.Patience(context.Background(), 2*time.Minute)
 	defer cancel()
 	node, err := newNode(ctx, "node1", metav1.NamespaceDefault)
 	if err != nil {

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"testing"
 	"time"
@@ -15,7 +14,7 @@ import (
 // TestCompare is the short form of the comparison: one run of each update, on one node after the other. It fails where
 // a limit is broken that is no mere time. What the Service costs is not judged.
 func TestCompare(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	ctx, cancel := lab.Patience(t.Context(), 8*time.Minute)
 	defer cancel()
 	s := setups()["two"]
 	s.name = "compare"

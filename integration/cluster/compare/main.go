@@ -107,7 +107,7 @@ func (c *comparison) part(ctx context.Context, p part) error {
 	if c.world == nil {
 		s := setups()[p.setup]
 		s.name = p.setup
-		limited, cancel := context.WithTimeout(ctx, 5*time.Minute)
+		limited, cancel := lab.Patience(ctx, 5*time.Minute)
 		defer cancel()
 		w, err := newWorld(limited, s, c.log)
 		if err != nil {

@@ -58,7 +58,7 @@ func TestSettings(t *testing.T) {
 			w := newWorld(t, ciliumNode)
 			if s.backend != "" {
 				w.must(release(w.ctx, "backend="+s.backend))
-				t.Cleanup(func() { w.must(release(w.ctx)) })
+				w.Cleanup(func() { w.must(release(w.ctx)) })
 			}
 			began := time.Now()
 			started := w.status().StartedAt
@@ -105,7 +105,7 @@ func TestNetfilterByForce(t *testing.T) {
 	w := newWorld(t, ciliumNode)
 	w.must(node.SetCilium(w.ctx, settings()[0].cilium))
 	w.must(release(w.ctx, "config.dataPlane=netfilter"))
-	t.Cleanup(func() { w.must(release(w.ctx)) })
+	w.Cleanup(func() { w.must(release(w.ctx)) })
 	client := w.pod(clients, "client", nil)
 	w.pod("default", "echo", echoLabels)
 	w.awaitEndpoint("echo")
@@ -132,7 +132,7 @@ func TestUninstall(t *testing.T) {
 	w.routes(true)
 	_, err := cluster.Helm(w.ctx, "uninstall", "mip", "--namespace", "kube-system")
 	w.must(err)
-	t.Cleanup(func() { w.must(release(w.ctx)) })
+	w.Cleanup(func() { w.must(release(w.ctx)) })
 	w.eventually("nothing is left", func() error {
 		left := w.exec(`set -e; ip route show table local proto 109; tables=$(nft list tables); echo "$tables" | grep magic-ip || true`)
 		if left != "" {

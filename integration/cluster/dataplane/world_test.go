@@ -195,19 +195,32 @@ type world struct {
 }
 
 func newWorld(t *testing.T, nodes string) *world {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longest)
-	if err := use(ctx, nodes); err != nil {
-		cancel()
-		t.Fatal(err)
-	}
-	w := &world{T: t, ctx: ctx}
-	t.Cleanup(func() {
-		defer cancel()
+	w := &world{T: t}
+	w.renew()
+	w.must(use(w.ctx, nodes))
+	w.Cleanup(func() {
 		if t.Failed() {
 			w.describe()
 		}
 	})
 	return w
+}
+
+// renew gives the test as much time as one may take.
+func (w *world) renew() {
+	var cancel context.CancelFunc
+	w.ctx, cancel = lab.Patience(context.WithoutCancel(w.Context()), longest)
+	w.T.Cleanup(cancel)
+}
+
+// Cleanup is that of the test, with time of its own: what a test leaves after its time would fail those that follow.
+func (w *world) Cleanup(f func()) {
+	w.T.Cleanup(func() {
+		if w.ctx.Err() != nil {
+			w.renew()
+		}
+		f()
+	})
 }
 
 func (w *world) must(err error) {

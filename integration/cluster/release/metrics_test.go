@@ -3,7 +3,6 @@
 package release_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -80,7 +79,7 @@ func (w *world) scraped(port int, r release) {
 
 // scrape asks for the metrics at an address, from the node itself.
 func (w *world) scrape(n *whole.Node, address string) (string, error) {
-	ctx, cancel := context.WithTimeout(w.ctx, 5*time.Second)
+	ctx, cancel := lab.Patience(w.ctx, 5*time.Second)
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DialContext: n.Lab().Dial(lab.Host), DisableKeepAlives: true}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)

@@ -69,7 +69,7 @@ var (
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	ctx, cancel := lab.Patience(context.Background(), 4*time.Minute)
 	defer cancel()
 	var err error
 	if root, err = lab.ModuleRoot(); err == nil {
@@ -148,10 +148,9 @@ func newWorld(t *testing.T) *world {
 	t.Parallel()
 	cluster := <-sites
 	t.Cleanup(func() { sites <- cluster })
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longestTest)
-	w := &world{T: t, cluster: cluster, ctx: ctx, twins: map[netip.AddrPort]bool{}, logs: map[string]*os.File{}, began: time.Now()}
-	t.Cleanup(func() {
-		defer cancel()
+	w := &world{T: t, cluster: cluster, twins: map[netip.AddrPort]bool{}, logs: map[string]*os.File{}, began: time.Now()}
+	w.renew()
+	w.Cleanup(func() {
 		defer w.closeLogs()
 		if t.Failed() {
 			w.describe()
@@ -165,6 +164,23 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
+// renew gives the test as much time as one may take.
+func (w *world) renew() {
+	var cancel context.CancelFunc
+	w.ctx, cancel = lab.Patience(context.WithoutCancel(w.Context()), longestTest)
+	w.T.Cleanup(cancel)
+}
+
+// Cleanup is that of the test, with time of its own: what a test leaves after its time would fail those that follow.
+func (w *world) Cleanup(f func()) {
+	w.T.Cleanup(func() {
+		if w.ctx.Err() != nil {
+			w.renew()
+		}
+		f()
+	})
+}
+
 func (w *world) must(err error) {
 	w.Helper()
 	if err != nil {
@@ -174,7 +190,7 @@ func (w *world) must(err error) {
 
 func (w *world) within(limit time.Duration) context.Context {
 	ctx, cancel := lab.Patience(w.ctx, limit)
-	w.Cleanup(cancel)
+	w.T.Cleanup(cancel)
 	return ctx
 }
 

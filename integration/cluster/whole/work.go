@@ -192,7 +192,7 @@ func delegate(dir string) error {
 
 // removeCgroup removes a cgroup with all below, once the kernel has let go of the processes that were in there.
 func removeCgroup(dir string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := lab.Patience(context.Background(), 10*time.Second)
 	defer cancel()
 	return lab.Eventually(ctx, func() error {
 		var below []string

@@ -58,7 +58,7 @@ var cluster *whole.Cluster
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := lab.Patience(context.Background(), 2*time.Minute)
 	defer cancel()
 	before, err := snapshot()
 	if err != nil {
