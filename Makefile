@@ -58,7 +58,7 @@ e2e-binaries: ## Kubernetes, etcd, helm and two containerds, from source (8 minu
 
 .PHONY: e2e
 e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, and in a whole cluster of two nodes (needs root)
-	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc
+	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc pgrep
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 40m -tags e2e ./integration/cluster/release ./integration/cluster/...
 
@@ -68,7 +68,7 @@ e2e-cilium-binaries: e2e-binaries ## Cilium and what it needs, from source (9 mi
 
 .PHONY: e2e-cilium
 e2e-cilium: build e2e-cilium-binaries e2e-image ## magic IPs on a node with Cilium, with all settings that matter (needs root; 12 minutes; CILIUM=-short for 2)
-	integration/prerequisites nft iptables conntrack ip nsenter ipset
+	integration/prerequisites nft iptables conntrack ip nsenter ipset pgrep
 	go test -v -race -count=1 -timeout 40m -tags dataplane -skip '^TestFlannel$$' $(CILIUM) ./integration/cluster/dataplane
 
 .PHONY: e2e-flannel-binaries
@@ -77,7 +77,7 @@ e2e-flannel-binaries: e2e-binaries ## flannel and its CNI plugin, from source (2
 
 .PHONY: e2e-flannel
 e2e-flannel: build e2e-flannel-binaries e2e-image ## magic IPs on two nodes with flannel: VXLAN and host-gw, with frames that pass netfilter and that do not (needs root; 4 minutes)
-	integration/prerequisites nft iptables conntrack ip nsenter
+	integration/prerequisites nft iptables conntrack ip nsenter pgrep
 	go test -v -race -count=1 -timeout 20m -tags dataplane -run '^TestFlannel$$' ./integration/cluster/dataplane
 
 .PHONY: e2e-clients
@@ -94,7 +94,7 @@ compatibility: build tools ## observe anew what docs/compatibility.md says of ne
 
 .PHONY: compare
 compare: build e2e-cilium-binaries e2e-image ## what an update costs clients by a magic IP and by other ways, into docs/benchmarks (needs root; 35 minutes; COMPARE="-parts rolling,surge", -missing, -runs 0.2)
-	integration/prerequisites nft iptables conntrack ip nsenter ipset
+	integration/prerequisites nft iptables conntrack ip nsenter ipset pgrep
 	go run ./integration/cluster/compare $(COMPARE)
 	$(MAKE) report
 

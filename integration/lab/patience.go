@@ -154,3 +154,27 @@ func Patience(parent context.Context, limit time.Duration) (context.Context, con
 	}()
 	return patient{ctx}, func() { cancel(context.Canceled) }
 }
+
+// limited is a testing.T.
+type limited interface {
+	Cleanup(func())
+	Context() context.Context
+}
+
+// Renew gives a test this much working time from now on, by the context that it uses for all it does; clean-up included, for which that of the test
+// itself is over.
+func Renew(t limited, ctx *context.Context, limit time.Duration) {
+	var cancel context.CancelFunc
+	*ctx, cancel = Patience(context.WithoutCancel(t.Context()), limit)
+	t.Cleanup(cancel)
+}
+
+// CleanUp calls f at the end of the test, which has time of its own where the test's is over: what a test leaves would fail those that follow.
+func CleanUp(t limited, ctx *context.Context, limit time.Duration, f func()) {
+	t.Cleanup(func() {
+		if (*ctx).Err() != nil {
+			Renew(t, ctx, limit)
+		}
+		f()
+	})
+}

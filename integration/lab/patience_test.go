@@ -63,3 +63,19 @@ func TestPatienceEnds(t *testing.T) {
 		t.Errorf("stopped: %v", err)
 	}
 }
+
+// TestCleanUp: a test whose time is over cleans up in time of its own.
+func TestCleanUp(t *testing.T) {
+	t.Parallel()
+	var during, after error
+	t.Run("over", func(t *testing.T) {
+		var ctx context.Context
+		Renew(t, &ctx, time.Nanosecond)
+		CleanUp(t, &ctx, time.Minute, func() { after = ctx.Err() })
+		<-ctx.Done()
+		during = ctx.Err()
+	})
+	if !errors.Is(during, context.DeadlineExceeded) || after != nil {
+		t.Errorf("during the test %v, afterwards %v; want its end, and none", during, after)
+	}
+}

@@ -60,14 +60,15 @@ func (w *Waits) run(ctx context.Context) {
 	}
 }
 
-// addWait adds a wait that was over between two looks, or continues the one before.
+// addWait adds a wait that was over between two looks, or continues the one before, where it ended no sooner than this one began: of many short waits
+// none becomes a long one.
 func addWait(all Outcomes, last, now time.Time, waited time.Duration) Outcomes {
 	if waited < time.Millisecond {
 		return all
 	}
 	from := last.Add(-max(0, waited-now.Sub(last)))
 	until := from.Add(waited)
-	if i := len(all) - 1; i >= 0 && !from.After(all[i].Sent.Add(all[i].Took+waitsEvery)) {
+	if i := len(all) - 1; i >= 0 && !from.After(all[i].Sent.Add(all[i].Took)) {
 		if all[i].Sent.Before(from) {
 			from = all[i].Sent
 		}

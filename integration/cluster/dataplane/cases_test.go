@@ -208,7 +208,7 @@ func (w *world) rollout() {
 	_, err = cluster.Kubectl(w.ctx, "rollout", "status", "daemonset/echo")
 	w.must(err)
 	sniffer := listen(w.T)
-	waits, err := node.Lab().WatchWaits(w.ctx, agent+" run")
+	waits, err := node.Lab().WatchWaits(w.ctx, "^"+agent+" run")
 	w.must(err)
 	old := w.endpoint()
 	probes := map[lab.Kind]*lab.Probe{}
@@ -342,8 +342,7 @@ func (w *world) endpoint() (name string) {
 func (w *world) agentPID() (pid string) {
 	w.Helper()
 	w.eventually("the process of the agent", func() error {
-		out := w.exec("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^" + agent + " run ' && basename $p; done; true")
-		pids := strings.Fields(out)
+		pids := strings.Fields(w.exec("pgrep -f '^" + agent + " run ' || true"))
 		if len(pids) != 1 {
 			return fmt.Errorf("there are %v", pids)
 		}

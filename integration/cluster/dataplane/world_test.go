@@ -196,7 +196,7 @@ type world struct {
 
 func newWorld(t *testing.T, nodes string) *world {
 	w := &world{T: t}
-	w.renew()
+	lab.Renew(t, &w.ctx, longest)
 	w.must(use(w.ctx, nodes))
 	w.Cleanup(func() {
 		if t.Failed() {
@@ -206,22 +206,8 @@ func newWorld(t *testing.T, nodes string) *world {
 	return w
 }
 
-// renew gives the test as much time as one may take.
-func (w *world) renew() {
-	var cancel context.CancelFunc
-	w.ctx, cancel = lab.Patience(context.WithoutCancel(w.Context()), longest)
-	w.T.Cleanup(cancel)
-}
-
-// Cleanup is that of the test, with time of its own: what a test leaves after its time would fail those that follow.
-func (w *world) Cleanup(f func()) {
-	w.T.Cleanup(func() {
-		if w.ctx.Err() != nil {
-			w.renew()
-		}
-		f()
-	})
-}
+// Cleanup is that of the test, with time of its own where the test's is over.
+func (w *world) Cleanup(f func()) { lab.CleanUp(w.T, &w.ctx, longest, f) }
 
 func (w *world) must(err error) {
 	w.Helper()

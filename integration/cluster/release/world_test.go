@@ -149,7 +149,7 @@ func newWorld(t *testing.T) *world {
 	cluster := <-sites
 	t.Cleanup(func() { sites <- cluster })
 	w := &world{T: t, cluster: cluster, twins: map[netip.AddrPort]bool{}, logs: map[string]*os.File{}, began: time.Now()}
-	w.renew()
+	lab.Renew(t, &w.ctx, longestTest)
 	w.Cleanup(func() {
 		defer w.closeLogs()
 		if t.Failed() {
@@ -164,22 +164,8 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// renew gives the test as much time as one may take.
-func (w *world) renew() {
-	var cancel context.CancelFunc
-	w.ctx, cancel = lab.Patience(context.WithoutCancel(w.Context()), longestTest)
-	w.T.Cleanup(cancel)
-}
-
-// Cleanup is that of the test, with time of its own: what a test leaves after its time would fail those that follow.
-func (w *world) Cleanup(f func()) {
-	w.T.Cleanup(func() {
-		if w.ctx.Err() != nil {
-			w.renew()
-		}
-		f()
-	})
-}
+// Cleanup is that of the test, with time of its own where the test's is over.
+func (w *world) Cleanup(f func()) { lab.CleanUp(w.T, &w.ctx, longestTest, f) }
 
 func (w *world) must(err error) {
 	w.Helper()
