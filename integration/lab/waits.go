@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Waits watches for how long processes are ready to run and have no processor. On a busy machine an agent waits for longer than a witness does: it
-// has no more than what its pod asks for.
+// Waits watches for how long processes are ready to run and have no processor. An agent has no more of it than what its pod asks for, so that it may
+// wait where a witness does not.
 type Waits struct {
 	processes []string // their directories in /proc
 	stop      context.CancelFunc
