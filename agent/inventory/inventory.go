@@ -414,7 +414,7 @@ func (i *Inventory) Labels(keys map[string]bool) []runtimedir.PodLabels {
 	return list
 }
 
-// only are the labels with one of the keys: known, since a pod of the API has all it has.
+// only are the labels with one of the keys, for a file: known, since a pod of the API has all it has, and nil where they exceed its bounds.
 func only(labels map[string]string, keys map[string]bool) map[string]string {
 	if labels == nil {
 		labels = map[string]string{}
@@ -434,8 +434,9 @@ func (i *Inventory) Remember(m *runtimedir.Memory, endpoints func(netip.Addr) bo
 	remember := func(pod Pod) {
 		if !remembered[pod.PodID] {
 			remembered[pod.PodID] = true
-			pod.Labels = only(pod.Labels, keys)
-			m.Pods = append(m.Pods, pod)
+			if pod.Labels = only(pod.Labels, keys); pod.Labels != nil { // without them it would look like a pod that has none
+				m.Pods = append(m.Pods, pod)
+			}
 		}
 	}
 	for n := range i.records {

@@ -24,7 +24,7 @@ func trim(pod *corev1.Pod, query *inventory.Query) *corev1.Pod {
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion,
 			CreationTimestamp: pod.CreationTimestamp, DeletionTimestamp: pod.DeletionTimestamp,
-			Labels: runtimedir.KeepLabels(pod.Labels, query.LabelKeys),
+			Labels: runtimedir.SelectLabels(pod.Labels, query.LabelKeys),
 		},
 		Spec:   corev1.PodSpec{ServiceAccountName: pod.Spec.ServiceAccountName, HostNetwork: pod.Spec.HostNetwork},
 		Status: corev1.PodStatus{Phase: pod.Status.Phase, PodIPs: pod.Status.PodIPs},

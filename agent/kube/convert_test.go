@@ -61,6 +61,18 @@ func TestTrimAndConvert(t *testing.T) {
 	}
 }
 
+// TestLabelsOfManySelectors: a pod that a hundred selectors choose by a key each has all these labels.
+func TestLabelsOfManySelectors(t *testing.T) {
+	query, pod := &inventory.Query{LabelKeys: map[string]bool{}}, examplePod()
+	for i := range 100 {
+		key := fmt.Sprint("magic/", i)
+		query.LabelKeys[key], pod.Labels[key] = true, "true"
+	}
+	if got := convert(trim(pod, query)).Labels; len(got) != 100 {
+		t.Errorf("%d labels", len(got))
+	}
+}
+
 // TestBounds: 40 pods with almost a megabyte each, in labels and whatever else their author writes, cost the agent next to nothing.
 func TestBounds(t *testing.T) {
 	const pods, most = 40, 40 << 10

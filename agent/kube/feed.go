@@ -25,6 +25,8 @@ const (
 	firstAnswer = 2 * time.Second
 	// pollTimeout bounds the list of a poll.
 	pollTimeout = 3 * time.Second
+	// pollCounts is how long the list of a poll says how things are now: what it lacks must not look gone for inventory.Grace.
+	pollCounts = inventory.Grace / 2
 )
 
 // feed is the pods of one namespace: an informer, and the lists of polls.
@@ -134,7 +136,7 @@ func (f *feed) view() (pods []*corev1.Pod, synced bool, problem string) {
 	} else {
 		pods, synced = f.watched(), f.informer.HasSynced()
 	}
-	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.seenAt) {
+	if f.polled != nil && !f.pollFailed && !f.polledAt.Before(f.seenAt) && time.Since(f.polledAt) < pollCounts {
 		return pods, synced, ""
 	}
 	switch {
@@ -169,7 +171,10 @@ func (f *feed) poll(ctx context.Context) {
 	f.pods.requests.poll.Add(1)
 	fromCache := metav1.ListOptions{ResourceVersion: "0"}
 	list, err := f.pods.client.CoreV1().Pods(f.apiNamespace()).List(ctx, f.ofNode(fromCache))
-	if errors.Is(err, errThrottled) {
+	if errors.Is(err, errThrottled) { // nothing was asked: what the last poll brought gets old
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.pollFailed = true
 		return
 	}
 	if errors.Is(err, context.DeadlineExceeded) {

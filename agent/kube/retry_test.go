@@ -150,6 +150,46 @@ func TestPollSheds(t *testing.T) {
 	})
 }
 
+// TestPollGetsOld: a poll that brought the pods says for a while how they are, and no longer than until another one could not ask.
+func TestPollGetsOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		code := http.StatusOK
+		server := roundTripper(func(*http.Request) (*http.Response, error) {
+			response := &http.Response{
+				StatusCode: code, Header: http.Header{"Content-Type": {"application/json"}},
+				Body: io.NopCloser(strings.NewReader(`{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"1"},"items":[]}`)),
+			}
+			if code != http.StatusOK {
+				response.Header.Set("Retry-After", "120")
+			}
+			return response, nil
+		})
+		p, err := New(&rest.Config{Host: "http://api", Transport: server}, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Select(inventory.Query{Namespaces: []string{"default"}, LabelKeys: keys, PortNames: ports})
+		f := p.feeds["default"]
+		current := func(when string, want bool) {
+			t.Helper()
+			if view := p.View(); slices.Contains(view.Current, "default") != want || !slices.Contains(view.Synced, "default") || (len(view.Problems) > 0) == want {
+				t.Errorf("%s: current %q, synced %q, problems %q", when, view.Current, view.Synced, view.Problems)
+			}
+		}
+		f.poll(t.Context())
+		current("polled", true)
+		time.Sleep(pollCounts)
+		current("polled long ago", false)
+		f.poll(t.Context())
+		current("polled again", true)
+
+		code = http.StatusServiceUnavailable
+		_, _ = p.client.CoreV1().Pods("default").List(withUrgency(t.Context(), once), metav1.ListOptions{}) // such as a watch
+		f.poll(t.Context())
+		current("a poll that may not ask", false)
+	})
+}
+
 // TestThrottledWatch: while the API server is left alone, the error of a watch is what it answered.
 func TestThrottledWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

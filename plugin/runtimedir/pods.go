@@ -42,8 +42,8 @@ func (p *Pods) LabelsOf(id PodID) map[string]string {
 	return nil
 }
 
-// KeepLabels returns the labels of a pod with one of the keys: nil (not known) where labels are nil, or exceed the bounds.
-func KeepLabels(labels map[string]string, keys map[string]bool) map[string]string {
+// SelectLabels returns the labels of a pod with one of the keys: nil (not known) where labels are nil.
+func SelectLabels(labels map[string]string, keys map[string]bool) map[string]string {
 	if labels == nil {
 		return nil
 	}
@@ -53,6 +53,12 @@ func KeepLabels(labels map[string]string, keys map[string]bool) map[string]strin
 			kept[key] = value
 		}
 	}
+	return kept
+}
+
+// KeepLabels is SelectLabels for what is written to a file: nil (not known) also where the labels exceed the bounds.
+func KeepLabels(labels map[string]string, keys map[string]bool) map[string]string {
+	kept := SelectLabels(labels, keys)
 	if size(kept) > MaxLabelBytes || len(kept) > MaxLabels {
 		return nil
 	}
