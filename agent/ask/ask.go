@@ -43,7 +43,7 @@ func (o Outcome) String() string {
 	if o.Wrong {
 		verdict = "FAIL"
 	}
-	return fmt.Sprintf("%s  %s  %s", verdict, o.Frontend, quote.Terminal(o.Text))
+	return fmt.Sprintf("%s  %s  %s", verdict, quote.Terminal(o.Frontend.String()), quote.Terminal(o.Text))
 }
 
 // All asks every frontend of an agent.

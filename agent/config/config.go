@@ -589,9 +589,9 @@ func (v *validator) hostInterface(value string, path []any) []string {
 	names := strings.Split(value, ",")
 	for i, name := range names {
 		names[i] = strings.TrimSpace(name)
-		// IFNAMSIZ is 16 with the closing zero (linux/if.h).
-		if !regexp.MustCompile(`^[^\s/:+*"]{1,15}\+?$`).MatchString(names[i]) || len(strings.TrimSuffix(names[i], "+")) > 15 {
-			v.bad(path, "%q is not allowed; allowed: auto, or interface names of at most 15 characters, a trailing + for a prefix, separated by commas", value)
+		// IFNAMSIZ is 16 with the closing zero (linux/if.h); iptables and nft count the wildcard.
+		if !regexp.MustCompile(`^[^\s/:+*"]+\+?$`).MatchString(names[i]) || len(names[i]) > 15 {
+			v.bad(path, "%q is not allowed; allowed: auto, or interface names of at most 15 characters, which include a trailing + for a prefix, separated by commas", value)
 			return nil
 		}
 	}

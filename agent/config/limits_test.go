@@ -23,7 +23,7 @@ func TestLimits(t *testing.T) {
 		{"port", "9200", "VALUE", []string{"1", "65535"}, []string{"0", "65536"}},
 		{"targetPort", "8080", "VALUE", []string{"1", "65535", "a", link}, []string{"0", "65536", "-1", link + "v", "a-"}},
 		{"namespace", "namespace: default", "namespace: VALUE", []string{"a", strings.Repeat("n", 63)}, []string{strings.Repeat("n", 64), "-a"}},
-		{"hostInterface", "  ports:", "  hostInterface: VALUE\n  ports:", []string{"e", link, link + "+"}, []string{link + "v", link + "v+", "+"}},
+		{"hostInterface", "  ports:", "  hostInterface: VALUE\n  ports:", []string{"e", link, link[1:] + "+"}, []string{link + "v", link + "+", "+"}},
 		{"serviceAccount", "  ports:", "  serviceAccount: VALUE\n  ports:", []string{"a", strings.Repeat("s", 253)}, []string{strings.Repeat("s", 254), "a-"}},
 	} {
 		parse := func(value string) error {

@@ -28,6 +28,9 @@ func parsePrefix(text string) (netip.Prefix, error) {
 		return netip.PrefixFrom(address.Unmap(), address.Unmap().BitLen()), nil
 	}
 	prefix, err := netip.ParsePrefix(text)
+	if bits := prefix.Bits() - 96; err == nil && prefix.Addr().Is4In6() && bits >= 0 {
+		prefix = netip.PrefixFrom(prefix.Addr().Unmap(), bits)
+	}
 	return prefix.Masked(), err
 }
 

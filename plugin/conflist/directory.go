@@ -265,15 +265,22 @@ func (d *Directory) content(f *file) ([]byte, error) {
 		return nil, fmt.Errorf("is no regular file but %s", info.Mode())
 	}
 	if info.Size() > maxSize {
-		return nil, fmt.Errorf("has %d bytes, and no network configuration has more than %d", info.Size(), maxSize)
+		return nil, tooLarge(info.Size())
 	}
 	return io.ReadAll(io.LimitReader(opened, maxSize))
 }
 
+func tooLarge(bytes int64) error {
+	return fmt.Errorf("has %d bytes, and no network configuration has more than %d", bytes, maxSize)
+}
+
 // load reads a file as runtimes do.
 func (d *Directory) load(f file) (*libcni.NetworkConfigList, error) {
-	if len(f.data) == 0 {
+	switch {
+	case len(f.data) == 0:
 		return nil, errEmpty
+	case len(f.data) > maxSize:
+		return nil, tooLarge(int64(len(f.data)))
 	}
 	if filepath.Ext(f.name) != listExt {
 		single, err := libcni.ConfFromBytes(f.data) //nolint:staticcheck // deprecated, and what runtimes call for *.conf

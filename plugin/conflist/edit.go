@@ -151,9 +151,27 @@ func (d *document) normalize() {
 	}
 }
 
+// fold gives members whose name differs from one of the keys in case only that name, and removes those that the key has already.
+// The plugin decodes them as if they had it.
+func fold(v *hujson.Value, keys ...string) {
+	for _, key := range keys {
+		for i, m := range slices.Backward(v.Value.(*hujson.Object).Members) {
+			name, _ := text(&m.Name)
+			switch {
+			case name == key || !strings.EqualFold(name, key):
+			case get(v, key) == nil:
+				v.Value.(*hujson.Object).Members[i].Name.Value = hujson.String(key)
+			default:
+				remove(v, i)
+			}
+		}
+	}
+}
+
 // put makes the key a member of an entry's selectors, where it is not so already. What the plugin would refuse, and fail each ADD
 // for, is corrected or removed.
 func (k Key) put(root, v *hujson.Value) {
+	fold(v, "runtimeDir", "selectors")
 	if _, err := raw(v).Dir(); err != nil {
 		get(v, "runtimeDir").Value = hujson.String(filepath.Clean(k.RuntimeDir))
 	}

@@ -147,7 +147,7 @@ func (d *Directory) Take(agent, runtimeDir, last string) (Plan, error) {
 	p.removeOrphans()
 	var unknown error
 	if f := d.find(last); f != nil {
-		unknown = f.foreign
+		unknown = errors.Join(f.foreign, f.unread)
 	}
 	return p, errors.Join(p.withdraw("", agent, runtimeDir), p.follow(), unknown)
 }

@@ -136,8 +136,8 @@
 {{- define "magic-ip-address.checkHostInterface" -}}
 {{- if not (has (default "" .) (list "" "auto")) -}}
 {{- range splitList "," . -}}
-{{- if not (regexMatch "^\\s*[^\\s/:+*\"]{1,15}[+]?\\s*$" .) -}}
-  {{- fail (printf "hostInterface %q is not allowed; allowed: auto, or interface names of at most 15 characters, a trailing + for a prefix, separated by commas" .) -}}
+{{- if or (not (regexMatch "^\\s*[^\\s/:+*\"]+[+]?\\s*$" .)) (gt (len (trim .)) 15) -}}
+  {{- fail (printf "hostInterface %q is not allowed; allowed: auto, or interface names of at most 15 characters, which include a trailing + for a prefix, separated by commas" .) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
