@@ -85,7 +85,8 @@ func TestAll(t *testing.T) {
 // The status is another process' text.
 func TestOutcomeIsQuoted(t *testing.T) {
 	got := All(context.Background(), []runtimedir.MagicIP{{Frontend: runtimedir.Frontend{Address: netip.MustParseAddr("127.0.0.1"), Protocol: "tcp", Port: 1}, Reason: "\x1b[2J\n"}})
-	if text := got[0].String(); strings.ContainsAny(text, "\x1b\n") {
+	got[0].Frontend.Protocol = "tcp\x1b]0;x\a\nok  "
+	if text := got[0].String(); strings.ContainsAny(text, "\x1b\a\n") {
 		t.Errorf("printed as %q", text)
 	}
 }

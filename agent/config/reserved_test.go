@@ -61,6 +61,9 @@ magicIPs:
 			t.Errorf("port %d: %q, want %q", i, port.Unserved, want[i])
 		}
 	}
+	if mapped, err := parse(`["::ffff:169.254.100.0/120"]`); err != nil || mapped.Ports[0].Unserved != want[0] {
+		t.Errorf("an IPv4 prefix written as IPv6: %v, %v", mapped, err)
+	}
 	for _, wrong := range []string{"169.254.100", "169.254.0.0/33", "fe80::1%eth0", ""} {
 		if _, err := parse(fmt.Sprintf("[%q]", wrong)); err == nil || !strings.Contains(err.Error(), "line 2: reservedAddresses[0]") {
 			t.Errorf("%q: %v", wrong, err)

@@ -31,7 +31,7 @@ func TestSyntaxIsTheAgents(t *testing.T) {
 			"!a", "! a", "!a=b", "!", "a<", "a<b", "a<-1", "a > 12", "a<1.5", "a=(b)", "a=-b", "a=b-", "a=b.c", "a/b=c", "/b=c", "a/=c", "A/b=c", "a.b/c=d", "a..b/c=d", "a/b/c=d",
 			"a=b c", "a b", "a=ä", "app=apm-server\n", "a=*", "a!=", "a==", "a!b", "a=b;c=d", strings.Repeat("a", 63), strings.Repeat("a", 64), "a="+strings.Repeat("b", 63), "a="+strings.Repeat("b", 64)),
 		"hostInterface": append(variants("auto", "cni0,cali+", "eth0"),
-			"", "a b", "+", "abcdefghijklmno", "abcdefghijklmnop", "abcdefghijklmno+", "abcdefghijklmnop+", ",", "cni0,", "cni0, cali+", "a+b", "a:1", "a/b", "a*", `a"b`, "auto,cni0", "veth.1", "über"),
+			"", "a b", "+", "abcdefghijklmno", "abcdefghijklmnop", "abcdefghijklmno+", "abcdefghijklmn+", " abcdefghijklmno ", "abcdefghijklmnop+", ",", "cni0,", "cni0, cali+", "a+b", "a:1", "a/b", "a*", `a"b`, "auto,cni0", "veth.1", "über"),
 		// Without the fractions of Go's durations.
 		"holdFor": slices.DeleteFunc(append(variants("10s", "1m30s", "1h"),
 			"", "0s", "1s", "3600s", "3601s", "60m", "61m", "1h1s", "10", "s", "-1s", "1m-1s", "00010s", "1h0m0s", "1d"),
@@ -134,10 +134,10 @@ func TestReservedAddressesAreTheAgents(t *testing.T) {
 	for address, named := range map[string]bool{
 		"169.254.169.254": true, "169.254.172.1": true, "169.254.175.255": true, "169.254.176.0": false, "169.254.2.77": true, "169.254.169.7": true, "169.254.169.8": false,
 		"fd00:ec2:0:0::254": true, "fd00::ac:0": true, "fd00::ac:3ff": true, "fd00::ac:400": false, "fd69::7": true, "fd69::8": false,
-		"::ffff:169.254.169.254": true, "10.1.2.3": true, "10.1.3.3": false, "169.254.210.210": false,
+		"::ffff:169.254.169.254": true, "10.1.2.3": true, "10.1.3.3": false, "10.1.4.7": true, "10.1.5.7": false, "169.254.210.210": false,
 	} {
 		for _, allowed := range []bool{false, true} {
-			values := map[string]any{"config": map[string]any{"ipAddress": address, "allowReserved": allowed, "reservedAddresses": []any{"10.1.2.0/24"}}}
+			values := map[string]any{"config": map[string]any{"ipAddress": address, "allowReserved": allowed, "reservedAddresses": []any{"10.1.2.0/24", "::ffff:10.1.4.0/120", "::ffff:10.1.5.0/90"}}}
 			port := configuration(t, values, false).Ports[0]
 			notes := render(t, values)["NOTES.txt"]
 			if unserved := strings.Contains(notes, "NOT SERVED"); unserved != (port.Unserved != "") || unserved != (named && !allowed) {

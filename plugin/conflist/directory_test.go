@@ -142,6 +142,27 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestWriteNoMoreThanIsRead: an entry that would make a configuration larger than one may be is an error, and the file is left alone.
+// A file with the entry that cannot be read keeps the agent from saying that it is removed.
+func TestWriteNoMoreThanIsRead(t *testing.T) {
+	t.Parallel()
+	const list = `{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}`
+	key := keyOf("a")
+	key.Selectors[0].Selector = strings.Repeat("x", maxSize-len(list))
+	d := read(t, directory(t, map[string]string{"10-a.conflist": list}))
+	if p, err := d.Put(key, []string{"1.0.0"}); err == nil || !strings.Contains(err.Error(), "no network configuration has more") || p.File != "" {
+		t.Errorf("%q, %v", p.File, err)
+	}
+	data, err := with([]byte(list), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d = read(t, directory(t, map[string]string{"10-a.conflist": string(data)}))
+	if _, err := d.Take("a", entry.DefaultRuntimeDir, "10-a.conflist"); err == nil || !strings.Contains(err.Error(), "no network configuration has more") {
+		t.Errorf("taken: %v", err)
+	}
+}
+
 // TestRemove: what is left has no comma too many, also where nothing is left.
 func TestRemove(t *testing.T) {
 	t.Parallel()

@@ -88,6 +88,8 @@ func TestEntryThatFailsPods(t *testing.T) {
 	for name, test := range map[string][2]string{
 		"relative runtimeDir": {`"run"`, good}, "runtimeDir of another type": {"5", good}, "selectors of another type": {`"/run/magic-ip-address"`, `[]`},
 		"another key of another type": {`"/run/magic-ip-address"`, `{"b":"x","a":[{"namespace":"default","selector":"app=a"}],"c":[{"selector":"x"}]}`},
+		"runtimeDir in another case":  {`"/run/magic-ip-address","RuntimeDir":"run","RUNTIMEDIR":"run"`, good},
+		"selectors in another case":   {`"/run/magic-ip-address","Selectors":{"a":5}`, good},
 		"no namespace":                {`"/run/magic-ip-address"`, `{"a":[{"namespace":"","selector":"app=a"}]}`},
 	} {
 		data := []byte(strings.NewReplacer("DIR", test[0], "SELECTORS", test[1]).Replace(list))

@@ -128,7 +128,13 @@ config.reservedAddresses. The agent does not serve them unless allowReserved is 
   {{- range $texts -}}
     {{- $parts := splitList "/" . -}}
     {{- $bits := first $parts | include "magic-ip-address.bits" -}}
-    {{- $prefixes = set $prefixes (substr 0 (rest $parts | first | default (len $bits) | int) $bits) $use -}}
+    {{- $length := rest $parts | first | default (len $bits) | int -}}
+    {{- if and (contains ":" .) (eq (len $bits) 32) (rest $parts) -}}{{- /* IPv4, mapped to IPv6 */ -}}
+      {{- $length = sub $length 96 | int -}}
+    {{- end -}}
+    {{- if ge $length 0 -}}
+      {{- $prefixes = set $prefixes (substr 0 $length $bits) $use -}}
+    {{- end -}}
   {{- end -}}
 {{- end -}}
 {{- $reserved := dict -}}
