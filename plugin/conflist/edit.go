@@ -70,10 +70,7 @@ func (d *document) entries() (entries []*hujson.Value) {
 	return entries
 }
 
-func isEntry(v *hujson.Value) bool {
-	kind, _ := text(get(v, "type"))
-	return kind == entry.Type
-}
+func isEntry(v *hujson.Value) bool { return text(get(v, "type")) == entry.Type }
 
 // raw is an entry for its parser.
 func raw(v *hujson.Value) (r entry.Raw) {
@@ -156,7 +153,7 @@ func (d *document) normalize() {
 func fold(v *hujson.Value, keys ...string) {
 	for _, key := range keys {
 		for i, m := range slices.Backward(v.Value.(*hujson.Object).Members) {
-			name, _ := text(&m.Name)
+			name := text(&m.Name)
 			switch {
 			case name == key || !strings.EqualFold(name, key):
 			case get(v, key) == nil:

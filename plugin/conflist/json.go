@@ -46,16 +46,16 @@ func get(v *hujson.Value, key string) *hujson.Value {
 	return nil
 }
 
-// text is the string that a value is.
-func text(v *hujson.Value) (string, bool) {
+// text is the string that a value is, empty where it is none.
+func text(v *hujson.Value) string {
 	if v == nil {
-		return "", false
+		return ""
 	}
 	literal, ok := v.Value.(hujson.Literal)
 	if !ok || literal.Kind() != '"' {
-		return "", false
+		return ""
 	}
-	return literal.String(), true
+	return literal.String()
 }
 
 // leads are the white space before each element of an array, or before the name of each member of an object.
