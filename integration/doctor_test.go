@@ -86,6 +86,25 @@ func TestDoctor(t *testing.T) {
 	})
 }
 
+// TestDoctorOfHostNetwork: an endpoint at the node's own address has other rules than one of a pod's network.
+func TestDoctorOfHostNetwork(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := newWorld(t, backend, "bridge")
+		w.podAPI(`{"metadata": {"namespace": "default", "name": "host", "uid": "uid-default-host", "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z", "labels": {"app": "echo"}},
+			"spec": {"nodeName": "node", "hostNetwork": true, "containers": [{"name": "c"}]},
+			"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}], "hostIPs": [{"ip": "192.0.2.2"}, {"ip": "2001:db8::2"}], "podIPs": [{"ip": "192.0.2.2"}, {"ip": "2001:db8::2"}]}},` + echoInAPI)
+		w.start(config())
+		w.addPod("bridge", target("echo")) // not ready
+		w.awaitEndpoint("host")
+		for _, address := range []string{"192.0.2.2", "[2001:db8::2]"} { // on all of them, datagrams would be answered from that of cni1
+			w.echoAt(lab.Host, "host", fmt.Sprintf("%s:%d", address, port))
+		}
+		w.finds("ok", "rules", "are in the kernel")
+		w.finds("ok", "probe", "from a namespace of its own on bridge cni1: 4 answered")
+		w.healthy()
+	})
+}
+
 func (w *world) doctorOfFiles() {
 	w.t.Helper()
 	w.run("cp " + lab.RuntimeDir + "/plugin/state.json /run/kept; echo '{' >" + lab.RuntimeDir + "/plugin/state.json")

@@ -68,13 +68,12 @@ func (e *examination) localRoutes(a status.Agent, choice dataplane.Choice) {
 	if len(a.DataPlane.LocalRoutes) == 0 {
 		return
 	}
-	snapshot, err := node.Kernel{}.Snapshot()
-	if err != nil {
-		e.add(Hidden, check, err.Error(), "run this as root in the network namespace of the node")
+	if e.unread != nil {
+		e.add(Hidden, check, e.unread.Error(), "run this as root in the network namespace of the node")
 		return
 	}
 	there := map[netip.Addr]bool{}
-	for _, route := range snapshot.LocalRoutes {
+	for _, route := range e.snapshot.LocalRoutes {
 		there[route.Address] = true
 	}
 	var missing []string

@@ -33,8 +33,12 @@ type examination struct {
 	now     time.Time
 	agents  []status.Agent
 	records []runtimedir.Attachment
-	network node.Network
 	found   []Finding
+
+	// unread is why snapshot could not be read; network is empty then.
+	snapshot node.Snapshot
+	network  node.Network
+	unread   error
 }
 
 func (e *examination) add(level Level, check, text, next string) {
@@ -51,6 +55,7 @@ func Examine(ctx context.Context, options Options) *Report {
 	e.runtimeDir()
 	e.stateFile()
 	e.liveAgents()
+	e.readNetwork()
 	e.pluginLog()
 	e.cni()
 	if NetAdmin() {

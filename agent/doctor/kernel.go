@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -74,6 +75,7 @@ func (e *examination) rules(ctx context.Context) {
 			case <-time.After(time.Second):
 			}
 			if read, readErr := status.Read(runtimedir.New(e.RuntimeDir), a.Name); readErr == nil {
+				e.readNetwork()
 				differs, err = e.inspect(ctx, read.Agents[0])
 			}
 		}
@@ -104,6 +106,10 @@ func (e *examination) rules(ctx context.Context) {
 }
 
 func (e *examination) inspect(ctx context.Context, a status.Agent) ([]string, error) {
+	// An endpoint at an address of the node has other rules than one of a pod.
+	if err := errors.Join(e.unread, e.snapshot.Complete()); err != nil {
+		return nil, err
+	}
 	in := plan.Input{HostAddresses: e.network.Addresses}
 	for _, l := range a.Links {
 		switch node.Role(l.Role) {

@@ -11,8 +11,9 @@ import (
 )
 
 // links says by which links pods are served, and why others are not.
-func (e *examination) links(snapshot node.Snapshot, network node.Network) {
+func (e *examination) links() {
 	const check = "links"
+	network := e.network
 	var served, others []string
 	for _, link := range network.Links {
 		switch {
@@ -23,7 +24,7 @@ func (e *examination) links(snapshot node.Snapshot, network node.Network) {
 			others = append(others, fmt.Sprintf("%s (%s)", link.Name, link.Reason))
 		}
 	}
-	for _, route := range snapshot.Routes {
+	for _, route := range e.snapshot.Routes {
 		i := slices.IndexFunc(network.Links, func(l node.Link) bool { return l.Index == route.Link })
 		if route.Default() && route.Table == mainTable && i >= 0 && network.Links[i].Role == node.Served {
 			e.add(Warn, check, fmt.Sprintf("the node's default route goes by %s, which its pods are behind: what the node sends elsewhere goes to a pod", network.Links[i].Name),

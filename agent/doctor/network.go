@@ -18,14 +18,20 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 )
 
+// readNetwork reads the node's network, which most checks need.
+func (e *examination) readNetwork() {
+	e.snapshot, e.unread = node.Kernel{}.Snapshot()
+	if e.unread == nil {
+		e.network = node.Classify(e.snapshot, e.known())
+	}
+}
+
 // nodeNetwork looks at links, routes and filters of the node.
 func (e *examination) nodeNetwork(ctx context.Context) {
-	snapshot, err := node.Kernel{}.Snapshot()
-	if err != nil {
-		e.add(Hidden, "links", err.Error(), "run this as root in the network namespace of the node")
+	if e.unread != nil {
+		e.add(Hidden, "links", e.unread.Error(), "run this as root in the network namespace of the node")
 	} else {
-		e.network = node.Classify(snapshot, e.known())
-		e.links(snapshot, e.network)
+		e.links()
 		e.forwarding(e.network)
 		e.bridges(e.network)
 		e.bridgePorts(e.network)

@@ -203,7 +203,7 @@ func (e *examination) podBridge() string {
 			continue
 		}
 		link, err := netlink.LinkByIndex(index)
-		if err != nil {
+		if err != nil || link.Attrs().Flags&net.FlagLoopback != 0 { // the endpoint is a process of the node
 			continue
 		}
 		name := ""
