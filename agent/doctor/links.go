@@ -10,12 +10,15 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
 )
 
-// links says by which links pods are served, and why others are not.
+// links says by which links clients are served, and why others are not.
 func (e *examination) links() {
 	const check = "links"
-	network := e.network
+	e.defaultRoute()
+	if named := e.namedLinks(); named && !e.anyAuto() {
+		return
+	}
 	var served, others []string
-	for _, link := range network.Links {
+	for _, link := range e.network.Links {
 		switch {
 		case link.Port:
 		case link.Role == node.Served:
@@ -24,17 +27,8 @@ func (e *examination) links() {
 			others = append(others, fmt.Sprintf("%s (%s)", link.Name, link.Reason))
 		}
 	}
-	for _, route := range e.snapshot.Routes {
-		i := slices.IndexFunc(network.Links, func(l node.Link) bool { return l.Index == route.Link })
-		if route.Default() && route.Table == mainTable && i >= 0 && network.Links[i].Role == node.Served {
-			e.add(Warn, check, fmt.Sprintf("the node's default route goes by %s, which its pods are behind: what the node sends elsewhere goes to a pod", network.Links[i].Name),
-				"see what has made it (ip route show default), and remove it: a DHCP client on a link of pods, or an egress gateway that should have a table of its own")
-			break
-		}
-	}
-	e.configuredLinks(network)
 	for _, record := range e.records {
-		link, ok := e.linkOf(network, record.HostInterface)
+		link, ok := e.linkOf(e.network, record.HostInterface)
 		if !ok || link.Role == node.Served || !e.anyAuto() {
 			continue
 		}
@@ -54,23 +48,78 @@ func (e *examination) links() {
 	e.add(OK, check, text, "")
 }
 
-// configuredLinks sees that the links that a configuration names are there.
-func (e *examination) configuredLinks(network node.Network) {
+// defaultRoute sees that the node's way out is none of the links that pods are behind.
+func (e *examination) defaultRoute() {
+	for _, route := range e.snapshot.Routes {
+		i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == route.Link })
+		if route.Default() && route.Table == mainTable && i >= 0 && e.network.Links[i].Role == node.Served {
+			e.add(Warn, "links", fmt.Sprintf("the node's default route goes by %s, which its pods are behind: what the node sends elsewhere goes to a pod", e.network.Links[i].Name),
+				"see what has made it (ip route show default), and remove it: a DHCP client on a link of pods, or an egress gateway that should have a table of its own")
+			break
+		}
+	}
+}
+
+// namedLinks says by which links clients are served where hostInterface names links, once for each such setting.
+func (e *examination) namedLinks() (named bool) {
 	const check = "links"
 	seen := map[string]bool{}
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			for _, pattern := range m.HostInterface {
-				prefix, wild := strings.CutSuffix(pattern, "+")
-				there := slices.ContainsFunc(network.Links, func(l node.Link) bool { return l.Name == pattern || wild && strings.HasPrefix(l.Name, prefix) })
-				if !there && !seen[pattern] {
-					e.add(Fail, check, fmt.Sprintf("hostInterface of %s is %s, and the node has no such link: no pod behind another one is served", m.Frontend, pattern), "set hostInterface to auto, or to the link that the node's pods are behind")
+			setting := strings.Join(m.HostInterface, ",")
+			if setting == "" || seen[setting] {
+				continue
+			}
+			seen[setting] = true
+			var there []string
+			why := "the node has no such link"
+			for _, link := range e.network.Links {
+				switch {
+				case !names(m.HostInterface, link.Name):
+				case link.Port:
+					why = link.Name + " is a port, so that IP packets come in by what it is a port of"
+				default:
+					there = append(there, link.Name)
 				}
-				seen[pattern] = true
+			}
+			if len(there) == 0 {
+				e.add(Fail, check, fmt.Sprintf("hostInterface of %s is %s, and %s: no pod behind another one is served", m.Frontend, setting, why), "set hostInterface to auto, or to the link that the node's pods are behind")
+				continue
+			}
+			if pod, link := e.behindAnother(m.HostInterface); link != "" {
+				e.add(Warn, check, fmt.Sprintf("hostInterface of %s is %s: clients behind %s, such as pod %s, are not served", m.Frontend, setting, link, pod), "if they should be: "+setAuto(link))
+				continue
+			}
+			e.add(OK, check, fmt.Sprintf("with hostInterface %s, clients are served by %s", setting, few(there)), "")
+		}
+	}
+	return len(seen) > 0
+}
+
+// behindAnother is a recorded pod behind a link that hostInterface does not name, and the link; both are empty where there is none.
+func (e *examination) behindAnother(hostInterface []string) (pod, link string) {
+	for _, record := range e.records {
+		for _, ip := range record.IPs {
+			index, ok := routeTo(ip)
+			i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == index })
+			if ok && i >= 0 && e.leaves(ip) == "" && !names(hostInterface, e.network.Links[i].Name) {
+				return record.Namespace + "/" + record.Name, e.network.Links[i].Name
 			}
 		}
 	}
+	return "", ""
 }
+
+// names reports whether hostInterface names a link: a trailing + matches any rest.
+func names(hostInterface []string, link string) bool {
+	return slices.ContainsFunc(hostInterface, func(pattern string) bool {
+		prefix, wild := strings.CutSuffix(pattern, "+")
+		return link == pattern || wild && strings.HasPrefix(link, prefix)
+	})
+}
+
+// setAuto is what to do about a link that hostInterface does not name.
+func setAuto(link string) string { return "hostInterface: auto, or name " + link + " there too" }
 
 // anyAuto reports whether links are found by their kind for any magic IP.
 func (e *examination) anyAuto() bool {
@@ -107,13 +156,20 @@ func byIP(name string) string {
 	return master.Attrs().Name
 }
 
-// unserved is why what comes in by a link is not served; empty where it is, or where the link is not known.
-func (e *examination) unserved(name string) string {
+// unserved is why a magic IP does not serve what comes in by a link, and what to do about it; both are empty where it does, or where the
+// link is not known.
+func (e *examination) unserved(m magicIP, name string) (reason, next string) {
+	if len(m.HostInterface) > 0 {
+		if name == "" || names(m.HostInterface, name) {
+			return "", ""
+		}
+		return "hostInterface is " + strings.Join(m.HostInterface, ","), setAuto(name)
+	}
 	link, ok := e.linkOf(e.network, name)
 	if !ok || link.Role == node.Served {
-		return ""
+		return "", ""
 	}
-	return link.Reason
+	return link.Reason, "see that only pods are behind that link, or name it: hostInterface: " + name
 }
 
 // known is what the records tell of links.

@@ -19,7 +19,6 @@ import (
 
 const (
 	probeCheck = "probe"
-	onVeth     = "a namespace of its own on a veth"
 	fromNode   = "a process of the node"
 )
 
@@ -53,21 +52,25 @@ func (e *examination) settleFilters() {
 }
 
 func (e *examination) probeFromPod(ctx context.Context, targets []probe.Target) {
+	if e.FromPod == "" && e.NetNS == "" {
+		bridge, all := e.podBridge(), len(targets)
+		targets = slices.DeleteFunc(slices.Clone(targets), func(target probe.Target) bool {
+			m, _ := e.served(target.Frontend)
+			return len(m.HostInterface) > 0 && !names(m.HostInterface, bridge)
+		})
+		if elsewhere := all - len(targets); elsewhere > 0 {
+			e.add(Hidden, probeCheck, fmt.Sprintf("%d are for clients behind links that hostInterface names, and a namespace made for the probe would be behind another", elsewhere), "use --from-pod or --netns")
+		}
+		if len(targets) == 0 {
+			return
+		}
+	}
 	client, name, done := e.client()
 	if name == "" {
 		return
 	}
 	defer done()
-	var here []probe.Target
-	for _, target := range targets {
-		if m, _ := e.served(target.Frontend); name != onVeth || len(m.HostInterface) == 0 {
-			here = append(here, target)
-		}
-	}
-	if elsewhere := len(targets) - len(here); elsewhere > 0 {
-		e.add(Hidden, probeCheck, fmt.Sprintf("%d are for clients behind links that hostInterface names, where no namespace can be made", elsewhere), "use --from-pod or --netns")
-	}
-	e.probeFrom(ctx, client, name, here)
+	e.probeFrom(ctx, client, name, targets)
 }
 
 // probeFromNode probes as processes of the node, and pods with hostNetwork, do. It needs no rights.
@@ -173,7 +176,7 @@ func (e *examination) client() (client netns.NsHandle, name string, done func())
 		e.add(Hidden, probeCheck, fmt.Sprintf("a namespace to send packets from cannot be made: %v", err), "use --from-pod or --netns")
 		return netns.None(), "", nil
 	}
-	name = onVeth
+	name = "a namespace of its own on a veth"
 	if bridge != "" {
 		name = "a namespace of its own on bridge " + bridge
 	}
@@ -221,8 +224,8 @@ func (e *examination) podBridge() string {
 func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next string) {
 	m, found := e.served(trace.Frontend)
 	link := byIP(trace.Link)
-	if reason := e.unserved(link); reason != "" && !trace.Local && (trace.Hop == probe.Node || trace.Hop == probe.Rejected) {
-		return Fail, fmt.Sprintf("%s; clients behind %s are not served: %s", trace.Text, link, reason), "see that only pods are behind that link, or name it: hostInterface: " + link
+	if reason, next := e.unserved(m, link); reason != "" && !trace.Local && (trace.Hop == probe.Node || trace.Hop == probe.Rejected) {
+		return Fail, fmt.Sprintf("%s; clients behind %s are not served: %s", trace.Text, link, reason), next
 	}
 	without := found && len(m.Endpoints) == 0
 	text = trace.Text
