@@ -50,12 +50,15 @@ func (e *examination) bridges(network node.Network) {
 		four, six = four || address.Is4(), six || address.Is6()
 	}
 	unfiltered := func(b plan.Bridge) bool { return four && b.Unfiltered4 || six && b.Unfiltered6 }
+	means, next := "", "if servers are to see it: modprobe br_netfilter; sysctl net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1"
+	if len(network.Unfilterable) > 0 { // the sysctls are of all bridges
+		means, next = "; leave it so: if frames passed netfilter, "+strings.Join(network.Unfilterable, "; "), ""
+	}
 	count := 0
 	for _, bridge := range network.Bridges {
 		if unfiltered(bridge) {
 			count++
-			e.add(Warn, check, "frames of "+bridge.Name+" do not pass netfilter, so that between its own pods the source address is masqueraded",
-				"if servers are to see it: modprobe br_netfilter; sysctl net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1")
+			e.add(Warn, check, "frames of "+bridge.Name+" do not pass netfilter, so that between its own pods the source address is masqueraded"+means, next)
 		}
 	}
 	if count == 0 {

@@ -455,15 +455,22 @@ func (c *classifier) network(s Snapshot) Network {
 		}
 		if bridge := c.bridgeOf(l); bridge != nil {
 			const to0 = "Set net.bridge.bridge-nf-call-iptables and net.bridge.bridge-nf-call-ip6tables to 0"
-			filtered := l.role == Served && !(bridge.Unfiltered4 && bridge.Unfiltered6)
-			if bridge != l && filtered {
-				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: its pods do not reach magic IPs, because its frames pass netfilter, and once more by %s, the node's way into it. "+to0, bridge.Name, l.Name))
+			unfit := func(why, note string) {
+				n.Unfilterable = append(n.Unfilterable, why)
+				if !bridge.Unfiltered4 || !bridge.Unfiltered6 {
+					n.Notes = append(n.Notes, "bridge "+bridge.Name+": "+note+". "+to0)
+				}
+			}
+			if bridge != l && l.role == Served {
+				unfit(fmt.Sprintf("packets of the pods of %s would pass it twice, the second time by %s", bridge.Name, l.Name),
+					"its pods do not reach magic IPs, because its frames pass netfilter, and once more by "+l.Name+", the node's way into it")
 			}
 			// It matters where endpoints are: the bridge of others, such as of system containers, is left alone.
-			matters := filtered && (l.recorded.IsValid() || len(c.known.Attachments) == 0)
+			matters := l.role == Served && (l.recorded.IsValid() || len(c.known.Attachments) == 0)
 			if isolated := slices.IndexFunc(bridge.ports, func(port *link) bool { return port.Isolated }); isolated >= 0 && matters {
-				n.Notes = append(n.Notes, fmt.Sprintf("bridge %s: pods behind isolated ports, such as %s, do not reach an endpoint behind another, because its frames pass netfilter: a translated packet "+
-					"goes from port to port, which isolation forbids. "+to0, bridge.Name, bridge.ports[isolated].Name))
+				port := bridge.ports[isolated].Name
+				unfit(fmt.Sprintf("pods of %s behind isolated ports, such as %s, would not reach an endpoint behind another", bridge.Name, port),
+					"pods behind isolated ports, such as "+port+", do not reach an endpoint behind another, because its frames pass netfilter: a translated packet goes from port to port, which isolation forbids")
 			}
 			n.Bridges = append(n.Bridges, plan.Bridge{
 				Name: l.Name, Unfiltered4: bridge.Unfiltered4, Unfiltered6: bridge.Unfiltered6, Prefixes: onLink(s.Addresses, l.Index),

@@ -75,6 +75,8 @@ type Network struct {
 	Bridges []plan.Bridge
 	// Notes are the conditions that keep pods from being served, one sentence each.
 	Notes []string
+	// Unfilterable are the reasons why frames of bridges must not pass netfilter, one clause each: where they do, it is one of Notes.
+	Unfilterable []string
 	// StrictTCP: conntrack picks up no TCP connection that it has not seen from its start.
 	StrictTCP bool
 	// Torn are the dumps that changes interrupted in every attempt: a link that is not listed may be there all the same.
