@@ -98,7 +98,7 @@ func New(api bool, memory runtimedir.Memory, labels []runtimedir.PodLabels, now 
 func (i *Inventory) SetNamespaces(namespaces []string) { i.namespaces = namespaces }
 
 // SetRecords takes in the state file. What it lacks was taken by DEL, unless it is a new list: then records of before
-// count for as long as their link is there.
+// count for as long as their link is there. Those without a link do not, and their addresses do where the API reports them.
 func (i *Inventory) SetRecords(file runtimedir.File, now time.Time) {
 	newList := !file.Since.Equal(i.since)
 	before := map[runtimedir.Key]*record{}
@@ -116,6 +116,7 @@ func (i *Inventory) SetRecords(file runtimedir.File, now time.Time) {
 		case (r.lost || newList) && r.HostInterface != "" && !linksInFile[r.HostInterface]:
 			r.lost = true
 			records = append(records, r)
+		case newList && r.HostInterface == "": // nothing says that it was deleted
 		default:
 			i.withdraw(&r)
 		}

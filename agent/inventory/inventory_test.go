@@ -214,6 +214,13 @@ func TestLostRecords(t *testing.T) {
 	want("the link of two is gone", "one")
 	i.SetLinks(map[string]int{"veth-one": 1, "veth-two": 3})
 	want("another link of its name", "one")
+
+	// With the API, nothing says that a sandbox without a link was deleted.
+	i = synced([]runtimedir.Attachment{one, bare}, inventory.Pod{PodID: id("default", "bare", "u3"), IPs: addr(3), CreatedAt: now})
+	i.SetRecords(runtimedir.File{Since: since(1)}, now)
+	if got, sandboxes := targetsOf(i, now), i.Sandboxes(); got != "one=10.0.0.1 bare=10.0.0.3" || !slices.Contains(sandboxes, addr(3)[0]) {
+		t.Errorf("with the API: targets %q, sandboxes %v", got, sandboxes)
+	}
 }
 
 // TestGrace: how long a record counts whose pod is not in the API is measured from when it was seen, not by its clock.
