@@ -59,10 +59,14 @@ func (f *files) problems() []problem {
 	)
 }
 
-// publish writes what the agent does. With heartbeat, the time stamp of the status file is renewed although nothing has changed.
+// publish writes what the agent does. With heartbeat, the time stamp of the status file is renewed although nothing has changed, and
+// all files are written again where one was removed.
 // The status file is the last: an endpoint that it names survives a restart of the agent.
 func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 	a := f.agent
+	if heartbeat && !a.own.Complete() {
+		f.claims.written, f.pods.written, f.memory.written, f.status.written = nil, nil, nil, nil
+	}
 	if len(waits) == 0 {
 		f.publishClaims()
 		f.pods.put(runtimedir.Pods{Labels: a.labels(), Dead: a.pods.Dead(now)}, deepEqual, func(pods runtimedir.Pods) error {
@@ -84,16 +88,11 @@ func (f *files) publish(now time.Time, heartbeat bool, waits []problem) {
 		}
 		f.observed, f.status.written = &status, nil
 	}
-	write := func(status *runtimedir.Status) error { return f.writer.Write(*status) }
-	unchanged := f.status.written
-	if unchanged == nil {
-		f.status.put(&status, (*runtimedir.Status).Equal, write)
-	}
-	if heartbeat && f.status.written != nil && f.status.written == unchanged {
-		if f.status.err = a.own.Renew(now); errors.Is(f.status.err, fs.ErrNotExist) { // it was removed: write it again
-			f.status.written = nil
-			f.status.put(&status, (*runtimedir.Status).Equal, write)
-		}
+	switch {
+	case f.status.written == nil:
+		f.status.put(&status, (*runtimedir.Status).Equal, func(status *runtimedir.Status) error { return f.writer.Write(*status) })
+	case heartbeat:
+		f.status.err = a.own.Renew(now)
 	}
 }
 

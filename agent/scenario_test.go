@@ -85,6 +85,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	                                   a default route by a link in the main table or another comes or goes
 //	error TEXT, note TEXT              part of the status' error, of a note in it; none
 //	dead NAME …                        the records that the plugin may drop
+//	files NAME …                       the files of the agent
 func TestScenarios(t *testing.T) {
 	files, err := filepath.Glob("testdata/scenarios/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -573,6 +574,15 @@ func (s *stage) expect(verb string, args []string) error {
 			s.network.Routes = slices.DeleteFunc(s.network.Routes, func(r node.Route) bool { return r == route })
 		}
 		s.wake(Network)
+	case "files":
+		paths, err := filepath.Glob(filepath.Join(filepath.Dir(s.dir.Agent("default.magic-ip").StatusPath()), "*.json"))
+		var got []string
+		for _, path := range paths {
+			got = append(got, filepath.Base(path))
+		}
+		if err != nil || strings.Join(got, " ") != text {
+			return fmt.Errorf("there are %v, %w", got, err)
+		}
 	case "dead":
 		pods, err := s.dir.Agent("default.magic-ip").ReadPods()
 		if err != nil {

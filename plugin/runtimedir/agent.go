@@ -203,6 +203,20 @@ func (a Agent) Renew(now time.Time) error {
 	return nil
 }
 
+// Complete reports whether the agent's files are there: those that it writes, whatever is in them.
+func (a Agent) Complete() bool {
+	f, err := a.open()
+	if err == nil {
+		defer f.close()
+	}
+	for _, name := range []string{statusFile, claimsFile, podsFile, memoryFile} {
+		if err == nil {
+			_, err = f.lookup(name)
+		}
+	}
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 // Heartbeat is when the agent last polled its sources.
 func (a Agent) Heartbeat() (time.Time, error) {
 	if a.isOld() {
