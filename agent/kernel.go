@@ -20,6 +20,8 @@ type kernel struct {
 	// applied is the plan in the kernel: nil before the first one, which came at syncedAt.
 	applied  *plan.Plan
 	syncedAt time.Time
+	// restored are the frontends that the process before has served, until all sources are synced: the configuration may have changed since.
+	restored []plan.Frontend
 	// due is swept until that succeeds, whatever else changes. again is swept with the next poll: what can wait for it, and once more
 	// what was swept, as a packet that was on its way through the rules of before while the table was dumped makes its entry after
 	// the dump.
@@ -77,6 +79,12 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged
 		if k.syncErr == nil || inPlace(k.syncErr) {
 			k.agent.Log.Debug("rules in place", "backend", k.agent.Backend.Name(), "took", time.Since(started))
 			change := p.Since(k.applied)
+			if k.applied == nil || p.Synced {
+				change = change.Plus(plan.Change{Removed: k.removed(&p)})
+			}
+			if p.Synced {
+				k.restored = nil
+			}
 			if k.damaged { // new flows of any frontend may have gone anywhere
 				all := p.Since(nil)
 				change.Frontends, change.Untranslated = all.Frontends, all.Untranslated
@@ -98,6 +106,16 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged
 	k.hairpin()
 	k.routes()
 	return next
+}
+
+// removed are the frontends that the process before has served and that the plan has no rule for.
+func (k *kernel) removed(p *plan.Plan) (removed []plan.Frontend) {
+	for _, f := range k.restored {
+		if _, found := p.Find(f); !found {
+			removed = append(removed, f)
+		}
+	}
+	return removed
 }
 
 // sweepDue sweeps what is due, unless that can wait. next is when to look again (0: never).

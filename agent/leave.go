@@ -153,14 +153,18 @@ func (a *agent) endRoutes() error {
 // endFlows deletes the flows that the rules have translated: a datagram must not find its old way for as long as its client keeps the flow
 // alive. Established TCP may finish.
 func (a *agent) endFlows(ctx context.Context) error {
-	applied := a.kernel.applied
-	if applied == nil {
+	k := &a.kernel
+	none, change := &plan.Plan{}, plan.Change{Removed: k.restored} // which sandboxes are live is not known
+	if k.applied != nil {
+		none = &plan.Plan{Sandboxes: k.applied.Sandboxes, HostAddresses: k.applied.HostAddresses, Synced: k.applied.Synced}
+		change = none.Since(k.applied).Plus(k.due)
+	}
+	if change.Empty() {
 		return nil
 	}
-	none := &plan.Plan{Sandboxes: applied.Sandboxes, HostAddresses: applied.HostAddresses, Synced: applied.Synced}
-	if _, err := a.Flows.Sweep(ctx, none, none.Since(applied).Plus(a.kernel.due)); err != nil {
+	if _, err := a.Flows.Sweep(ctx, none, change); err != nil {
 		return fmt.Errorf("flows that the rules translated are still there: a UDP client that goes on sending reaches the endpoint of before: %w", err)
 	}
-	a.kernel.applied = nil
+	k.applied, k.restored = nil, nil
 	return nil
 }

@@ -267,10 +267,7 @@ func TestLeave(t *testing.T) {
 		if l.hairpinOn() {
 			t.Error("hairpin mode is still on")
 		}
-		frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}
-		if diff := cmp.Diff(plan.Change{Removed: []plan.Frontend{frontend}}, l.swept, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
-			t.Errorf("swept (-want +got):\n%s", diff)
-		}
+		l.wantSwept()
 		time.Sleep(time.Hour)
 		l.want("an hour later", false, all(pluginFiles)...)
 		if len(l.ended) > 0 {
@@ -414,6 +411,17 @@ func TestLeaveTakesAllOut(t *testing.T) {
 	}
 }
 
+// wantSwept: the flows to the frontend are, and no others.
+func (l *leaving) wantSwept() {
+	l.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	frontend := plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Protocol: plan.TCP, Port: 80}
+	if diff := cmp.Diff(plan.Change{Removed: []plan.Frontend{frontend}}, l.swept, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		l.Errorf("swept (-want +got):\n%s", diff)
+	}
+}
+
 // TestSIGTERMIsNotUninstall.
 func TestSIGTERMIsNotUninstall(t *testing.T) {
 	t.Parallel()
@@ -448,6 +456,26 @@ func TestLeaveWhileStandingBy(t *testing.T) {
 		if n := l.backend.Transactions(); n > 2 { // one of each family removes
 			t.Errorf("%d transactions", n)
 		}
+		sigterm()
+	})
+}
+
+// TestLeaveBeforeTheFirstRules: the DaemonSet was deleted while the agent was down. The flows are those of the process before.
+func TestLeaveBeforeTheFirstRules(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newLeaving(t)
+		l.run()()
+		l.swept = plan.Change{}
+		close(l.deleted)
+		l.setBroken("network")
+		sigterm := l.run()
+		time.Sleep(time.Second)
+		l.setBroken("")
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		l.want("left", false, all(pluginFiles)...)
+		l.wantSwept()
 		sigterm()
 	})
 }

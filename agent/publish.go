@@ -255,6 +255,9 @@ func (a *agent) restore(ctx context.Context) {
 	if claims, err := a.own.ReadClaims(); err == nil {
 		for _, c := range claims {
 			a.services.byFrontend[c.Frontend] = &service{claimedAt: c.ClaimedAt}
+			if c.Served {
+				a.kernel.restored = append(a.kernel.restored, c.Frontend)
+			}
 		}
 	}
 	for _, h := range memory.Holds {

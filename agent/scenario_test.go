@@ -67,7 +67,7 @@ var update = flag.Bool("update", false, "write the rules of the scenarios anew")
 //	                                   another agent claims a frontend since so long before now; local: with a local route; unserved: it may not serve
 //	                                   it; passing: some packets to it are for somebody beyond the node
 //	corrupt-claims NAME, leave NAME    the claims of another agent turn into garbage, or are that from the start; it leaves
-//	config FILE                        the configuration becomes that section
+//	config FILE [unseen]               the configuration becomes that section, with or without an event
 //	want FRONTEND ACTION [ENDPOINT …]  what becomes of new packets: serve, reject, hold, pass
 //	want FRONTEND unserved: REASON     part of the reason
 //	kernel FRONTEND ACTION             what becomes of new packets, whatever the status says: "no rule" without one
@@ -481,7 +481,9 @@ func (s *stage) event(sections map[string]string, verb string, args []string) er
 		return s.dir.Agent(args[0]).Leave()
 	case "config":
 		s.config = sections[args[0]]
-		s.wake(Settings)
+		if len(args) == 1 {
+			s.wake(Settings)
+		}
 	default:
 		return s.expect(verb, args)
 	}
