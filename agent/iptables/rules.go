@@ -419,6 +419,13 @@ func (b *builder) nat() table {
 		b.add(same, "-j MARK --set-xmark 0x0/"+strings.Split(bridgeMark, "/")[1])
 		b.add(same, b.note("replies that would not find their way back"), "-j MASQUERADE")
 	}
+	if b.plan.Detour.Masquerade(b.family) {
+		detour := b.chain(detoured)
+		b.add(replies, "-m conntrack --ctstate DNAT -m addrtype ! --src-type LOCAL -j", detour)
+		dispatch(b, detour, "-m conntrack --ctorigdst %s", b.addresses, byAddress, func(chain string, a addressRules) {
+			b.add(chain, "-m conntrack --ctorigdst", a.address.String(), b.note("replies of "+a.address.String()+" would bypass this node"), "-j MASQUERADE")
+		})
+	}
 	// Whoever translated it: a pod cannot take a packet that bears its own address as its source.
 	var hairpins []netip.Addr
 	for address := range endpoints {
@@ -430,13 +437,6 @@ func (b *builder) nat() table {
 	dispatch(b, replies, "-d %s", hairpins, identity, func(chain string, a netip.Addr) {
 		b.add(chain, "-s", one(a), "-d", one(a), "-m conntrack --ctstate DNAT", b.note(a.String()+" talks to itself"), "-j MASQUERADE")
 	})
-	if b.plan.Detour.Masquerade(b.family) {
-		detour := b.chain(detoured)
-		b.add(replies, "-m conntrack --ctstate DNAT -m addrtype ! --src-type LOCAL -g", detour)
-		dispatch(b, detour, "-m conntrack --ctorigdst %s", b.addresses, byAddress, func(chain string, a addressRules) {
-			b.add(chain, "-m conntrack --ctorigdst", a.address.String(), b.note("replies of "+a.address.String()+" would bypass this node"), "-j MASQUERADE")
-		})
-	}
 	return b.table
 }
 
@@ -547,7 +547,8 @@ func (b *builder) bridges() []string {
 func byAddress(a addressRules) netip.Addr { return a.address }
 
 // dispatch adds to chain what leads to the rules of each item, which leaf adds. Items are in the order of
-// their addresses. Many are spread over a tree of chains, as in a routing table.
+// their addresses. Many are spread over a tree of chains, as in a routing table. A packet that enters the tree does not come back to
+// chain, so no rule can follow there.
 func dispatch[T any](b *builder, chain, matchPrefix string, items []T, address func(T) netip.Addr, leaf func(chain string, item T)) {
 	if len(items) <= mostInChain {
 		for _, item := range items {

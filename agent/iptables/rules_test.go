@@ -228,6 +228,58 @@ func TestDispatchFindsEveryAddress(t *testing.T) {
 	}
 }
 
+// TestNothingFollowsDispatch: a goto does not come back to the chain that it is in, so a rule behind those of a dispatch is met by few
+// packets or none. Each list of addresses is long enough to be dispatched.
+func TestNothingFollowsDispatch(t *testing.T) {
+	for _, family := range plan.Families() {
+		addr := func(network, n int) netip.Addr {
+			if family == plan.IPv4 {
+				return netip.AddrFrom4([4]byte{10, byte(network), 0, byte(n)})
+			}
+			return netip.AddrFrom16([16]byte{0: 0xfd, 1: byte(network), 15: byte(n)})
+		}
+		in := plan.Input{
+			Zones: true, PodInterfaces: []string{"cni0"}, Uplinks: []string{"eth0"}, Detour: plan.Detour{Masquerade4: true, Masquerade6: true},
+			Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true, Unfiltered6: true}},
+		}
+		for i := range mostInChain + 1 {
+			for _, protocol := range []plan.Protocol{plan.TCP, plan.UDP} {
+				in.Services = append(in.Services, plan.Service{
+					Frontend:  plan.Frontend{Address: addr(1, i), Protocol: protocol, Port: 1},
+					Endpoints: []netip.AddrPort{netip.AddrPortFrom(addr(2, i), 1)}, HostClients: true,
+				})
+			}
+		}
+		p := plan.Build(in)
+		p.Inherit(nil)
+		var dispatching []string
+		for _, table := range render(&p, family, "a") {
+			for _, c := range table.chains {
+				dispatched := false
+				for _, rule := range c.rules {
+					leads := strings.Contains(rule, " -g "+strings.Split(c.name, ".")[0]+".")
+					if dispatched && !leads {
+						t.Errorf("%s, table %s, chain %s: after a dispatch: %s", family, table.name, c.name, rule)
+					}
+					dispatched = dispatched || leads
+				}
+				if dispatched {
+					dispatching = append(dispatching, table.name+" "+strings.TrimPrefix(c.name, Prefix("a")))
+				}
+			}
+		}
+		want := []string{
+			"mangle pre", "mangle src", "mangle srv", "mangle answer", "mangle sent", "filter fwd", "filter out", "filter bridge", "filter leave",
+			"nat dnat", "nat local", "nat detour", "nat snat", "raw zone", "raw zoneo",
+		}
+		slices.Sort(want)
+		slices.Sort(dispatching)
+		if diff := cmp.Diff(want, dispatching); diff != "" {
+			t.Errorf("%s: chains that dispatch (-want +got):\n%s", family, diff)
+		}
+	}
+}
+
 // TestWriteMendsJumps: whatever is in the built-in chains, afterwards there is one jump.
 func TestWriteMendsJumps(t *testing.T) {
 	table := table{name: "nat", jumps: []jump{{"PREROUTING", "MIP-1-dnat", "magic IPs of a"}}, chains: []chain{{"MIP-1-dnat", []string{"-j ACCEPT"}}}}
