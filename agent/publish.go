@@ -129,7 +129,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 	status := runtimedir.Status{
 		Targets: a.services.targets, Problems: a.kindsOf(notes), Notes: texts(notes),
 		Name: a.config.Name, StartedAt: a.startedAt, LastSync: a.kernel.syncedAt, LastError: a.lastError(),
-		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(),
+		Backend: a.Backend.Name(), BackendNote: a.BackendNote, DataPlane: a.dataPlane(), PollInterval: a.config.PollInterval.String(), NoAPI: a.API == nil,
 		MagicIPs: make([]runtimedir.MagicIP, 0, len(a.config.Ports)), Links: links(a.sources.network.Links),
 	}
 	for i := range a.config.Ports {

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,13 +17,23 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist"
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // cni looks at the network that the runtime loads, and at the binary.
 func (e *examination) cni() {
-	e.binary()
 	const check = "conflist"
+	installed := e.installed()
 	directory, err := conflist.Read(e.ConfDir, conflist.Options{Runtime: e.Runtime, BinDir: e.BinDir})
+	var view conflist.View
+	if err == nil {
+		view = directory.View()
+		if !installed && view.Unknown == nil && len(view.Entries) == 0 && !e.needsPlugin() {
+			e.add(OK, check, "no plugin is installed; pods are known by the API", "")
+			return
+		}
+	}
+	e.binary()
 	if errors.Is(err, fs.ErrNotExist) {
 		e.add(Hidden, check, e.ConfDir+" is not visible from here", "run this on the node, or in the installer's container; --cni-conf-dir names another directory")
 		return
@@ -31,7 +42,6 @@ func (e *examination) cni() {
 		e.add(unreadable(err), check, err.Error(), "run this as root")
 		return
 	}
-	view := directory.View()
 	if view.Unknown != nil {
 		e.add(Fail, check, view.Unknown.Error(), "until then nobody can tell which pods are recorded")
 		return
@@ -65,6 +75,33 @@ func (e *examination) cni() {
 		e.add(Fail, check, fmt.Sprintf("%s, which the runtime loads, has no entry of type %s", filepath.Join(e.ConfDir, view.Loads), entry.Type),
 			"install it: pods are only known by the API until then. Add the entry behind the plugin that assigns addresses, in "+view.Expected)
 	}
+}
+
+// installed reports whether an installer has put anything on the node. Where no other directories of CNI are given, they are those
+// that it has recorded, or the usual ones.
+func (e *examination) installed() bool {
+	dir := runtimedir.New(e.RuntimeDir)
+	names, err := dir.Installers()
+	var record runtimedir.Record
+	if i := max(0, slices.Index(names, e.Name)); i < len(names) {
+		if read, readErr := dir.Installer(names[i]).ReadRecord(); readErr == nil {
+			record = *read
+		}
+	}
+	if e.ConfDir == "" && record.Conflist != "" {
+		e.ConfDir = conflist.DirOf(record.Conflist)
+	}
+	if e.BinDir == "" && record.Binary != "" {
+		e.BinDir = filepath.Dir(record.Binary)
+	}
+	e.ConfDir, e.BinDir = cmp.Or(e.ConfDir, conflist.DefaultDir), cmp.Or(e.BinDir, conflist.DefaultBinDir)
+	return len(names) > 0 || err != nil // what cannot be read may be there
+}
+
+// needsPlugin reports whether pods are not known by the API alone: an agent does without it, or the plugin has recorded some, as far
+// as can be seen.
+func (e *examination) needsPlugin() bool {
+	return !e.stateRead || len(e.records) > 0 || slices.ContainsFunc(e.agents, func(a status.Agent) bool { return a.NoAPI })
 }
 
 // entry looks at our entry: each agent needs its key in it, with the selectors of its configuration.

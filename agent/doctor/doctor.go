@@ -16,10 +16,10 @@ import (
 type Options struct {
 	RuntimeDir string
 	Name       string // only this agent; empty for all of the node
-	ConfDir    string // of the CNI configuration
-	BinDir     string // of the CNI plugins
-	Runtime    conflist.Runtime
-	Version    string
+	// ConfDir has the CNI configuration, BinDir the plugins; empty: where an installer has put its own, or the usual ones.
+	ConfDir, BinDir string
+	Runtime         conflist.Runtime
+	Version         string
 	// CiliumStateDir is where Cilium's agent keeps its state.
 	CiliumStateDir string
 	// FromPod ("namespace/name") and NetNS (a path) say which network namespace to probe from; without them it is one that
@@ -34,6 +34,9 @@ type examination struct {
 	agents  []status.Agent
 	records []runtimedir.Attachment
 	found   []Finding
+
+	// stateRead: records are all that the plugin has recorded.
+	stateRead bool
 
 	// unread is why snapshot could not be read; network is empty then.
 	snapshot node.Snapshot

@@ -66,6 +66,7 @@ func (e *examination) stateFile() {
 	path := runtimedir.New(e.RuntimeDir).StatePath()
 	file, err := runtimedir.New(e.RuntimeDir).ReadState()
 	e.records = file.Attachments
+	e.stateRead = err == nil || errors.Is(err, fs.ErrNotExist)
 	var newer *runtimedir.NewerVersionError
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

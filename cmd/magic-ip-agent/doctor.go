@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -51,8 +52,8 @@ With -o json it prints one object; docs/doctor.schema.json is its schema.`,
 	f := command.Flags()
 	f.StringVar(&options.RuntimeDir, "runtime-dir", defaultRuntimeDir, "`DIR` that the CNI plugin and the agents share")
 	f.StringVar(&options.Name, "name", "", "only the agent called `NAME`")
-	f.StringVar(&options.ConfDir, "cni-conf-dir", cniConfDir(), "`DIR` of the CNI configuration")
-	f.StringVar(&options.BinDir, "cni-bin-dir", cniBinDir(), "`DIR` of the CNI plugins")
+	f.StringVar(&options.ConfDir, "cni-conf-dir", os.Getenv("CNI_CONF_DIR"), "`DIR` of the CNI configuration; without it the installer's, or "+conflist.DefaultDir)
+	f.StringVar(&options.BinDir, "cni-bin-dir", os.Getenv("CNI_BIN_DIR"), "`DIR` of the CNI plugins; without it the installer's, or "+conflist.DefaultBinDir)
 	f.StringVar(&options.CiliumStateDir, "cilium-state-dir", dataplane.StateDir, "`DIR` that Cilium's agent keeps its state in")
 	runtimeFlag(f, &runtime)
 	f.StringVar(&options.FromPod, "from-pod", "", "probe from the network namespace of this pod, `NAMESPACE/NAME`; needs CAP_SYS_ADMIN")

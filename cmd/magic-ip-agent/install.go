@@ -36,8 +36,8 @@ func (d *directories) flags(f *pflag.FlagSet) {
 
 // cniConfDir and cniBinDir are the directories of the node that the environment names, or the usual ones: the commands that are
 // started in the installer's container look where it does.
-func cniConfDir() string { return cmp.Or(os.Getenv("CNI_CONF_DIR"), "/etc/cni/net.d") }
-func cniBinDir() string  { return cmp.Or(os.Getenv("CNI_BIN_DIR"), "/opt/cni/bin") }
+func cniConfDir() string { return cmp.Or(os.Getenv("CNI_CONF_DIR"), conflist.DefaultDir) }
+func cniBinDir() string  { return cmp.Or(os.Getenv("CNI_BIN_DIR"), conflist.DefaultBinDir) }
 
 // runtimeFlag is whose rules decide which file is loaded.
 func runtimeFlag(f *pflag.FlagSet, runtime *string) {

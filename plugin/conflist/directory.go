@@ -30,6 +30,12 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
 
+// Where runtimes look for network configurations and for plugins, unless they are told otherwise.
+const (
+	DefaultDir    = "/etc/cni/net.d"
+	DefaultBinDir = "/opt/cni/bin"
+)
+
 const (
 	listExt = ".conflist"
 	// keptExt is behind the name of a single-plugin configuration that a version before this one renamed. No loader reads such a name.
@@ -133,6 +139,15 @@ func Read(path string, options Options) (*Directory, error) {
 	}
 	d.judge()
 	return d, nil
+}
+
+// DirOf is the directory of configurations that an installer has put the entry in: into a list, or into a file in the folder of a
+// network.
+func DirOf(file string) string {
+	if filepath.Ext(file) != listExt {
+		file = filepath.Dir(file)
+	}
+	return filepath.Dir(file)
 }
 
 func isConfiguration(name string) bool {

@@ -50,8 +50,10 @@ type Status struct {
 	BackendNote string    `json:"backendNote,omitempty"`
 	DataPlane   DataPlane `json:"dataPlane,omitzero"`
 	// PollInterval is a Go duration. The agent renews the file's modification time, its heartbeat, that often.
-	PollInterval string    `json:"pollInterval"`
-	MagicIPs     []MagicIP `json:"magicIPs"`
+	PollInterval string `json:"pollInterval"`
+	// NoAPI: the agent does without the Kubernetes API, so that the plugin's records are all that it knows.
+	NoAPI    bool      `json:"noAPI,omitempty"`
+	MagicIPs []MagicIP `json:"magicIPs"`
 	// Links are the links of the node, those that are alike together.
 	Links []Links `json:"links,omitempty"`
 	// Notes are the conditions that an operator should know of, one sentence each.

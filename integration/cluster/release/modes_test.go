@@ -68,6 +68,12 @@ func TestWithoutCNI(t *testing.T) {
 		if fmt.Sprint(now.Conflists, now.Plugins) != fmt.Sprint(was.Conflists, was.Plugins) {
 			t.Errorf("%s: the CNI directories are not as before: %+v", n.Name, now)
 		}
+		// As docs/troubleshooting.md has it.
+		found, err := n.Exec(w.ctx, "sh", "-c", "/proc/$(pgrep -o magic-ip-agent)/root/usr/local/bin/magic-ip-agent doctor || true")
+		w.must(err)
+		if !strings.Contains(found, "ok    conflist: no plugin is installed; pods are known by the API\n") || strings.Contains(found, "plugin binary") {
+			t.Errorf("%s: doctor on the node:\n%s", n.Name, found)
+		}
 		w.removePod(system, w.podOn(n, system, servers).Name)
 	}
 	w.targetsReady(system)
