@@ -140,6 +140,9 @@ func brokenNodes() []brokenNode {
 		{name: "clients behind a bridge that holds a NIC", network: "ptp", breaks: func(w *world) { w.virtualMachine() }, flags: []string{"--netns", "/run/netns/vm"},
 			level: "FAIL", verdict: "clients behind br0 are not served", probe: "clients behind br0 are not served"},
 
+		{name: "data plane that bypasses netfilter", network: "ptp", breaks: script("ip link add bpfin.cali type veth peer name bpfout.cali"),
+			level: "FAIL", verdict: "data plane: Calico runs in eBPF mode", probe: "a veth of its own would be attached in another way than those of pods"},
+
 		{name: "endpoint not listening", silent: true,
 			level: "FAIL", verdict: "endpoints: 10.244.3.2:8080 (pod default/echo) refuses connections", probe: "refused the SYN"},
 		{name: "endpoint's pod drops what comes", breaks: script("ip netns exec echo nft 'add table inet w; add chain inet w c { type filter hook input priority 0; policy drop; ct state established accept; icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept; }'"),

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,17 +13,28 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
+const dataPlaneCheck = "data plane"
+
 // dataPlane reports whether packets of pods pass the rules, and what it costs where the agents bring them there.
 func (e *examination) dataPlane() {
-	const check = "data plane"
-	bypasses, unseen := node.Bypasses()
+	const check = dataPlaneCheck
+	var certain, possible []string
+	unseen := errors.Join(e.unread, e.snapshot.Complete())
+	if unseen == nil {
+		certain, possible, unseen = e.network.Bypasses()
+	}
+	e.bypassed = len(certain) > 0
 	hidden := node.ProgramsHidden()
 	if unseen != nil {
 		e.add(Hidden, check, "whether packets of pods bypass netfilter cannot be seen here: "+unseen.Error(), "run this as root in the network namespace of the node")
 	}
-	for _, bypass := range bypasses {
-		e.add(Warn, check, bypass, "")
+	for _, text := range certain {
+		e.add(Fail, check, text, "")
 	}
+	for _, text := range possible {
+		e.add(Warn, check, text, "")
+	}
+	none := len(certain)+len(possible) == 0 && unseen == nil
 	var known dataplane.Known
 	if _, err := net.InterfaceByName(node.CiliumLink); err == nil {
 		known.Link = true
@@ -53,9 +65,9 @@ func (e *examination) dataPlane() {
 			e.add(Warn, check, who+choice.Reason+": "+choice.Means+". The price: "+choice.Price, "where that matters: "+choice.Instead)
 		case known.Link:
 			e.add(OK, check, who+choice.Reason+": "+choice.Means, "")
-		case len(bypasses) == 0 && unseen == nil && hidden != nil:
+		case none && hidden != nil:
 			e.add(Hidden, check, fmt.Sprintf("whether eBPF programs attached by tcx or netkit see the packets of pods before netfilter cannot be seen here: %v; none does by tc", hidden), "run this as root on the node")
-		case len(bypasses) == 0 && unseen == nil:
+		case none:
 			e.add(OK, check, "no eBPF program sees the packets of pods before netfilter", "")
 		}
 		e.localRoutes(a, choice)

@@ -42,6 +42,8 @@ type examination struct {
 	snapshot node.Snapshot
 	network  node.Network
 	unread   error
+	// bypassed: packets of pods certainly pass no rules.
+	bypassed bool
 }
 
 func (e *examination) add(level Level, check, text, next string) {

@@ -54,6 +54,10 @@ func (e *examination) settleFilters() {
 func (e *examination) probeFromPod(ctx context.Context, targets []probe.Target) {
 	if e.FromPod == "" && e.NetNS == "" {
 		bridge, all := e.podBridge(), len(targets)
+		if bridge == "" && e.bypassed {
+			e.add(Hidden, probeCheck, "a veth of its own would be attached in another way than those of pods, whose packets bypass the rules", "use --from-pod or --netns")
+			return
+		}
 		targets = slices.DeleteFunc(slices.Clone(targets), func(target probe.Target) bool {
 			m, _ := e.served(target.Frontend)
 			return len(m.HostInterface) > 0 && !names(m.HostInterface, bridge)
@@ -258,12 +262,15 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 		}
 		return fail(text, "forwarding", "rp_filter", "conntrack", "links", "bridge ports", "endpoints", "rules", "rules of others", "filters", "agent")
 	case probe.Client:
+		if e.bypassed && trace.Result != probe.Failure { // the client has sent it
+			return fail(text, dataPlaneCheck)
+		}
 		return Fail, text, "give the client a route to it: a default route is enough. In the client's namespace: ip route get " + trace.Address.String()
 	case probe.Astray:
 		if without && m.Action == string(plan.Pass) {
 			return OK, "passed for want of an endpoint", ""
 		}
-		return fail(text, "rules of others", "rules", "data plane", "agent")
+		return fail(text, "rules of others", "rules", dataPlaneCheck, "agent")
 	case probe.Refused:
 		return fail(text, "endpoints")
 	case probe.Silent:
@@ -272,7 +279,7 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 		}
 		return fail(text, "endpoints", "filters", "rp_filter")
 	case probe.Reply:
-		return fail(text, "bridges", "forwarding", "rp_filter", "data plane", "filters")
+		return fail(text, "bridges", "forwarding", "rp_filter", dataPlaneCheck, "filters")
 	}
 	return Hidden, text, ""
 }

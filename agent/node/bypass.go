@@ -26,49 +26,56 @@ func Bypasses() ([]string, error) {
 		return nil, err
 	}
 	network := Classify(snapshot, Known{})
-	if found := dataPlanes(network); len(found) > 0 || network.IfIndex[CiliumLink] != 0 {
-		return found, nil // the programs below are theirs
+	certain, possible, err := network.Bypasses()
+	return append(certain, possible...), err
+}
+
+// Bypasses is the same of a network that has been read: apart from those that may do so, those that certainly do, for all pods.
+func (n *Network) Bypasses() (certain, possible []string, err error) {
+	certain, possible = dataPlanes(n)
+	if len(certain)+len(possible) > 0 || n.IfIndex[CiliumLink] != 0 {
+		return certain, possible, nil // the programs below are theirs
 	}
 	var programs []string
-	for _, link := range network.Links {
+	for _, link := range n.Links {
 		if link.Role != Served {
 			continue
 		}
 		found, err := programsOf(link)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		programs = append(programs, found...)
 	}
 	if len(programs) == 0 {
-		return nil, nil
+		return nil, nil, nil
 	}
 	slices.Sort(programs)
-	return []string{fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
+	return nil, []string{fmt.Sprintf("eBPF programs see the packets of pods before netfilter (%s): where they redirect, packets bypass the rules. "+
 		"If clients do not reach magic IPs, this is why: %s", fewOf(programs), instead)}, nil
 }
 
 // dataPlanes names the known ones by their links.
-func dataPlanes(network Network) (found []string) {
+func dataPlanes(network *Network) (certain, possible []string) {
 	if network.IfIndex["bpfin.cali"] != 0 || network.IfIndex["bpfout.cali"] != 0 {
-		found = append(found, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or something else: "+instead)
+		certain = append(certain, "Calico runs in eBPF mode on this node: packets of pods bypass the rules. Use its iptables or nftables mode, or something else: "+instead)
 	}
 	for _, link := range network.Links {
 		switch product := ovsProduct(link.Name); {
 		case link.Name == "ovs-netdev" && link.Kind == "tap": // of the data path in user space, whatever its bridges are called
-			found = append(found, "Open vSwitch runs a data path in user space (ovs-netdev): packets of the pods that it connects bypass the rules, and these pods do not reach magic IPs. "+
+			possible = append(possible, "Open vSwitch runs a data path in user space (ovs-netdev): packets of the pods that it connects bypass the rules, and these pods do not reach magic IPs. "+
 				"Use something else: a Service with internalTrafficPolicy: Local")
 		case link.Kind != "openvswitch" || product == "":
 			continue
 		case product == "OVN-Kubernetes":
-			found = append(found, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): they bypass the rules, and pods do not reach magic IPs. "+
+			certain = append(certain, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): they bypass the rules, and pods do not reach magic IPs. "+
 				"With routingViaHost: true they pass this node's network stack, but the replies do not. Use something else: a Service with internalTrafficPolicy: Local", product, link.Name))
 		default:
-			found = append(found, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): replies bypass the rules, and pods do not reach magic IPs. "+
+			certain = append(certain, fmt.Sprintf("%s forwards the packets of pods in Open vSwitch (%s): replies bypass the rules, and pods do not reach magic IPs. "+
 				"Use something else: a Service with internalTrafficPolicy: Local", product, link.Name))
 		}
 	}
-	return found
+	return certain, possible
 }
 
 func fewOf(names []string) string {
