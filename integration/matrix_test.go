@@ -79,7 +79,7 @@ const (
 	rulesFlushed  = "agent dead, rules flushed: refused, stays in"
 	boundHost     = "host process bound to the uplink: stays in"
 	lateReply     = "reply to a client that is gone: stays in"
-	outOfWindow   = "server's segment out of the window: connection lives"
+	outOfWindow   = "segment out of the window: connection lives"
 	strictTCP     = "nf_conntrack_tcp_loose 0: reset at its sandbox's end"
 	switchedOff   = "bridge-nf-call becomes 0: standing flows end"
 	newVeth       = "agent dead, new pod: served (iptables: dropped)"

@@ -256,8 +256,9 @@ func (r receiver) onlyMarker(t *testing.T, mark func()) error {
 	return err
 }
 
-// TestOutOfWindow has a server send segments that are out of its client's window. A client that got one untranslated would reset
-// the server's connection, which it does not know by that name.
+// TestOutOfWindow has a server send segments that are out of its client's window, and a client those that are out of its server's. A
+// client that got one untranslated would reset the server's connection, which it does not know by that name; and a node that got one
+// would reset the client's, for the magic IP is an address of the node.
 func TestOutOfWindow(t *testing.T) {
 	onEach(t, func(t *testing.T, backend string) {
 		for _, kind := range onEveryKind {
@@ -295,6 +296,8 @@ func (w *world) survives(server net.Listener, from string, endpoint, to netip.Ad
 	defer func() { _ = conn.Close() }()
 	peer := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
+	local := client.LocalAddr().(*net.TCPAddr).AddrPort()
+	local = netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
 	// The client's first segment says what it expects, and what a reset has to bear to be believed.
 	const first = "the first segment"
 	seen := w.receive("echo", endpoint.Addr().Is6(), unix.IPPROTO_TCP)
@@ -314,6 +317,7 @@ func (w *world) survives(server net.Listener, from string, endpoint, to netip.Ad
 	sequence, acknowledgement := binary.BigEndian.Uint32(data[8:]), binary.BigEndian.Uint32(data[4:])+uint32(len(first))
 	for _, ahead := range []uint32{1 << 20, 1 << 28, 1 << 30} {
 		w.inject("echo", endpoint.Addr(), peer.Addr(), unix.IPPROTO_TCP, segment(endpoint, peer, sequence+ahead, acknowledgement, tcpACK|tcpPSH, attack))
+		w.inject(from, local.Addr(), to.Addr(), unix.IPPROTO_TCP, segment(local, to, acknowledgement+ahead, sequence, tcpACK|tcpPSH, attack))
 	}
 	limit, cancel := lab.Patience(w.t.Context(), 5*time.Second)
 	defer cancel()

@@ -150,7 +150,7 @@ func TestLookupsOfOthers(t *testing.T) {
 		for _, packet := range packets {
 			passes := map[knftables.BaseChainHook]bool{
 				knftables.PreroutingHook: packet.in != "", knftables.ForwardHook: packet.in != "" && packet.out != "",
-				knftables.OutputHook: packet.in == "", knftables.PostroutingHook: packet.out != "",
+				knftables.InputHook: packet.in != "" && packet.out == "", knftables.OutputHook: packet.in == "", knftables.PostroutingHook: packet.out != "",
 			}
 			for _, base := range all {
 				if !passes[base.hook] || base.kind == knftables.NATType && packet.state != "new" {

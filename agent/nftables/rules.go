@@ -31,7 +31,7 @@ const (
 	// After the rules of others that exempt packets from connection tracking or put them into zones (raw is -300), before
 	// connection tracking (-200).
 	beforeTracking knftables.BaseChainPriority = "-290"
-	// The forward chain comes before the filters of others.
+	// The chains of forward and input come before the filters of others.
 	beforeFilter knftables.BaseChainPriority = "-10"
 	beforeSNAT   knftables.BaseChainPriority = "90"
 	ownSNAT      knftables.BaseChainPriority = "95"
@@ -56,8 +56,9 @@ const servedKinds = `{ "veth", "netkit" }`
 // first packet was, and the flow ends when its sandbox does (see plan.Stale).
 //
 // The nat chains see the first packet of a flow only. What they have not translated, because the flow is older than the rule
-// or conntrack calls the packet invalid, is rejected or dropped in the forward chain, and for processes of the node in the
-// postrouting chain. The same two chains are the guard that needs no endpoint: a translated packet whose endpoint's route is
+// or conntrack calls the packet invalid, is rejected or dropped in the forward chain; in the input chain where the magic IP is an
+// address of the node (see plan.Detour), whose TCP would answer with a reset; and for processes of the node in the postrouting
+// chain. The chains of forward and postrouting are the guard that needs no endpoint: a translated packet whose endpoint's route is
 // gone follows the default route, with the agent dead too, and would leave the node. Its sender gets an answer at once where
 // that is possible (reject does not work in postrouting).
 //
@@ -112,8 +113,11 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		{name: "filter-forward", kind: knftables.FilterType, hook: knftables.ForwardHook, priority: beforeFilter,
 			rules: rules(
 				translated+" goto forwarded",
-				rule(to, "goto untranslated"),
+				rule(to, "goto untranslated-forward"),
 			)},
+		// What comes in by the loopback is of processes of the node: the postrouting chain has seen it.
+		{name: "filter-input", kind: knftables.FilterType, hook: knftables.InputHook, priority: beforeFilter,
+			rules: rules(rule(`iifname != "lo"`, to, "goto untranslated"))},
 		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
 			rules: rules(
 				"iif != 0 accept", // forwarded, so the forward chain has seen it
@@ -207,18 +211,21 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(outByUplink, first, "goto leaving"),
 		)},
 		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
-			ip + " daddr @addresses goto untranslated",     // by another tool, to another magic IP
-			"ct original " + ip + " daddr @passing accept", // another tool may translate it
+			ip + " daddr @addresses goto untranslated-forward", // by another tool, to another magic IP
+			"ct original " + ip + " daddr @passing accept",     // another tool may translate it
 			"ct direction reply drop",
 			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
 			// one that comes from the endpoint. With an ICMP error instead, a connect by IPv6 takes a second.
 			`meta iifkind "bridge" meta l4proto tcp ` + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
 			"goto " + rejectChain,
 		}},
-		{name: "untranslated", rules: rules(
-			frontendKey(ip)+" @passed accept",
+		{name: "untranslated-forward", rules: rules(
 			// A target's own packet comes in by the link that leads to it, not by that of another pod with the target's address.
 			rule(excluded, "fib saddr . iif oif missing drop"),
+			"goto untranslated",
+		)},
+		{name: "untranslated", rules: rules(
+			frontendKey(ip)+" @passed accept",
 			rule(excluded, "accept"),
 			"ct state invalid goto invalid",
 			"goto "+rejectChain,
