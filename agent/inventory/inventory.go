@@ -41,6 +41,9 @@ type Inventory struct {
 	view View
 	// pods are those of the view, and of namespaces that it has not listed yet those of before.
 	pods []Pod
+	// left are pods of namespaces that are no longer of interest, with those of their addresses that no record and no other pod has had
+	// since: nothing says that their sandboxes are gone.
+	left []Pod
 	// byID finds pods by ID, and mirror pods also by the ID that CNI has of the static pod.
 	byID map[PodID]int
 	// reported is what the API reported last of pods with a record, which it may have forgotten since.
@@ -173,14 +176,20 @@ func (i *Inventory) SetLinks(links map[string]int) {
 func (i *Inventory) SetPods(view View, now time.Time) {
 	before := i.pods
 	i.view, i.pods = view, nil
+	i.left = slices.DeleteFunc(i.left, func(pod Pod) bool { return Covers(view.Synced, pod.Namespace) })
 	for _, pod := range view.Pods {
 		if Covers(view.Synced, pod.Namespace) {
 			i.pods = append(i.pods, pod)
 		}
 	}
 	for _, pod := range before {
-		if !Covers(view.Synced, pod.Namespace) && Covers(i.namespaces, pod.Namespace) {
+		switch {
+		case Covers(view.Synced, pod.Namespace):
+		case Covers(i.namespaces, pod.Namespace):
 			i.pods = append(i.pods, pod)
+		default:
+			pod.IPs = i.standing(&pod)
+			i.left = append(i.left, pod)
 		}
 	}
 	i.indexPods()
@@ -241,6 +250,29 @@ func (i *Inventory) update(now time.Time) {
 		}
 	}
 	i.reported = reported
+	i.updateLeft()
+}
+
+// updateLeft takes those addresses from the pods of former namespaces that a record or another pod has.
+func (i *Inventory) updateLeft() {
+	if len(i.left) == 0 {
+		return
+	}
+	held := map[netip.Addr]bool{}
+	for n := range i.records {
+		for _, ip := range i.records[n].IPs {
+			held[ip] = true
+		}
+	}
+	for n := range i.pods {
+		for _, ip := range i.standing(&i.pods[n]) {
+			held[ip] = held[ip] || !i.pods[n].HostNetwork // hostNetwork pods share theirs
+		}
+	}
+	for n := range i.left {
+		i.left[n].IPs = slices.DeleteFunc(slices.Clone(i.left[n].IPs), func(ip netip.Addr) bool { return held[ip] })
+	}
+	i.left = slices.DeleteFunc(i.left, func(pod Pod) bool { return len(pod.IPs) == 0 })
 }
 
 // staticID is the ID that CNI has of the static pod of a mirror pod.
@@ -320,10 +352,19 @@ func (i *Inventory) Sandboxes() (addresses []netip.Addr) {
 		}
 	}
 	for n := range i.pods {
-		for _, ip := range i.pods[n].IPs {
-			if !i.pods[n].Finished && !slices.Contains(i.withdrawnFrom(&i.pods[n]), ip) {
-				addresses = append(addresses, ip)
-			}
+		addresses = append(addresses, i.standing(&i.pods[n])...)
+	}
+	for n := range i.left {
+		addresses = append(addresses, i.left[n].IPs...)
+	}
+	return addresses
+}
+
+// standing are the addresses of a pod of the API whose sandbox stands, as far as the API and DEL say.
+func (i *Inventory) standing(pod *Pod) (addresses []netip.Addr) {
+	for _, ip := range pod.IPs {
+		if !pod.Finished && !slices.Contains(i.withdrawnFrom(pod), ip) {
+			addresses = append(addresses, ip)
 		}
 	}
 	return addresses
@@ -449,7 +490,7 @@ func (i *Inventory) Remember(m *runtimedir.Memory, endpoints func(netip.Addr) bo
 			remember(pod)
 		}
 	}
-	for _, pod := range i.pods {
+	for _, pod := range slices.Concat(i.pods, i.left) {
 		if slices.ContainsFunc(pod.IPs, endpoints) {
 			remember(pod)
 		}
