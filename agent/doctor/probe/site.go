@@ -30,6 +30,7 @@ type Site struct {
 	Link string
 	// Addresses are those inside, of at most one a family.
 	Addresses []netip.Addr
+	claims    []net.PacketConn
 }
 
 const (
@@ -70,7 +71,7 @@ func NewSite(bridge string, taken []netip.Addr) (site *Site, err error) {
 			return nil, fmt.Errorf("bridge %s: %w", bridge, err)
 		}
 		veth.MasterIndex, veth.MTU = master.Attrs().Index, master.Attrs().MTU
-		if networks, err = freeAddresses(master, taken); err != nil {
+		if networks, err = s.freeAddresses(master, taken); err != nil {
 			return nil, err
 		}
 		veth.PeerHardwareAddr = hardware(networks[0].Addr())
@@ -137,6 +138,10 @@ func (s *Site) Close() error {
 	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
 		err = nil
 	}
+	for _, claim := range s.claims {
+		err = errors.Join(err, claim.Close())
+	}
+	s.claims = nil
 	return errors.Join(err, s.Namespace.Close())
 }
 
@@ -147,7 +152,7 @@ type network struct {
 }
 
 // freeAddresses finds an address for each family that the bridge has.
-func freeAddresses(bridge netlink.Link, taken []netip.Addr) (networks []network, err error) {
+func (s *Site) freeAddresses(bridge netlink.Link, taken []netip.Addr) (networks []network, err error) {
 	addresses, err := netlink.AddrList(bridge, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("addresses of bridge %s: %w", bridge.Attrs().Name, err)
@@ -159,7 +164,7 @@ func freeAddresses(bridge netlink.Link, taken []netip.Addr) (networks []network,
 		if !ok || !gateway.IsGlobalUnicast() || slices.ContainsFunc(networks, func(n network) bool { return n.gateway.Is4() == gateway.Is4() }) {
 			continue
 		}
-		if address, free := freeAddress(netip.PrefixFrom(gateway, bits), bridge.Attrs().Index, taken); free {
+		if address, free := s.freeAddress(netip.PrefixFrom(gateway, bits), bridge.Attrs().Index, taken); free {
 			networks = append(networks, network{netip.PrefixFrom(address, bits), gateway})
 		}
 	}
@@ -190,7 +195,7 @@ func (s *Site) join(handle *netlink.Handle, inside netlink.Link, networks []netw
 }
 
 // freeAddress finds an address of the bridge's network that nothing answers for, from the far end of where IPAM begins.
-func freeAddress(prefix netip.Prefix, bridge int, taken []netip.Addr) (netip.Addr, bool) {
+func (s *Site) freeAddress(prefix netip.Prefix, bridge int, taken []netip.Addr) (netip.Addr, bool) {
 	if prefix.Addr().Is6() {
 		if prefix.Bits() > 112 {
 			return netip.Addr{}, false
@@ -207,12 +212,23 @@ func freeAddress(prefix netip.Prefix, bridge int, taken []netip.Addr) (netip.Add
 	const candidates = 8
 	address := lastOf(prefix).Prev() // the last one is for broadcasts
 	for range candidates {
-		if address != prefix.Addr() && !slices.Contains(taken, address) && !answers(address, bridge) {
+		if address != prefix.Addr() && !slices.Contains(taken, address) && s.claim(address) && !answers(address, bridge) {
 			return address, true
 		}
 		address = address.Prev()
 	}
 	return netip.Addr{}, false
+}
+
+// claim reserves an address among those that run at the same time, by an abstract socket (unix(7)): its name is the network namespace's, and
+// goes with the process. ARP does not tell them apart, since all of them have the same hardware address.
+func (s *Site) claim(address netip.Addr) bool {
+	socket, err := net.ListenPacket("unixgram", "@magic-ip-agent doctor "+address.String())
+	if err != nil {
+		return false
+	}
+	s.claims = append(s.claims, socket)
+	return true
 }
 
 // lastOf is the last address of an IPv4 prefix.
