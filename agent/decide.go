@@ -19,6 +19,7 @@ type service struct {
 	lostAt     time.Time
 	lostUptime time.Duration
 	unserved   string // the reason; empty where it is served
+	unservedBy runtimedir.UnservedBy
 	endpoints  []endpoint.Chosen
 	// changedAt is when the addresses of the endpoints last changed; zero while the frontend is unserved.
 	changedAt time.Time
@@ -57,7 +58,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		}
 		port := &a.config.Ports[i]
 		before, unservedBefore := s.endpoints, s.unserved
-		s.unserved = a.unserved(port, s.claimedAt, claims[port.Frontend])
+		s.unservedBy, s.unserved = a.unserved(port, s.claimedAt, claims[port.Frontend])
 		s.endpoints = nil
 		if s.unserved == "" {
 			s.endpoints = targets.Choose(&port.Selection)
@@ -151,27 +152,27 @@ func (a *agent) claimsOfOthers() map[plan.Frontend][]claim {
 }
 
 // unserved says why this agent may not serve a frontend; empty where it may.
-func (a *agent) unserved(port *config.Port, claimedAt time.Time, others []claim) string {
+func (a *agent) unserved(port *config.Port, claimedAt time.Time, others []claim) (by runtimedir.UnservedBy, reason string) {
 	if port.Unserved != "" {
-		return port.Unserved
+		return runtimedir.ByConfiguration, port.Unserved
 	}
 	if slices.Contains(a.sources.network.Addresses, port.Address) {
-		return port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
+		return runtimedir.ByNode, port.Address.String() + " is an address of this node; allowed: a unicast address that the node does not own"
 	}
 	if port.Address.Is6() && !a.sources.network.IPv6 {
-		return "this node has no IPv6: no route of it leads anywhere"
+		return runtimedir.ByNode, "this node has no IPv6: no route of it leads anywhere"
 	}
 	for _, c := range others {
 		if !c.ClaimedAt.Before(claimedAt) && !(c.ClaimedAt.Equal(claimedAt) && c.agent < a.config.Name) {
 			continue
 		}
-		reason := port.String() + " is claimed by agent " + c.agent + " since " + c.ClaimedAt.Format(time.RFC3339)
+		reason = port.String() + " is claimed by agent " + c.agent + " since " + c.ClaimedAt.Format(time.RFC3339)
 		if other := a.dir.Agent(c.agent); !other.Live() {
 			reason += ", which does not run but whose rules may be there; where it is gone for good: magic-ip-agent uninstall --name " + c.agent
 		}
-		return reason
+		return runtimedir.ByAgent, reason
 	}
-	return ""
+	return "", ""
 }
 
 // action is what becomes of new packets to a frontend that this agent may serve.

@@ -138,9 +138,12 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface, HostClients: port.HostClients,
 			Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
 		}
+		if port.Unserved != "" {
+			m.UnservedBy = runtimedir.ByConfiguration
+		}
 		if i < len(a.services.inOrder) && a.services.inOrder[i] != nil && port.Unserved == "" {
 			s := a.services.inOrder[i]
-			if m.Reason = s.unserved; m.Reason == "" {
+			if m.Reason, m.UnservedBy = s.unserved, s.unservedBy; m.Reason == "" {
 				m.Action, m.Why = string(a.action(port, s, now)), s.why
 			}
 			m.Since = s.changedAt

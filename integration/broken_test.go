@@ -168,6 +168,7 @@ func brokenNodes() []brokenNode {
 		}, config: configOf(agentName, entryOf(plain, true, "")),
 			status: "has no IPv6 address, only 10.244.2.", level: "warn", verdict: "has no IPv6 address, only 10.244.2.", probe: ""},
 		{name: "reserved address", without: true, config: configOf(agentName, strings.ReplaceAll(entryOf(plain, false, ""), "169.254.210.210", "169.254.169.254")),
+			breaks: script("sed -i s/magic-ip-address/tuning/ " + conflistFile), // an installer makes no entry
 			status: "169.254.169.254 belongs to the instance metadata service", level: "FAIL", verdict: "belongs to the instance metadata service"},
 		{name: "address of the node", breaks: func(w *world) {
 			w.run("ip address add 169.254.210.210 dev lo")

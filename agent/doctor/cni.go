@@ -28,7 +28,11 @@ func (e *examination) cni() {
 	var view conflist.View
 	if err == nil {
 		view = directory.View()
-		if !installed && view.Unknown == nil && len(view.Entries) == 0 && !e.needsPlugin() {
+		switch none := view.Unknown == nil && len(view.Entries) == 0; {
+		case none && !e.selecting():
+			e.add(OK, check, "there is no entry, and no agent has a magic IP that needs one", "")
+			return
+		case none && !installed && !e.needsPlugin():
 			e.add(OK, check, "no plugin is installed; pods are known by the API", "")
 			return
 		}
@@ -104,6 +108,11 @@ func (e *examination) needsPlugin() bool {
 	return !e.stateRead || len(e.records) > 0 || slices.ContainsFunc(e.agents, func(a status.Agent) bool { return a.NoAPI })
 }
 
+// selecting reports whether an agent needs an entry, as far as can be seen.
+func (e *examination) selecting() bool {
+	return len(e.agents) == 0 || slices.ContainsFunc(e.agents, func(a status.Agent) bool { return a.Unreadable != "" || len(selectorsOf(a)) > 0 })
+}
+
 // entry looks at our entry: each agent needs its key in it, with the selectors of its configuration.
 func (e *examination) entry(path string, ours conflist.Found) {
 	const check = "conflist"
@@ -130,34 +139,42 @@ func (e *examination) entry(path string, ours conflist.Found) {
 		}
 	}
 	for _, a := range e.agents {
+		wanted := selectorsOf(a)
+		if len(wanted) == 0 {
+			continue
+		}
 		var missing []string
-		for _, m := range a.MagicIPs {
-			if !slices.Contains(all[a.Name], entry.Selector{Namespace: m.Namespace, Selector: m.Selector}) {
-				if want := m.Namespace + " " + m.Selector; !slices.Contains(missing, want) {
-					missing = append(missing, want)
-				}
+		for _, s := range wanted {
+			if !slices.Contains(all[a.Name], s) {
+				missing = append(missing, s.Namespace+" "+s.Selector)
 			}
 		}
 		switch {
 		case all[a.Name] == nil:
-			e.add(Fail, check, fmt.Sprintf("%s: selectors has no key %q: the plugin records no pod for this agent", path, a.Name), "add "+selectorsOf(a))
+			e.add(Fail, check, fmt.Sprintf("%s: selectors has no key %q: the plugin records no pod for this agent", path, a.Name), "add "+keyOf(a.Name, wanted))
 		case len(missing) > 0:
-			e.add(Fail, check, fmt.Sprintf("%s: selectors of %q lack %s", path, a.Name, strings.Join(missing, "; ")), "it should be "+selectorsOf(a))
+			e.add(Fail, check, fmt.Sprintf("%s: selectors of %q lack %s", path, a.Name, strings.Join(missing, "; ")), "it should be "+keyOf(a.Name, wanted))
 		default:
 			e.add(OK, check, fmt.Sprintf("%s has the selectors of agent %s", path, a.Name), "")
 		}
 	}
 }
 
-// selectorsOf is the key that an agent needs.
-func selectorsOf(a status.Agent) string {
-	var list []entry.Selector
+// selectorsOf are the selectors that an agent needs in the entry. The installer leaves out those of magic IPs that the configuration
+// itself keeps from being served.
+func selectorsOf(a status.Agent) (wanted []entry.Selector) {
 	for _, m := range a.MagicIPs {
-		if s := (entry.Selector{Namespace: m.Namespace, Selector: m.Selector}); !slices.Contains(list, s) {
-			list = append(list, s)
+		s := entry.Selector{Namespace: m.Namespace, Selector: m.Selector}
+		if m.UnservedBy != runtimedir.ByConfiguration && !slices.Contains(wanted, s) {
+			wanted = append(wanted, s)
 		}
 	}
-	data, err := json.Marshal(map[string][]entry.Selector{a.Name: list})
+	return wanted
+}
+
+// keyOf is the key of an agent in the entry.
+func keyOf(name string, selectors []entry.Selector) string {
+	data, err := json.Marshal(map[string][]entry.Selector{name: selectors})
 	if err != nil {
 		return ""
 	}

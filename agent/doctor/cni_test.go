@@ -113,3 +113,37 @@ func TestRecordedDirectories(t *testing.T) {
 		})
 	}
 }
+
+// TestUnservedSelectors: the installer leaves out what the configuration itself keeps from being served, and with the last selector the
+// agent's key. That is not what is wrong then.
+func TestUnservedSelectors(t *testing.T) {
+	served, reserved, claimed := magicIPOf("169.254.210.210", "app=echo"), magicIPOf("169.254.169.254", "app=metadata"), magicIPOf("169.254.210.211", "app=echo")
+	reserved.Reason, reserved.UnservedBy = "169.254.169.254 belongs to the instance metadata service", runtimedir.ByConfiguration
+	claimed.Reason, claimed.UnservedBy = "169.254.210.211:80/tcp is claimed by agent b", runtimedir.ByAgent
+	const echo, other = `[{"namespace": "default", "selector": "app=echo"}]`, `[{"namespace": "default", "selector": "app=other"}]`
+	for name, test := range map[string]struct {
+		selectors string
+		magicIPs  []status.MagicIP
+		failed    string
+	}{
+		"all are unserved, and no entry":           {"", []status.MagicIP{reserved}, ""},
+		"all are unserved, and another's entry":    {`{"b": ` + echo + `}`, []status.MagicIP{reserved}, ""},
+		"one is unserved":                          {`{"a": ` + echo + `}`, []status.MagicIP{served, reserved}, ""},
+		"one is unserved, and a selector is amiss": {`{"a": ` + other + `}`, []status.MagicIP{served, reserved}, `it should be {"a":[{"namespace":"default","selector":"app=echo"}]}`},
+		"one is unserved, and the key is missing":  {`{"b": ` + echo + `}`, []status.MagicIP{served, reserved}, `→ add {"a":[{"namespace":"default","selector":"app=echo"}]}`},
+		"another agent has it":                     {`{"b": ` + echo + `}`, []status.MagicIP{claimed}, `has no key "a"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := cniNode(t, test.selectors)
+			e.agents[0].NoAPI, e.agents[0].MagicIPs = true, test.magicIPs
+			install(t, e, runtimedir.Record{})
+			if err := os.WriteFile(filepath.Join(e.BinDir, entry.Type), []byte("plugin"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			e.cni()
+			if failed := strings.Contains(e.lines(), "FAIL"); failed != (test.failed != "") || !strings.Contains(e.lines(), test.failed) {
+				t.Errorf("want a failure of %q:\n%s", test.failed, e.lines())
+			}
+		})
+	}
+}

@@ -147,7 +147,8 @@ func (e *examination) magicIPs() {
 				continue
 			}
 			if m.Reason != "" {
-				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Reason, "change the configuration of one of the two")
+				next := map[runtimedir.UnservedBy]string{runtimedir.ByNode: ", or the node", runtimedir.ByAgent: " of one of the two"}[m.UnservedBy]
+				e.add(Fail, check, "not served by agent "+a.Name+": "+m.Reason, "change the configuration"+next)
 				continue
 			}
 			text, next := fmt.Sprintf("has no endpoint for %s in %s (new connections: %s)", m.Selector, m.Namespace, m.Action), "look whether such a pod runs on this node"

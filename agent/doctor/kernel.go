@@ -143,10 +143,13 @@ func (e *examination) addresses() (all []netip.Addr) {
 	return all
 }
 
+// frontends are those that are served. Packets to another one go where the rules of others, and the node, send them.
 func (e *examination) frontends() (all []plan.Frontend) {
 	for _, a := range e.agents {
 		for _, m := range a.MagicIPs {
-			all = append(all, m.Frontend)
+			if m.Reason == "" {
+				all = append(all, m.Frontend)
+			}
 		}
 	}
 	return all

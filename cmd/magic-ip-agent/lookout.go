@@ -30,7 +30,7 @@ type lookout struct {
 	changed  chan struct{} // the magic IPs are others
 
 	mu        sync.Mutex
-	frontends []plan.Frontend // that the agent is configured with
+	frontends []plan.Frontend // that the agent serves
 	notes     []agent.Note
 }
 
@@ -52,18 +52,20 @@ func (l *lookout) found() []agent.Note {
 	return l.notes
 }
 
-// observe takes down the magic IPs of the configuration in force.
+// observe takes down the magic IPs that are served: a rule of another program for one that is not is where its packets should go.
 func (l *lookout) observe(_, now *runtimedir.Status) {
+	served := make([]plan.Frontend, 0, len(now.MagicIPs)) // a look may still use the one before
+	for i := range now.MagicIPs {
+		if m := &now.MagicIPs[i]; m.Reason == "" {
+			served = append(served, m.Frontend)
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	same := func(f plan.Frontend, m runtimedir.MagicIP) bool { return f == m.Frontend }
-	if slices.EqualFunc(l.frontends, now.MagicIPs, same) {
+	if slices.Equal(l.frontends, served) {
 		return
 	}
-	l.frontends = make([]plan.Frontend, len(now.MagicIPs)) // a look may still use the one before
-	for i := range now.MagicIPs {
-		l.frontends[i] = now.MagicIPs[i].Frontend
-	}
+	l.frontends = served
 	select {
 	case l.changed <- struct{}{}:
 	default:

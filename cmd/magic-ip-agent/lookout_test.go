@@ -70,6 +70,11 @@ func TestLookout(t *testing.T) {
 		configure(80)
 		configure(80)
 		want("at the start", 0)
+		l.observe(nil, &runtimedir.Status{MagicIPs: []runtimedir.MagicIP{
+			{Frontend: plan.Frontend{Address: netip.MustParseAddr("169.254.210.210"), Port: 80}},
+			{Frontend: plan.Frontend{Address: netip.MustParseAddr("169.254.169.254"), Port: 81}, Reason: "it is reserved"},
+		}})
+		want("a rule for an address that is not served is where its packets should go", 0)
 		if looks != 1 {
 			t.Errorf("looked %d times for rules", looks)
 		}

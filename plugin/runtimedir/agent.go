@@ -121,8 +121,9 @@ type MagicIP struct {
 	HostInterface []string `json:"hostInterface,omitempty"`
 	// HostClients: processes of the node are clients too, as configured.
 	HostClients bool `json:"hostClients,omitempty"`
-	// Reason is why the frontend is unserved; empty where it is served.
-	Reason string `json:"reason,omitempty"`
+	// Reason is why the frontend is unserved, and UnservedBy what keeps it so; empty where it is served.
+	Reason     string     `json:"reason,omitempty"`
+	UnservedBy UnservedBy `json:"unservedBy,omitempty"`
 	// Action is what becomes of new packets: serve, reject, hold or pass; empty where the frontend is unserved.
 	Action string `json:"action,omitempty"`
 	// Endpoints are where new flows go.
@@ -134,6 +135,16 @@ type MagicIP struct {
 	// Why says why there is none, one sentence each; empty where there is one, and beyond the first fifty frontends without one.
 	Why []string `json:"why,omitempty"`
 }
+
+// UnservedBy is what keeps a frontend from being served.
+type UnservedBy string
+
+// What may do so.
+const (
+	ByConfiguration UnservedBy = "configuration" // of its own agent, whose installer then asks for no record of its targets
+	ByNode          UnservedBy = "node"          // the node's own network
+	ByAgent         UnservedBy = "agent"         // the claim of another agent
+)
 
 // Count is how often a frontend was asked for.
 type Count struct {
