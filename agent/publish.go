@@ -135,7 +135,7 @@ func (a *agent) status(now time.Time) runtimedir.Status {
 	for i := range a.config.Ports {
 		port := &a.config.Ports[i]
 		m := runtimedir.MagicIP{
-			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface, HostClients: port.HostClients,
+			Frontend: port.Frontend, Namespace: port.Namespace, Selector: port.SelectorText, HostInterface: port.HostInterface, HostClients: port.HostClients, ExcludeTarget: port.ExcludeTarget,
 			Reason: port.Unserved, Endpoints: []runtimedir.Endpoint{},
 		}
 		if port.Unserved != "" {

@@ -57,6 +57,11 @@ func brokenNodes() []brokenNode {
 	return []brokenNode{
 		{name: "nothing", verdict: "nothing failed", level: "ok", status: "default/echo", probe: "4 answered"},
 
+		{name: "the target is exempt", config: configOf(agentName, entry(plain, "excludeTarget: true")), flags: []string{"--from-pod", "default/echo"},
+			verdict: "nothing failed", level: "ok", status: "default/echo", probe: "from pod default/echo: 4 exempt, as excludeTarget has it"},
+		{name: "the target is exempt, and others are not", config: configOf(agentName, entry(plain, "excludeTarget: true")),
+			verdict: "nothing failed", level: "ok", status: "default/echo", probe: "4 answered"},
+
 		{name: "agent dead", breaks: func(w *world) { w.agent.Kill() },
 			status: "not running", level: "FAIL", verdict: "agent default.magic-ip: not running", probe: "4 answered"},
 		{name: "agent frozen", breaks: func(w *world) { w.freeze() },

@@ -15,6 +15,7 @@ import (
 
 	"github.com/magic-ip-address/magic-ip-address/agent/doctor/probe"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 const (
@@ -233,6 +234,9 @@ func (e *examination) judgeTrace(trace probe.Trace) (level Level, text, next str
 	}
 	without := found && len(m.Endpoints) == 0
 	text = trace.Text
+	if exempt(m, trace.Source.Addr()) && slices.Contains([]probe.Hop{probe.Rejected, probe.Output, probe.Node, probe.Astray}, trace.Hop) {
+		return OK, "exempt, as excludeTarget has it", ""
+	}
 	fail := func(text string, checks ...string) (Level, string, string) {
 		text, next := e.because(text, checks...)
 		return Fail, text, next
@@ -294,6 +298,11 @@ func (e *examination) served(frontend plan.Frontend) (magicIP, bool) {
 		}
 	}
 	return magicIP{}, false
+}
+
+// exempt reports whether packets of a source are left alone: it is a target, and excluded.
+func exempt(m magicIP, source netip.Addr) bool {
+	return m.ExcludeTarget && slices.ContainsFunc(m.Endpoints, func(e runtimedir.Endpoint) bool { return e.Address.Addr() == source })
 }
 
 // because adds to the text what a check has found that explains where a probe ended: of these checks a failure first, then a

@@ -121,6 +121,8 @@ type MagicIP struct {
 	HostInterface []string `json:"hostInterface,omitempty"`
 	// HostClients: processes of the node are clients too, as configured.
 	HostClients bool `json:"hostClients,omitempty"`
+	// ExcludeTarget: packets of the endpoints themselves are exempt, as configured.
+	ExcludeTarget bool `json:"excludeTarget,omitempty"`
 	// Reason is why the frontend is unserved, and UnservedBy what keeps it so; empty where it is served.
 	Reason     string     `json:"reason,omitempty"`
 	UnservedBy UnservedBy `json:"unservedBy,omitempty"`

@@ -30,7 +30,7 @@ func (s *Status) rest() Status {
 
 func (m *MagicIP) equal(n *MagicIP) bool {
 	return m.Frontend == n.Frontend && m.Action == n.Action && m.Reason == n.Reason && m.UnservedBy == n.UnservedBy && m.Namespace == n.Namespace && m.Selector == n.Selector &&
-		slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface) && m.HostClients == n.HostClients &&
+		slices.Equal(m.Endpoints, n.Endpoints) && slices.Equal(m.Why, n.Why) && slices.Equal(m.HostInterface, n.HostInterface) && m.HostClients == n.HostClients && m.ExcludeTarget == n.ExcludeTarget &&
 		m.Since.Equal(n.Since) && (m.Count == n.Count || m.Count != nil && n.Count != nil && *m.Count == *n.Count)
 }
 
