@@ -144,9 +144,12 @@ func (e *examination) client() (client netns.NsHandle, name string, done func())
 				path = record.Netns
 			}
 		}
+		if path == "" { // the plugin records only pods that a selector may match
+			path = netnsOf("/", e.FromPod)
+		}
 		if path == "" {
-			e.add(Hidden, probeCheck, "pod "+e.FromPod+" has no record with a network namespace: the plugin records pods that a selector matches and that have a network of their own",
-				"give the path of its network namespace: --netns /proc/PID/ns/net, where PID is a process of the pod")
+			e.add(Hidden, probeCheck, "pod "+e.FromPod+" has no record with a network namespace, and no process of it is found by the kubelet's /var/log/pods and by cgroups",
+				"run this as root on the node of that pod, or give the path of its network namespace: --netns /proc/PID/ns/net, where PID is a process of the pod")
 			return netns.None(), "", nil
 		}
 	}

@@ -68,11 +68,14 @@ func TestWithoutCNI(t *testing.T) {
 		if fmt.Sprint(now.Conflists, now.Plugins) != fmt.Sprint(was.Conflists, was.Plugins) {
 			t.Errorf("%s: the CNI directories are not as before: %+v", n.Name, now)
 		}
-		// As docs/troubleshooting.md has it.
-		found, err := n.Exec(w.ctx, "sh", "-c", "/proc/$(pgrep -o magic-ip-agent)/root/usr/local/bin/magic-ip-agent doctor || true")
+		// As docs/troubleshooting.md has it. No pod has a record.
+		pod := system + "/" + w.podOn(n, system, servers).Name
+		found, err := n.Exec(w.ctx, "sh", "-c", "/proc/$(pgrep -o magic-ip-agent)/root/usr/local/bin/magic-ip-agent doctor --from-pod "+pod+" || true")
 		w.must(err)
-		if !strings.Contains(found, "ok    conflist: no plugin is installed; pods are known by the API\n") || strings.Contains(found, "plugin binary") {
-			t.Errorf("%s: doctor on the node:\n%s", n.Name, found)
+		for _, want := range []string{"ok    conflist: no plugin is installed; pods are known by the API\n", "ok    probe: from pod " + pod + ": "} {
+			if !strings.Contains(found, want) || strings.Contains(found, "plugin binary") {
+				t.Errorf("%s: doctor on the node does not say %q:\n%s", n.Name, want, found)
+			}
 		}
 		w.removePod(system, w.podOn(n, system, servers).Name)
 	}
