@@ -57,11 +57,8 @@ func Examine(ctx context.Context, options Options) *Report {
 	e := &examination{Options: options, now: time.Now()}
 	e.rights()
 	e.versions(ctx)
-	e.runtimeDir()
-	e.stateFile()
-	e.liveAgents()
+	e.files()
 	e.readNetwork()
-	e.pluginLog()
 	e.cni()
 	if NetAdmin() {
 		e.backend(ctx)

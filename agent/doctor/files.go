@@ -23,7 +23,17 @@ func (e *examination) rights() {
 	}
 }
 
-func (e *examination) runtimeDir() {
+// files looks at what is in the runtime directory.
+func (e *examination) files() {
+	if e.runtimeDir() {
+		e.stateFile()
+		e.liveAgents()
+		e.pluginLog()
+	}
+}
+
+// runtimeDir reports whether the directory is there.
+func (e *examination) runtimeDir() bool {
 	const check = "runtime directory"
 	info, err := os.Stat(e.RuntimeDir)
 	switch {
@@ -36,6 +46,7 @@ func (e *examination) runtimeDir() {
 	default:
 		e.diskSpace()
 	}
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // diskSpace sees that files can be written in the runtime directory.

@@ -157,7 +157,11 @@ func (e *examination) frontends() (all []plan.Frontend) {
 
 func (e *examination) foreignRules(ctx context.Context) {
 	const check = "rules of others"
-	found, hidden := foreign.Rules(ctx, e.frontends())
+	frontends := e.frontends()
+	if len(frontends) == 0 {
+		return
+	}
+	found, hidden := foreign.Rules(ctx, frontends)
 	for _, rule := range found {
 		e.add(Warn, check, "another program translates a magic IP too: "+rule.Text, rule.Next)
 	}

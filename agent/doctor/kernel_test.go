@@ -1,9 +1,11 @@
 package doctor
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/node/nodetest"
 	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
@@ -40,5 +42,22 @@ func TestUnservedAdvice(t *testing.T) {
 		if len(e.found) != 1 || e.found[0].Next != want {
 			t.Errorf("%s: %s", by, e.lines())
 		}
+	}
+}
+
+// TestNothingToLookAt: ok is said only of what was looked at.
+func TestNothingToLookAt(t *testing.T) {
+	e := examinationOf(t, "10.244.2.2:8080")
+	e.RuntimeDir, e.agents = filepath.Join(t.TempDir(), "nowhere"), nil
+	e.files()
+	e.foreignRules(t.Context())
+	snapshot, err := node.Kernel{}.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.bridges(node.Classify(snapshot, node.Known{}))
+	e.reversePath()
+	if lines := e.lines(); strings.Contains(lines, "ok ") || !strings.Contains(lines, "FAIL runtime directory") {
+		t.Error(lines)
 	}
 }

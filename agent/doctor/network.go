@@ -45,8 +45,12 @@ func (e *examination) nodeNetwork(ctx context.Context) {
 // bridges names those whose frames do not pass netfilter: there the source address is not kept.
 func (e *examination) bridges(network node.Network) {
 	const check = "bridges"
+	addresses := e.addresses()
+	if len(addresses) == 0 {
+		return
+	}
 	four, six := false, false
-	for _, address := range e.addresses() {
+	for _, address := range addresses {
 		four, six = four || address.Is4(), six || address.Is6()
 	}
 	unfiltered := func(b plan.Bridge) bool { return four && b.Unfiltered4 || six && b.Unfiltered6 }
@@ -78,6 +82,9 @@ func (e *examination) bridgePorts(network node.Network) {
 // the interface that they come in by.
 func (e *examination) reversePath() {
 	const check = "rp_filter"
+	if !e.stateRead {
+		return
+	}
 	looked, dropped := 0, 0
 	for _, record := range e.records {
 		link, err := netlink.LinkByName(record.HostInterface)
