@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/magic-ip-address/magic-ip-address/agent/node"
 	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/quote"
 )
@@ -37,7 +36,7 @@ func (e *examination) families() (all []plan.Family) {
 
 // forwarding sees that the kernel forwards packets that come in by the links of pods (Documentation/networking/ip-sysctl.rst:
 // for IPv4 each link has a switch of its own, for IPv6 the one of all links decides).
-func (e *examination) forwarding(network node.Network) {
+func (e *examination) forwarding() {
 	const check = "forwarding"
 	const cost = "packets of pods to an endpoint, and its answers, are dropped in silence"
 	looked := 0
@@ -64,7 +63,7 @@ func (e *examination) forwarding(network node.Network) {
 			continue
 		}
 		var off []string
-		for _, link := range network.PodInterfaces {
+		for _, link := range e.clientLinks() {
 			on, err := procNet("ipv4", "conf", link, "forwarding")
 			switch {
 			case errors.Is(err, fs.ErrNotExist): // the link has gone

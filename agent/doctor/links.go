@@ -8,6 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/status"
 )
 
 // links says by which links clients are served, and why others are not.
@@ -116,6 +117,18 @@ func names(hostInterface []string, link string) bool {
 		prefix, wild := strings.CutSuffix(pattern, "+")
 		return link == pattern || wild && strings.HasPrefix(link, prefix)
 	})
+}
+
+// clientLinks are the links that pods are behind, and those that a hostInterface names.
+func (e *examination) clientLinks() []string {
+	all := slices.Clone(e.network.PodInterfaces)
+	for _, link := range e.network.Links {
+		named := func(m magicIP) bool { return names(m.HostInterface, link.Name) }
+		if !link.Port && !slices.Contains(all, link.Name) && slices.ContainsFunc(e.agents, func(a status.Agent) bool { return slices.ContainsFunc(a.MagicIPs, named) }) {
+			all = append(all, link.Name)
+		}
+	}
+	return all
 }
 
 // setAuto is what to do about a link that hostInterface does not name.

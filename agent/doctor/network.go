@@ -32,7 +32,7 @@ func (e *examination) nodeNetwork(ctx context.Context) {
 		e.add(Hidden, "links", e.unread.Error(), "run this as root in the network namespace of the node")
 	} else {
 		e.links()
-		e.forwarding(e.network)
+		e.forwarding()
 		e.bridges(e.network)
 		e.bridgePorts(e.network)
 	}
