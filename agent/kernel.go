@@ -22,6 +22,8 @@ type kernel struct {
 	syncedAt time.Time
 	// restored are the frontends that the process before has served, until all sources are synced: the configuration may have changed since.
 	restored []plan.Frontend
+	// servers are those of the plan in the kernel; before the first one, of the process before.
+	servers []netip.Addr
 	// due is swept until that succeeds, whatever else changes. again is swept with the next poll: what can wait for it, and once more
 	// what was swept, as a packet that was on its way through the rules of before while the table was dumped makes its entry after
 	// the dump.
@@ -65,7 +67,7 @@ func (k *kernel) check(ctx context.Context, changed Source, now time.Time) (dama
 
 // apply brings the kernel to the plan, also where it is there but damaged. next is when to look again (0: never).
 func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged bool, now time.Time) (next time.Duration) {
-	p.Inherit(k.applied)
+	p.Inherit(k.servers)
 	if changed&Poll != 0 && !k.again.Empty() {
 		if k.sweep(ctx, k.again); k.sweepErr != nil {
 			k.due = k.due.Plus(k.again)
@@ -92,7 +94,7 @@ func (k *kernel) apply(ctx context.Context, p plan.Plan, changed Source, damaged
 			k.again = k.again.Plus(plan.Change{Moved: change.Moved})
 			change.Moved = nil
 			k.due = k.due.Plus(change)
-			k.applied, k.syncedAt = &p, now
+			k.applied, k.servers, k.syncedAt = &p, p.Servers, now
 			if k.damaged {
 				k.agent.Meter.Restored()
 			}

@@ -219,8 +219,11 @@ func (a *agent) labels() []runtimedir.PodLabels {
 
 // memory is what the agent goes on with after a restart, beside its status and claims.
 func (a *agent) memory(keys map[string]bool) runtimedir.Memory {
-	m := runtimedir.Memory{Uplinks: a.sources.uplinks, Hairpins: slices.Clone(a.kernel.hairpins), Namespace: a.sources.namespace, Cilium: a.sources.cilium}
-	endpoints := map[netip.Addr]bool{}
+	m := runtimedir.Memory{
+		Uplinks: a.sources.uplinks, Hairpins: slices.Clone(a.kernel.hairpins), Namespace: a.sources.namespace, Cilium: a.sources.cilium,
+		Servers: a.kernel.servers,
+	}
+	endpoints := addressSet(a.kernel.servers) // and former ones
 	for i, s := range a.services.inOrder {
 		if s == nil {
 			continue
@@ -253,6 +256,7 @@ func (a *agent) restore(ctx context.Context) {
 		labels = pods.Labels
 	}
 	a.sources.uplinks, a.kernel.hairpins, a.sources.namespace, a.sources.cilium = memory.Uplinks, memory.Hairpins, memory.Namespace, memory.Cilium
+	a.kernel.servers = memory.Servers
 	a.pods = inventory.New(a.API != nil, *memory, labels, now)
 	a.services.byFrontend = map[plan.Frontend]*service{}
 	if claims, err := a.own.ReadClaims(); err == nil {

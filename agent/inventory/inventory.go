@@ -468,8 +468,8 @@ func compareIDs(a, b PodID) int {
 	return cmp.Or(strings.Compare(a.UID, b.UID), strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 }
 
-// Remember writes what New goes on with after a restart. endpoints says which addresses are endpoints: a pod that is none
-// and has no record is reported again in time. Of labels only these keys are kept.
+// Remember writes what New goes on with after a restart. endpoints says which addresses are endpoints, or were and may have connections: a
+// pod that has none and no record is reported again in time. Of labels only these keys are kept.
 func (i *Inventory) Remember(m *runtimedir.Memory, endpoints func(netip.Addr) bool, keys map[string]bool) {
 	m.RecordsSince, m.Lost = i.since, i.Lost()
 	remembered := map[PodID]bool{}

@@ -307,13 +307,9 @@ func (p *Plan) sortRules() {
 	}
 }
 
-// Inherit adds to the servers of p those of the plan before it whose sandbox is live: established connections lead there. nil is
-// a plan of which nothing is known.
-func (p *Plan) Inherit(before *Plan) {
-	if before == nil {
-		return
-	}
-	for _, server := range before.Servers {
+// Inherit adds to the servers of p those of the plan before it whose sandbox is live: established connections lead there.
+func (p *Plan) Inherit(servers []netip.Addr) {
+	for _, server := range servers {
 		if contains(p.Sandboxes, server) {
 			p.Servers = append(p.Servers, server)
 		}

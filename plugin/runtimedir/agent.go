@@ -290,12 +290,14 @@ type Memory struct {
 	Namespace string `json:"namespace,omitempty"`
 	// Cilium are Cilium's settings as they were last read; nil where they were not.
 	Cilium *CiliumSettings `json:"cilium,omitempty"`
-	// Records are those of the endpoints, from the list of the state file that was begun at RecordsSince, and
+	// Servers are the addresses of the endpoints and of those former ones that may have connections.
+	Servers []netip.Addr `json:"servers,omitempty"`
+	// Records are those of the Servers, from the list of the state file that was begun at RecordsSince, and
 	// Lost those from lists before that one which still count.
 	Records      []Attachment `json:"records,omitempty"`
 	RecordsSince time.Time    `json:"recordsSince,omitzero"`
 	Lost         []Attachment `json:"lost,omitempty"`
-	// Pods are those with a record and those that are endpoints, as the API reported them last.
+	// Pods are those with a record and those that are Servers, as the API reported them last.
 	Pods []Pod `json:"pods,omitempty"`
 	// Withdrawn are the addresses that DEL has taken from a pod, and that the API may still report.
 	Withdrawn []Withdrawn `json:"withdrawn,omitempty"`

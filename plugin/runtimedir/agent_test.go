@@ -80,7 +80,7 @@ func TestAgentFiles(t *testing.T) {
 	}, {Frontend: frontend(81), Reason: "claimed", Endpoints: []runtimedir.Endpoint{}}}}
 	claims := []runtimedir.Claim{{Frontend: frontend(80), ClaimedAt: time.Unix(1, 0).UTC(), Served: true}, {Frontend: frontend(81)}}
 	pods := runtimedir.Pods{Labels: []runtimedir.PodLabels{podLabels("u", map[string]string{"app": "x"}), podLabels("v", map[string]string{})}, Dead: []runtimedir.Key{{ContainerID: "c", IfName: "eth0"}}}
-	memory := runtimedir.Memory{Holds: []runtimedir.Hold{{Frontend: frontend(80), LostAt: 2 * time.Second}}, Records: []runtimedir.Attachment{attachment("c")}}
+	memory := runtimedir.Memory{Servers: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Holds: []runtimedir.Hold{{Frontend: frontend(80), LostAt: 2 * time.Second}}, Records: []runtimedir.Attachment{attachment("c")}}
 	dropped, err := agent.WritePods(pods)
 	if err := errors.Join(err, agent.WriteStatus(status), agent.WriteClaims(claims), agent.WriteMemory(memory)); err != nil || dropped > 0 {
 		t.Fatal(dropped, err)
