@@ -66,7 +66,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 		if s.unserved == "" && len(s.endpoints) == 0 && len(before) > 0 && !(a.pods.Synced(port.Namespace) && a.pods.OwnerResolved(port.Namespace, port.Owner)) {
 			// That there is no endpoint cannot be decided yet: those in the kernel stay, as long as nothing speaks against them.
 			if standing == nil {
-				standing = addressSet(a.pods.Sandboxes())
+				standing = addressSet(a.pods.Sandboxes(now))
 			}
 			s.endpoints = slices.DeleteFunc(slices.Clone(before), func(c endpoint.Chosen) bool { return !standing[c.Address.Addr()] })
 		}
@@ -196,7 +196,7 @@ func (a *agent) plan(now time.Time) plan.Plan {
 		Bridges:       network.Bridges,
 		StrictTCP:     network.StrictTCP,
 		HostAddresses: network.Addresses,
-		Sandboxes:     a.pods.Sandboxes(),
+		Sandboxes:     a.pods.Sandboxes(now),
 		Synced:        a.pods.AllSynced(),
 		Detour:        a.plane.Detour,
 		Zones:         a.Zones,

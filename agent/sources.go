@@ -97,7 +97,7 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 	}
 	if changed&(Records|Network) != 0 && s.networkSynced {
 		before := s.network.Links
-		s.network = node.Classify(s.snapshot, node.Known{Attachments: a.attachments(), Uplinks: s.uplinks})
+		s.network = node.Classify(s.snapshot, node.Known{Attachments: a.attachments(now), Uplinks: s.uplinks})
 		s.uplinks = s.network.Keep
 		a.logLinks(before)
 	}
@@ -223,8 +223,8 @@ func (a *agent) logLinks(before []node.Link) {
 }
 
 // attachments are the recorded ones, as evidence of which links are pods'.
-func (a *agent) attachments() (attachments []node.Attachment) {
-	for _, r := range a.pods.Live() {
+func (a *agent) attachments(now time.Time) (attachments []node.Attachment) {
+	for _, r := range a.pods.Live(now) {
 		attachments = append(attachments, node.Attachment{HostInterface: r.HostInterface, HostIfIndex: r.Link, Addresses: r.IPs})
 	}
 	return attachments

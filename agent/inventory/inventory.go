@@ -157,7 +157,7 @@ func (i *Inventory) SetLinks(links map[string]int) {
 		i.linkName[index] = name
 	}
 	i.records = slices.DeleteFunc(i.records, func(r record) bool {
-		gone := r.lost && !i.live(&r)
+		gone := r.lost && !i.linked(&r)
 		if gone {
 			i.withdraw(&r)
 		}
@@ -302,10 +302,16 @@ func (i *Inventory) withdraw(r *record) {
 }
 
 // live reports whether the sandbox of a record can still be reached. A link that is gone although the record stays says that
-// a DEL went unrecorded.
-func (i *Inventory) live(r *record) bool {
-	return r.HostInterface == "" || i.links == nil || i.linkOf(r) != ""
+// a DEL went unrecorded. So does, where there is no link, that the pod has been gone from the API for Grace.
+func (i *Inventory) live(r *record, now time.Time) bool {
+	if r.HostInterface == "" {
+		return !i.missing(r) || r.missingSince.IsZero() || now.Sub(r.missingSince) < Grace
+	}
+	return i.linked(r)
 }
+
+// linked reports whether the link of a record is there, as far as that is known.
+func (i *Inventory) linked(r *record) bool { return i.links == nil || i.linkOf(r) != "" }
 
 // linkOf is the present name of a record's host interface; empty where that is gone or not known.
 func (i *Inventory) linkOf(r *record) string {
@@ -345,9 +351,9 @@ func (i *Inventory) HasNewLink() bool {
 }
 
 // Sandboxes are the addresses of all sandboxes that stand.
-func (i *Inventory) Sandboxes() (addresses []netip.Addr) {
+func (i *Inventory) Sandboxes(now time.Time) (addresses []netip.Addr) {
 	for n := range i.records {
-		if r := &i.records[n]; i.live(r) {
+		if r := &i.records[n]; i.live(r, now) {
 			addresses = append(addresses, r.IPs...)
 		}
 	}
@@ -391,9 +397,9 @@ type Live struct {
 }
 
 // Live are all records whose sandbox is live.
-func (i *Inventory) Live() (standing []Live) {
+func (i *Inventory) Live(now time.Time) (standing []Live) {
 	for n := range i.records {
-		if r := &i.records[n]; i.live(r) {
+		if r := &i.records[n]; i.live(r, now) {
 			standing = append(standing, Live{HostInterface: i.linkOf(r), Link: r.link, IPs: r.IPs})
 		}
 	}
@@ -401,11 +407,11 @@ func (i *Inventory) Live() (standing []Live) {
 }
 
 // Dead are the records that the plugin may drop: their pod has been gone from the API for Grace, and their host interface
-// is gone from the node.
+// is gone from the node. Of those without one, the agent alone would say so, and the plugin takes no agent's word.
 func (i *Inventory) Dead(now time.Time) (dead []runtimedir.Key) {
 	for n := range i.records {
 		r := &i.records[n]
-		if !r.missingSince.IsZero() && now.Sub(r.missingSince) >= Grace && !i.live(r) {
+		if r.HostInterface != "" && !r.missingSince.IsZero() && now.Sub(r.missingSince) >= Grace && !i.linked(r) {
 			dead = append(dead, r.Key())
 		}
 	}

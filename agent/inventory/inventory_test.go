@@ -218,7 +218,7 @@ func TestLostRecords(t *testing.T) {
 	// With the API, nothing says that a sandbox without a link was deleted.
 	i = synced([]runtimedir.Attachment{one, bare}, inventory.Pod{PodID: id("default", "bare", "u3"), IPs: addr(3), CreatedAt: now})
 	i.SetRecords(runtimedir.File{Since: since(1)}, now)
-	if got, sandboxes := targetsOf(i, now), i.Sandboxes(); got != "one=10.0.0.1 bare=10.0.0.3" || !slices.Contains(sandboxes, addr(3)[0]) {
+	if got, sandboxes := targetsOf(i, now), i.Sandboxes(now); got != "one=10.0.0.1 bare=10.0.0.3" || !slices.Contains(sandboxes, addr(3)[0]) {
 		t.Errorf("with the API: targets %q, sandboxes %v", got, sandboxes)
 	}
 }
@@ -271,7 +271,7 @@ func TestLinks(t *testing.T) {
 				i.SetLinks(l)
 			}
 			got := ""
-			for _, s := range i.Live() {
+			for _, s := range i.Live(now) {
 				got = s.HostInterface
 			}
 			if got != test.want {

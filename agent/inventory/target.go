@@ -65,8 +65,8 @@ func Newer(a, b *Target) int {
 // is in another pod's record, or that DEL has taken, is stale. Of two records with one address the later ADD has it, also
 // where its pod has a newer sandbox: the address was free when it was given.
 func (i *Inventory) Targets(now time.Time) []Target {
-	primaries := i.primaries()
-	holder := i.holders()
+	primaries := i.primaries(now)
+	holder := i.holders(now)
 	var targets []Target
 	recorded := make([]bool, len(i.pods))
 	for _, p := range primaries {
@@ -102,7 +102,7 @@ func (i *Inventory) Targets(now time.Time) []Target {
 		}
 		targets = append(targets, target)
 	}
-	withdrawn := i.withdrawnNow()
+	withdrawn := i.withdrawnNow(now)
 	for n := range i.pods {
 		pod := &i.pods[n]
 		if recorded[n] {
@@ -132,7 +132,7 @@ type primary struct {
 }
 
 // primaries are those of all recorded pods, in the order of ADD.
-func (i *Inventory) primaries() []primary {
+func (i *Inventory) primaries(now time.Time) []primary {
 	type owner struct {
 		PodID
 		container string // where the pod has no UID
@@ -145,7 +145,7 @@ func (i *Inventory) primaries() []primary {
 	}
 	sandbox := map[owner]string{} // the container that was added last
 	for n := range i.records {
-		if r := &i.records[n]; i.live(r) {
+		if r := &i.records[n]; i.live(r, now) {
 			sandbox[ownerOf(r)] = r.ContainerID
 		}
 	}
@@ -153,7 +153,7 @@ func (i *Inventory) primaries() []primary {
 	for n := range i.records {
 		r := &i.records[n]
 		o := ownerOf(r)
-		if !i.live(r) || sandbox[o] != r.ContainerID {
+		if !i.live(r, now) || sandbox[o] != r.ContainerID {
 			continue
 		}
 		before, chosen := best[o]
@@ -182,10 +182,10 @@ func (i *Inventory) primaries() []primary {
 }
 
 // holders are the positions of the records that have an address of a primary interface.
-func (i *Inventory) holders() map[netip.Addr]int {
+func (i *Inventory) holders(now time.Time) map[netip.Addr]int {
 	holders := map[netip.Addr]int{}
 	for n := range i.records {
-		if r := &i.records[n]; i.live(r) && (r.IfName == primaryInterface || i.inPodIPs(r)) {
+		if r := &i.records[n]; i.live(r, now) && (r.IfName == primaryInterface || i.inPodIPs(r)) {
 			for _, ip := range r.IPs {
 				if before, held := holders[ip]; !held || i.records[before].ContainerID != r.ContainerID {
 					holders[ip] = n
@@ -212,10 +212,10 @@ func (i *Inventory) recordedFor(n int, pod PodID) string {
 
 // withdrawnNow is why an address that the API reports of a pod is not its own any more: DEL has taken it, or would have, because the link
 // of the sandbox is gone. Empty where it is.
-func (i *Inventory) withdrawnNow() func(pod *Pod, ip netip.Addr) string {
+func (i *Inventory) withdrawnNow(now time.Time) func(pod *Pod, ip netip.Addr) string {
 	fallen := map[PodID][]netip.Addr{}
 	for n := range i.records {
-		if r := &i.records[n]; !i.live(r) && r.UID != "" {
+		if r := &i.records[n]; !i.live(r, now) && r.UID != "" {
 			if pod, here := i.find(r); here {
 				fallen[pod.PodID] = append(fallen[pod.PodID], r.IPs...)
 			}

@@ -130,7 +130,7 @@ func TestWithdrawn(t *testing.T) {
 		{PodID: id("default", "other", "o"), IPs: addr(3), CreatedAt: now},
 	}
 	records := []runtimedir.Attachment{record(echo, 1), record(static, 2)}
-	sandboxes := func(i *inventory.Inventory) string { return fmt.Sprint(i.Sandboxes()) }
+	sandboxes := func(i *inventory.Inventory) string { return fmt.Sprint(i.Sandboxes(now)) }
 	i := synced(records, pods...)
 	want(t, "recorded", "static=10.0.0.2 echo=10.0.0.1 other=10.0.0.3", targetsOf(i, now))
 	want(t, "recorded: sandboxes", "[10.0.0.1 10.0.0.2 10.0.0.1 10.0.0.2 10.0.0.3]", sandboxes(i))
@@ -138,7 +138,7 @@ func TestWithdrawn(t *testing.T) {
 	i.SetLinks(map[string]int{"veth-static": 2})
 	want(t, "a link is gone", "static=10.0.0.2 echo other=10.0.0.3", targetsOf(i, now))
 	want(t, "a link is gone: sandboxes", "[10.0.0.2 10.0.0.1 10.0.0.2 10.0.0.3]", sandboxes(i))
-	if standing := i.Live(); len(standing) != 1 || standing[0].HostInterface != "veth-static" || standing[0].Link != 2 {
+	if standing := i.Live(now); len(standing) != 1 || standing[0].HostInterface != "veth-static" || standing[0].Link != 2 {
 		t.Errorf("standing %+v", standing)
 	}
 
@@ -231,6 +231,27 @@ func TestDead(t *testing.T) {
 	if got := dead(now.Add(time.Hour)); len(got) > 0 {
 		t.Errorf("the pod was there a moment ago: %v", got)
 	}
+	// Without a link, the API is the only witness. The plugin drops no record because an agent alone says so.
+	stands := func(at time.Time) bool { return slices.Contains(i.Sandboxes(at), addr(5)[0]) }
+	at := now.Add(2 * time.Hour)
+	if !stands(now.Add(inventory.Grace-1)) || stands(at) {
+		t.Errorf("the sandbox of bare stands before the time: %t, after: %t", stands(now.Add(inventory.Grace-1)), stands(at))
+	}
+	i.SetPods(inventory.View{Pods: listed, Synced: all}, at)
+	if !stands(at) {
+		t.Error("gone while the API cannot be asked")
+	}
+	i.SetPods(inventory.View{Pods: append(listed, inventory.Pod{PodID: id("default", "bare", "uid-bare")}), Synced: all, Current: all}, at)
+	if !stands(at) {
+		t.Error("gone although the API has the pod again")
+	}
+	i.SetPods(inventory.View{Pods: append(listed, inventory.Pod{PodID: id("default", "heir", "uid-heir"), IPs: addr(5)}), Synced: all, Current: all}, at)
+	if got := targetsOf(i, at.Add(inventory.Grace-1)); strings.Contains(got, "heir=") {
+		t.Errorf("two pods have one address: %s", got)
+	}
+	if got := targetsOf(i, at.Add(inventory.Grace)); !strings.Contains(got, "heir=10.0.0.5") {
+		t.Errorf("a dead record keeps the address from its heir: %s", got)
+	}
 	if i.Unlabelled() != 5 {
 		t.Errorf("%d without labels", i.Unlabelled())
 	}
@@ -256,7 +277,7 @@ func TestNewLink(t *testing.T) {
 	want(t, "the link is there", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
 	i.SetLinks(map[string]int{"renamed": 7, "veth-echo": 8})
 	want(t, "renamed, and another one has its name", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
-	if standing := i.Live(); standing[1].HostInterface != "renamed" {
+	if standing := i.Live(now); standing[1].HostInterface != "renamed" {
 		t.Errorf("standing %+v", standing)
 	}
 	i.SetLinks(map[string]int{"veth-echo": 8})
