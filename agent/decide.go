@@ -50,6 +50,7 @@ func (a *agent) decide(now time.Time) (next time.Duration) {
 	if a.services.inOrder == nil {
 		a.takeServices(claims, now)
 	}
+	next = a.pods.NextExpiry(now)
 	var standing map[netip.Addr]bool
 	explained := 0
 	for i, s := range a.services.inOrder {

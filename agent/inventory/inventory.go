@@ -418,6 +418,22 @@ func (i *Inventory) Dead(now time.Time) (dead []runtimedir.Key) {
 	return dead
 }
 
+// NextExpiry is when the Grace of a record next ends, from now (0: never): then Targets, Sandboxes and Dead change by time alone.
+func (i *Inventory) NextExpiry(now time.Time) (next time.Duration) {
+	for n := range i.records {
+		r := &i.records[n]
+		if !i.missing(r) {
+			continue
+		}
+		for _, since := range []time.Time{r.seenAt, r.missingSince} {
+			if wait := since.Add(Grace).Sub(now); wait > 0 && (next == 0 || wait < next) {
+				next = wait
+			}
+		}
+	}
+	return next
+}
+
 // Lost are the records that count although they were lost with the state file.
 func (i *Inventory) Lost() (lost []runtimedir.Attachment) {
 	for n := range i.records {
