@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -35,6 +36,8 @@ type observed struct {
 	// config is what is loaded, and rules are what is in the kernel.
 	config atomic.Pointer[string]
 	rules  *nftables.Fake
+	// pollInterval is 5s where empty.
+	pollInterval string
 }
 
 type seen struct {
@@ -83,7 +86,7 @@ func (noNode) AddLocalRoute(node.LocalRoute) error                  { return nil
 func (noNode) RemoveLocalRoute(node.LocalRoute) error               { return nil }
 
 func (o *observed) start() {
-	text := "name: a\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
+	text := "name: a\npollInterval: " + cmp.Or(o.pollInterval, "5s") + "\nmagicIPs:\n- {ipAddress: 169.254.210.210, namespace: default, selector: app=echo, ports: [{port: 80}]}\n"
 	o.config.Store(&text)
 	o.rules = nftables.NewFake("a")
 	ctx, cancel := context.WithCancel(context.Background())
@@ -170,6 +173,49 @@ func TestObservers(t *testing.T) {
 		o.start()
 		if again := o.take().statuses; len(again) == 0 || again[0][0] == nil || again[0][0].Notes[0] != "two" {
 			t.Errorf("after a restart: %+v", again)
+		}
+		if err := o.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// TestErrorBetweenPolls: an error of files stands in the status for as long as it is true, whatever the poll interval is.
+func TestErrorBetweenPolls(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := &observed{dir: runtimedir.New(t.TempDir()), pollInterval: "1h"}
+		o.setNote("one")
+		o.start()
+		lastError := func() string {
+			t.Helper()
+			synctest.Wait()
+			status, err := o.dir.Agent("a").ReadStatus()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return status.LastError
+		}
+		other := o.dir.Agent("other")
+		if err := other.WriteClaims(nil); err != nil {
+			t.Fatal(err)
+		}
+		o.wake(Others)
+		synctest.Wait()
+		claims := filepath.Join(filepath.Dir(other.StatusPath()), "claims.json")
+		if err := os.WriteFile(claims, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		o.wake(Others)
+		if text := lastError(); !strings.Contains(text, "agent other") {
+			t.Errorf("claims that cannot be read: the error is %q", text)
+		}
+		if err := other.WriteClaims(nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if text := lastError(); text != "" {
+			t.Errorf("claims that can be read again: the error is %q", text)
 		}
 		if err := o.stop(); err != nil {
 			t.Fatal(err)

@@ -105,7 +105,7 @@ func (a *agent) read(ctx context.Context, changed Source, now time.Time) (news b
 		a.pods.SetOwnAddresses(s.network.Addresses)
 	}
 	if changed&(Others|Poll) != 0 || len(s.othersErrs) > 0 {
-		news = a.readOthers()
+		news = a.readOthers() || len(s.othersErrs) > 0 // an error is to be reported, and tried again
 	}
 	if changed&(DataPlane|Network|Poll|Settings) != 0 || s.ciliumErr != nil {
 		a.readDataPlane()
