@@ -338,7 +338,11 @@ func (a *agent) pass(ctx context.Context, changed Source) (next time.Duration, o
 		next = soonest(soonest(next, pause), a.kernel.apply(ctx, a.wanted, changed, damaged, now))
 	}
 	a.report(append(a.problems(), waits...))
+	failing := len(a.files.problems())
 	a.files.publish(now, changed&Poll != 0, waits)
+	if len(a.files.problems()) < failing {
+		next = soonest(next, minBackoff) // the status that was just written reports one that is over
+	}
 	if changed&Poll != 0 {
 		a.Meter.Polled()
 	}

@@ -217,6 +217,20 @@ func TestErrorBetweenPolls(t *testing.T) {
 		if text := lastError(); text != "" {
 			t.Errorf("claims that can be read again: the error is %q", text)
 		}
+		// A directory in place of the file keeps it from being written.
+		path := o.dir.Agent("a").StatusPath()
+		if err := errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "full"), 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		o.setNote("two")
+		time.Sleep(time.Second)
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if text := lastError(); text != "" {
+			t.Errorf("a file that can be written again: the error is %q", text)
+		}
 		if err := o.stop(); err != nil {
 			t.Fatal(err)
 		}
