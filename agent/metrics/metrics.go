@@ -71,7 +71,9 @@ type Metrics struct {
 	hash     string // of the configuration
 	// uncounted is why connections could not be counted last; empty where they could.
 	uncounted string
-	log       []byte // the plugin's, as read last; nil before
+
+	logMu sync.Mutex // held while the plugin's log is read and compared
+	log   []byte     // as read last; nil before
 }
 
 // buckets are those of durations in seconds: a change of the rules takes from 0.2 ms on.
@@ -155,12 +157,12 @@ func (m *Metrics) Configured(hash string, err error) {
 // readLog counts the lines that the plugin's log has had since it was read last. Lines of a log that was replaced twice meanwhile
 // are not counted.
 func (m *Metrics) readLog() {
+	m.logMu.Lock()
+	defer m.logMu.Unlock()
 	now, err := runtimedir.New(m.RuntimeDir).ReadLog()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return // status and doctor show it
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	before := m.log
 	m.log = append([]byte{}, now...)
 	if before == nil {

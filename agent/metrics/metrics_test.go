@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -184,6 +185,37 @@ magic_ip_targets{state="ready"} 3
 magic_ip_targets{state="terminating"} 1`
 	if diff := cmp.Diff(want, scrape(t, m)); diff != "" {
 		t.Errorf("metrics (-want +got):\n%s", diff)
+	}
+}
+
+// TestPluginLogAtOnce: requests at once count each line of the plugin's log once.
+func TestPluginLogAtOnce(t *testing.T) {
+	dir := runtimedir.New(t.TempDir())
+	m := New(Options{RuntimeDir: dir.Path(), Name: "a", Log: slog.New(slog.DiscardHandler)})
+	if err := os.MkdirAll(filepath.Dir(dir.LogPath()), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const lines = 2000
+	var written atomic.Bool
+	var readers sync.WaitGroup
+	for range 3 {
+		readers.Go(func() {
+			for !written.Load() {
+				m.readLog()
+			}
+		})
+	}
+	for range lines {
+		if err := dir.Log([]byte("time=2026-01-31T12:00:00Z level=WARN msg=x\n")); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	written.Store(true)
+	readers.Wait()
+	m.readLog()
+	if got := testutil.ToFloat64(m.pluginLog.WithLabelValues("warn")); got != lines {
+		t.Errorf("%v lines counted of %d", got, lines)
 	}
 }
 
