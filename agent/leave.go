@@ -151,7 +151,7 @@ func (a *agent) endRoutes() error {
 }
 
 // endFlows deletes the flows that the rules have translated: a datagram must not find its old way for as long as its client keeps the flow
-// alive. Established TCP may finish.
+// alive. Established connections and associations may finish.
 func (a *agent) endFlows(ctx context.Context) error {
 	k := &a.kernel
 	none, change := &plan.Plan{}, plan.Change{Removed: k.restored} // which sandboxes are live is not known

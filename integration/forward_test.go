@@ -117,13 +117,55 @@ func TestSCTP(t *testing.T) {
 		w.addClient()
 		w.addTarget("echo")
 		for _, six := range []bool{false, true} {
-			err := w.associate("client", "echo", magic(six))
+			a, err := w.associate("client", "echo", magic(six))
+			a.Close()
 			w.note(sctpSocket, six, err)
 			if err != nil {
 				err = w.initiate("client", "echo", magic(six), true)
 			}
 			w.note(sctpInit, six, err)
 			w.note(sctpInit, six, w.initiate("client", "echo", netip.AddrPortFrom(magic(six).Addr(), port+1), false))
+		}
+	})
+}
+
+// TestSCTPMoves: an association stays with its endpoint when another becomes that, and its client is answered when the sandbox is gone:
+// where the magic IP is an address of the node, and where it is not.
+func TestSCTPMoves(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, dataPlane := range []string{"auto", "netfilter"} {
+			t.Run(dataPlane, func(t *testing.T) {
+				t.Parallel()
+				conf := string(configOf(agentName, entry(plain, "ports: [{port: 8080, protocol: sctp}]")))
+				w := serving(t, backend, "bridge", []byte("dataPlane: "+dataPlane+"\n"+conf))
+				w.addClient()
+				w.addTarget("old")
+				associations, byHand := map[bool]association{}, map[bool]*crafted{}
+				for _, six := range []bool{false, true} {
+					a, err := w.associate("client", "old", magic(six))
+					defer a.Close()
+					if errors.Is(err, noSCTP) {
+						byHand[six], err = w.craft("client", "old", magic(six))
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					associations[six] = a
+				}
+				w.addPod("bridge", target("new"))
+				w.awaitEndpoint("new")
+				for six, a := range associations {
+					if c := byHand[six]; c != nil {
+						w.note(sctpStays, six, errors.Join(c.sends(t, sctpChunkData, craftedServerTag), c.answers(t, sctpChunkData)))
+					} else {
+						w.note(sctpStays, six, errors.Join(a.carries(a.client, a.server), a.carries(a.server, a.client)))
+					}
+				}
+				w.delTarget("old")
+				for six, c := range byHand {
+					w.note(sctpStays, six, lab.Eventually(patience(t), c.refused))
+				}
+			})
 		}
 	})
 }

@@ -56,6 +56,7 @@ const (
 	evenSpread    = "distribution random: even over 3 targets"
 	sctpInit      = "SCTP, crafted INIT: served, other port refused"
 	sctpSocket    = "SCTP, association between sockets: served"
+	sctpStays     = "SCTP association: stays while its sandbox stands"
 	awayUplink    = "uplink without its default route: dropped"
 	strayDefault  = "pod's link with a default route: served"
 	otherNetworks = "link to another network, any default route: dropped"
@@ -97,7 +98,7 @@ var rows = []row{
 	{nonePod, onEveryKind}, {noneHost, onEveryKind}, {noneUplink, onEveryKind}, {nonePass, onEveryKind},
 	{noneHold, onBridge}, {noneHoldOver, onBridge},
 	{manyPorts, onBridge}, {twoProtocols, onBridge}, {twoPods, onBridge}, {evenSpread, onBridge},
-	{sctpInit, onBridge}, {sctpSocket, onBridge},
+	{sctpInit, onBridge}, {sctpSocket, onBridge}, {sctpStays, onBridge},
 	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
 	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge}, {isolatedPorts, onBridge},
 	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},

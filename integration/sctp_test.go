@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,9 +16,26 @@ import (
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
 )
 
+// association is one between sockets of the kernel: what each side reads and writes.
+type association struct{ client, server int }
+
+func (a association) Close() { _ = errors.Join(unix.Close(a.client), unix.Close(a.server)) }
+
+// carries sends a word from one side to the other.
+func (association) carries(from, to int) error {
+	if _, err := unix.Write(from, []byte("word")); err != nil {
+		return err
+	}
+	buffer := make([]byte, 16)
+	if n, err := unix.Read(to, buffer); err != nil || string(buffer[:n]) != "word" {
+		return fmt.Errorf("sctp read: %q, %w", buffer[:max(n, 0)], err)
+	}
+	return nil
+}
+
 // associate makes an SCTP association from one network namespace to an address that leads to a socket in
 // another, and carries a word from there to here. The error is noSCTP where the kernel has no such sockets.
-func (w *world) associate(from, to string, address netip.AddrPort) error {
+func (w *world) associate(from, to string, address netip.AddrPort) (association, error) {
 	family, here := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: port})
 	there := unix.Sockaddr(&unix.SockaddrInet4{Port: int(address.Port())})
 	if address.Addr().Is6() {
@@ -40,45 +58,39 @@ func (w *world) associate(from, to string, address netip.AddrPort) error {
 		}
 		return fd, err
 	}
-	server, err := socket(to)
+	none := association{client: -1, server: -1}
+	listener, err := socket(to)
 	if err != nil {
-		return err
+		return none, err
 	}
-	defer func() { _ = unix.Close(server) }()
+	defer func() { _ = unix.Close(listener) }()
 	client, err := socket(from)
 	if err != nil {
-		return err
+		return none, err
 	}
-	defer func() { _ = unix.Close(client) }()
-	if err := errors.Join(unix.Bind(server, here), unix.Listen(server, 1)); err != nil {
-		return err
+	a := association{client: client, server: -1}
+	if err := errors.Join(unix.Bind(listener, here), unix.Listen(listener, 1)); err != nil {
+		return a, err
 	}
 	if err := unix.Connect(client, there); err != nil {
-		return fmt.Errorf("sctp connect to %s: %w", address, err)
+		return a, fmt.Errorf("sctp connect to %s: %w", address, err)
 	}
-	accepted, _, err := unix.Accept(server)
-	if err != nil {
-		return fmt.Errorf("sctp accept: %w", err)
+	if a.server, _, err = unix.Accept(listener); err != nil {
+		return a, fmt.Errorf("sctp accept: %w", err)
 	}
-	defer func() { _ = unix.Close(accepted) }()
-	if _, err := unix.Write(accepted, []byte("word")); err != nil {
-		return err
-	}
-	buffer := make([]byte, 16)
-	if n, err := unix.Read(client, buffer); err != nil || string(buffer[:n]) != "word" {
-		return fmt.Errorf("sctp read from %s: %q, %w", address, buffer[:max(n, 0)], err)
-	}
-	return nil
+	return a, a.carries(a.server, a.client)
 }
 
-// The chunks of RFC 9260, section 3.3, that begin an association.
+// The chunks of RFC 9260, section 3.3, that begin an association, and what it carries.
 const (
-	sctpChunkInit    = 1
-	sctpChunkInitAck = 2
+	sctpChunkData       = 0
+	sctpChunkInit       = 1
+	sctpChunkInitAck    = 2
+	sctpChunkCookieEcho = 10
+	sctpChunkCookieAck  = 11
 )
 
-// sctpPacket is a packet with one INIT or INIT ACK chunk (RFC 9260, sections 3.1 and 3.3.2), as far as
-// conntrack looks at it.
+// sctpPacket is a packet with one chunk, such as INIT (RFC 9260, sections 3.1 and 3.3.2), as far as conntrack looks at it.
 func sctpPacket(chunk byte, from, to uint16, verification, initiate uint32) []byte {
 	p := make([]byte, 12+20)
 	binary.BigEndian.PutUint16(p, from)
@@ -152,4 +164,104 @@ func (w *world) initiate(from, to string, address netip.AddrPort, served bool) e
 		return fmt.Errorf("the client got % x", buffer[:size])
 	}
 	return nil
+}
+
+// crafted is an SCTP association made by hand, with a raw socket at each end.
+type crafted struct {
+	client *net.IPConn
+	server net.PacketConn
+	peer   net.Addr // the client, as the server sees it
+	to     uint16
+}
+
+const (
+	craftedPort, craftedClientTag, craftedServerTag = 40001, 0x1234, 0x5678
+)
+
+// craft makes an association from one network namespace to an address that leads to another.
+func (w *world) craft(from, to string, address netip.AddrPort) (c *crafted, err error) {
+	network, local := "ip4:132", "0.0.0.0"
+	if address.Addr().Is6() {
+		network, local = "ip6:132", "::"
+	}
+	c = &crafted{to: address.Port()}
+	if c.server, err = w.ListenPacket(to, network, local); err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(func() { _ = c.server.Close() })
+	dialled, err := w.Dial(from)(w.t.Context(), network, address.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(func() { _ = dialled.Close() })
+	c.client = dialled.(*net.IPConn)
+	for _, step := range []func() error{
+		func() error { return c.sends(w.t, sctpChunkInit, 0) },
+		func() error { return c.answers(w.t, sctpChunkInitAck) },
+		func() error { return c.sends(w.t, sctpChunkCookieEcho, craftedServerTag) },
+		func() error { return c.answers(w.t, sctpChunkCookieAck) },
+		func() error { return c.sends(w.t, sctpChunkData, craftedServerTag) },
+	} {
+		if err := step(); err != nil {
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// sends says what is wrong unless a chunk of the client reaches the server.
+func (c *crafted) sends(t *testing.T, chunk byte, tag uint32) error {
+	if _, err := c.client.Write(sctpPacket(chunk, craftedPort, c.to, tag, craftedClientTag)); err != nil {
+		return err
+	}
+	peer, err := sctpArrives(t, c.server, chunk)
+	if err == nil {
+		c.peer = peer
+	}
+	return err
+}
+
+// answers says what is wrong unless a chunk of the server reaches the client.
+func (c *crafted) answers(t *testing.T, chunk byte) error {
+	if _, err := c.server.WriteTo(sctpPacket(chunk, port, craftedPort, craftedClientTag, craftedServerTag), c.peer); err != nil {
+		return err
+	}
+	_, err := sctpArrives(t, c.client, chunk)
+	return err
+}
+
+// refused says what is wrong unless the node answers the client's data: by an ICMP error, since this kernel has no SCTP.
+func (c *crafted) refused() error {
+	_, err := c.client.Write(sctpPacket(sctpChunkData, craftedPort, c.to, craftedServerTag, craftedClientTag))
+	if err == nil {
+		if err := c.client.SetReadDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+			return err
+		}
+		_, err = c.client.Read(make([]byte, 1500))
+	}
+	for _, refusal := range []error{unix.ENOPROTOOPT, unix.EPROTO, unix.ECONNREFUSED} {
+		if errors.Is(err, refusal) {
+			return nil
+		}
+	}
+	return fmt.Errorf("data of an association that is gone: %w", err)
+}
+
+// sctpArrives waits for a packet with this chunk.
+func sctpArrives(t *testing.T, at net.PacketConn, chunk byte) (peer net.Addr, err error) {
+	limit, cancel := lab.Patience(t.Context(), 2*time.Second)
+	defer cancel()
+	if err := at.SetDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(limit, func() { _ = at.SetDeadline(time.Unix(1, 0)) })()
+	for buffer := make([]byte, 1500); ; {
+		n, peer, err := at.ReadFrom(buffer)
+		if err != nil || n > 12 && buffer[12] == chunk {
+			if err != nil {
+				err = fmt.Errorf("no chunk %d arrived: %w", chunk, err)
+			}
+			return peer, err
+		}
+	}
 }

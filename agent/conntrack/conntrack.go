@@ -28,6 +28,7 @@ const (
 	ctaFilterReplyFlags = 2
 	ctaStatusMask       = 26
 	ctaTupleZone        = 3      // CTA_TUPLE_ZONE of enum ctattr_tuple
+	ctaProtoinfoSCTP    = 3      // CTA_PROTOINFO_SCTP of enum ctattr_protoinfo
 	ipsSeenReply        = 1 << 1 // IPS_SEEN_REPLY
 	ipsDstNAT           = 1 << 5 // IPS_DST_NAT
 
@@ -36,6 +37,14 @@ const (
 	filterProtocol      = 1 << 3
 	filterSourcePort    = 1 << 4
 	filterPort          = 1 << 5
+)
+
+// The state of an SCTP entry (enum ctattr_protoinfo_sctp), and those in which there is no association (enum sctp_conntrack).
+const (
+	ctaProtoinfoSCTPState = 1
+	sctpClosed            = 1
+	sctpCookieWait        = 2
+	sctpHeartbeatSent     = 8
 )
 
 // mostFilteredDumps is where one unfiltered dump gets cheaper than a filtered one per frontend: each
@@ -92,7 +101,7 @@ func (s *sweep) run(ctx context.Context) (err error) {
 		return err
 	}
 	// What waits the least comes first: each datagram is lost until its flow is gone, and the next segment of an
-	// established connection too; a SYN comes again after a second.
+	// established connection too; a SYN comes again after a second. Of SCTP, the status of a flow does not say whether it is half-open.
 	for _, f := range datagrams {
 		err = errors.Join(err, s.dump(ctx, family(f.Address), frontendFilter(f)...))
 	}
@@ -175,7 +184,7 @@ func (Table) Count(frontends []plan.Frontend) (map[plan.Frontend]int, error) {
 	for family := range families {
 		err := each(nil, family, statusFilter(ipsDstNAT, ipsDstNAT), func(flow plan.Flow, _ []byte) {
 			f := plan.Frontend{Address: flow.Destination.Addr(), Protocol: flow.Protocol, Port: flow.Destination.Port()}
-			if _, wanted := counts[f]; wanted && flow.Server != flow.Destination && !flow.SynSent && !flow.Closed {
+			if _, wanted := counts[f]; wanted && flow.Server != flow.Destination && !(flow.Protocol == plan.TCP && flow.HalfOpen) && !flow.Closed {
 				counts[f]++
 			}
 		})
@@ -322,9 +331,7 @@ func parseFlow(message []byte) (flow plan.Flow, err error) {
 		case nl.CTA_ZONE:
 			flow.OtherZone = true
 		case nl.CTA_PROTOINFO:
-			var state byte
-			state, err = parseState(value)
-			flow.SynSent, flow.Closed = state == nl.TCP_CONNTRACK_SYN_SENT, state == nl.TCP_CONNTRACK_TIME_WAIT
+			flow.HalfOpen, flow.Closed, err = parseState(value)
 		}
 		return err
 	})
@@ -368,20 +375,21 @@ func parseTuple(tuple []byte) (source, destination netip.AddrPort, protocol plan
 	return netip.AddrPortFrom(addresses[0], ports[0]), netip.AddrPortFrom(addresses[1], ports[1]), protocol, zone, err
 }
 
-// parseState is the TCP state of an entry (enum tcp_conntrack), 0 of another protocol.
-func parseState(info []byte) (state byte, err error) {
-	err = attributes(info, func(kind int, part []byte) error {
-		if kind != nl.CTA_PROTOINFO_TCP {
-			return nil
-		}
+// parseState reads the state of a TCP or SCTP entry.
+func parseState(info []byte) (halfOpen, closed bool, err error) {
+	err = attributes(info, func(protocol int, part []byte) error {
 		return attributes(part, func(kind int, value []byte) error {
-			if kind == nl.CTA_PROTOINFO_TCP_STATE && len(value) >= 1 {
-				state = value[0]
+			switch {
+			case len(value) < 1:
+			case protocol == nl.CTA_PROTOINFO_TCP && kind == nl.CTA_PROTOINFO_TCP_STATE:
+				halfOpen, closed = value[0] == nl.TCP_CONNTRACK_SYN_SENT, value[0] == nl.TCP_CONNTRACK_TIME_WAIT
+			case protocol == ctaProtoinfoSCTP && kind == ctaProtoinfoSCTPState:
+				halfOpen = slices.Contains([]byte{sctpClosed, sctpCookieWait, sctpHeartbeatSent}, value[0])
 			}
 			return nil
 		})
 	})
-	return state, err
+	return halfOpen, closed, err
 }
 
 // attributes calls f for each netlink attribute in data, without the flags of its type.

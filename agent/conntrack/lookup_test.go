@@ -40,7 +40,7 @@ func TestLookup(t *testing.T) {
 		if !found {
 			continue
 		}
-		if e.Source != source || e.Destination != destination || e.ReplyTo != source || e.Server.String() != test.server || e.Replied != test.replied || e.SynSent != test.halfOpen {
+		if e.Source != source || e.Destination != destination || e.ReplyTo != source || e.Server.String() != test.server || e.Replied != test.replied || e.HalfOpen != test.halfOpen {
 			t.Errorf("%+v: got %+v", test, e)
 		}
 		for range 2 { // the second time it is gone

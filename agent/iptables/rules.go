@@ -367,6 +367,17 @@ func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 			// It may be of a connection whose flow was deleted: only a reset spares its client a timeout.
 			b.add(chain, match(rule), in, "--tcp-flags RST NONE -m conntrack --ctstate INVALID", note, "-g", b.prefix+rejected)
 		}
+		if rule.Protocol == plan.SCTP {
+			// It is of an association whose flow was deleted. The node's SCTP aborts it, or the node has none and says so; what would be
+			// forwarded is answered by an ICMP error that ends it where its client heeds that (RFC 9260, section 10). IPv6 has its error for a protocol
+			// (a parameter problem), but REJECT has not.
+			answer := "icmp-proto-unreachable"
+			if b.family == plan.IPv6 {
+				answer = "icmp6-port-unreachable"
+			}
+			b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID -m addrtype --dst-type LOCAL", note, "-j RETURN")
+			b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j REJECT --reject-with", answer)
+		}
 		// conntrack does not translate a segment that it calls invalid. A reset would end a live flow.
 		b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j DROP")
 		b.add(chain, match(rule), in, note, "-g", b.prefix+held)

@@ -117,7 +117,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			)},
 		// What comes in by the loopback is of processes of the node: the postrouting chain has seen it.
 		{name: "filter-input", kind: knftables.FilterType, hook: knftables.InputHook, priority: beforeFilter,
-			rules: rules(rule(`iifname != "lo"`, to, "goto untranslated"))},
+			rules: rules(rule(`iifname != "lo"`, to, "goto untranslated-input"))},
 		{name: "filter-postrouting", kind: knftables.FilterType, hook: knftables.PostroutingHook, priority: beforeSNAT,
 			rules: rules(
 				"iif != 0 accept", // forwarded, so the forward chain has seen it
@@ -224,6 +224,11 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(excluded, "fib saddr . iif oif missing drop"),
 			"goto untranslated",
 		)},
+		{name: "untranslated-input", rules: []string{
+			// The node's SCTP aborts the association, which it does not know, or the node has none and says so.
+			"meta l4proto sctp ct state invalid accept",
+			"goto untranslated",
+		}},
 		{name: "untranslated", rules: rules(
 			frontendKey(ip)+" @passed accept",
 			rule(excluded, "accept"),
@@ -254,9 +259,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			c.rules = []string{"drop"}
 		case c.name == "invalid" && p.StrictTCP:
 			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
-			c.rules = []string{"tcp flags & rst == 0 goto " + rejectChain, "drop"}
+			c.rules = []string{noAssociation(family), "tcp flags & rst == 0 goto " + rejectChain, "drop"}
 		case c.name == "invalid":
-			c.rules = []string{"drop"}
+			c.rules = []string{noAssociation(family), "drop"}
 		}
 	}
 	for i, clients := range p.Clients {
@@ -265,6 +270,15 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		}
 	}
 	return all
+}
+
+// noAssociation answers what conntrack calls invalid of an SCTP association whose flow was deleted: an ICMP error ends it where its
+// client heeds that (RFC 9260, section 10). IPv6 has its error for a protocol (a parameter problem), but reject has not.
+func noAssociation(family plan.Family) string {
+	if family == plan.IPv6 {
+		return "meta l4proto sctp reject"
+	}
+	return "meta l4proto sctp reject with icmp type prot-unreachable"
 }
 
 // zoneChains put the datagrams of clients into the zone of the present endpoint. When that changes, the next datagram belongs to no

@@ -15,8 +15,9 @@ type Flow struct {
 	Server netip.AddrPort
 	// ReplyTo is the destination of the reply direction: the client, or the node where the flow is masqueraded.
 	ReplyTo netip.Addr
-	// SynSent: TCP, and nothing has come back yet (TCP_CONNTRACK_SYN_SENT).
-	SynSent bool
+	// HalfOpen: there is no connection. TCP, and nothing has come back yet (TCP_CONNTRACK_SYN_SENT); or SCTP, and no association has been made
+	// or it is over (SCTP_CONNTRACK_COOKIE_WAIT, HEARTBEAT_SENT, CLOSED): what the client sends to begin one goes where the flow leads.
+	HalfOpen bool
 	// Closed: TCP, and both ends are through with it (TCP_CONNTRACK_TIME_WAIT).
 	Closed bool
 	// Zone is that of the original direction alone, 0 for none.
@@ -29,13 +30,14 @@ type Flow struct {
 // rejected, at once.
 //
 //   - A flow to a present endpoint stays.
-//   - UDP and SCTP sockets know nothing of a vanished peer and would feed a dead flow for ever: they go.
+//   - UDP sockets know nothing of a vanished peer and would feed a dead flow for ever: they go.
 //   - A flow in another zone than its frontend's gets nothing from its client any more: what the client sends makes a flow in the
 //     zone of the present endpoint. It stays, so that the answers that its server still owes are translated back, for as long as
 //     the sandbox of the server is live.
-//   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes.
+//   - A half-open TCP flow would have its retransmitted SYN sent where the first one went: it goes. So does one of SCTP with its INIT.
 //   - An established TCP flow stays for as long as the sandbox that serves it is live, so that a
-//     terminating pod can finish its work; afterwards only a reset saves its client from a time-out.
+//     terminating pod can finish its work; afterwards only a reset saves its client from a time-out. An association of SCTP stays too:
+//     the present endpoint does not know it, and conntrack calls its DATA invalid once the flow is deleted (sctp_new).
 //   - A closed TCP flow stays: nobody waits for it, a SYN that uses its ports again begins it anew (nf_conntrack_tcp_packet),
 //     and of clients with a connection for each request there are more of them than of all others.
 //   - Flows that are exempt on purpose stay, and what a removed frontend never translated.
@@ -73,7 +75,7 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 		return false
 	}
 	left := p.Zones && ours && f.Server != f.Destination && f.Zone != rule.Zone && !f.OtherZone
-	if f.Protocol != TCP && !left || f.SynSent {
+	if f.Protocol == UDP && !left || f.HalfOpen {
 		return true
 	}
 	server := f.Server.Addr()

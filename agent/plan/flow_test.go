@@ -33,6 +33,7 @@ func example(settled bool) plan.Plan {
 			service("169.254.210.211", plan.UDP, plan.Reject),
 			service("169.254.210.212", plan.UDP, plan.Pass),
 			quiet,
+			service("169.254.210.214", plan.SCTP, plan.Reject, "10.0.0.2:8080"),
 		},
 		HostAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.2")},
 		Sandboxes:     []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")},
@@ -55,7 +56,7 @@ func TestStale(t *testing.T) {
 		source      string
 		destination string
 		server      string
-		synSent     bool
+		halfOpen    bool
 		closed      bool
 		unsettled   bool
 		want        bool
@@ -73,13 +74,20 @@ func TestStale(t *testing.T) {
 		{name: "UDP that passes", protocol: plan.UDP, destination: "169.254.210.212:80", server: "169.254.210.212:80"},
 		{name: "UDP to nobody's port", protocol: plan.UDP, destination: "169.254.210.210:81", server: "10.0.0.3:8080"},
 		{name: "UDP to the endpoint's own address", protocol: plan.UDP, destination: "10.0.0.3:8080", server: "10.0.0.3:8080"},
-		{name: "half-open TCP to a former endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.3:8080", synSent: true, want: true},
-		{name: "half-open TCP to the endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.2:8080", synSent: true},
+		{name: "half-open TCP to a former endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.3:8080", halfOpen: true, want: true},
+		{name: "half-open TCP to the endpoint", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.2:8080", halfOpen: true},
 		{name: "established TCP, the sandbox stands", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.3:8080"},
 		{name: "established TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", want: true},
 		{name: "the same without an endpoint", protocol: plan.TCP, destination: "169.254.210.211:80", server: "10.0.0.4:8080", want: true},
 		{name: "the same, but not every source has spoken", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", unsettled: true},
 		{name: "nor has it to, where the sandbox was seen to go", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.5:8080", unsettled: true, want: true},
+		{name: "established SCTP to the endpoint", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.2:8080"},
+		{name: "established SCTP, the sandbox stands", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.3:8080"},
+		{name: "established SCTP, the sandbox is gone", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.4:8080", want: true},
+		{name: "established SCTP, not every source is synced", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.4:8080", unsettled: true},
+		{name: "half-open SCTP to a former endpoint", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.3:8080", halfOpen: true, want: true},
+		{name: "half-open SCTP to the endpoint", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "10.0.0.2:8080", halfOpen: true},
+		{name: "SCTP that was not translated", protocol: plan.SCTP, destination: "169.254.210.214:80", server: "169.254.210.214:80", want: true},
 		{name: "closed TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", closed: true},
 		{name: "TCP that was not translated", protocol: plan.TCP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
 		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
@@ -98,7 +106,7 @@ func TestStale(t *testing.T) {
 				tt.source = "10.0.0.9:999"
 			}
 			flow := plan.Flow{
-				Protocol: tt.protocol, SynSent: tt.synSent, Closed: tt.closed, Source: netip.MustParseAddrPort(tt.source),
+				Protocol: tt.protocol, HalfOpen: tt.halfOpen, Closed: tt.closed, Source: netip.MustParseAddrPort(tt.source),
 				Destination: netip.MustParseAddrPort(tt.destination), Server: netip.MustParseAddrPort(tt.server),
 			}
 			if got := p.Stale(flow, removed); got != tt.want {
@@ -113,6 +121,7 @@ func TestSince(t *testing.T) {
 	all := []plan.Frontend{
 		frontend("169.254.210.210", plan.TCP), frontend("169.254.210.210", plan.UDP), frontend("169.254.210.211", plan.TCP),
 		frontend("169.254.210.211", plan.UDP), frontend("169.254.210.212", plan.UDP), frontend("169.254.210.213", plan.TCP),
+		frontend("169.254.210.214", plan.SCTP),
 	}
 	nothing := plan.Build(plan.Input{Synced: true})
 	for _, tt := range []struct {
