@@ -40,7 +40,7 @@ type Flow struct {
 //     the present endpoint does not know it, and conntrack calls its DATA invalid once the flow is deleted (sctp_new).
 //   - A closed TCP flow stays: nobody waits for it, a SYN that uses its ports again begins it anew (nf_conntrack_tcp_packet),
 //     and of clients with a connection for each request there are more of them than of all others.
-//   - Flows that are exempt on purpose stay, and what a removed frontend never translated.
+//   - Flows that are exempt on purpose stay, also where another tool has translated them, and what a removed frontend never translated.
 //   - A flow between two pods of a bridge whose frames have ceased to pass netfilter goes: its replies are no longer translated
 //     back. The next one is masqueraded. The same holds for all flows of pods where the data plane has become one whose replies bypass
 //     netfilter.
@@ -73,6 +73,8 @@ func (p *Plan) Stale(f Flow, change Change) bool {
 		return true
 	case slices.Contains(rule.Endpoints, f.Server):
 		return false
+	case ours && p.exempt(rule, f.Source.Addr()) && !contains(p.Servers, f.Server.Addr()) && !slices.Contains(change.Gone, f.Server.Addr()):
+		return false // another tool has translated it
 	}
 	left := p.Zones && ours && f.Server != f.Destination && f.Zone != rule.Zone && !f.OtherZone
 	if f.Protocol == UDP && !left || f.HalfOpen {

@@ -91,6 +91,11 @@ func TestStale(t *testing.T) {
 		{name: "closed TCP, the sandbox is gone", protocol: plan.TCP, destination: "169.254.210.210:80", server: "10.0.0.4:8080", closed: true},
 		{name: "TCP that was not translated", protocol: plan.TCP, destination: "169.254.210.210:80", server: "169.254.210.210:80", want: true},
 		{name: "the host's, where it is no client", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
+		{name: "the host's, where it is no client, by another tool", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "10.9.9.9:80"},
+		{name: "the same half-open", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "10.9.9.9:80", halfOpen: true},
+		{name: "the same to a sandbox that is gone", protocol: plan.TCP, source: "192.0.2.2:999", destination: "169.254.210.213:80", server: "10.0.0.5:80", want: true},
+		{name: "the target's own, by another tool", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "10.9.9.9:80"},
+		{name: "a client's, by another tool", protocol: plan.TCP, destination: "169.254.210.213:80", server: "10.9.9.9:80", want: true},
 		{name: "the target's own, left alone", protocol: plan.TCP, source: "10.0.0.2:999", destination: "169.254.210.213:80", server: "169.254.210.213:80"},
 		{name: "a client's, not translated there", protocol: plan.TCP, destination: "169.254.210.213:80", server: "169.254.210.213:80", want: true},
 		{name: "an answer on its way made a flow", protocol: plan.UDP, source: "169.254.210.211:80", destination: "10.0.0.9:999", server: "10.0.0.9:999", want: true},
@@ -184,6 +189,20 @@ func TestBypassed(t *testing.T) {
 		if got := now.Stale(flow, change); got != tt.want {
 			t.Errorf("%s: stale %v, want %v", tt.name, got, tt.want)
 		}
+	}
+}
+
+// TestExemptBefore: a flow of a client that is exempt by now, and that the rules of before have translated, ends as those of others do.
+func TestExemptBefore(t *testing.T) {
+	before, now := example(true), example(true)
+	before.Servers = []netip.Addr{netip.MustParseAddr("10.0.0.3")}
+	now.Inherit(&before)
+	flow := plan.Flow{
+		Protocol: plan.TCP, Source: netip.MustParseAddrPort("192.0.2.2:999"), Destination: netip.MustParseAddrPort("169.254.210.213:80"),
+		Server: netip.MustParseAddrPort("10.0.0.3:8080"), HalfOpen: true,
+	}
+	if !now.Stale(flow, plan.Change{}) {
+		t.Error("a half-open flow to a former endpoint stays")
 	}
 }
 
