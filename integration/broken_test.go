@@ -102,7 +102,7 @@ func brokenNodes() []brokenNode {
 			level: "FAIL", verdict: "forwarding of IPv4 is off on cni1"},
 		{name: "forwarding off on a link that hostInterface names", config: configOf(agentName, entry(plain, "hostInterface: 'cni1,docker0'")),
 			breaks: script("ip link add docker0 type bridge; echo 0 >/proc/sys/net/ipv4/conf/docker0/forwarding"),
-			level: "FAIL", verdict: "forwarding of IPv4 is off on docker0", probe: "4 answered"},
+			level:  "FAIL", verdict: "forwarding of IPv4 is off on docker0", probe: "4 answered"},
 		{name: "IPv6 forwarding off", network: "ptp", breaks: sysctls("ipv6/conf/all/forwarding=0"),
 			level: "FAIL", verdict: "net.ipv6.conf.all.forwarding is 0", probe: "[fd00:a9fe:d2d2::210]:8080/tcp: the SYN came in by mipdoc"},
 		{name: "FORWARD drops, iptables-nft", network: "ptp", breaks: script("iptables-nft -P FORWARD DROP"),

@@ -196,7 +196,7 @@ func TestBypassed(t *testing.T) {
 func TestExemptBefore(t *testing.T) {
 	before, now := example(true), example(true)
 	before.Servers = []netip.Addr{netip.MustParseAddr("10.0.0.3")}
-	now.Inherit(&before)
+	now.Inherit(before.Servers)
 	flow := plan.Flow{
 		Protocol: plan.TCP, Source: netip.MustParseAddrPort("192.0.2.2:999"), Destination: netip.MustParseAddrPort("169.254.210.213:80"),
 		Server: netip.MustParseAddrPort("10.0.0.3:8080"), HalfOpen: true,
