@@ -36,18 +36,18 @@ func TestOutput(t *testing.T) {
 	}
 	err := errors.Join(
 		full.WriteStatus(runtimedir.Status{
-			StartedAt: at, LastSync: at, LastError: "broken", Backend: "iptables", BackendNote: "a reason", PollInterval: "5s", Notes: []string{"a note"},
+			StartedAt: at, LastSync: at, LastError: "broken", Backend: "iptables", BackendNote: "a reason", PollInterval: "5s", NoAPI: true, Notes: []string{"a note"},
 			Problems: slices.Sorted(maps.Keys(runtimedir.ProblemKinds())), Targets: runtimedir.Targets{Ready: 1, NotReady: 2, Terminating: 3},
 			DataPlane: runtimedir.DataPlane{
 				Configured: "auto", Name: "cilium", Reason: "a reason", LocalRoutes: []netip.Addr{netip.MustParseAddr("169.254.210.210")}, Masquerade: []string{"ip"},
 			},
 			Links: []runtimedir.Links{{Names: []string{"eth0"}, Kind: "device", Role: "uplink", Reason: "a default route goes by it"}},
 			MagicIPs: []runtimedir.MagicIP{
-				{Frontend: frontend("169.254.210.210", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Action: "serve", Since: at, Count: &runtimedir.Count{Opened: 1}, HostInterface: []string{"cni0"}, HostClients: true, Endpoints: []runtimedir.Endpoint{
+				{Frontend: frontend("169.254.210.210", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Action: "serve", Since: at, Count: &runtimedir.Count{Opened: 1}, HostInterface: []string{"cni0"}, HostClients: true, ExcludeTarget: true, Endpoints: []runtimedir.Endpoint{
 					{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Pod: "default/echo", UID: "1", Recorded: true, AddedAt: at},
 				}},
 				{Frontend: frontend("fd00:a9fe:d2d2::1", runtimedir.UDP), Namespace: "*", Selector: "app=none", Action: "hold", Why: []string{"no pod"}},
-				{Frontend: frontend("169.254.169.254", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Reason: "reserved"},
+				{Frontend: frontend("169.254.169.254", runtimedir.TCP), Namespace: "default", Selector: "app=echo", Reason: "reserved", UnservedBy: runtimedir.ByConfiguration},
 			},
 		}),
 		full.Renew(at),
