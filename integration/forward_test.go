@@ -143,7 +143,7 @@ func TestSCTPMoves(t *testing.T) {
 				associations, byHand := map[bool]association{}, map[bool]*crafted{}
 				for _, six := range []bool{false, true} {
 					a, err := w.associate("client", "old", magic(six))
-					defer a.Close()
+					t.Cleanup(a.Close)
 					if errors.Is(err, noSCTP) {
 						byHand[six], err = w.craft("client", "old", magic(six))
 					}
