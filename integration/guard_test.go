@@ -318,6 +318,49 @@ func TestStrictTCP(t *testing.T) {
 	})
 }
 
+// TestHalfClose: a client that has said all, and waits for the answer of a server whose sandbox has ended, is reset: conntrack begins no flow by
+// a FIN.
+func TestHalfClose(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		w := serving(t, backend, "bridge", config())
+		w.addClient()
+		w.addTarget("old")
+		server, err := w.Listen("old", "tcp", fmt.Sprintf(":%d", port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = server.Close() }()
+		clients := map[*net.TCPConn]bool{}
+		for _, six := range []bool{false, true} {
+			for _, from := range []string{"client", lab.Host} {
+				conn, err := w.Dial(from)(t.Context(), "tcp", magic(six).String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() { _ = conn.Close() }()
+				clients[conn.(*net.TCPConn)] = six
+			}
+		}
+		w.addPod("bridge", target("new")) // so that it is not for want of an endpoint
+		w.awaitEndpoint("new")
+		w.delTarget("old")
+		for conn := range clients { // before one sends a keepalive, which is answered by a reset anyway
+			if err := errors.Join(conn.CloseWrite(), conn.SetReadDeadline(time.Now().Add(10*time.Second))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for conn, six := range clients {
+			_, err := conn.Read(make([]byte, 1))
+			if errors.Is(err, syscall.ECONNRESET) {
+				err = nil
+			} else {
+				err = fmt.Errorf("%s: %w, want a reset", conn.LocalAddr(), err)
+			}
+			w.note(halfClosed, six, err)
+		}
+	})
+}
+
 // TestNewVeth attaches a pod while the agent is dead. Rules of nftables tell its link by its kind; those of iptables name links.
 func TestNewVeth(t *testing.T) {
 	onEach(t, func(t *testing.T, backend string) {

@@ -72,6 +72,7 @@ const (
 	replaced      = "target replaced under load: nothing fails after"
 	streamStays   = "TCP stream: stays while its sandbox stands"
 	streamReset   = "TCP stream: reset within 1 s of its sandbox's end"
+	halfClosed    = "TCP, half-closed by its client: reset likewise"
 	udpMoves      = "UDP flow: moves at once to the newer target"
 	othersFlows   = "flows of another service to the pod: untouched"
 	restarts      = "agent stopped, killed, started: nothing is lost"
@@ -102,7 +103,7 @@ var rows = []row{
 	{awayUplink, onBridge}, {strayDefault, onBridge}, {otherNetworks, onBridge},
 	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge}, {isolatedPorts, onBridge},
 	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
-	{streamStays, onBridge}, {streamReset, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
+	{streamStays, onBridge}, {streamReset, onBridge}, {halfClosed, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
 	{goneRoute, onEveryKind}, {rulesFlushed, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},
 	{outOfWindow, onEveryKind}, {strictTCP, onBridge}, {switchedOff, onBridge},
 	{newVeth, []string{"ptp", "cali"}}, {oddNames, []string{"ptp"}}, {holdAlone, onBridge},

@@ -363,9 +363,13 @@ func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 	case plan.Hold:
 		b.add(chain, match(rule), in, note, "-g", b.prefix+held)
 	case plan.Serve:
-		if b.plan.StrictTCP && rule.Protocol == plan.TCP {
-			// It may be of a connection whose flow was deleted: only a reset spares its client a timeout.
-			b.add(chain, match(rule), in, "--tcp-flags RST NONE -m conntrack --ctstate INVALID", note, "-g", b.prefix+rejected)
+		if rule.Protocol == plan.TCP {
+			// It may be of a connection whose flow was deleted: only a reset spares its client a timeout. A FIN begins no flow.
+			flags := "--tcp-flags FIN,SYN,RST FIN"
+			if b.plan.StrictTCP {
+				flags = "--tcp-flags RST NONE"
+			}
+			b.add(chain, match(rule), in, flags, "-m conntrack --ctstate INVALID", note, "-g", b.prefix+rejected)
 		}
 		if rule.Protocol == plan.SCTP {
 			// It is of an association whose flow was deleted. The node's SCTP aborts it, or the node has none and says so; what would be

@@ -261,7 +261,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
 			c.rules = []string{noAssociation(family), "tcp flags & rst == 0 goto " + rejectChain, "drop"}
 		case c.name == "invalid":
-			c.rules = []string{noAssociation(family), "drop"}
+			// A FIN begins no flow either, and its client may wait for an answer.
+			c.rules = []string{noAssociation(family), "tcp flags & (fin | syn | rst) == fin goto " + rejectChain, "drop"}
 		}
 	}
 	for i, clients := range p.Clients {
