@@ -8,6 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/magic-ip-address/magic-ip-address/agent/node"
+	"github.com/magic-ip-address/magic-ip-address/agent/plan"
 	"github.com/magic-ip-address/magic-ip-address/agent/status"
 )
 
@@ -76,7 +77,7 @@ func (e *examination) namedLinks() (named bool) {
 			why := "the node has no such link"
 			for _, link := range e.network.Links {
 				switch {
-				case !names(m.HostInterface, link.Name):
+				case !plan.Names(m.HostInterface, link.Name):
 				case link.Port:
 					why = link.Name + " is a port, so that IP packets come in by what it is a port of"
 				default:
@@ -103,7 +104,7 @@ func (e *examination) behindAnother(hostInterface []string) (pod, link string) {
 		for _, ip := range record.IPs {
 			index, ok := routeTo(ip)
 			i := slices.IndexFunc(e.network.Links, func(l node.Link) bool { return l.Index == index })
-			if ok && i >= 0 && e.leaves(ip) == "" && !names(hostInterface, e.network.Links[i].Name) {
+			if ok && i >= 0 && e.leaves(ip) == "" && !plan.Names(hostInterface, e.network.Links[i].Name) {
 				return record.Namespace + "/" + record.Name, e.network.Links[i].Name
 			}
 		}
@@ -111,19 +112,11 @@ func (e *examination) behindAnother(hostInterface []string) (pod, link string) {
 	return "", ""
 }
 
-// names reports whether hostInterface names a link: a trailing + matches any rest.
-func names(hostInterface []string, link string) bool {
-	return slices.ContainsFunc(hostInterface, func(pattern string) bool {
-		prefix, wild := strings.CutSuffix(pattern, "+")
-		return link == pattern || wild && strings.HasPrefix(link, prefix)
-	})
-}
-
 // clientLinks are the links that pods are behind, and those that a hostInterface names.
 func (e *examination) clientLinks() []string {
 	all := slices.Clone(e.network.PodInterfaces)
 	for _, link := range e.network.Links {
-		named := func(m magicIP) bool { return names(m.HostInterface, link.Name) }
+		named := func(m magicIP) bool { return plan.Names(m.HostInterface, link.Name) }
 		if !link.Port && !slices.Contains(all, link.Name) && slices.ContainsFunc(e.agents, func(a status.Agent) bool { return slices.ContainsFunc(a.MagicIPs, named) }) {
 			all = append(all, link.Name)
 		}
@@ -173,7 +166,7 @@ func byIP(name string) string {
 // link is not known.
 func (e *examination) unserved(m magicIP, name string) (reason, next string) {
 	if len(m.HostInterface) > 0 {
-		if name == "" || names(m.HostInterface, name) {
+		if name == "" || plan.Names(m.HostInterface, name) {
 			return "", ""
 		}
 		return "hostInterface is " + strings.Join(m.HostInterface, ","), setAuto(name)

@@ -61,7 +61,7 @@ func (e *examination) probeFromPod(ctx context.Context, targets []probe.Target) 
 		}
 		targets = slices.DeleteFunc(slices.Clone(targets), func(target probe.Target) bool {
 			m, _ := e.served(target.Frontend)
-			return len(m.HostInterface) > 0 && !names(m.HostInterface, bridge)
+			return len(m.HostInterface) > 0 && !plan.Names(m.HostInterface, bridge)
 		})
 		if elsewhere := all - len(targets); elsewhere > 0 {
 			e.add(Hidden, probeCheck, fmt.Sprintf("%d are for clients behind links that hostInterface names, and a namespace made for the probe would be behind another", elsewhere), "use --from-pod or --netns")

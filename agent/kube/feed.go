@@ -44,7 +44,7 @@ type feed struct {
 	polled        []*corev1.Pod
 	polledAt      time.Time
 	polledVersion string
-	pollFailed    bool // the last one did
+	pollFailed    bool // the last one did, or was not let ask
 }
 
 func (p *Pods) newFeed(namespace string, query *inventory.Query) *feed {

@@ -23,14 +23,14 @@ func (p *Plan) links(in Input) {
 		return slices.Contains(p.PodInterfaces, name)
 	})
 	p.Uplinks = slices.DeleteFunc(uplinks, func(name string) bool {
-		return slices.ContainsFunc(p.Clients, func(c Clients) bool { return c.names(name) })
+		return slices.ContainsFunc(p.Clients, func(c Clients) bool { return Names(c.Interfaces, name) })
 	})
 	p.Unnamed = sortedSet(p.Unnamed, strings.Compare)
 }
 
-// names reports whether a hostInterface setting names a link.
-func (c Clients) names(link string) bool {
-	return slices.ContainsFunc(c.Interfaces, func(pattern string) bool {
+// Names reports whether a hostInterface setting names a link: a trailing + matches any rest.
+func Names(hostInterface []string, link string) bool {
+	return slices.ContainsFunc(hostInterface, func(pattern string) bool {
 		prefix, wild := strings.CutSuffix(pattern, "+")
 		return pattern == link || wild && strings.HasPrefix(link, prefix)
 	})
