@@ -71,17 +71,21 @@ func TestDetour(t *testing.T) {
 func testDetour(t *testing.T, w *world) {
 	client := w.addClient()
 	w.beyond(plain, passing)
-	w.start(configOf(agentName, entry(plain, ""), entry(passing, "noEndpoint: pass")))
+	w.start(configOf(agentName, entry(plain, ""), entry(passing, "noEndpoint: pass"), entry(withoutUs, "hostClients: false")))
 	w.awaitDetour(agentName, notCilium, 2, false)
 	w.cilium(false, false)
-	w.awaitDetour(agentName, bpfRouting, 2, true)
+	w.awaitDetour(agentName, bpfRouting, 4, true)
 	want := func(row, from string, n int, expected string) {
 		t.Helper()
 		bothFamilies(func(six bool) { w.note(row, six, w.want(from, magicAt(n, six), expected)) })
 	}
 	all := func() string {
-		four, six := magicAt(plain, false).Addr(), magicAt(plain, true).Addr()
-		return fmt.Sprintf("%s from 192.0.2.2, %s from 2001:db8::2", four, six)
+		var four, six string
+		for _, n := range []int{plain, withoutUs} {
+			four += fmt.Sprintf("%s from 192.0.2.2, ", magicAt(n, false).Addr())
+			six += fmt.Sprintf("%s from 2001:db8::2, ", magicAt(n, true).Addr())
+		}
+		return strings.TrimSuffix(four+six, ", ")
 	}
 	routes := func(when, wanted string) {
 		t.Helper()
@@ -102,11 +106,14 @@ func testDetour(t *testing.T, w *world) {
 	want(refusedRow, lab.Host, plain, "refused")
 	want(passedRow, "client", passing, "answered by impostor")
 	want(passedRow, lab.Host, passing, "answered by impostor")
+	const exemptRow = "local route: refused by the node where it is exempt"
+	want(exemptRow, lab.Host, withoutUs, "refused")
+	want(exemptRow, "client", withoutUs, "refused")
 
 	// With one.
 	w.addTarget("echo")
 	w.echo("echo")
-	w.awaitDetour(agentName, bpfRouting, 4, true)
+	w.awaitDetour(agentName, bpfRouting, 6, true)
 	w.mu.Lock()
 	w.names = map[netip.Addr]string{} // the node has addresses by now that it had not before
 	for _, ip := range client.IPs {
@@ -119,6 +126,8 @@ func testDetour(t *testing.T, w *world) {
 		want(servedRow, "echo", n, "answered by echo, seen as node")
 		want(servedRow, lab.Host, n, "answered by echo, seen as node")
 	}
+	want(servedRow, "client", withoutUs, "answered by echo, seen as node")
+	want(exemptRow, lab.Host, withoutUs, "refused")
 	bothFamilies(func(six bool) { // not from outside
 		w.note("local route: the network is not served", six, w.want(lab.Uplink, magic(six), "silence"))
 	})
@@ -127,7 +136,7 @@ func testDetour(t *testing.T, w *world) {
 	const repairedRow = "local route: restored after removal"
 	w.run("ip -4 route flush table local proto 109; ip -6 route flush table local proto 109")
 	w.noteBoth(repairedRow, lab.Eventually(patience(t), func() error {
-		if strings.Count(w.localRoutes(), "from") != 4 {
+		if strings.Count(w.localRoutes(), "from") != 6 {
 			return fmt.Errorf("local routes %q", w.localRoutes())
 		}
 		return nil
@@ -160,7 +169,7 @@ func testDetour(t *testing.T, w *world) {
 	}
 	want("neither: the source is kept", "client", plain, "answered by echo, seen as "+keptAs)
 	w.cilium(false, true)
-	w.awaitDetour(agentName, bpfRoutingEndpoint, 4, true)
+	w.awaitDetour(agentName, bpfRoutingEndpoint, 6, true)
 
 	// A second agent on the same address, and the first one goes.
 	const second = "second.magic-ip"

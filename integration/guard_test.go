@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/magic-ip-address/magic-ip-address/integration/lab"
+	"github.com/magic-ip-address/magic-ip-address/plugin/runtimedir"
 )
 
 // standIn gives the host beyond the network a pod's addresses as well, and an impostor there: what a packet to the pod reaches
@@ -154,6 +155,142 @@ func (w *world) boundTo(link string, to netip.AddrPort) error {
 		}
 	}
 	return nil
+}
+
+// TestGuardAndOtherTranslations has another tool translate packets: to a magic IP, which they do not leave the node by, and those of a
+// frontend that passes, of an exempt client or of what processes of this node do not use, which are that tool's, although the same
+// address is guarded. The node has no local routes: they would keep the former on the node, too.
+func TestGuardAndOtherTranslations(t *testing.T) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range onEveryKind {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				testGuardAndOtherTranslations(t, newWorld(t, backend, kind))
+			})
+		}
+	})
+}
+
+func testGuardAndOtherTranslations(t *testing.T, w *world) {
+	const second = "second.magic-ip"
+	const passes, anothers, notOurs, unserved = 8081, 8082, 8083, 8084
+	w.addClient()
+	w.addPod(map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind], lab.Pod{Name: "other", Namespace: "elsewhere"})
+	onBridge := map[string]string{"bridge": "client", "ptp": "other"}[w.kind]
+	w.beyond(plain)
+	translate := func(six bool, from, to netip.AddrPort) {
+		t.Helper()
+		tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[six]
+		if _, variant, ok := strings.Cut(w.backend, "-"); ok {
+			tool += variant
+		} else {
+			tool += "nft"
+		}
+		for _, chain := range []string{"PREROUTING", "OUTPUT"} {
+			for _, protocol := range []string{"tcp", "udp"} {
+				w.run(fmt.Sprintf("%s -t nat -A %s -d %s -p %s --dport %d -j DNAT --to-destination %s", tool, chain, from.Addr(), protocol, from.Port(), to))
+			}
+		}
+	}
+	at := func(n int, six bool, port uint16) netip.AddrPort {
+		return netip.AddrPortFrom(magicAt(n, six).Addr(), port)
+	}
+	service := func(six bool, port uint16) netip.AddrPort {
+		if six {
+			return netip.AddrPortFrom(netip.MustParseAddr("fd00:10:96::1"), port)
+		}
+		return netip.AddrPortFrom(netip.MustParseAddr("10.96.0.1"), port)
+	}
+	for _, six := range []bool{false, true} {
+		remote := netip.AddrPortFrom(netip.MustParseAddr(map[bool]string{false: "198.51.100.2", true: "2001:db8:2::2"}[six]), port)
+		w.echoAt("beyond", "remote", remote.String())
+		w.echoAt("beyond", "impostor", at(plain, six, unserved).String())
+		for _, port := range []uint16{port, unserved} {
+			translate(six, service(six, port), at(plain, six, port))
+		}
+		for _, port := range []uint16{passes, anothers, notOurs} {
+			translate(six, at(plain, six, port), remote)
+		}
+		translate(six, magicAt(excluding, six), remote)
+	}
+	ask := func(row, from string, to func(six bool) netip.AddrPort, tcp, udp string) {
+		t.Helper()
+		bothFamilies(func(six bool) {
+			connect := lab.Client{Kind: lab.NewConnection, From: from, To: to(six), Timeout: answerTime}
+			// See testGuard.
+			slow := w.backend != "nftables" && six && tcp == "refused" && from == onBridge
+			if slow {
+				connect.Timeout = 3 * time.Second
+			}
+			got := w.fateOfRequest(connect)
+			if slow {
+				got, _, _ = strings.Cut(got, " after ")
+			}
+			if err := errors.Join(want(got, tcp), want(w.fate(from, lab.UDP, to(six)), udp)); err != nil {
+				w.note(row, six, fmt.Errorf("%q to %s: %w", from, to(six), err))
+			} else {
+				w.note(row, six, nil)
+			}
+		})
+	}
+	for _, from := range []string{"client", "other", lab.Host} {
+		ask(guardedOthers, from, func(six bool) netip.AddrPort { return service(six, port) }, "answered by impostor", "answered by impostor")
+	}
+
+	entries := []string{entry(plain, ""), entry(excluding, "excludeTarget: true")}
+	for _, six := range []bool{false, true} {
+		entries = append(entries,
+			entryOf(plain, six, fmt.Sprintf("selector: app=none, noEndpoint: pass, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", passes)),
+			entryOf(plain, six, fmt.Sprintf("selector: app=none, hostClients: false, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", notOurs)))
+	}
+	w.start([]byte("dataPlane: netfilter\n" + string(configOf(agentName, entries...))))
+	w.startAs(second, []byte("dataPlane: netfilter\n"+string(configOf(second, entry(plain, fmt.Sprintf("selector: app=none, noEndpoint: pass, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", anothers))))))
+	target := w.addPod(w.kind, target("echo"))
+	w.echo("echo")
+	w.await("to have an endpoint", func(a *runtimedir.Status) bool { return len(a.MagicIPs[0].Endpoints) > 0 })
+
+	checked := func() {
+		t.Helper()
+		for _, from := range []string{"client", "other"} {
+			for _, port := range []uint16{port, unserved} {
+				ask(guardedOthers, from, func(six bool) netip.AddrPort { return service(six, port) }, "refused", "refused")
+			}
+			for _, port := range []uint16{passes, anothers} {
+				ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, port) }, "answered by remote", "answered by remote")
+			}
+			ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, notOurs) }, "refused", "refused")
+			ask(passedOthers, from, magic, "answered by echo", "answered by echo")
+		}
+		for _, port := range []uint16{passes, anothers, notOurs} {
+			ask(passedOthers, lab.Host, func(six bool) netip.AddrPort { return at(plain, six, port) }, "answered by remote", "answered by remote")
+		}
+		tcp := "refused"
+		if w.backend == "nftables" { // postrouting is where it is seen, and reject does not work there
+			tcp = "silence"
+		}
+		ask(guardedOthers, lab.Host, func(six bool) netip.AddrPort { return service(six, port) }, tcp, "refused")
+		ask(passedOthers, "echo", func(six bool) netip.AddrPort { return magicAt(excluding, six) }, "answered by remote", "answered by remote")
+		ask(passedOthers, "client", func(six bool) netip.AddrPort { return magicAt(excluding, six) }, "answered by echo", "answered by echo")
+	}
+	checked()
+	w.agent.Kill()
+	checked()
+
+	// The rest of the address is guarded.
+	w.standIn(target.IPs)
+	if w.kind == "bridge" {
+		w.run("ip link set cni1 down")
+	} else {
+		w.run("ip link delete " + hostInterface(t, w.Node, "echo").Name)
+	}
+	from := "client"
+	if w.kind == "bridge" {
+		from = "other"
+	}
+	ask(guardedOthers, from, magic, "refused", "refused")
+	ask(guardedOthers, from, func(six bool) netip.AddrPort { return magicAt(excluding, six) }, "refused", "refused")
+	ask(guardedOthers, lab.Host, magic, "silence", "refused")
+	ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, passes) }, "answered by remote", "answered by remote")
 }
 
 // TestGuardByOtherLinks: links that no default route goes by lead out of the node as well, such as a second network interface and a

@@ -78,6 +78,8 @@ const (
 	restarts      = "agent stopped, killed, started: nothing is lost"
 	whileAway     = "changes while the agent was away: caught up with"
 	goneRoute     = "agent dead, endpoint's route gone: refused, stays in"
+	guardedOthers = "translated to a magic IP by another tool: stays in"
+	passedOthers  = "pass, exempt: another tool's, beside what is guarded"
 	rulesFlushed  = "agent dead, rules flushed: refused, stays in"
 	boundHost     = "host process bound to the uplink: stays in"
 	lateReply     = "reply to a client that is gone: stays in"
@@ -104,7 +106,7 @@ var rows = []row{
 	{linksOfOthers, onBridge}, {sameBridge, onBridge}, {otherNetwork, onBridge}, {filteredAgain, onBridge}, {gatewayBeside, onBridge}, {isolatedPorts, onBridge},
 	{beforeAgent, onBridge}, {leftover, onBridge}, {agentDead, onBridge}, {replaced, onBridgePtp},
 	{streamStays, onBridge}, {streamReset, onBridge}, {halfClosed, onBridge}, {udpMoves, onBridge}, {othersFlows, onBridge},
-	{goneRoute, onEveryKind}, {rulesFlushed, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},
+	{goneRoute, onEveryKind}, {guardedOthers, onEveryKind}, {passedOthers, onEveryKind}, {rulesFlushed, onEveryKind}, {boundHost, onEveryKind}, {lateReply, onBridge},
 	{outOfWindow, onEveryKind}, {strictTCP, onBridge}, {switchedOff, onBridge},
 	{newVeth, []string{"ptp", "cali"}}, {oddNames, []string{"ptp"}}, {holdAlone, onBridge},
 	{restarts, onBridge}, {whileAway, onBridge}, {twoAgents, onBridge},

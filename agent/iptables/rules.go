@@ -41,7 +41,6 @@ const (
 	sent          = "sent"   // mangle: a translated packet does not leave by an uplink
 	leaving       = "leave"  // filter: the same for a forwarded one
 	answered      = "answer" // mangle: no answer of an endpoint comes in by an uplink
-	noRoute       = "gone"   // filter: how it is rejected
 	forwarded     = "fwd"    // filter FORWARD and INPUT: what was not translated is rejected
 	fromHost      = "out"    // filter OUTPUT: the same for processes of this node
 	rejected      = "reject" // filter
@@ -215,6 +214,7 @@ func (b *builder) mangle() table {
 	// Endpoints are on this node: an answer, or an ICMP error, that comes in by an uplink is forged.
 	b.guard(entry, "-i %s -m conntrack --ctstate DNAT --ctdir REPLY -j", answered, b.addresses, func(chain, origin string, a addressRules) {
 		if a.hostClients {
+			b.notForHost(chain, "-m addrtype --dst-type LOCAL", a)
 			b.add(chain, origin, "-j DROP")
 		} else {
 			b.add(chain, origin, "-m addrtype ! --dst-type LOCAL -j DROP")
@@ -241,30 +241,56 @@ func (b *builder) mangle() table {
 		for _, name := range b.plan.Uplinks {
 			b.add(post, "-o", name, "-m conntrack --ctstate INVALID,RELATED,UNTRACKED -j", senders)
 		}
-		b.guard(post, outTranslated, sent, b.forHost(), func(chain, origin string, _ addressRules) { b.add(chain, origin, "-j DROP") })
+		b.guard(post, outTranslated, sent, b.forHost(), func(chain, origin string, a addressRules) {
+			b.notForHost(chain, "", a)
+			b.add(chain, origin, "-j DROP")
+		})
 	}
 	return b.table
 }
 
 // outTranslated matches a translated packet that would leave by a link.
-const outTranslated = "-o %s -m conntrack --ctstate DNAT -g"
+const outTranslated = "-o %s -m conntrack --ctstate DNAT -j"
 
 // guard adds to chain what becomes of the packets of translated flows that match on an uplink. A packet that would leave by one does
-// because no route leads to its endpoint. Of an address of which a frontend passes, another tool may translate it.
+// because no route leads to its endpoint, unless another tool has translated it: that of a frontend that passes, or of an exempt client.
 func (b *builder) guard(chain, match, role string, addresses []addressRules, leaf func(chain, origin string, a addressRules)) {
-	guarded := slices.DeleteFunc(slices.Clone(addresses), func(a addressRules) bool {
-		return slices.ContainsFunc(a.rules, func(r plan.Rule) bool { return r.Action == plan.Pass && !r.Foreign() })
-	})
-	if len(guarded) == 0 || len(b.plan.Uplinks) == 0 {
+	if len(addresses) == 0 || len(b.plan.Uplinks) == 0 {
 		return
 	}
 	next := b.chain(role)
 	for _, name := range b.plan.Uplinks {
 		b.add(chain, fmt.Sprintf(match, name), next)
 	}
-	dispatch(b, next, "-m conntrack --ctorigdst %s", guarded, byAddress, func(chain string, a addressRules) {
+	dispatch(b, next, "-m conntrack --ctorigdst %s", addresses, byAddress, func(chain string, a addressRules) {
+		for _, rule := range a.rules {
+			if passes(rule) {
+				b.add(chain, firstTo(rule), b.note(rule.String()), "-j RETURN")
+				continue
+			}
+			for _, source := range rule.Excluded {
+				b.add(chain, firstTo(rule), "--ctorigsrc", source.String(), b.note(rule.String()), "-j RETURN")
+			}
+		}
 		leaf(chain, "-m conntrack --ctorigdst "+a.address.String(), a)
 	})
+}
+
+// passes: another agent decides about the frontend's packets, or whoever translates them.
+func passes(rule plan.Rule) bool { return rule.Foreign() || rule.Action == plan.Pass }
+
+// notForHost exempts packets of flows of frontends that are not for processes of this node. match says which of them may be theirs.
+func (b *builder) notForHost(chain, match string, a addressRules) {
+	for _, rule := range a.rules {
+		if !passes(rule) && !rule.HostClients {
+			b.add(chain, firstTo(rule), match, b.note(rule.String()+" is not for processes of this node"), "-j RETURN")
+		}
+	}
+}
+
+// firstTo matches the packets of flows whose first packet was sent to a frontend, in both directions, and the errors among them.
+func firstTo(rule plan.Rule) string {
+	return fmt.Sprintf("-m conntrack --ctproto %s --ctorigdst %s --ctorigdstport %d", rule.Protocol, rule.Address, rule.Port)
 }
 
 // servers are the addresses of this family that translated flows lead to, without those of the node.
@@ -287,9 +313,17 @@ func (b *builder) filter() table {
 	if b.family == plan.IPv6 {
 		unreachable = "icmp6-port-unreachable"
 	}
+	// Another tool's translation, or ours where no route leads to the endpoint. The reset of a frame that has come in by a bridge's
+	// port bypasses translation (nf_send_reset): its sender would ignore it, for it does not come from where it has connected to. A
+	// connect ends by the ICMP error too; by IPv6, that of its second SYN.
+	for _, name := range b.plan.AllBridges {
+		b.add(reject, "-i", name, "-m conntrack --ctstate DNAT -j REJECT --reject-with", unreachable)
+	}
 	b.add(reject, "-p tcp -j REJECT --reject-with tcp-reset")
 	b.add(reject, "-j REJECT --reject-with", unreachable)
 	hold := b.chain(held)
+	// No rule of nat will take what another tool has translated to a magic IP.
+	b.add(hold, "-m conntrack --ctstate DNAT -g", reject)
 	b.add(hold, "-p tcp --tcp-flags FIN,SYN,RST,ACK SYN -j DROP")
 	b.add(hold, "-p udp -j DROP")
 	b.add(hold, "-p sctp -j DROP")
@@ -304,19 +338,10 @@ func (b *builder) filter() table {
 			b.add(chain, "-m conntrack --ctstate DNAT --ctorigdst", a.address.String(), b.note(a.address.String()), "-j MARK --set-xmark", bridgeMark)
 		})
 	}
-	if len(b.plan.Uplinks) > 0 {
-		// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset): its sender would see
-		// the endpoint's address and ignore it. A connect ends by the ICMP error too; by IPv6, that of its second SYN.
-		gone := b.chain(noRoute)
-		for _, name := range b.plan.AllBridges {
-			b.add(gone, "-i", name, "-j REJECT --reject-with", unreachable)
-		}
-		b.add(gone, "-g", reject)
-		b.guard(entry, outTranslated, leaving, b.addresses, func(chain, origin string, _ addressRules) {
-			b.add(chain, origin, "--ctdir ORIGINAL -g", gone)
-			b.add(chain, origin, "-j DROP")
-		})
-	}
+	b.guard(entry, outTranslated, leaving, b.addresses, func(chain, origin string, _ addressRules) {
+		b.add(chain, origin, "--ctdir ORIGINAL -g", reject)
+		b.add(chain, origin, "-j DROP")
+	})
 	for _, rule := range b.plan.Rules {
 		for _, endpoint := range rule.Endpoints {
 			if rule.Protocol == plan.TCP && plan.FamilyOf(rule.Address) == b.family && slices.Contains(b.plan.HostAddresses, endpoint.Addr()) {
@@ -325,6 +350,7 @@ func (b *builder) filter() table {
 			}
 		}
 	}
+	b.add(entry, "-i lo -j RETURN") // of a process of this node, so the output chain has seen it
 	dispatch(b, entry, "-d %s", b.addresses, byAddress, func(chain string, a addressRules) {
 		for _, rule := range a.rules {
 			if rule.Foreign() {

@@ -85,8 +85,6 @@ func shared(p *plan.Plan, set, key string) bool {
 		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() }
 	case hostAddressesSet:
 		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() && r.HostClients }
-	case passingSet:
-		needs = func(r *plan.Rule) bool { return r.Address == address && !r.Foreign() && r.Action == plan.Pass }
 	case hairpinsSet:
 		needs = func(r *plan.Rule) bool {
 			return !isHost && slices.ContainsFunc(r.Endpoints, func(e netip.AddrPort) bool { return e.Addr() == address })

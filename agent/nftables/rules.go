@@ -59,8 +59,9 @@ const servedKinds = `{ "veth", "netkit" }`
 // or conntrack calls the packet invalid, is rejected or dropped in the forward chain; in the input chain where the magic IP is an
 // address of the node (see plan.Detour), whose TCP would answer with a reset; and for processes of the node in the postrouting
 // chain. The chains of forward and postrouting are the guard that needs no endpoint: a translated packet whose endpoint's route is
-// gone follows the default route, with the agent dead too, and would leave the node. Its sender gets an answer at once where
-// that is possible (reject does not work in postrouting).
+// gone follows the default route, with the agent dead too, and would leave the node; so would one that another tool has translated
+// to a magic IP, which no chain of ours has seen before. Its sender gets an answer at once where that is possible (reject does
+// not work in postrouting).
 //
 // What a packet costs. State and status of its connection are in memory that the packet has brought along, so they are compared
 // before any address is looked up: each packet of an established flow passes three of these chains, and the answers of a server
@@ -69,6 +70,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 	ip := string(family)
 	const (
 		translated = "ct status & dnat == dnat"
+		// A transport has to be named before nft takes a flow's port for one.
+		ofFlow = "ct protocol { tcp, udp, sctp } "
 		// A segment that conntrack calls invalid, but for those that begin or reset a connection: asymmetric routes and sockets
 		// that are gone make them rightly.
 		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
@@ -86,7 +89,13 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		inByUplink    = byLink("iifname", p.Uplinks)
 		outByUplink   = byLink("oifname", p.Uplinks)
 		excluded      = when(p.Exempts, ip+" saddr . "+frontendKey(ip)+" @excluded")
-		hostExcluded  = when(hostAddresses.count > 0 && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return !r.HostClients && !r.Foreign() }), frontendKey(ip)+" @host-excluded")
+		someExcluded  = hostAddresses.count > 0 && slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return !r.HostClients && !r.Foreign() })
+		hostExcluded  = when(someExcluded, frontendKey(ip)+" @host-excluded")
+
+		// The same of a translated flow. An error among its packets is of another transport.
+		firstPassed       = ofFlow + firstKey(ip) + " @passed"
+		firstExcluded     = when(p.Exempts, ofFlow+"ct original "+ip+" saddr . "+firstKey(ip)+" @excluded")
+		firstHostExcluded = when(someExcluded, ofFlow+firstKey(ip)+" @host-excluded")
 	)
 	all := []chain{
 		{name: "filter-prerouting", kind: knftables.FilterType, hook: knftables.PreroutingHook, priority: beforeDNAT,
@@ -151,7 +160,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(first, "goto forged"),
 		)},
 		{name: "forged", rules: rules(
-			"ct original "+ip+" daddr @passing accept", // another tool may translate it
+			firstPassed+" accept", // another tool has translated it, and so for the two that are next
+			rule(firstExcluded, "accept"),
+			rule(firstHostExcluded, "fib daddr type local accept"),
 			rule(hostFirst, "drop"),
 			"fib daddr type != local drop",
 		)},
@@ -178,6 +189,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"goto " + rejectChain,
 		}},
 		{name: rejectChain, comment: "an answer at once", rules: []string{
+			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
+			// one that does not come from where it has connected to. With an ICMP error instead, a connect by IPv6 takes a second.
+			`meta iifkind "bridge" meta l4proto tcp ` + translated + " " + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
 			"meta l4proto tcp reject with tcp reset",
 			"reject",
 		}},
@@ -208,17 +222,16 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		)},
 
 		{name: "forwarded", comment: "no translated packet to a magic IP leaves the node", rules: rules(
+			rule("ct direction original", to, "goto untranslated-forward"), // by another tool
 			rule(outByUplink, first, "goto leaving"),
 		)},
-		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: []string{
-			ip + " daddr @addresses goto untranslated-forward", // by another tool, to another magic IP
-			"ct original " + ip + " daddr @passing accept",     // another tool may translate it
+		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: rules(
+			firstPassed+" accept", // another tool has translated it, and so for an exempt client's
+			rule("ct direction original", firstExcluded, "fib saddr . iif oif missing drop"), // see untranslated-forward
+			rule(firstExcluded, "accept"),
 			"ct direction reply drop",
-			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
-			// one that comes from the endpoint. With an ICMP error instead, a connect by IPv6 takes a second.
-			`meta iifkind "bridge" meta l4proto tcp ` + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
-			"goto " + rejectChain,
-		}},
+			"goto "+rejectChain,
+		)},
 		{name: "untranslated-forward", rules: rules(
 			// A target's own packet comes in by the link that leads to it, not by that of another pod with the target's address.
 			rule(excluded, "fib saddr . iif oif missing drop"),
@@ -240,7 +253,14 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(outByUplink, from, "drop"),
 		)},
 		{name: "sent-translated", comment: "no packet of the node to a magic IP leaves it", rules: rules(
-			rule(outByUplink, hostFirst, "ct original "+ip+" daddr != @passing drop"),
+			rule("ct direction original", hostTo, "goto sent-untranslated"),
+			rule(outByUplink, hostFirst, "goto sent-leaving"),
+		)},
+		{name: "sent-leaving", rules: rules(
+			firstPassed+" accept",
+			rule(firstHostExcluded, "accept"),
+			rule(firstExcluded, "accept"),
+			"drop",
 		)},
 		{name: "sent-untranslated", rules: rules(
 			frontendKey(ip)+" @passed accept",
@@ -390,6 +410,11 @@ func byLink(field string, names []string) string {
 
 // frontendKey is the key of a packet's frontend; th dport is the destination port of any transport.
 func frontendKey(ip string) string { return ip + " daddr . meta l4proto . th dport" }
+
+// firstKey is the frontend that the first packet of a packet's flow was sent to.
+func firstKey(ip string) string {
+	return "ct original " + ip + " daddr . ct protocol . ct original proto-dst"
+}
 
 // clientChain decides by the interface that a packet came in by. Only links of this node's pods are ever answered; from any
 // other a magic IP does not exist.

@@ -28,7 +28,6 @@ type set struct {
 const (
 	addressesSet     = "addresses"
 	hostAddressesSet = "host-addresses"
-	passingSet       = "passing"
 	hostEndpointsSet = "host-endpoints"
 	hairpinsSet      = "hairpins"
 )
@@ -51,7 +50,7 @@ func elementKey(f plan.Frontend) string {
 	return concat(f.Address.String(), string(f.Protocol), strconv.Itoa(int(f.Port)))
 }
 
-// sets are the data of the plan. A packet to any other address costs at most one lookup in each hook, however many magic IPs there are.
+// sets are the data of the plan. How many magic IPs there are does not matter to a packet to any other address: see TestLookupsOfOthers.
 func sets(p *plan.Plan, family plan.Family) []set {
 	address := "ipv4_addr"
 	if family == plan.IPv6 {
@@ -63,7 +62,6 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	}
 	addresses := newSet(addressesSet, address, "", "the magic IPs")
 	hostAddresses := newSet(hostAddressesSet, address, "", "the magic IPs that processes of this node may use")
-	passing := newSet(passingSet, address, "", "the magic IPs of which a frontend passes")
 	interfaces := newSet("pod-interfaces", "ifname", "", "links of this node's pods")
 	unserved := newSet("unserved-pairs", "ifname", "", "links that are not served whatever their kind")
 	actions := newSet(actionsSuffix, frontend, "verdict", "actions for packets of pods")
@@ -100,7 +98,6 @@ func sets(p *plan.Plan, family plan.Family) []set {
 		switch rule.Action {
 		case plan.Pass:
 			passed.elements[key] = ""
-			passing.elements[rule.Address.String()] = ""
 		case plan.Hold:
 			held.elements[key] = ""
 			held.until[key] = rule.HoldUntil
@@ -156,7 +153,7 @@ func sets(p *plan.Plan, family plan.Family) []set {
 	}
 	// Frontends of other agents count only on addresses that are ours in this family.
 	all := []set{
-		addresses, hostAddresses, passing, interfaces, unserved, actions, hostActions, destinations, spreads, held, excluded,
+		addresses, hostAddresses, interfaces, unserved, actions, hostActions, destinations, spreads, held, excluded,
 		hostExcluded, passed, hairpins, bridges, servers, hostEndpoints,
 	}
 	if p.Zones {
