@@ -236,7 +236,22 @@ func (w *world) doctorOfNetwork(backend string) {
 	w.run("nft delete table ip theirs")
 }
 
-// doctorOfRules has the agent not run, so that nobody mends them.
+// TestDoctorBeforeTheFirstPod: a link that comes with the first pod is not missing on a node without one.
+func TestDoctorBeforeTheFirstPod(t *testing.T) {
+	w := newWorld(t, backends()[0], "cali")
+	w.start(configOf(agentName, entry(plain, "hostInterface: cali+")))
+	const words = "hostInterface of 169.254.210.210:8080/tcp is cali+, and the node has no such link"
+	w.finds("--", "links", words, "look again when there is a pod on the node")
+	w.addTarget("echo")
+	w.echo("echo")
+	w.finds("ok", "links", "with hostInterface cali+, clients are served by cali")
+	if err := w.agent.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.start(configOf(agentName, entry(plain, "hostInterface: cni9")))
+	w.finds("FAIL", "links", "is cni9, and the node has no such link")
+}
+
 // doctorOfCilium: each of its settings has a sentence of its own, and what it costs.
 func (w *world) doctorOfCilium() {
 	w.t.Helper()
@@ -274,6 +289,7 @@ func (w *world) doctorOfCilium() {
 	w.finds("ok", check, "no eBPF program sees the packets of pods before netfilter")
 }
 
+// doctorOfRules has the agent not run, so that nobody mends them.
 func (w *world) doctorOfRules(backend string) {
 	w.t.Helper()
 	w.agent.Kill()

@@ -74,22 +74,27 @@ func (e *examination) namedLinks() (named bool) {
 			}
 			seen[setting] = true
 			var there []string
-			why := "the node has no such link"
+			isThere, why := false, "the node has no such link"
 			for _, link := range e.network.Links {
 				switch {
 				case !plan.Names(m.HostInterface, link.Name):
 				case link.Port:
-					why = link.Name + " is a port, so that IP packets come in by what it is a port of"
+					isThere, why = true, link.Name+" is a port, so that IP packets come in by what it is a port of"
 				default:
 					there = append(there, link.Name)
 				}
+			}
+			pod, behind := e.behindAnother(m.HostInterface)
+			if len(there) == 0 && !isThere && behind == "" && len(m.Endpoints) == 0 { // the first pod may bring it
+				e.add(Hidden, check, fmt.Sprintf("hostInterface of %s is %s, and %s; nor is a pod known that is behind another one", m.Frontend, setting, why), "look again when there is a pod on the node")
+				continue
 			}
 			if len(there) == 0 {
 				e.add(Fail, check, fmt.Sprintf("hostInterface of %s is %s, and %s: no pod behind another one is served", m.Frontend, setting, why), "set hostInterface to auto, or to the link that the node's pods are behind")
 				continue
 			}
-			if pod, link := e.behindAnother(m.HostInterface); link != "" {
-				e.add(Warn, check, fmt.Sprintf("hostInterface of %s is %s: clients behind %s, such as pod %s, are not served", m.Frontend, setting, link, pod), "if they should be: "+setAuto(link))
+			if behind != "" {
+				e.add(Warn, check, fmt.Sprintf("hostInterface of %s is %s: clients behind %s, such as pod %s, are not served", m.Frontend, setting, behind, pod), "if they should be: "+setAuto(behind))
 				continue
 			}
 			e.add(OK, check, fmt.Sprintf("with hostInterface %s, clients are served by %s", setting, few(there)), "")
