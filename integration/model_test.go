@@ -171,11 +171,8 @@ func newModel(t *testing.T, seed uint64) *model {
 	// The real plugin is for the same pods as the configurations below.
 	conf := strings.Replace(string(conflist(t, "30-dual-stack.conflist")), `"namespace": "default", "selector": "app=echo"`, `"namespace": "*", "selector": "`+modelRecorded+`"`, 1)
 	addConf(t, m.Node, "30-dual-stack.conflist", []byte(conf))
-	// A refusal by ICMP is never left out for there being so many.
-	for key, value := range map[string]string{"ipv4/icmp_ratelimit": "0", "ipv6/icmp/ratelimit": "0", "ipv4/icmp_msgs_per_sec": "100000"} {
-		if err := m.Sysctl(lab.Host, key, value); err != nil && key != "ipv4/icmp_msgs_per_sec" { // the machine's before Linux 6.13
-			t.Fatal(err)
-		}
+	if err := m.AllICMPErrors(); err != nil {
+		t.Fatal(err)
 	}
 	m.impostor()
 	m.client = add(t, m.Node, "dual-stack", lab.Pod{Name: "client"}) // without labels, so unrecorded

@@ -123,10 +123,8 @@ func newWorld(t *testing.T, backend, kind string) *world {
 		}
 		addConf(t, w.Node, on.file, []byte(data))
 	}
-	for _, key := range []string{"ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"} {
-		if err := w.Sysctl(lab.Host, key, "0"); err != nil {
-			t.Fatal(err)
-		}
+	if err := w.AllICMPErrors(); err != nil {
+		t.Fatal(err)
 	}
 	backend, variant, isIPTables := strings.Cut(backend, "-")
 	w.flags = []string{"--backend", backend, "--log-level", "debug"}

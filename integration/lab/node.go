@@ -259,6 +259,13 @@ func (n *Node) Sysctl(namespace, key, value string) error {
 	})
 }
 
+// AllICMPErrors has the node send every ICMP error. A kernel limits those of the types in its masks: for each destination, and in all, where
+// it loses one whenever two processors find the credit used up at the same time, as it is in the beginning (icmp_global_allow).
+func (n *Node) AllICMPErrors() error {
+	const noneOfThese = "255" // the list of limited types cannot be empty
+	return errors.Join(n.Sysctl(Host, "ipv4/icmp_ratemask", "0"), n.Sysctl(Host, "ipv6/icmp/ratemask", noneOfThese))
+}
+
 // Path is where this process finds a file of the node, to read it. Symbolic links with absolute targets lead out
 // of it, so callers name /run and not /var/run.
 func (n *Node) Path(name string) string {

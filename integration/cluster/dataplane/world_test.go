@@ -114,7 +114,7 @@ func use(ctx context.Context, nodes string) (err error) {
 // furnish makes the namespace of the clients and installs the chart, with the values of the documentation.
 func furnish(ctx context.Context) error {
 	// What the kernel's limit on ICMP errors does to clients is not what is tested here.
-	if _, err := node.Exec(ctx, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0"); err != nil {
+	if _, err := node.Exec(ctx, "sysctl", "-qw", "net.ipv4.icmp_ratemask=0"); err != nil {
 		return err
 	}
 	if err := cluster.Apply(ctx, "apiVersion: v1\nkind: Namespace\nmetadata: {name: "+clients+"}\n"); err != nil {
