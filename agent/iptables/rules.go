@@ -177,6 +177,7 @@ func (b *builder) mangle() table {
 	b.begin("mangle")
 	entry := b.hook("PREROUTING", fromNetwork)
 	pods := b.chain(fromPods)
+	b.add(pods, "-i lo -j RETURN") // the output chain has let it pass, as not of a client, and a local route leads it here
 	for _, name := range b.plan.PodInterfaces {
 		b.add(pods, "-i", name, "-j RETURN")
 	}

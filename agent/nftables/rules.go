@@ -75,7 +75,9 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		// A segment that conntrack calls invalid, but for those that begin or reset a connection: asymmetric routes and sockets
 		// that are gone make them rightly.
 		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
-		notByName   = "iifname != @pod-interfaces jump unknown-links"
+		// The output chain has let it pass, as not of a client, and a local route leads it here.
+		byLoopback = `iifname "lo" accept`
+		notByName  = "iifname != @pod-interfaces jump unknown-links"
 	)
 	translation := knftables.BaseChainPriority(strconv.Itoa(TranslationPriority))
 	var (
@@ -167,6 +169,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			"fib daddr type != local drop",
 		)},
 		{name: "unknown-links", comment: "drops packets that do not come from pods", rules: []string{
+			byLoopback,
 			"iifname @unserved-pairs drop",
 			"meta iifkind " + servedKinds + " return",
 			"drop",
@@ -276,7 +279,7 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		c := &all[i]
 		switch {
 		case c.name == "unknown-links" && p.NamedOnly:
-			c.rules = []string{"drop"}
+			c.rules = []string{byLoopback, "drop"}
 		case c.name == "invalid" && p.StrictTCP:
 			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
 			c.rules = []string{noAssociation(family), "tcp flags & rst == 0 goto " + rejectChain, "drop"}
