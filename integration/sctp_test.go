@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"syscall"
 	"testing"
 	"time"
 
@@ -139,8 +140,12 @@ func (w *world) initiate(from, to string, address netip.AddrPort, served bool) e
 		if err == nil {
 			return fmt.Errorf("sctp to %s was answered", address)
 		}
-		if got := fateOf(err, lab.WorkingTime(start, time.Now())); got != "refused" {
-			return fmt.Errorf("sctp to %s: got %q, want refused", address, got)
+		unreachable := syscall.ENOPROTOOPT // the protocol, which ends an association
+		if address.Addr().Is6() {
+			unreachable = syscall.ECONNREFUSED // the port: there is no other answer by rules
+		}
+		if took := lab.WorkingTime(start, time.Now()); !errors.Is(err, unreachable) || took > atOnce {
+			return fmt.Errorf("sctp to %s: got %w after %v, want %w", address, err, took, unreachable)
 		}
 		return nil
 	}

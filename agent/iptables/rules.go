@@ -318,9 +318,13 @@ func (b *builder) filter() table {
 	// port bypasses translation (nf_send_reset): its sender would ignore it, for it does not come from where it has connected to. A
 	// connect ends by the ICMP error too; by IPv6, that of its second SYN.
 	for _, name := range b.plan.AllBridges {
-		b.add(reject, "-i", name, "-m conntrack --ctstate DNAT -j REJECT --reject-with", unreachable)
+		b.add(reject, "-i", name, "-p tcp -m conntrack --ctstate DNAT -j REJECT --reject-with", unreachable)
 	}
 	b.add(reject, "-p tcp -j REJECT --reject-with tcp-reset")
+	if b.family == plan.IPv4 {
+		// SCTP heeds no error for a port (RFC 9260, section 10). IPv6 has its error for a protocol (a parameter problem), but REJECT has not.
+		b.add(reject, "-p sctp -j REJECT --reject-with icmp-proto-unreachable")
+	}
 	b.add(reject, "-j REJECT --reject-with", unreachable)
 	hold := b.chain(held)
 	// No rule of nat will take what another tool has translated to a magic IP.
@@ -400,14 +404,9 @@ func (b *builder) untranslated(chain, in string, rule plan.Rule) {
 		}
 		if rule.Protocol == plan.SCTP {
 			// It is of an association whose flow was deleted. The node's SCTP aborts it, or the node has none and says so; what would be
-			// forwarded is answered by an ICMP error that ends it where its client heeds that (RFC 9260, section 10). IPv6 has its error for a protocol
-			// (a parameter problem), but REJECT has not.
-			answer := "icmp-proto-unreachable"
-			if b.family == plan.IPv6 {
-				answer = "icmp6-port-unreachable"
-			}
+			// forwarded is answered by an ICMP error.
 			b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID -m addrtype --dst-type LOCAL", note, "-j RETURN")
-			b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j REJECT --reject-with", answer)
+			b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-g", b.prefix+rejected)
 		}
 		// conntrack does not translate a segment that it calls invalid. A reset would end a live flow.
 		b.add(chain, match(rule), in, "-m conntrack --ctstate INVALID", note, "-j DROP")

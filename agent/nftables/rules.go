@@ -75,6 +75,8 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		// A segment that conntrack calls invalid, but for those that begin or reset a connection: asymmetric routes and sockets
 		// that are gone make them rightly.
 		outOfWindow = "ct state invalid tcp flags & (syn | rst) == 0"
+		// What conntrack calls invalid is of an association whose flow was deleted.
+		noAssociation = "meta l4proto sctp goto " + rejectChain
 		// The output chain has let it pass, as not of a client, and a local route leads it here.
 		byLoopback = `iifname "lo" accept`
 		notByName  = "iifname != @pod-interfaces jump unknown-links"
@@ -191,13 +193,15 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			translated + " accept",
 			"goto " + rejectChain,
 		}},
-		{name: rejectChain, comment: "an answer at once", rules: []string{
+		{name: rejectChain, comment: "an answer at once", rules: rules(
 			// The reset of a frame that has come in by a bridge's port bypasses translation (nf_send_reset), and its sender would ignore
 			// one that does not come from where it has connected to. With an ICMP error instead, a connect by IPv6 takes a second.
-			`meta iifkind "bridge" meta l4proto tcp ` + translated + " " + ip + " daddr set ct original " + ip + " daddr tcp dport set ct original proto-dst reject with tcp reset",
+			`meta iifkind "bridge" meta l4proto tcp `+translated+" "+ip+" daddr set ct original "+ip+" daddr tcp dport set ct original proto-dst reject with tcp reset",
 			"meta l4proto tcp reject with tcp reset",
+			// SCTP heeds no error for a port (RFC 9260, section 10). IPv6 has its error for a protocol (a parameter problem), but reject has not.
+			when(family == plan.IPv4, "meta l4proto sctp reject with icmp type prot-unreachable"),
 			"reject",
-		}},
+		)},
 		{name: "hold", rules: []string{
 			translated + " accept",
 			frontendKey(ip) + " @held goto hold-packet",
@@ -282,10 +286,10 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			c.rules = []string{byLoopback, "drop"}
 		case c.name == "invalid" && p.StrictTCP:
 			// The segment may be of a connection whose flow was deleted: only a reset spares its client a timeout.
-			c.rules = []string{noAssociation(family), "tcp flags & rst == 0 goto " + rejectChain, "drop"}
+			c.rules = []string{noAssociation, "tcp flags & rst == 0 goto " + rejectChain, "drop"}
 		case c.name == "invalid":
 			// A FIN begins no flow either, and its client may wait for an answer.
-			c.rules = []string{noAssociation(family), "tcp flags & (fin | syn | rst) == fin goto " + rejectChain, "drop"}
+			c.rules = []string{noAssociation, "tcp flags & (fin | syn | rst) == fin goto " + rejectChain, "drop"}
 		}
 	}
 	for i, clients := range p.Clients {
@@ -294,15 +298,6 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		}
 	}
 	return all
-}
-
-// noAssociation answers what conntrack calls invalid of an SCTP association whose flow was deleted: an ICMP error ends it where its
-// client heeds that (RFC 9260, section 10). IPv6 has its error for a protocol (a parameter problem), but reject has not.
-func noAssociation(family plan.Family) string {
-	if family == plan.IPv6 {
-		return "meta l4proto sctp reject"
-	}
-	return "meta l4proto sctp reject with icmp type prot-unreachable"
 }
 
 // zoneChains put the datagrams of clients into the zone of the present endpoint. When that changes, the next datagram belongs to no
