@@ -229,8 +229,11 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 		)},
 
 		{name: "forwarded", comment: "no translated packet to a magic IP leaves the node", rules: rules(
-			rule("ct direction original", to, "goto untranslated-forward"), // by another tool
-			rule(outByUplink, first, "goto leaving"),
+			rule(outByUplink, "goto forwarded-outside"),
+		)},
+		{name: "forwarded-outside", rules: rules(
+			rule(to, "goto untranslated-forward"), // by another tool
+			rule(first, "goto leaving"),
 		)},
 		{name: "leaving", comment: "translated, but no route leads to the endpoint", rules: rules(
 			firstPassed+" accept", // another tool has translated it, and so for an exempt client's
@@ -260,8 +263,11 @@ func chains(p *plan.Plan, family plan.Family) []chain {
 			rule(outByUplink, from, "drop"),
 		)},
 		{name: "sent-translated", comment: "no packet of the node to a magic IP leaves it", rules: rules(
-			rule("ct direction original", hostTo, "goto sent-untranslated"),
-			rule(outByUplink, hostFirst, "goto sent-leaving"),
+			rule(outByUplink, "goto sent-outside"),
+		)},
+		{name: "sent-outside", rules: rules(
+			rule(hostTo, "goto sent-untranslated"),
+			rule(hostFirst, "goto sent-leaving"),
 		)},
 		{name: "sent-leaving", rules: rules(
 			firstPassed+" accept",
