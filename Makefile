@@ -47,7 +47,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	go test -C integration/plots -count=1 ./...
 	go test -C integration/cluster/stream -race -count=1 ./...
 	go test -C integration/conflist -count=1 ./... # with -race, go-cni swaps its locks for a detector that reports deadlocks where there are none
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3 -timeout 40m
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3 -timeout 80m
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: e2e-binaries
@@ -61,7 +61,7 @@ e2e: build tools e2e-binaries e2e-image ## the agent against a real API server, 
 	integration/prerequisites nft iptables conntrack ip nsenter setpriv gcc pgrep
 	go build -race -buildvcs=false -o bin/race/magic-ip-agent ./cmd/magic-ip-agent
 	# GOGC: the control planes, which inherit it, have small heaps and collect all the time. The agents in pods do not have it.
-	GOGC=300 MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 40m -tags e2e ./integration/cluster/release ./integration/cluster/...
+	GOGC=300 MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -v -p 2 -race -count=1 -parallel 16 -timeout 80m -tags e2e ./integration/cluster/release ./integration/cluster/...
 
 .PHONY: e2e-cilium-binaries
 e2e-cilium-binaries: e2e-binaries ## Cilium and what it needs, from source (9 minutes, once)
