@@ -208,9 +208,10 @@ func testGuardAndOtherTranslations(t *testing.T, w *world) {
 		for _, port := range []uint16{port, unserved} {
 			translate(six, service(six, port), at(plain, six, port))
 		}
-		for _, port := range []uint16{passes, anothers, notOurs} {
+		for _, port := range []uint16{passes, notOurs} {
 			translate(six, at(plain, six, port), remote)
 		}
+		translate(six, at(excluding, six, anothers), remote) // the first agent has nothing that passes there
 		translate(six, magicAt(excluding, six), remote)
 	}
 	ask := func(row, from string, to func(six bool) netip.AddrPort, tcp, udp string) {
@@ -244,7 +245,7 @@ func testGuardAndOtherTranslations(t *testing.T, w *world) {
 			entryOf(plain, six, fmt.Sprintf("selector: app=none, hostClients: false, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", notOurs)))
 	}
 	w.start([]byte("dataPlane: netfilter\n" + string(configOf(agentName, entries...))))
-	w.startAs(second, []byte("dataPlane: netfilter\n"+string(configOf(second, entry(plain, fmt.Sprintf("selector: app=none, noEndpoint: pass, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", anothers))))))
+	w.startAs(second, []byte("dataPlane: netfilter\n"+string(configOf(second, entry(excluding, fmt.Sprintf("selector: app=none, noEndpoint: pass, ports: [{port: %d}, {port: %[1]d, protocol: udp}]", anothers))))))
 	target := w.addPod(w.kind, target("echo"))
 	w.echo("echo")
 	w.await("to have an endpoint", func(a *runtimedir.Status) bool { return len(a.MagicIPs[0].Endpoints) > 0 })
@@ -255,13 +256,13 @@ func testGuardAndOtherTranslations(t *testing.T, w *world) {
 			for _, port := range []uint16{port, unserved} {
 				ask(guardedOthers, from, func(six bool) netip.AddrPort { return service(six, port) }, "refused", "refused")
 			}
-			for _, port := range []uint16{passes, anothers} {
-				ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, port) }, "answered by remote", "answered by remote")
-			}
+			ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, passes) }, "answered by remote", "answered by remote")
+			ask(passedOthers, from, func(six bool) netip.AddrPort { return at(excluding, six, anothers) }, "answered by remote", "answered by remote")
 			ask(passedOthers, from, func(six bool) netip.AddrPort { return at(plain, six, notOurs) }, "refused", "refused")
 			ask(passedOthers, from, magic, "answered by echo", "answered by echo")
 		}
-		for _, port := range []uint16{passes, anothers, notOurs} {
+		ask(passedOthers, lab.Host, func(six bool) netip.AddrPort { return at(excluding, six, anothers) }, "answered by remote", "answered by remote")
+		for _, port := range []uint16{passes, notOurs} {
 			ask(passedOthers, lab.Host, func(six bool) netip.AddrPort { return at(plain, six, port) }, "answered by remote", "answered by remote")
 		}
 		tcp := "refused"
