@@ -619,18 +619,14 @@ func (a *arena) prefixAdvertisement(who string) error {
 
 // externalIP puts the rule that kube-proxy would make before all others.
 func (a *arena) externalIP(who string) error {
-	_, variant, isIPTables := strings.Cut(a.backend, "-")
-	if !isIPTables {
-		variant = "nft"
-	}
-	tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[a.six] + variant
+	tool := a.iptables(a.six)
 	rule := fmt.Sprintf(" PREROUTING -d %s -p tcp -j DNAT --to-destination %s", a.magic().Addr(), at(a.address(who), port))
 	impostor := a.echoAt(who, "impostor", at(a.address(who), port).String())
 	defer func() { _ = impostor.Close() }()
 	a.run(tool + " -t nat -I" + rule)
 	defer a.run(tool + " -t nat -D" + rule)
 	err := a.want("client", a.magic(), "answered by echo")
-	if isIPTables {
+	if a.backend != "nftables" {
 		err = lab.Eventually(patience(a.t), func() error { return a.want("client", a.magic(), "answered by echo") })
 	}
 	return err

@@ -58,14 +58,7 @@ func (w *world) localRoutes() string {
 // TestDetour: with Cilium's file on the node, magic IPs are addresses of the node and flows of pods are masqueraded; all of it follows
 // the file, is repaired, and goes with the agent.
 func TestDetour(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				testDetour(t, newWorld(t, backend, kind))
-			})
-		}
-	})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) { testDetour(t, newWorld(t, backend, kind)) })
 }
 
 func testDetour(t *testing.T, w *world) {
@@ -204,14 +197,7 @@ func (w *world) flush() {
 // TestBackstop flushes all rules while no agent runs, on nodes without Cilium: the local routes keep packets to magic IPs on the node, but
 // those that are meant for somebody beyond it.
 func TestBackstop(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				testBackstop(t, newWorld(t, backend, kind))
-			})
-		}
-	})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) { testBackstop(t, newWorld(t, backend, kind)) })
 }
 
 func testBackstop(t *testing.T, w *world) {

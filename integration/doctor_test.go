@@ -80,7 +80,7 @@ func TestDoctor(t *testing.T) {
 
 		w.doctorOfFiles()
 		w.doctorOfCNI()
-		w.doctorOfNetwork(backend)
+		w.doctorOfNetwork()
 		w.doctorOfRules(backend)
 		w.healthy()
 	})
@@ -174,7 +174,7 @@ func (w *world) doctorOfCNI() {
 	}
 }
 
-func (w *world) doctorOfNetwork(backend string) {
+func (w *world) doctorOfNetwork() {
 	w.t.Helper()
 	w.doctorOfCilium()
 
@@ -220,12 +220,8 @@ func (w *world) doctorOfNetwork(backend string) {
 		w.t.Fatal(err)
 	}
 
-	_, variant, isIPTables := strings.Cut(backend, "-")
-	if !isIPTables {
-		variant = "nft"
-	}
-	w.run("iptables-" + variant + " -t nat -A PREROUTING -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.1:1")
-	found := w.finds("warn", "another program translates a magic IP too", "-j DNAT", "iptables-"+variant+" -t nat -D PREROUTING")
+	w.run(w.iptables(false) + " -t nat -A PREROUTING -d 169.254.210.210/32 -p tcp -j DNAT --to-destination 10.0.0.1:1")
+	found := w.finds("warn", "another program translates a magic IP too", "-j DNAT", w.iptables(false)+" -t nat -D PREROUTING")
 	_, command, _ := strings.Cut(found, " → ")
 	w.run(command)
 	w.run("nft add table ip theirs; nft 'add chain ip theirs c { type nat hook prerouting priority -100; }'; nft add rule ip theirs c ip daddr 169.254.210.210 dnat to 10.0.0.1")

@@ -233,10 +233,7 @@ func TestPortsUsedAgain(t *testing.T) {
 		w := serving(t, backend, "bridge", config())
 		w.addClient()
 		w.addTarget("old")
-		server, err := w.Listen("old", "tcp", fmt.Sprintf(":%d", port))
-		if err != nil {
-			t.Fatal(err)
-		}
+		server := w.listen("old")
 		dial := func(six, reset bool) (conn *net.TCPConn, err error) {
 			from := 40000 // and another for each: the last one's may not be free yet
 			if six {

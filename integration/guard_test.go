@@ -36,18 +36,11 @@ func (w *world) standIn(addresses []netip.Addr) {
 // TestGuard takes away an endpoint's route while the agent is dead, and has a process of the node send by the uplink whatever
 // the route says: no packet to a magic IP leaves the node, although the address of the endpoint is answered outside.
 func TestGuard(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				testGuard(t, newWorld(t, backend, kind))
-			})
-		}
-	})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) { testGuard(t, newWorld(t, backend, kind)) })
 }
 
 func testGuard(t *testing.T, w *world) {
-	elsewhere := map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind]
+	elsewhere := w.otherKind()
 	// Behind a bridge, iptables cannot have a reset come from the magic IP.
 	byICMP := elsewhere == "bridge" && w.backend != "nftables"
 	w.addPod(elsewhere, lab.Pod{Name: "client", Namespace: "elsewhere"})
@@ -58,13 +51,6 @@ func testGuard(t *testing.T, w *world) {
 	ask := func(row, from, tcp, udp string) {
 		t.Helper()
 		bothFamilies(func(six bool) {
-			connect := lab.Client{Kind: lab.NewConnection, From: from, To: magic(six), Timeout: answerTime}
-			// The ICMP error that answers the first SYN does not end a connect by IPv6 (seen on Linux 6.18); the next one does, a
-			// second later.
-			slow := byICMP && six && from == "client"
-			if slow {
-				connect.Timeout = 3 * time.Second
-			}
 			reset := func() error { return nil }
 			if from == "client" && tcp == "refused" && !byICMP {
 				arrived := w.sniff(from)
@@ -73,10 +59,7 @@ func testGuard(t *testing.T, w *world) {
 					return err
 				}
 			}
-			got := w.fateOfRequest(connect)
-			if slow {
-				got, _, _ = strings.Cut(got, " after ")
-			}
+			got := w.fateOfConnect(from, magic(six), byICMP && from == "client")
 			err := errors.Join(want(got, tcp), reset(), want(w.fate(from, lab.UDP, magic(six)), udp))
 			if err != nil {
 				err = fmt.Errorf("%q: %w", from, err)
@@ -161,34 +144,21 @@ func (w *world) boundTo(link string, to netip.AddrPort) error {
 // frontend that passes, of an exempt client or of what processes of this node do not use, which are that tool's, although the same
 // address is guarded. The node has no local routes: they would keep the former on the node, too.
 func TestGuardAndOtherTranslations(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				testGuardAndOtherTranslations(t, newWorld(t, backend, kind))
-			})
-		}
-	})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) { testGuardAndOtherTranslations(t, newWorld(t, backend, kind)) })
 }
 
 func testGuardAndOtherTranslations(t *testing.T, w *world) {
 	const second = "second.magic-ip"
 	const passes, anothers, notOurs, unserved = 8081, 8082, 8083, 8084
 	w.addClient()
-	w.addPod(map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind], lab.Pod{Name: "other", Namespace: "elsewhere"})
+	w.addPod(w.otherKind(), lab.Pod{Name: "other", Namespace: "elsewhere"})
 	onBridge := map[string]string{"bridge": "client", "ptp": "other"}[w.kind]
 	w.beyond(plain)
 	translate := func(six bool, from, to netip.AddrPort) {
 		t.Helper()
-		tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[six]
-		if _, variant, ok := strings.Cut(w.backend, "-"); ok {
-			tool += variant
-		} else {
-			tool += "nft"
-		}
 		for _, chain := range []string{"PREROUTING", "OUTPUT"} {
 			for _, protocol := range []string{"tcp", "udp"} {
-				w.run(fmt.Sprintf("%s -t nat -A %s -d %s -p %s --dport %d -j DNAT --to-destination %s", tool, chain, from.Addr(), protocol, from.Port(), to))
+				w.run(fmt.Sprintf("%s -t nat -A %s -d %s -p %s --dport %d -j DNAT --to-destination %s", w.iptables(six), chain, from.Addr(), protocol, from.Port(), to))
 			}
 		}
 	}
@@ -217,21 +187,12 @@ func testGuardAndOtherTranslations(t *testing.T, w *world) {
 	ask := func(row, from string, to func(six bool) netip.AddrPort, tcp, udp string) {
 		t.Helper()
 		bothFamilies(func(six bool) {
-			connect := lab.Client{Kind: lab.NewConnection, From: from, To: to(six), Timeout: answerTime}
-			// See testGuard.
-			slow := w.backend != "nftables" && six && tcp == "refused" && from == onBridge
-			if slow {
-				connect.Timeout = 3 * time.Second
+			byICMP := w.backend != "nftables" && from == onBridge // see testGuard
+			err := errors.Join(want(w.fateOfConnect(from, to(six), byICMP), tcp), want(w.fate(from, lab.UDP, to(six)), udp))
+			if err != nil {
+				err = fmt.Errorf("%q to %s: %w", from, to(six), err)
 			}
-			got := w.fateOfRequest(connect)
-			if slow {
-				got, _, _ = strings.Cut(got, " after ")
-			}
-			if err := errors.Join(want(got, tcp), want(w.fate(from, lab.UDP, to(six)), udp)); err != nil {
-				w.note(row, six, fmt.Errorf("%q to %s: %w", from, to(six), err))
-			} else {
-				w.note(row, six, nil)
-			}
+			w.note(row, six, err)
 		})
 	}
 	for _, from := range []string{"client", "other", lab.Host} {
@@ -463,11 +424,7 @@ func TestHalfClose(t *testing.T) {
 		w := serving(t, backend, "bridge", config())
 		w.addClient()
 		w.addTarget("old")
-		server, err := w.Listen("old", "tcp", fmt.Sprintf(":%d", port))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = server.Close() }()
+		w.listen("old")
 		clients := map[*net.TCPConn]bool{}
 		for _, six := range []bool{false, true} {
 			for _, from := range []string{"client", lab.Host} {

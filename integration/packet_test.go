@@ -44,19 +44,12 @@ func (w *world) askAll(questions []question) {
 
 // TestPackets is the table of docs/concepts.md, "Packets": who, to where, and what happens, on every kind of network.
 func TestPackets(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				testPackets(t, newWorld(t, backend, kind))
-			})
-		}
-	})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) { testPackets(t, newWorld(t, backend, kind)) })
 }
 
 func testPackets(t *testing.T, w *world) {
 	client := w.addClient()
-	elsewhere := map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind]
+	elsewhere := w.otherKind()
 	w.addPod(elsewhere, lab.Pod{Name: "elsewhere", Namespace: "elsewhere"})
 	w.beyond(plain, excluding, withoutUs, passing)
 	nic := w.secondNIC()
@@ -171,12 +164,8 @@ func TestLeftoverTranslation(t *testing.T) {
 		w.addClient()
 		theirs := w.addPod("ptp", lab.Pod{Name: "theirs", Namespace: "elsewhere"})
 		w.echo("theirs")
-		_, variant, isIPTables := strings.Cut(backend, "-")
-		if !isIPTables {
-			variant = "nft"
-		}
 		for _, six := range []bool{false, true} {
-			tool := map[bool]string{false: "iptables-", true: "ip6tables-"}[six] + variant
+			tool := w.iptables(six)
 			for _, chain := range []string{"PREROUTING", "OUTPUT"} {
 				for _, protocol := range []string{"tcp", "udp"} {
 					w.run(fmt.Sprintf("%s -t nat -A %s -d %s -p %s -j DNAT --to-destination %s", tool, chain, magic(six).Addr(), protocol, family(theirs.IPs, six)))

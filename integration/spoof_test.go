@@ -260,24 +260,15 @@ func (r receiver) onlyMarker(t *testing.T, mark func()) error {
 // client that got one untranslated would reset the server's connection, which it does not know by that name; and a node that got one
 // would reset the client's, for the magic IP is an address of the node.
 func TestOutOfWindow(t *testing.T) {
-	onEach(t, func(t *testing.T, backend string) {
-		for _, kind := range onEveryKind {
-			t.Run(kind, func(t *testing.T) {
-				t.Parallel()
-				w := serving(t, backend, kind, config())
-				w.addClient()
-				target := w.addTarget("echo")
-				server, err := w.Listen("echo", "tcp", fmt.Sprintf(":%d", port))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer func() { _ = server.Close() }()
-				for _, six := range []bool{false, true} {
-					for _, from := range []string{"client", "echo", lab.Host} {
-						w.note(outOfWindow, six, w.survives(server, from, netip.AddrPortFrom(family(target.IPs, six), port), magic(six)))
-					}
-				}
-			})
+	onEveryNetwork(t, func(t *testing.T, backend, kind string) {
+		w := serving(t, backend, kind, config())
+		w.addClient()
+		target := w.addTarget("echo")
+		server := w.listen("echo")
+		for _, six := range []bool{false, true} {
+			for _, from := range []string{"client", "echo", lab.Host} {
+				w.note(outOfWindow, six, w.survives(server, from, netip.AddrPortFrom(family(target.IPs, six), port), magic(six)))
+			}
 		}
 	})
 }

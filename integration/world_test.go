@@ -284,6 +284,17 @@ func (w *world) addClient() lab.Attached {
 	return w.addPod(w.kind, lab.Pod{Name: "client", Namespace: "elsewhere"})
 }
 
+// listen has a pod listen on the port, without an answer.
+func (w *world) listen(pod string) net.Listener {
+	w.t.Helper()
+	server, err := w.Listen(pod, "tcp", fmt.Sprintf(":%d", port))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { _ = server.Close() })
+	return server
+}
+
 func (w *world) echo(name string) *lab.Echo {
 	w.t.Helper()
 	return w.echoAt(name, name, fmt.Sprintf(":%d", port))
@@ -410,6 +421,18 @@ func (w *world) fateOfRequest(client lab.Client) string {
 	return fateOf(err, lab.WorkingTime(start, time.Now()))
 }
 
+// fateOfConnect asks by a new connection. Where it is refused by an ICMP error, which does not end a connect by IPv6 (seen on Linux 6.18),
+// the next SYN's does, a second later.
+func (w *world) fateOfConnect(from string, to netip.AddrPort, byICMP bool) string {
+	client := lab.Client{Kind: lab.NewConnection, From: from, To: to, Timeout: answerTime}
+	if !byICMP || !to.Addr().Is6() {
+		return w.fateOfRequest(client)
+	}
+	client.Timeout = 3 * time.Second
+	fate, _, _ := strings.Cut(w.fateOfRequest(client), " after ")
+	return fate
+}
+
 // atOnce is before a client would send its SYN again, which is after a second. More than that is a machine's own: locks of the
 // kernel that namespaces share keep no task from its processor, and the witness does not see them.
 const atOnce = 700 * time.Millisecond
@@ -494,4 +517,30 @@ func onEach(t *testing.T, test func(t *testing.T, backend string)) {
 			test(t, backend)
 		})
 	}
+}
+
+// onEveryNetwork is onEach, on every kind of network.
+func onEveryNetwork(t *testing.T, test func(t *testing.T, backend, kind string)) {
+	onEach(t, func(t *testing.T, backend string) {
+		for _, kind := range onEveryKind {
+			t.Run(kind, func(t *testing.T) {
+				t.Parallel()
+				test(t, backend, kind)
+			})
+		}
+	})
+}
+
+// otherKind is a kind of network that is not the world's own: no link serves both.
+func (w *world) otherKind() string {
+	return map[string]string{"bridge": "ptp", "ptp": "bridge", "cali": "ptp"}[w.kind]
+}
+
+// iptables is the command for the rules of other tools: of the tables that the agent uses, or by way of nftables.
+func (w *world) iptables(six bool) string {
+	_, variant, isIPTables := strings.Cut(w.backend, "-")
+	if !isIPTables {
+		variant = "nft"
+	}
+	return map[bool]string{false: "iptables-", true: "ip6tables-"}[six] + variant
 }
