@@ -74,18 +74,22 @@ func (e *examination) namedLinks() (named bool) {
 			}
 			seen[setting] = true
 			var there []string
-			isThere, why := false, "the node has no such link"
+			port := ""
 			for _, link := range e.network.Links {
 				switch {
 				case !plan.Names(m.HostInterface, link.Name):
 				case link.Port:
-					isThere, why = true, link.Name+" is a port, so that IP packets come in by what it is a port of"
+					port = link.Name
 				default:
 					there = append(there, link.Name)
 				}
 			}
+			why := "the node has no such link"
+			if port != "" {
+				why = port + " is a port, so that IP packets come in by what it is a port of"
+			}
 			pod, behind := e.behindAnother(m.HostInterface)
-			if len(there) == 0 && !isThere && behind == "" && len(m.Endpoints) == 0 { // the first pod may bring it
+			if len(there) == 0 && port == "" && behind == "" && len(m.Endpoints) == 0 { // the first pod may bring it
 				e.add(Hidden, check, fmt.Sprintf("hostInterface of %s is %s, and %s; nor is a pod known that is behind another one", m.Frontend, setting, why), "look again when there is a pod on the node")
 				continue
 			}
