@@ -182,12 +182,18 @@ func (n *Node) Run(ctx context.Context, name string, args ...string) (string, er
 
 // output runs cmd. Both streams are in the error: CNI plugins explain themselves on standard output.
 func output(cmd *exec.Cmd) (string, error) {
+	stdout, _, err := outputs(cmd)
+	return stdout, err
+}
+
+// outputs is output, with what the command printed to its standard error.
+func outputs(cmd *exec.Cmd) (printed, said string, err error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s: %w: %s%s", cmd, err, &stdout, &stderr)
+		return stdout.String(), stderr.String(), fmt.Errorf("%s: %w: %s%s", cmd, err, &stdout, &stderr)
 	}
-	return stdout.String(), nil
+	return stdout.String(), stderr.String(), nil
 }
 
 // signal sends sig to the process that nsenter has made: nsenter itself stays outside of the node's

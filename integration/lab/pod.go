@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 )
 
 // Pod is what a runtime tells CNI about a pod. A pod without a name has no identity: CNI_ARGS is not set.
@@ -170,9 +172,32 @@ func (n *Node) cnitool(ctx context.Context, command, network string, pod Pod) (s
 	if err != nil {
 		return "", err
 	}
-	cmd := n.Command(ctx, n.binaries.CNITool, command, network, netnsPath(pod.netNS()))
-	cmd.Env = append(cmd.Env, append(env, "NETCONFPATH="+confDir, "CNI_PATH="+n.cniPath())...)
-	return output(cmd)
+	call := func(command string) (printed, said string, err error) {
+		cmd := n.Command(ctx, n.binaries.CNITool, command, network, netnsPath(pod.netNS()))
+		cmd.Env = append(cmd.Env, append(env, "NETCONFPATH="+confDir, "CNI_PATH="+n.cniPath())...)
+		return outputs(cmd)
+	}
+	return unlessItHadNoTime(func(again bool) (printed, said string, err error) {
+		if again && command == "add" { // other plugins of the list refuse to do it twice
+			if printed, said, err := call("del"); err != nil {
+				return printed, said, err
+			}
+		}
+		return call(command)
+	})
+}
+
+// unlessItHadNoTime executes the plugin again where it has given up, as it does after a while by the clock, and the machine has not
+// worked for that long: it stood still, and nobody would record the pod.
+func unlessItHadNoTime(execute func(again bool) (printed, said string, err error)) (string, error) {
+	const fileWait = 1500 * time.Millisecond // the plugin's
+	for passed, again := Stopwatch(), false; ; again = true {
+		printed, said, err := execute(again)
+		if err != nil || !strings.Contains(said, "the runtime directory does not respond") || passed() >= fileWait {
+			return printed, err
+		}
+		fmt.Fprintf(os.Stderr, "lab: the machine stood still, so the plugin is executed again: %s", said)
+	}
 }
 
 func (n *Node) cniPath() string { return n.binaries.CNIDir + ":" + filepath.Dir(n.binaries.Plugin) }
@@ -183,8 +208,10 @@ func (n *Node) ExecPlugin(ctx context.Context, config []byte, env ...string) (st
 	if err := present(n.binaries.Plugin); err != nil {
 		return "", err
 	}
-	cmd := n.Command(ctx, n.binaries.Plugin)
-	cmd.Stdin = bytes.NewReader(config)
-	cmd.Env = append(cmd.Env, append(env, "CNI_PATH="+n.cniPath())...)
-	return output(cmd)
+	return unlessItHadNoTime(func(bool) (printed, said string, err error) {
+		cmd := n.Command(ctx, n.binaries.Plugin)
+		cmd.Stdin = bytes.NewReader(config)
+		cmd.Env = append(cmd.Env, append(env, "CNI_PATH="+n.cniPath())...)
+		return outputs(cmd)
+	})
 }
