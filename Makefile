@@ -47,7 +47,7 @@ test: build tools ## all tests with the race detector, cnitool and packets inclu
 	go test -C integration/plots -count=1 ./...
 	go test -C integration/cluster/stream -race -count=1 ./...
 	go test -C integration/conflist -count=1 ./... # with -race, go-cni swaps its locks for a detector that reports deadlocks where there are none
-	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 3 -timeout 80m
+	MAGIC_IP_AGENT=$(CURDIR)/bin/race/magic-ip-agent go test -C integration -race -count=1 -parallel 6 -timeout 80m
 	integration/fuzz $(FUZZTIME)
 
 .PHONY: e2e-binaries

@@ -509,8 +509,9 @@ func bothFamilies(f func(six bool)) {
 	group.Wait()
 }
 
-// onEach runs a test on each backend, in parallel.
+// onEach runs a test on each backend, in parallel with others.
 func onEach(t *testing.T, test func(t *testing.T, backend string)) {
+	t.Parallel()
 	for _, backend := range backends() {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
