@@ -163,6 +163,7 @@ func (m *Metrics) readLog() {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return // status and doctor show it
 	}
+	now = now[:bytes.LastIndexByte(now, '\n')+1] // a line that is just being written may be there in part
 	before := m.log
 	m.log = append([]byte{}, now...)
 	if before == nil {

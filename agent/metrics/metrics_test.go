@@ -188,6 +188,32 @@ magic_ip_targets{state="terminating"} 1`
 	}
 }
 
+// TestPluginLogInParts: a line of which a reader has met the first part, as it can where pages of the file meet, is counted when it is whole.
+func TestPluginLogInParts(t *testing.T) {
+	t.Parallel()
+	dir := runtimedir.New(t.TempDir())
+	m := New(Options{RuntimeDir: dir.Path(), Name: "a", Log: slog.New(slog.DiscardHandler)})
+	if err := os.MkdirAll(filepath.Dir(dir.LogPath()), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const line = "time=2026-01-31T12:00:00Z level=WARN msg=x\n"
+	want := 0.0
+	for cut := range len(line) {
+		for _, part := range []string{line[:cut], line[cut:]} {
+			if err := dir.Log([]byte(part)); err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasSuffix(part, "\n") {
+				want++
+			}
+			m.readLog()
+			if got := testutil.ToFloat64(m.pluginLog.WithLabelValues("warn")); got != want {
+				t.Fatalf("cut at %d, after %q: %v lines counted, want %v", cut, part, got, want)
+			}
+		}
+	}
+}
+
 // TestPluginLogAtOnce: requests at once count each line of the plugin's log once.
 func TestPluginLogAtOnce(t *testing.T) {
 	dir := runtimedir.New(t.TempDir())
