@@ -124,7 +124,6 @@ func Once(ctx context.Context, options Options) error {
 // sync brings the node to the state that is wanted, where it differs. again is when to look again although nothing
 // happens; 0 is never. problem is what was wrong before, and is reported along.
 func (i *installer) sync(ctx context.Context, problem error) (again time.Duration, err error) {
-	i.record.Notes = nil
 	again, err = i.install(ctx)
 	err = errors.Join(problem, err)
 	i.record.LastError = ""
@@ -150,9 +149,10 @@ func (i *installer) write() error {
 }
 
 func (i *installer) install(ctx context.Context) (again time.Duration, err error) {
-	if err := i.write(); err != nil { // before anything of ours is anywhere
+	if err := i.write(); err != nil { // before anything of ours is anywhere, and with what was noted last
 		return 0, err
 	}
+	i.record.Notes = nil
 	replaced, err := i.binary.ensure(ctx, func() ([]*runtimedir.Record, error) {
 		return otherInstallers(runtimedir.New(i.RuntimeDir), i.config.Name)
 	})

@@ -372,6 +372,57 @@ func TestRecordComesFirst(t *testing.T) {
 	n.install()
 }
 
+// TestRecordStands: while nothing changes, the record is not written, and what it says of a standing fault is there all the
+// time: status and doctor read it whenever they are called.
+func TestRecordStands(t *testing.T) {
+	t.Parallel()
+	standing := map[string]func(n *node, i *installer){
+		"an entry that is removed again and again": func(n *node, i *installer) {
+			i.backoff = backoff{losses: 20, at: time.Now()}
+			n.conf("10-a.conflist", simple)
+		},
+		"no selectors": func(n *node, _ *installer) { n.config.Selectors = nil },
+		"no network configuration": func(n *node, _ *installer) {
+			if err := os.RemoveAll(n.options.ConfDir); err != nil {
+				n.Fatal(err)
+			}
+		},
+	}
+	for name, fault := range standing {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t)
+			n.conf("10-a.conflist", simple)
+			i, err := newInstaller(n.options)
+			if err != nil {
+				t.Fatal(err)
+			}
+			look := func() { _, _ = i.look(t.Context()) } // its error is in the record
+			look()
+			fault(n, i)
+			look()
+			said, err := n.dir().Installer(n.config.Name).ReadRecord()
+			if err != nil || len(said.Notes) == 0 && said.LastError == "" {
+				t.Fatalf("record %+v, %v", said, err)
+			}
+			// Open, so that its inode is not given to another file.
+			before, err := os.Open(n.recordPath(n.config.Name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = before.Close() }()
+			look()
+			was, err := before.Stat()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if is, err := os.Stat(before.Name()); err != nil || !os.SameFile(was, is) {
+				t.Errorf("the record was written again, %v", err)
+			}
+		})
+	}
+}
+
 func TestRecordOfANewerBuild(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
