@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Waits watches for how long processes are ready to run and have no processor. An agent has no more of it than what its pod asks for, so that it may
-// wait where a witness does not.
+// Waits watches for how long processes cannot go on: they are ready to run and have no processor, or the kernel is busy with a change of nftables rules by
+// others. An agent has no more of a processor than what its pod asks for, so that it may wait where a witness does not.
 type Waits struct {
 	processes []string // their directories in /proc
 	stop      context.CancelFunc
@@ -42,7 +42,8 @@ func (w *Waits) End() Outcomes {
 
 func (w *Waits) run(ctx context.Context) {
 	var all Outcomes
-	before, last := w.waited(), time.Now()
+	before, _ := w.look()
+	last := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -50,8 +51,12 @@ func (w *Waits) run(ctx context.Context) {
 			return
 		case <-time.After(waitsEvery):
 		}
-		waited, now := w.waited(), time.Now()
+		waited, behindOthers := w.look()
+		now := time.Now()
 		var most time.Duration // a thread counts its wait when that is over
+		if behindOthers {
+			most = now.Sub(last)
+		}
 		for thread, total := range waited {
 			most = max(most, total-before[thread])
 		}
@@ -77,23 +82,32 @@ func addWait(all Outcomes, last, now time.Time, waited time.Duration) Outcomes {
 	return append(all, Outcome{Sent: from, Took: until.Sub(from)})
 }
 
-// waited is how long each thread has waited so far: the second number (Documentation/scheduler/sched-stats.rst of the kernel), in nanoseconds.
-func (w *Waits) waited() map[string]time.Duration {
-	all := map[string]time.Duration{}
+// look returns how long each thread has waited for a processor so far: the second number (Documentation/scheduler/sched-stats.rst of the kernel), in
+// nanoseconds. behindOthers: one of them waits now for changes of others.
+func (w *Waits) look() (waited map[string]time.Duration, behindOthers bool) {
+	waited = map[string]time.Duration{}
 	for _, process := range w.processes {
-		files, _ := filepath.Glob(process + "/task/*/schedstat")
-		for _, file := range files {
-			data, err := os.ReadFile(file)
+		tasks, _ := filepath.Glob(process + "/task/*")
+		for _, task := range tasks {
+			behindOthers = behindOthers || waitsBehindOthers(task)
+			data, err := os.ReadFile(task + "/schedstat")
 			if err != nil {
 				continue // it has ended
 			}
-			var ran, waited int64
-			if _, err := fmt.Sscan(string(data), &ran, &waited); err == nil {
-				all[file] = time.Duration(waited)
+			var ran, total int64
+			if _, err := fmt.Sscan(string(data), &ran, &total); err == nil {
+				waited[task] = time.Duration(total)
 			}
 		}
 	}
-	return all
+	return waited, behindOthers
+}
+
+// waitsBehindOthers reports whether a thread, by its directory in /proc, waits to change nftables rules. The kernel lets one process of a network namespace
+// do that at a time, and one that ends keeps the others waiting until it has freed what was removed (nft_rcv_nl_event): the busier the machine, the longer.
+func waitsBehindOthers(task string) bool {
+	function, _ := os.ReadFile(task + "/wchan") // what it sleeps in: proc(5)
+	return strings.HasPrefix(string(function), "nf_tables_")
 }
 
 // stall is how long a witness, who asks a server that nothing happens to, waits for its answers only where the machine has no time for client or

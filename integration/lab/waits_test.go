@@ -1,10 +1,14 @@
 package lab
 
 import (
+	"errors"
+	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
 )
 
 // TestAddWait: times are milliseconds; a wait is seen when it is over, by looks 10 ms apart, or later ones on a busy machine.
@@ -27,5 +31,50 @@ func TestAddWait(t *testing.T) {
 	}
 	if diff := cmp.Diff([]wait{{110, 20}, {250, 253}, {600, 40}, {700, 3}, {710, 3}, {720, 3}}, got, cmp.AllowUnexported(wait{})); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestWaitsBehindOthers: beside nft processes that change rules, a thread that does so too is seen to wait for them.
+func TestWaitsBehindOthers(t *testing.T) {
+	t.Parallel()
+	node := newNode(t)
+	other, err := node.Start("sh", "-c", `nft add table ip other; while :; do nft add chain ip other c '{ }'; nft add rule ip other c accept; nft delete chain ip other c; done`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(other.Kill)
+	ended := errors.New("ended")
+	ctx := patience(t)
+	writing := make(chan error, 1)
+	go func() {
+		writing <- node.In(Host, func() error {
+			conn, err := nftables.New(nftables.AsLasting())
+			if err != nil {
+				return err
+			}
+			defer func() { _ = conn.CloseLasting() }()
+			for ctx.Err() == nil {
+				conn.AddTable(&nftables.Table{Name: "own", Family: nftables.TableFamilyIPv4})
+				if err := conn.Flush(); err != nil {
+					return err
+				}
+			}
+			return ended
+		})
+	}()
+	err = Eventually(ctx, func() error {
+		select {
+		case err := <-writing:
+			t.Fatal(err)
+		default:
+		}
+		tasks, err := filepath.Glob("/proc/self/task/*")
+		if err == nil && !slices.ContainsFunc(tasks, waitsBehindOthers) {
+			err = errors.New("no thread waits")
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }

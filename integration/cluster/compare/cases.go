@@ -142,7 +142,7 @@ type measured struct {
 	ruled time.Duration
 	// witness is the longest time that the witness has waited for an answer, after the replacement.
 	witness time.Duration
-	// waits are those of the agents for a processor.
+	// waits are when the agents could not go on.
 	waits lab.Outcomes
 	// dropped are the packets that the machine's processors had no room for meanwhile, whoever they were of.
 	dropped uint64
@@ -427,7 +427,7 @@ func (w *world) runs(ctx context.Context, n *whole.Node, u update, times int) (a
 // String is the run in a few lines.
 func (m measured) String() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v, of the agents for a processor %v, %d packets dropped by the processors\n",
+	fmt.Fprintf(&text, "%s on %s (%s), rule %v before the process, longest wait of the witness %v, of the agents %v, %d packets dropped by the processors\n",
 		m.update.name, m.node.Name, m.node.Runtime(), m.ruled.Round(time.Millisecond), m.witness.Round(100*time.Microsecond), longestOf(m.waits, m.at).Round(100*time.Microsecond), m.dropped)
 	for _, p := range slices.Sorted(maps.Keys(m.costs)) {
 		for _, kind := range allKinds() {

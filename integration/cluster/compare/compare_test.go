@@ -65,7 +65,7 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-// judge fails where requests by the magic IP failed although a process listened and the agent did not wait for a processor, or did not come back.
+// judge fails where requests by the magic IP failed although a process listened and the agent could go on, or did not come back.
 func judge(t *testing.T, m measured) {
 	t.Helper()
 	where := fmt.Sprintf("%s on %s", m.update.name, m.node.Name)

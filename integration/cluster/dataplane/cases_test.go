@@ -232,10 +232,10 @@ func (w *world) rollout() {
 	for _, kind := range []lab.Kind{lab.NewConnection, lab.KeepAlive, lab.UDP} {
 		o := probes[kind].Stop()
 		failed := slices.DeleteFunc(o.Failed(), func(o lab.Outcome) bool { return o.Stalled(waited) })
-		w.Logf("rollout: %s: %d of %d failed, %d of them while the agent had no processor, longest gap %v, %d pods",
+		w.Logf("rollout: %s: %d of %d failed, %d of them while the agent could not go on, longest gap %v, %d pods",
 			kind, len(o.Failed()), len(o), len(o.Failed())-len(failed), o.LongestGap().Round(time.Millisecond), len(o.Servers()))
 		if kind == lab.NewConnection && len(failed) > 0 {
-			w.Errorf("rollout: %d of %d new connections failed while the agent had a processor, the first with %v", len(failed), len(o), failed[0].Err)
+			w.Errorf("rollout: %d of %d new connections failed while the agent could go on, the first with %v", len(failed), len(o), failed[0].Err)
 		}
 		if len(o.Servers()) != 2 {
 			w.Errorf("rollout: %s was answered by %v, want the old pod and the new one", kind, o.Servers())

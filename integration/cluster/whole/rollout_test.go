@@ -65,7 +65,7 @@ func TestRollout(t *testing.T) {
 	time.Sleep(time.Second) // for what goes wrong afterwards
 	var text strings.Builder
 	table := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "\nnode\taddress\tclient\trequests\tfailed\tlongest gap\tpods\twhile the agent had no processor")
+	fmt.Fprintln(table, "\nnode\taddress\tclient\trequests\tfailed\tlongest gap\tpods\twhile the agent could not go on")
 	for _, n := range cluster.Nodes {
 		waited := waits[n].End()
 		for _, name := range []string{"magic IP", "magic IP, IPv6", "Service"} {
@@ -77,7 +77,7 @@ func TestRollout(t *testing.T) {
 					continue
 				}
 				if kind == lab.NewConnection && len(failed) > 0 {
-					t.Errorf("%s, %s: %d of %d new connections failed while the agent had a processor, the first with %v", n.Name, name, len(failed), len(o), failed[0].Err)
+					t.Errorf("%s, %s: %d of %d new connections failed while the agent could go on, the first with %v", n.Name, name, len(failed), len(o), failed[0].Err)
 				}
 				if len(o.Servers()) != 2 {
 					t.Errorf("%s, %s: %s was answered by %v, want the old pod and the new one", n.Name, name, kind, o.Servers())
