@@ -64,6 +64,9 @@ magicIPs:
 	if mapped, err := parse(`["::ffff:169.254.100.0/120"]`); err != nil || mapped.Ports[0].Unserved != want[0] {
 		t.Errorf("an IPv4 prefix written as IPv6: %v, %v", mapped, err)
 	}
+	if all, err := parse(`["::ffff:0.0.0.0/96"]`); err != nil || !strings.HasPrefix(all.Ports[0].Unserved, "169.254.100.7 is in 0.0.0.0/0 of reservedAddresses") {
+		t.Errorf("all of IPv4 written as IPv6: %v, %v", all, err)
+	}
 	for _, wrong := range []string{"169.254.100", "169.254.0.0/33", "fe80::1%eth0", ""} {
 		if _, err := parse(fmt.Sprintf("[%q]", wrong)); err == nil || !strings.Contains(err.Error(), "line 2: reservedAddresses[0]") {
 			t.Errorf("%q: %v", wrong, err)

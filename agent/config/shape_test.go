@@ -14,10 +14,12 @@ func TestAliases(t *testing.T) {
 		billion += fmt.Sprintf("- &a%d {<<: [%s]}\n", i+1, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*a%d, ", i), 10), ", "))
 	}
 	for text, want := range map[string]string{
-		"name: a\nmagicIP: [&n {<<: *n}]":                             "line 2: magicIP[0]: *n is a part of what it stands for",
-		"name: a\nmagicIP: [&n {<<: [{}, *n]}]":                       "line 2: magicIP[0]: *n is a part of what it stands for",
-		"name: a\nmagicIP: &n [*n]":                                   "line 2: magicIP[0]: a list is not allowed; allowed: a mapping",
-		"name: a\nmagicIP: [&m {prots: [&n {<<: {<<: *n}}], <<: *m}]": "line 2: magicIP[0]: *m is a part of what it stands for",
+		"name: a\nmagicIP: [&n {<<: *n}]":                                               "line 2: magicIP[0]: *n is a part of what it stands for",
+		"name: a\nmagicIP: [&n {<<: [{}, *n]}]":                                         "line 2: magicIP[0]: *n is a part of what it stands for",
+		"name: a\nmagicIP: &n [*n]":                                                     "line 2: magicIP[0]: a list is not allowed; allowed: a mapping",
+		"name: a\nmagicIP: [&m {prots: [&n {<<: {<<: *n}}], <<: *m}]":                   "line 2: magicIP[0]: *m is a part of what it stands for",
+		"name: a\nmagicIP:\n- &n {prots: [1]}" + strings.Repeat("\n- *n", maxAliases):   fmt.Sprintf("line %d: magicIP[%d].prots[0]: ", maxAliases+3, maxAliases),
+		"name: a\nmagicIP:\n- &n {prots: [1]}" + strings.Repeat("\n- *n", maxAliases+1): fmt.Sprintf("line %d: magicIP[%d]: there are more than %d aliases", maxAliases+4, maxAliases+1, maxAliases),
 		billion: ": there are more than 1000 aliases, when those in aliases are counted too",
 		"name: a\nmagicIP:\n- &n {ipAddress: 169.254.1.2, prots: [1]}\n- *n": "line 4: magicIP[1].prots[0]: \"1\" is not allowed; allowed: a mapping",
 	} {

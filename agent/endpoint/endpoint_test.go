@@ -170,6 +170,28 @@ func TestChoose(t *testing.T) {
 	}
 }
 
+// TestSelected: pods are counted that match or can be chosen; those that are pending too, those that have finished not.
+func TestSelected(t *testing.T) {
+	other := pod("other", 9, time.Hour, "ready")
+	other.Labels = nil
+	selector, err := endpoint.ParseSelector("app=echo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := endpoint.NewIndex(sources{Current: []string{"default"}, Pods: []inventory.Pod{
+		pod("a", 1, time.Hour, "ready"), pod("b", 2, time.Hour, "ready"), pod("c", 3, time.Hour, "ready"),
+		pod("d", 4, time.Hour, ""), pod("e", 5, time.Hour, "pending"),
+		pod("f", 6, time.Hour, "ready terminating"),
+		pod("g", 7, time.Hour, "finished"), other,
+	}}.targets())
+	for range 2 { // a pod that two magic IPs select is one
+		index.Choose(&endpoint.Selection{Namespace: "default", Selector: selector, Readiness: endpoint.Prefer, TargetPort: 80})
+	}
+	if diff := cmp.Diff(runtimedir.Targets{Ready: 3, NotReady: 2, Terminating: 1}, index.Selected()); diff != "" {
+		t.Errorf("selected (-want +got):\n%s", diff)
+	}
+}
+
 // TestSelectors: whatever a selector asks for first, the targets that it finds are those that it matches.
 func TestSelectors(t *testing.T) {
 	for _, tt := range []struct{ selector, want string }{
