@@ -54,7 +54,7 @@ func (w *Waits) run(ctx context.Context) {
 		waited, behindOthers := w.look()
 		now := time.Now()
 		var most time.Duration // a thread counts its wait when that is over
-		if behindOthers {
+		if behindOthers {      // since when is not known, but by the look before
 			most = now.Sub(last)
 		}
 		for thread, total := range waited {

@@ -1,10 +1,13 @@
 package lab
 
 import (
+	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -32,6 +35,46 @@ func TestAddWait(t *testing.T) {
 	if diff := cmp.Diff([]wait{{110, 20}, {250, 253}, {600, 40}, {700, 3}, {710, 3}, {720, 3}}, got, cmp.AllowUnexported(wait{})); diff != "" {
 		t.Error(diff)
 	}
+}
+
+// TestWatchedWaits: a thread waits for a processor for 50 ms, does something, waits to change rules for 200 ms, and sleeps.
+func TestWatchedWaits(t *testing.T) {
+	t.Parallel()
+	process := t.TempDir()
+	task := filepath.Join(process, "task", "1")
+	if err := os.MkdirAll(task, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(schedstat, wchan string) {
+		for file, text := range map[string]string{"schedstat": schedstat, "wchan": wchan} {
+			if err := os.WriteFile(filepath.Join(task, file), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write("1000 2000 3", "0")
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		w := &Waits{processes: []string{process}, found: make(chan Outcomes, 1)}
+		var ctx context.Context
+		ctx, w.stop = context.WithCancel(t.Context())
+		go w.run(ctx)
+		time.Sleep(105 * time.Millisecond) // between two looks
+		write("1000 50002000 4", "0")
+		time.Sleep(200 * time.Millisecond)
+		write("2000 50002000 5", "nf_tables_valid_genid")
+		time.Sleep(200 * time.Millisecond)
+		write("3000 50002000 6", "futex_do_wait")
+		time.Sleep(200 * time.Millisecond)
+		type wait struct{ From, Took time.Duration }
+		var got []wait
+		for _, o := range w.End() {
+			got = append(got, wait{o.Sent.Sub(start), o.Took})
+		}
+		if diff := cmp.Diff([]wait{{60 * time.Millisecond, 50 * time.Millisecond}, {300 * time.Millisecond, 200 * time.Millisecond}}, got); diff != "" {
+			t.Errorf("waits (-want +got):\n%s", diff)
+		}
+	})
 }
 
 // TestWaitsBehindOthers: beside nft processes that change rules, a thread that does so too is seen to wait for them.
