@@ -55,11 +55,33 @@ func TestWhatChanged(t *testing.T) {
 	}
 }
 
+// TestPlus: what is in either change, once and in order; each list by itself, and whichever of two is empty.
+func TestPlus(t *testing.T) {
+	first, second := frontend("169.254.210.210", plan.TCP), frontend("169.254.210.211", plan.TCP)
+	gone, alsoGone := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	of := func(addresses []netip.Addr, frontends ...plan.Frontend) plan.Change {
+		return plan.Change{Frontends: frontends, Removed: frontends, Moved: frontends, Untranslated: frontends, Gone: addresses}
+	}
+	all := of([]netip.Addr{gone, alsoGone}, first, second)
+	for name, tt := range map[string]struct{ a, b, want plan.Change }{
+		"nothing and something": {plan.Change{}, all, all},
+		"something and nothing": {all, plan.Change{}, all},
+		"one and the other":     {of([]netip.Addr{gone}, first), of([]netip.Addr{alsoGone}, second), all},
+		"in order":              {of([]netip.Addr{alsoGone}, second), of([]netip.Addr{gone}, first), all},
+		"both twice":            {all, all, all},
+	} {
+		if diff := cmp.Diff(tt.want, tt.a.Plus(tt.b), cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
 // TestEmptyChange: a change is empty where nothing of it is, and not where two of its lists have something.
 func TestEmptyChange(t *testing.T) {
 	changes := map[string]plan.Change{
 		"frontends":    {Frontends: []plan.Frontend{frontend("169.254.210.210", plan.TCP)}},
 		"removed":      {Removed: []plan.Frontend{frontend("169.254.210.211", plan.TCP)}},
+		"moved":        {Moved: []plan.Frontend{frontend("169.254.210.210", plan.UDP)}},
 		"untranslated": {Untranslated: []plan.Frontend{frontend("169.254.210.210", plan.TCP)}},
 		"gone":         {Gone: []netip.Addr{netip.MustParseAddr("10.0.0.2")}},
 		"bridges":      {Bridges: []plan.Bridge{{Name: "cni0", Unfiltered4: true}}},

@@ -287,7 +287,7 @@ func Build(in Input) Plan {
 			p.Rules = append(p.Rules, Rule{Frontend: frontend, Action: Pass, Clients: -1})
 		}
 	}
-	p.sortRules()
+	slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
 	p.LocalAddresses = p.localAddresses()
 	return p
 }
@@ -295,16 +295,6 @@ func Build(in Input) Plan {
 // indexOf is the position of c among the clients; -1 where it is not among them.
 func (p *Plan) indexOf(c Clients) int {
 	return slices.IndexFunc(p.Clients, func(d Clients) bool { return slices.Equal(c.Interfaces, d.Interfaces) })
-}
-
-// sortRules brings the rules into the order of their frontends. There may be thousands, mostly in order.
-func (p *Plan) sortRules() {
-	for i := 1; i < len(p.Rules); i++ {
-		if p.Rules[i-1].Compare(p.Rules[i].Frontend) > 0 {
-			slices.SortFunc(p.Rules, func(a, b Rule) int { return a.Compare(b.Frontend) })
-			return
-		}
-	}
 }
 
 // Inherit adds to the servers of p those of the plan before it whose sandbox is live: established connections lead there.

@@ -1,6 +1,7 @@
 package plan_test
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 	"time"
@@ -110,7 +111,7 @@ func TestDiff(t *testing.T) {
 		return plan.Build(in)
 	}
 	p := build(map[string]string{"169.254.210.1": "10.0.0.1:1", "169.254.210.2": "10.0.0.2:1", "169.254.210.3": "10.0.0.3:1", "169.254.210.9": "10.0.0.9:1"})
-	q := build(map[string]string{"169.254.210.0": "10.0.0.0:1", "169.254.210.2": "10.0.0.2:1", "169.254.210.3": "10.0.0.3:2"})
+	q := build(map[string]string{"169.254.210.2": "10.0.0.2:1", "169.254.210.3": "10.0.0.3:2", "169.254.210.5": "10.0.0.5:1"})
 	texts := func(rules []plan.Rule) (texts []string) {
 		for _, rule := range rules {
 			texts = append(texts, rule.Address.String()+" to "+rule.Endpoints[0].String())
@@ -121,7 +122,7 @@ func TestDiff(t *testing.T) {
 	if diff := cmp.Diff([]string{"169.254.210.1 to 10.0.0.1:1", "169.254.210.3 to 10.0.0.3:1", "169.254.210.9 to 10.0.0.9:1"}, texts(ofP)); diff != "" {
 		t.Errorf("of the first plan (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff([]string{"169.254.210.0 to 10.0.0.0:1", "169.254.210.3 to 10.0.0.3:2"}, texts(ofQ)); diff != "" {
+	if diff := cmp.Diff([]string{"169.254.210.3 to 10.0.0.3:2", "169.254.210.5 to 10.0.0.5:1"}, texts(ofQ)); diff != "" {
 		t.Errorf("of the second plan (-want +got):\n%s", diff)
 	}
 }
@@ -145,6 +146,35 @@ func TestEqualBridges(t *testing.T) {
 	} {
 		if with(same).Equal(with(edit)) {
 			t.Errorf("another %s of a bridge goes unnoticed", name)
+		}
+	}
+}
+
+// TestClients: services whose clients come by the same interfaces, in whatever order these are written, share their clients.
+func TestClients(t *testing.T) {
+	var in plan.Input
+	for i, interfaces := range [][]string{{"cni0", "cni1"}, {"cni1", "cni0", "cni1"}, {"cbr0"}, {"cni0", "cni1"}} {
+		in.Services = append(in.Services, plan.Service{
+			Frontend: frontend(fmt.Sprintf("169.254.210.%d", i), plan.TCP), WithoutEndpoint: plan.Reject, HostInterface: interfaces,
+		})
+	}
+	p := plan.Build(in)
+	want := []plan.Clients{{Interfaces: []string{"cbr0"}}, {Interfaces: []string{"cni0", "cni1"}}}
+	if diff := cmp.Diff(want, p.Clients); diff != "" {
+		t.Errorf("clients (-want +got):\n%s", diff)
+	}
+	for i, want := range []int{1, 1, 0, 1} {
+		if p.Rules[i].Clients != want {
+			t.Errorf("rule %d has the clients %d, want %d", i, p.Rules[i].Clients, want)
+		}
+	}
+}
+
+// TestCounted: packets are counted in plans of 500 rules, and of no more.
+func TestCounted(t *testing.T) {
+	for rules, want := range map[int]bool{0: true, 500: true, 501: false} {
+		if p := (plan.Plan{Rules: make([]plan.Rule, rules)}); p.Counted() != want {
+			t.Errorf("with %d rules, packets are counted: %t", rules, !want)
 		}
 	}
 }
