@@ -346,7 +346,7 @@ func (i *Inventory) AllSynced() bool {
 // may come before the event of its link.
 func (i *Inventory) HasNewLink() bool {
 	return slices.ContainsFunc(i.records, func(r record) bool {
-		return r.HostInterface != "" && !r.sought && (r.link == 0 || i.linkName[r.link] == "")
+		return r.HostInterface != "" && !r.sought && i.linkName[r.link] == ""
 	})
 }
 
@@ -422,12 +422,12 @@ func (i *Inventory) Dead(now time.Time) (dead []runtimedir.Key) {
 func (i *Inventory) NextExpiry(now time.Time) (next time.Duration) {
 	for n := range i.records {
 		r := &i.records[n]
-		if !i.missing(r) {
+		if _, here := i.find(r); here || !i.missing(r) {
 			continue
 		}
 		for _, since := range []time.Time{r.seenAt, r.missingSince} {
-			if wait := since.Add(Grace).Sub(now); wait > 0 && (next == 0 || wait < next) {
-				next = wait
+			if wait := since.Add(Grace).Sub(now); wait > 0 {
+				next = min(cmp.Or(next, wait), wait)
 			}
 		}
 	}

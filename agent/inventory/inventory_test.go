@@ -280,3 +280,84 @@ func TestLinks(t *testing.T) {
 		})
 	}
 }
+
+// TestNextExpiry: the first end of a Grace that is still to come, of a record that the API lacks or of one that it has never had.
+func TestNextExpiry(t *testing.T) {
+	i := inventory.New(true, runtimedir.Memory{}, nil, now)
+	i.SetNamespaces([]string{"default"})
+	i.SetRecords(runtimedir.File{}, now)
+	expiry := func(when string, at, want time.Duration) {
+		t.Helper()
+		if got := i.NextExpiry(now.Add(at)); got != want {
+			t.Errorf("%s: the next Grace ends in %s, want %s", when, got, want)
+		}
+	}
+	var records []runtimedir.Attachment
+	var pods []inventory.Pod
+	set := func(at time.Duration) {
+		i.SetRecords(runtimedir.File{Attachments: records}, now.Add(at))
+		i.SetPods(inventory.View{Pods: pods, Synced: all, Current: all}, now.Add(at))
+	}
+	const second = time.Second
+	expiry("nothing", 0, 0)
+	early, late, other := id("default", "early", "e"), id("default", "late", "l"), id("other", "other", "o")
+	pods = []inventory.Pod{{PodID: early, IPs: addr(1)}, {PodID: late, IPs: addr(2)}}
+	records = []runtimedir.Attachment{record(early, 1), record(late, 2), record(other, 3)}
+	set(0)
+	expiry("all are reported, or in a namespace of no interest", 0, 0)
+	pods = pods[1:]
+	set(2 * second)
+	expiry("one has gone: of when it was seen", 3*second, inventory.Grace-3*second)
+	pods = nil
+	set(5 * second)
+	expiry("the other has, too", 6*second, inventory.Grace-6*second)
+	expiry("both have been seen for that long: of the first that has gone", inventory.Grace, 2*second)
+	expiry("that has gone for that long, too", inventory.Grace+2*second, 3*second)
+	expiry("and the other", inventory.Grace+5*second, 0)
+	expiry("later", 2*inventory.Grace, 0)
+	slices.Reverse(records)
+	set(6 * second)
+	expiry("in another order, both have been seen for that long", inventory.Grace, 2*second)
+	expiry("in another order, the first has gone for that long, too", inventory.Grace+2*second, 3*second)
+}
+
+// TestLeft: pods of a namespace that is of no interest any more stand, as far as anybody knows, until a record or a pod has their address.
+func TestLeft(t *testing.T) {
+	pod := func(namespace, name string, n byte) inventory.Pod {
+		return inventory.Pod{PodID: id(namespace, name, name), IPs: addr(n), HostNetwork: n == 9}
+	}
+	i := inventory.New(true, runtimedir.Memory{}, nil, now)
+	i.SetRecords(runtimedir.File{}, now)
+	i.SetLinks(map[string]int{})
+	report := func(namespace string, pods ...inventory.Pod) {
+		i.SetNamespaces([]string{namespace})
+		i.SetPods(inventory.View{Pods: pods, Synced: []string{namespace}, Current: []string{namespace}}, now)
+	}
+	stand := func(when string, want ...byte) {
+		t.Helper()
+		var got []byte
+		for _, ip := range i.Sandboxes(now) {
+			got = append(got, ip.As4()[3])
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: the sandboxes of %v stand, want %v", when, got, want)
+		}
+	}
+	report("before", pod("before", "one", 1), pod("before", "two", 2), pod("before", "host", 9))
+	stand("reported", 1, 2, 9)
+	report("after", pod("after", "three", 3), pod("after", "host", 9))
+	stand("another namespace is of interest", 1, 2, 3, 9, 9)
+	one := record(id("after", "four", "four"), 1)
+	one.HostInterface = ""
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{one}}, now)
+	stand("a record has one", 1, 2, 3, 9, 9)
+	i.SetRecords(runtimedir.File{}, now)
+	stand("that record has gone", 2, 3, 9, 9)
+	report("after", pod("after", "five", 2))
+	stand("another pod has one", 2, 9)
+	report("after")
+	stand("that pod has gone", 9)
+	report("before", pod("before", "one", 1))
+	stand("the namespace is of interest again", 1)
+}

@@ -275,6 +275,13 @@ func TestNewLink(t *testing.T) {
 		t.Error("the link is there")
 	}
 	want(t, "the link is there", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
+	sooner := record(id("default", "sooner", "s"), 3)
+	sooner.HostIfIndex = 7
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{bare, r, sooner}}, now)
+	if i.HasNewLink() {
+		t.Error("the link that the record names by its index was there before")
+	}
+	i.SetRecords(runtimedir.File{Attachments: []runtimedir.Attachment{bare, r}}, now)
 	i.SetLinks(map[string]int{"renamed": 7, "veth-echo": 8})
 	want(t, "renamed, and another one has its name", "echo=10.0.0.1 bare=10.0.0.2", targetsOf(i, now))
 	if standing := i.Live(now); standing[1].HostInterface != "renamed" {
@@ -381,5 +388,26 @@ func TestOwnerResolved(t *testing.T) {
 	i.SetPods(inventory.View{Synced: all, Current: all}, now)
 	if !i.OwnerResolved("default", "DaemonSet/echo") {
 		t.Error("an owner that the API has resolved is not")
+	}
+}
+
+// TestRecordedFor: where a pod has no part in an address that the API reports of it, the pod that has it is named, or it is said to be
+// of the pod's sandbox before.
+func TestRecordedFor(t *testing.T) {
+	pod, other := id("default", "pod", "p"), id("default", "other", "o")
+	first, next := record(pod, 1), record(pod, 2)
+	next.ContainerID, next.IfName = "next", "net1" // its eth0 is to come
+	for want, records := range map[string][]runtimedir.Attachment{
+		"recorded for pod default/other, which has it now": {record(other, 1)},
+		"of another interface or sandbox of the pod":       {first, next},
+	} {
+		i := synced(records, inventory.Pod{PodID: pod, IPs: addr(1), Ready: true})
+		n := slices.IndexFunc(i.Targets(now), func(t inventory.Target) bool { return t.PodID == pod })
+		if n < 0 {
+			t.Fatalf("%q: the pod is no target", want)
+		}
+		if unusable := i.Targets(now)[n].Unusable; len(unusable) != 1 || unusable[0].Reason != want {
+			t.Errorf("unusable %+v, want %q", unusable, want)
+		}
 	}
 }
