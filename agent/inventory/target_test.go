@@ -197,7 +197,7 @@ func TestMemoryOfTheVersionBefore(t *testing.T) {
 		t.Errorf("target %+v", got)
 	}
 	other := inventory.Pod{PodID: id("default", "other", "o"), IPs: addr(2), CreatedAt: now}
-	i.SetPods(inventory.View{Pods: []inventory.Pod{other, {PodID: echo, IPs: addr(1), CreatedAt: now}}, Synced: all, Current: all}, now)
+	i.SetPods(inventory.View{Pods: []inventory.Pod{{PodID: echo, IPs: addr(1), CreatedAt: now}, other}, Synced: all, Current: all}, now)
 	want(t, "withdrawn", "echo=10.0.0.1 other", targetsOf(i, now))
 }
 

@@ -118,8 +118,20 @@ func TestAgentFiles(t *testing.T) {
 	}, names(t, dir)); diff != "" {
 		t.Errorf("files (-want +got):\n%s", diff)
 	}
+	for _, name := range []string{"claims.json", "memory.json", "pods.json", "status.json"} {
+		path := filepath.Join(dir, "agents/a", name)
+		missing := func() bool {
+			return os.Rename(path, path+".away") == nil && !agent.Complete() && os.Rename(path+".away", path) == nil
+		}
+		if !agent.Complete() || !missing() {
+			t.Errorf("whether %s is there goes unnoticed", name)
+		}
+	}
 	if err := agent.Leave(); err != nil {
 		t.Fatal(err)
+	}
+	if agent.Complete() {
+		t.Error("the files of an agent that has left are there")
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 		t.Errorf("left: %v, %v", entries, err)
