@@ -152,12 +152,12 @@ func (i *installer) install(ctx context.Context) (again time.Duration, err error
 	if err := i.write(); err != nil { // before anything of ours is anywhere, and with what was noted last
 		return 0, err
 	}
-	i.record.Notes = nil
 	replaced, err := i.binary.ensure(ctx, func() ([]*runtimedir.Record, error) {
 		return otherInstallers(runtimedir.New(i.RuntimeDir), i.config.Name)
 	})
 	if err != nil {
-		return 0, err // an entry never names a plugin that is not there
+		// An entry never names a plugin that is not there. What was noted of the configurations stands: nobody has looked since.
+		return 0, err
 	}
 	if replaced {
 		i.Log.Info("plugin put in place", "binary", i.binary.path(), "version", i.Version)

@@ -423,6 +423,38 @@ func TestRecordStands(t *testing.T) {
 	}
 }
 
+// TestNotesStandBesideAnError: that the plugin cannot be put in place does not hide what is told of the entry.
+func TestNotesStandBesideAnError(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.conf("10-a.conflist", simple)
+	i, err := newInstaller(n.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := func() *runtimedir.Record {
+		t.Helper()
+		_, _ = i.look(t.Context()) // its error is in the record
+		record, err := n.dir().Installer(n.config.Name).ReadRecord()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return record
+	}
+	look()
+	i.backoff = backoff{losses: 20, at: time.Now()}
+	n.conf("10-a.conflist", simple)
+	if record := look(); len(record.Notes) != 1 || record.LastError != "" {
+		t.Fatalf("record %+v", record)
+	}
+	if err := errors.Join(os.Remove(i.binary.path()), os.Rename(n.options.Plugin, n.options.Plugin+".away")); err != nil {
+		t.Fatal(err)
+	}
+	if record := look(); len(record.Notes) != 1 || record.LastError == "" {
+		t.Errorf("while the plugin cannot be put in place: record %+v", record)
+	}
+}
+
 func TestRecordOfANewerBuild(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
