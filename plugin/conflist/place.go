@@ -88,7 +88,7 @@ func isFile(file *os.File, path string) bool {
 }
 
 // Update makes the changes that plan asks for, and asks again where another program has written meanwhile. It holds the
-// lock of the directory only where there is something to change.
+// lock of the directory only where there is something to change. With an error, notes of the plan are returned as well.
 func Update(ctx context.Context, path string, options Options, plan func(*Directory) (Plan, error)) (Plan, error) {
 	d, err := Read(path, options)
 	if err != nil {
@@ -100,12 +100,12 @@ func Update(ctx context.Context, path string, options Options, plan func(*Direct
 	}
 	unlock, err := options.lock(ctx, path)
 	if err != nil {
-		return Plan{}, explain(err, path)
+		return Plan{Notes: p.Notes}, explain(err, path)
 	}
 	defer unlock()
 	for range 5 {
 		if d, err = Read(path, options); err != nil {
-			return Plan{}, err
+			return Plan{Notes: p.Notes}, err
 		}
 		if p, planErr = plan(d); p.Empty() {
 			return p, planErr

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -249,6 +250,14 @@ func TestForce(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer unlock()
+		noted, err := Update(t.Context(), dir, Options{}, func(d *Directory) (Plan, error) {
+			p, err := d.Put(keyOf("b"), spoken)
+			p.Notes = append(p.Notes, "noted")
+			return p, err
+		})
+		if !errors.Is(err, ErrHeld) || !slices.Equal(noted.Notes, []string{"noted"}) {
+			t.Errorf("what was noted before the lock was waited for: %q, %v", noted.Notes, err)
+		}
 		uninstall := func(options Options) error {
 			_, err := Update(t.Context(), dir, options, func(d *Directory) (Plan, error) { return d.Take("a", entry.DefaultRuntimeDir, "") })
 			if err == nil {
