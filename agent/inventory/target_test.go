@@ -180,8 +180,10 @@ func TestWithdrawn(t *testing.T) {
 func TestMemoryOfTheVersionBefore(t *testing.T) {
 	echo := id("default", "echo", "u")
 	memory := runtimedir.Memory{
-		Pods:      []inventory.Pod{{PodID: inventory.PodID{UID: "u"}, Owners: []string{"DaemonSet/echo"}, Labels: map[string]string{"app": "echo"}}},
-		Withdrawn: []runtimedir.Withdrawn{{PodID: inventory.PodID{UID: "o"}, Addresses: addr(2)}, {PodID: inventory.PodID{UID: "gone"}, Addresses: addr(3)}},
+		Pods: []inventory.Pod{{PodID: inventory.PodID{UID: "u"}, Owners: []string{"DaemonSet/echo"}, Labels: map[string]string{"app": "echo"}}},
+		Withdrawn: []runtimedir.Withdrawn{
+			{PodID: inventory.PodID{UID: "o"}, Addresses: addr(2)}, {PodID: inventory.PodID{UID: "f"}, Addresses: addr(4)}, {PodID: inventory.PodID{UID: "gone"}, Addresses: addr(3)},
+		},
 	}
 	i := inventory.New(true, memory, nil, now)
 	i.SetNamespaces(all)
@@ -196,9 +198,10 @@ func TestMemoryOfTheVersionBefore(t *testing.T) {
 	if got == nil || !slices.Contains(got.Owners, "DaemonSet/echo") || got.Labels["app"] != "echo" {
 		t.Errorf("target %+v", got)
 	}
+	first := inventory.Pod{PodID: id("default", "first", "f"), IPs: addr(4), CreatedAt: now}
 	other := inventory.Pod{PodID: id("default", "other", "o"), IPs: addr(2), CreatedAt: now}
-	i.SetPods(inventory.View{Pods: []inventory.Pod{{PodID: echo, IPs: addr(1), CreatedAt: now}, other}, Synced: all, Current: all}, now)
-	want(t, "withdrawn", "echo=10.0.0.1 other", targetsOf(i, now))
+	i.SetPods(inventory.View{Pods: []inventory.Pod{first, {PodID: echo, IPs: addr(1), CreatedAt: now}, other}, Synced: all, Current: all}, now)
+	want(t, "withdrawn", "echo=10.0.0.1 other first", targetsOf(i, now))
 }
 
 // TestDead: records whose pod and link are gone, after a minute.
