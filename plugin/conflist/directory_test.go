@@ -597,3 +597,13 @@ func TestSettle(t *testing.T) {
 		}
 	}
 }
+
+// TestDirOf: whether the entry is in a list or in the folder of a network.
+func TestDirOf(t *testing.T) {
+	t.Parallel()
+	for _, file := range []string{"/etc/cni/net.d/10-a.conflist", "/etc/cni/net.d/a/magic-ip-address.conf"} {
+		if got := DirOf(file); got != "/etc/cni/net.d" {
+			t.Errorf("the directory of %s is %s", file, got)
+		}
+	}
+}

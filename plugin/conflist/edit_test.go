@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/tailscale/hujson"
 
 	"github.com/magic-ip-address/magic-ip-address/plugin/conflist/entry"
 )
@@ -160,4 +161,25 @@ func contents(d *Directory) map[string]string {
 		all[f.name] = string(f.data)
 	}
 	return all
+}
+
+// TestFold: of members whose names differ in case only, that of the right name stays, or else the last, under the right name.
+func TestFold(t *testing.T) {
+	t.Parallel()
+	for before, want := range map[string]string{
+		`{"runtimeDir":"/a","type":"m"}`:                 `{"runtimeDir":"/a","type":"m"}`,
+		`{"RuntimeDir":"/a","SELECTORS":{"a":[]}}`:       `{"runtimeDir":"/a","selectors":{"a":[]}}`,
+		`{"runtimeDir":"/a","RuntimeDir":"/b"}`:          `{"runtimeDir":"/a"}`,
+		`{"RuntimeDir":"/b","runtimeDir":"/a","type":1}`: `{"runtimeDir":"/a","type":1}`,
+		`{"RUNTIMEDIR":"/a","RuntimeDir":"/b"}`:          `{"runtimeDir":"/b"}`,
+	} {
+		v, err := hujson.Parse([]byte(before))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fold(&v, "runtimeDir", "selectors")
+		if got := v.String(); got != want {
+			t.Errorf("%s became %s, want %s", before, got, want)
+		}
+	}
 }
