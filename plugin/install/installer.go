@@ -59,6 +59,8 @@ type installer struct {
 	// present is the file in which the key was last seen; empty before, and after it was seen to be lost.
 	present string
 	backoff backoff
+	// planned is what was noted of the configurations when they were last looked at.
+	planned []string
 }
 
 func newInstaller(options Options) (*installer, error) {
@@ -156,8 +158,8 @@ func (i *installer) install(ctx context.Context) (again time.Duration, err error
 		return otherInstallers(runtimedir.New(i.RuntimeDir), i.config.Name)
 	})
 	if err != nil {
-		// An entry never names a plugin that is not there. What was noted of the configurations stands: nobody has looked since.
-		return 0, err
+		i.note()
+		return 0, err // an entry never names a plugin that is not there
 	}
 	if replaced {
 		i.Log.Info("plugin put in place", "binary", i.binary.path(), "version", i.Version)
@@ -182,10 +184,8 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 		}
 		return plan, err
 	})
-	i.record.Notes = plan.Notes
-	if note := i.backoff.note(); note != "" {
-		i.record.Notes = append(i.record.Notes, note)
-	}
+	i.planned = plan.Notes
+	i.note()
 	if len(i.config.Selectors) == 0 {
 		i.record.Notes = append(i.record.Notes, "no magic IP of this agent can be served, so that no pod has to be recorded: its key is in no network configuration")
 	}
@@ -213,6 +213,14 @@ func (i *installer) configure(ctx context.Context) (again time.Duration, err err
 	i.backoff.restored()
 	i.present, i.record.Conflist = plan.File, filepath.Join(i.ConfDir, plan.File)
 	return 0, nil
+}
+
+// note brings the notes of the record up to what is known now.
+func (i *installer) note() {
+	i.record.Notes = slices.Clone(i.planned)
+	if note := i.backoff.note(); note != "" {
+		i.record.Notes = append(i.record.Notes, note)
+	}
 }
 
 func (i *installer) conflistOptions() conflist.Options {

@@ -115,6 +115,16 @@ func (n *node) confs() map[string]string { n.Helper(); return n.read(n.options.C
 
 func (n *node) once() error { return Once(n.Context(), n.options) }
 
+// installer is one that keeps running: each call of its look is an event.
+func (n *node) installer() *installer {
+	n.Helper()
+	i, err := newInstaller(n.options)
+	if err != nil {
+		n.Fatal(err)
+	}
+	return i
+}
+
 func (n *node) install() {
 	n.Helper()
 	if err := n.once(); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -393,10 +394,7 @@ func TestRecordStands(t *testing.T) {
 			t.Parallel()
 			n := newNode(t)
 			n.conf("10-a.conflist", simple)
-			i, err := newInstaller(n.options)
-			if err != nil {
-				t.Fatal(err)
-			}
+			i := n.installer()
 			look := func() { _, _ = i.look(t.Context()) } // its error is in the record
 			look()
 			fault(n, i)
@@ -423,36 +421,42 @@ func TestRecordStands(t *testing.T) {
 	}
 }
 
-// TestNotesStandBesideAnError: that the plugin cannot be put in place does not hide what is told of the entry.
+// TestNotesStandBesideAnError: that the plugin cannot be put in place does not hide what is told of the entry, and nothing is told
+// that holds no more.
 func TestNotesStandBesideAnError(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.conf("10-a.conflist", simple)
-	i, err := newInstaller(n.options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	look := func() *runtimedir.Record {
+	i := n.installer()
+	look := func(when string, notes ...string) (lastError string) {
 		t.Helper()
 		_, _ = i.look(t.Context()) // its error is in the record
 		record, err := n.dir().Installer(n.config.Name).ReadRecord()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return record
+		if !slices.EqualFunc(record.Notes, notes, strings.Contains) {
+			t.Errorf("%s: notes %q, want %q", when, record.Notes, notes)
+		}
+		return record.LastError
 	}
-	look()
+	const removed, unwanted = "another program has removed the entry", "no magic IP of this agent can be served"
+	look("installed")
 	i.backoff = backoff{losses: 20, at: time.Now()}
 	n.conf("10-a.conflist", simple)
-	if record := look(); len(record.Notes) != 1 || record.LastError != "" {
-		t.Fatalf("record %+v", record)
-	}
+	look("the entry was removed", removed)
+	selectors := n.config.Selectors
+	n.config.Selectors = nil
+	look("no entry is wanted", removed, unwanted)
+	n.config.Selectors = selectors
 	if err := errors.Join(os.Remove(i.binary.path()), os.Rename(n.options.Plugin, n.options.Plugin+".away")); err != nil {
 		t.Fatal(err)
 	}
-	if record := look(); len(record.Notes) != 1 || record.LastError == "" {
-		t.Errorf("while the plugin cannot be put in place: record %+v", record)
+	if look("the plugin cannot be put in place", removed) == "" {
+		t.Error("that the plugin cannot be put in place is not told")
 	}
+	i.backoff.at = i.backoff.at.Add(-2 * resetAfter)
+	look("nor can it long after the entry was removed")
 }
 
 func TestRecordOfANewerBuild(t *testing.T) {
